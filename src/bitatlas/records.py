@@ -1,0 +1,366 @@
+"""What crosses the borders between stages: frozen dataclasses, written as JSON with a schema version.
+
+`Measured` is the atom: a number never travels without its 95 % interval, its unit, the base it was measured around, and the
+rows or items it came from. `Plan` is `plan.json`, `Atlas` is `atlas.json`; the long tables beside the atlas are Parquet.
+Reading validates types (pydantic reads plain dataclasses), so a damaged file is one clear line and not a traceback later.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import tempfile
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any, TypeVar
+
+from bitatlas.errors import UserError
+from bitatlas.formats import Format
+
+PLAN_SCHEMA = "bitatlas.plan/1"
+ATLAS_SCHEMA = "bitatlas.atlas/1"
+
+
+# --- the atoms ---------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Measured:
+    """A number with what it rests on. `n` counts the units that were resampled (rows, problems or heads' sequences)."""
+
+    mean: float
+    ci95: tuple[float, float] | None
+    unit: str  # "nats/token", "points", "%", "share", "ratio", ...
+    base: str  # "reference", "uniform:int4_g64", "plan", ...
+    rows: str  # "fit", "select", "test", or "items:arc_easy"
+    n: int
+
+
+@dataclass(frozen=True)
+class Module:
+    """One linear weight that can be quantized. `shape` is (out, in), whatever way round the checkpoint stores it."""
+
+    name: str  # "model.layers.3.mlp.up_proj"
+    layer: int
+    kind: str  # "up_proj"
+    shape: tuple[int, int]
+    unit: str  # modules with the same unit share one format
+
+    @property
+    def weights(self) -> int:
+        return self.shape[0] * self.shape[1]
+
+
+@dataclass(frozen=True)
+class ModelInfo:
+    name: str
+    revision: str | None
+    weights_sha256: str
+    architecture: str
+    layers: int
+    heads: int
+    context: int  # longest input, tokens
+    dtype: str  # of the checkpoint's weights
+    quantizable_weights: int
+    other_bytes: int  # embeddings, norms, head, biases: they keep the checkpoint's dtype
+    total_bytes: int  # the checkpoint as it is
+
+
+@dataclass(frozen=True)
+class Size:
+    """`code_bits`: bits of the codes alone, per quantized weight. `stored_bits`: all bytes of the quantized modules x 8 / their weights."""
+
+    code_bits: float
+    stored_bits: float
+    quantized_bytes: int
+    total_bytes: int  # with everything that stays unquantized
+
+
+@dataclass(frozen=True)
+class Budget:
+    kind: str  # "code_bits", "stored_bits", "size" (bytes of the whole model) or "max_damage" (nats/token)
+    value: float
+
+
+# --- the plan ----------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class PlanDamage:
+    predicted: float | None
+    measured: Measured | None
+
+
+@dataclass(frozen=True)
+class Baseline:
+    """A plan anybody could have made, at most as large as ours. `difference` is plan minus baseline, paired by row."""
+
+    name: str  # "uniform int2_g32", "first layers high", "last layers high", "random plans (mean of 20)", ...
+    code_bits: float
+    quantized_bytes: int
+    damage: Measured
+    difference: Measured | None = None
+
+
+@dataclass(frozen=True)
+class PlanModel:
+    name: str
+    revision: str | None
+    weights_sha256: str
+
+
+@dataclass(frozen=True)
+class Plan:
+    """`plan.json`. Modules not listed keep the checkpoint's dtype."""
+
+    model: PlanModel
+    formats: dict[str, Format]
+    quantizer: str
+    modules: dict[str, str]  # module name -> format name
+    budget: Budget
+    size: Size
+    damage: PlanDamage
+    baselines: list[Baseline] = field(default_factory=list)
+    recommended: bool | None = None  # False: a baseline of the same size does less damage on test rows
+    verdict: str = ""
+    solver: dict[str, Any] = field(default_factory=dict)
+    schema: str = PLAN_SCHEMA
+
+
+# --- the atlas ---------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Split:
+    rows: int
+    tokens: int
+    sha256: str
+
+
+@dataclass(frozen=True)
+class TokensInfo:
+    source: str
+    row_length: int
+    splits: dict[str, Split]  # "fit", "select", "test"
+
+
+@dataclass(frozen=True)
+class Uniform:
+    """Every module at one format."""
+
+    format: str
+    size: Size
+    damage: Measured
+
+
+@dataclass(frozen=True)
+class WeightProfile:
+    """What the weights of one module look like. `sparsity` = share with |w| < 1 % of the module's standard deviation."""
+
+    module: str
+    layer: int
+    kind: str
+    weights: int
+    std: float
+    sparsity: float
+    sparsity_curve: dict[str, float]  # threshold in standard deviations -> share below it
+    kurtosis: float  # excess; 0 for a normal distribution
+    outlier_ratio: float  # largest |w| / standard deviation
+    outlier_share: float  # share of weights beyond 6 standard deviations
+    relative_error: dict[str, float]  # format -> ||W - Q(W)||^2 / ||W||^2
+
+
+@dataclass(frozen=True)
+class AttentionHead:
+    layer: int
+    head: int
+    base: str
+    entropy: float  # normalized, 0..1, sinks removed
+    sink_mass: float
+    role: str | None  # "previous", "duplicate", "induction", "retrieval" or None
+    scores: dict[str, float]  # role -> kappa
+    p_values: dict[str, float]  # role -> permutation p, after Benjamini-Hochberg
+    focus_percent: float | None
+
+
+@dataclass(frozen=True)
+class AttentionLayer:
+    layer: int
+    base: str  # "reference", "uniform:int4_g64", ...
+    entropy: Measured  # mean over rows with >= 8 keys of H / ln(keys), 0..1
+    entropy_nats: Measured
+    sink_mass: Measured
+    specialization_percent: Measured  # share of heads with a recognized role
+    specialization_at: dict[str, float]  # kappa threshold -> %
+    roles: dict[str, int]  # role -> heads
+    focus_percent: Measured | None  # 0 is chance; None: no problem had tagged operands
+    focus_null: str  # which null the focus is corrected by
+    drift_local: Measured | None = None  # Jensen-Shannon distance, 0..1, to the reference's maps
+    drift_cumulative: Measured | None = None
+    drift_noise: Measured | None = None  # the same between bfloat16 and float32, reference weights
+
+
+@dataclass(frozen=True)
+class Layer:
+    """The evidence on one decoder layer. `lowered`: this layer low, the others high; `raised`: the reverse (damage of that whole model)."""
+
+    layer: int
+    weights: int
+    lowered: Measured
+    raised: Measured
+    share: Measured  # of the damage between uniform high and uniform low
+    criticality: Measured  # share of the damage / share of the weights
+    q_value: float  # two-sided, criticality = 1, Benjamini-Hochberg over layers
+    verdict: str  # "critical", "safe" or "uncertain"
+
+
+@dataclass(frozen=True)
+class Zone:
+    first: int
+    last: int
+    name: str  # "early", "middle", "late", ...
+    criticality: Measured
+    verdict: str
+    low_share: float | None = None  # share of the zone's weights that the plan puts at the lowest format
+
+
+@dataclass(frozen=True)
+class TaskScore:
+    task: str
+    precision: str  # "reference", "uniform:int4_g64", "uniform:int2_g64" or "plan"
+    correct: int
+    n: int
+    chance: float  # 0..1
+    wilson95: tuple[float, float]
+    above_chance: bool  # one-sided exact binomial p < 0.05, Holm over precisions
+
+
+@dataclass(frozen=True)
+class TaskPair:
+    """Two precisions on the same items. `difference` is second minus first, in percentage points."""
+
+    task: str
+    first: str
+    second: str
+    difference: Measured
+    lost: int  # right at first, wrong at second
+    gained: int
+    mcnemar_p: float
+    holm_p: float
+    detectable_points: float  # smallest difference that this n could have shown
+    items_needed: int | None  # about so many would settle what was seen
+    verdict: str  # "falls", "rises", "inconclusive", "at chance"
+    text: str
+
+
+@dataclass(frozen=True)
+class CurvePoint:
+    name: str
+    kind: str  # "uniform", "plan", "baseline" or "random"
+    code_bits: float
+    stored_bits: float
+    total_bytes: int
+    damage: Measured
+
+
+@dataclass(frozen=True)
+class Finding:
+    """A statement with its evidence. `verdict` is "holds", "does not hold", "inconclusive", or the word the statement is about."""
+
+    topic: str  # "layers", "zones", "folk", "tasks", "attention", "plan"
+    claim: str  # "early layers are safe"
+    verdict: str
+    text: str  # the sentence that is printed
+    evidence: Measured | None = None
+    p_value: float | None = None
+
+
+@dataclass(frozen=True)
+class Correlation:
+    """Spearman's rank correlation of a cheap measure with measured damage, over layers."""
+
+    measure: str
+    rho: float
+    ci95: tuple[float, float] | None
+    n: int
+
+
+@dataclass(frozen=True)
+class Atlas:
+    """`atlas.json`: everything measured on one checkpoint. The report and any new plan are made from it without the model."""
+
+    model: ModelInfo
+    settings: dict[str, Any]
+    versions: dict[str, str]
+    formats: dict[str, Format]
+    quantizer: str
+    high: str
+    low: str
+    tokens: TokensInfo
+    modules: list[Module]
+    module_bytes: dict[str, dict[str, int]]  # module -> format -> bytes
+    unit_damage: dict[str, dict[str, dict[str, float]]]  # base -> unit -> format -> damage on fit rows, nats/token
+    base_damage: dict[str, float]  # base -> damage on fit rows, nats/token
+    uniform: list[Uniform]
+    layers: list[Layer]
+    zones: list[Zone]
+    weights: list[WeightProfile]
+    attention: list[AttentionLayer]
+    heads: list[AttentionHead]
+    tasks: list[TaskScore]
+    task_pairs: list[TaskPair]
+    plan: Plan | None
+    curve: list[CurvePoint]
+    correlations: list[Correlation]
+    findings: list[Finding]
+    notes: list[str] = field(default_factory=list)  # what was not done, and why
+    schema: str = ATLAS_SCHEMA
+
+
+# --- reading and writing ------------------------------------------------------------------------------------------------
+
+Record = TypeVar("Record", Plan, Atlas)
+
+
+def to_json(record: Plan | Atlas) -> str:
+    """JSON text, schema first; the same record gives the same bytes."""
+    content = asdict(record)
+    content = {"schema": content.pop("schema"), **content}
+    return json.dumps(content, indent=1, ensure_ascii=False, allow_nan=False) + "\n"
+
+
+def read_record(path: Path, kind: type[Record]) -> Record:
+    """Read and validate a `plan.json` or `atlas.json`; UserError where it is missing, damaged or of another schema."""
+    from pydantic import TypeAdapter, ValidationError
+
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise UserError(f"{path}: no such file") from None
+    except (OSError, ValueError) as error:
+        raise UserError(f"{path}: not readable JSON ({error})") from None
+    expected = PLAN_SCHEMA if kind is Plan else ATLAS_SCHEMA
+    found = content.get("schema") if isinstance(content, dict) else None
+    if found != expected:
+        raise UserError(f"{path}: schema is {found!r}, expected {expected!r}")
+    try:
+        return TypeAdapter(kind).validate_python(content)
+    except ValidationError as error:
+        first = error.errors()[0]
+        place = ".".join(map(str, first["loc"]))
+        raise UserError(f"{path}: {place}: {first['msg']}") from None
+
+
+def write_text(path: Path, text: str) -> None:
+    """Write beside, then rename: a reader never sees half a file."""
+    handle, beside = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
+    try:
+        with os.fdopen(handle, "w", encoding="utf-8") as file:
+            file.write(text)
+            file.flush()
+            os.fsync(file.fileno())
+        os.chmod(beside, 0o644)
+        os.replace(beside, path)
+    except BaseException:
+        Path(beside).unlink(missing_ok=True)
+        raise

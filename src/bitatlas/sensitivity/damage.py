@@ -1,0 +1,110 @@
+"""Damage, measured: KL(reference || quantized) of the next-token distribution, in nats/token, one number a row.
+
+Every result belongs to one *assignment* (module -> format; modules not named keep the reference weights) and one batch of rows,
+and is journaled under their hash, so nothing is measured twice, whichever way it was asked for.
+
+Swapping the modules of one layer changes nothing in front of that layer: the base model's pass over a batch is recorded once and
+every swap resumes at its own layer (see `layerwise`), which halves the work and gives the same bits as a full pass.
+Batches are a fixed cut of the rows; where a run was interrupted does not change them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from bitatlas.bank import Bank
+from bitatlas.journal import Journal, content_key
+from bitatlas.layerwise import resume, trace
+from bitatlas.swap import swapped
+from bitatlas.tokens import rows_sha256
+
+Assignment = Mapping[str, str]
+Progress = Callable[[int, int], None]
+LogitsOf = Callable[[Tensor, list[str]], Iterator[tuple[str, Tensor]]]
+LOGIT_BYTES = 2**26  # of one batch's float32 logits: a few such arrays are alive at a time
+
+
+def batch_rows(row_length: int, vocabulary: int) -> int:
+    """Rows in a batch: at most 16, and one batch's logits at most 64 MiB."""
+    return max(1, min(16, LOGIT_BYTES // (4 * row_length * vocabulary)))
+
+
+def kl_per_row(reference: Tensor, logits: Tensor) -> Tensor:
+    """KL(reference || model), mean over a row's tokens. reference: log-probabilities, logits: raw, both [rows, tokens, vocabulary] -> [rows]."""
+    changed = torch.log_softmax(logits.float(), dim=-1)
+    return (reference.exp() * (reference - changed)).sum(-1).double().mean(-1)
+
+
+@dataclass(frozen=True)
+class Swap:
+    """A change to a base: some modules of one layer in other formats."""
+
+    layer: int
+    assignment: Assignment
+
+
+class DamageMeter:
+    """Measures assignments of one model. `model` holds the reference weights between calls."""
+
+    def __init__(self, model: torch.nn.Module, bank: Bank, weights_sha256: str, quantizer: str, journal: Journal):
+        self.model = model
+        self.bank = bank
+        self.journal = journal
+        self.identity = (weights_sha256, quantizer, str(next(model.parameters()).dtype))
+        self.vocabulary = int(model.get_output_embeddings().weight.shape[0])  # type: ignore[operator]
+
+    def plans(self, plans: Mapping[str, Assignment], rows: Tensor, progress: Progress | None = None) -> dict[str, np.ndarray]:
+        """Damage of whole assignments, by name: float64 [rows] each, nats/token."""
+
+        def logits_of(batch: Tensor, names: list[str]) -> Iterator[tuple[str, Tensor]]:
+            for name in names:
+                with swapped(self.model, self.bank.weights(plans[name])):
+                    yield name, self.model(input_ids=batch, use_cache=False).logits
+
+        return self._measure(rows, plans, logits_of, progress)
+
+    def swaps(
+        self, base: Assignment, swaps: Mapping[str, Swap], rows: Tensor, progress: Progress | None = None
+    ) -> dict[str, np.ndarray]:
+        """Damage of `base` with each swap made alone, by name: float64 [rows] each, nats/token."""
+
+        def logits_of(batch: Tensor, names: list[str]) -> Iterator[tuple[str, Tensor]]:
+            with swapped(self.model, self.bank.weights(base)):
+                outputs = trace(self.model, batch).outputs
+                for name in names:
+                    with swapped(self.model, self.bank.weights(swaps[name].assignment)):
+                        yield name, resume(self.model, batch, swaps[name].layer, outputs)
+
+        return self._measure(rows, {name: {**base, **swap.assignment} for name, swap in swaps.items()}, logits_of, progress)
+
+    @torch.no_grad()
+    def _measure(
+        self, rows: Tensor, plans: Mapping[str, Assignment], logits_of: LogitsOf, progress: Progress | None
+    ) -> dict[str, np.ndarray]:
+        """Take each (assignment, batch) from the journal, or from `logits_of(batch, missing names)`."""
+        batches = rows.split(batch_rows(rows.shape[1], self.vocabulary))
+        parts: dict[str, list[list[float]]] = {name: [] for name in plans}
+        for number, batch in enumerate(batches):
+            batch_sha = rows_sha256(batch)
+            keys = {name: content_key("damage", self.identity, batch_sha, dict(plan)) for name, plan in plans.items()}
+            known = {name: self.journal.get(key) for name, key in keys.items()}
+            values: dict[str, list[float]] = {name: value for name, value in known.items() if value is not None}
+            missing = [name for name in plans if name not in values]
+            if missing:
+                batch = batch.to(self.model.device)  # type: ignore[arg-type]
+                reference = torch.log_softmax(self.model(input_ids=batch, use_cache=False).logits.float(), dim=-1)
+                for done, (name, logits) in enumerate(logits_of(batch, missing), start=len(plans) - len(missing) + 1):
+                    values[name] = kl_per_row(reference, logits).tolist()
+                    self.journal.put(keys[name], "damage", values[name])
+                    if progress:
+                        progress(number * len(plans) + done, len(batches) * len(plans))
+            for name in plans:
+                parts[name].append(values[name])
+        if progress:
+            progress(len(batches) * len(plans), len(batches) * len(plans))
+        return {name: np.concatenate([np.asarray(part) for part in chunks]) for name, chunks in parts.items()}

@@ -1,0 +1,100 @@
+"""What a survey is asked to do, validated when constructed; messages name the flag."""
+
+from __future__ import annotations
+
+import re
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from bitatlas.errors import UserError
+from bitatlas.formats import FORMATS, Format, by_width, get_format
+from bitatlas.records import Budget
+
+DEFAULT_FORMATS = "int2_g64,int4_g64"
+DEFAULT_ROWS = "24,24,64"
+
+
+@dataclass(frozen=True)
+class Settings:
+    """`formats` from narrowest to widest; `rows` = (fit, select, test)."""
+
+    model: str
+    formats: tuple[str, ...]
+    quantizer: str
+    budget: Budget
+    tokens: str | None
+    rows: tuple[int, int, int]
+    row_length: int
+    tasks: tuple[str, ...]
+    task_data: str | None
+    limit: int | None
+    tolerance_nats: float
+    fuse: bool = True
+    device: str = "cpu"
+    revision: str | None = None
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        if len(self.formats) < 2:
+            raise UserError("--formats: give at least two, a narrow and a wide one, like int2_g64,int4_g64")
+        if min(self.rows) < 2:
+            raise UserError(f"--rows {','.join(map(str, self.rows))}: each of fit,select,test needs at least 2 rows")
+        if self.row_length < 16:
+            raise UserError(f"--row-length {self.row_length}: at least 16 tokens")
+        if self.limit is not None and self.limit < 1:
+            raise UserError(f"--limit {self.limit}: at least 1 item a task")
+        if self.tolerance_nats <= 0:
+            raise UserError(f"--tolerance {self.tolerance_nats}: must be above 0 nats/token")
+        if self.task_data is not None and not Path(self.task_data).is_dir():
+            raise UserError(f"--task-data {self.task_data}: no such folder")
+
+    @property
+    def low(self) -> str:
+        return self.formats[0]
+
+    @property
+    def high(self) -> str:
+        return self.formats[-1]
+
+    def format_table(self) -> dict[str, Format]:
+        return {name: FORMATS[name] for name in self.formats}
+
+    def recorded(self) -> dict[str, Any]:
+        """What goes into the atlas: everything that a result depends on."""
+        content = asdict(self)
+        content["formats"] = list(self.formats)
+        content["rows"] = list(self.rows)
+        content["tasks"] = list(self.tasks)
+        return content
+
+
+def parse_formats(text: str) -> tuple[str, ...]:
+    """`int2_g64,int4_g64` -> names, narrowest first, each once; UserError for an unknown one."""
+    names = [name.strip() for name in text.split(",") if name.strip()]
+    return tuple(by_width([get_format(name).name for name in dict.fromkeys(names)]))
+
+
+def parse_rows(text: str) -> tuple[int, int, int]:
+    """`24,24,64` -> (fit, select, test)."""
+    if not re.fullmatch(r"\d+,\d+,\d+", text.replace(" ", "")):
+        raise UserError(f"--rows {text}: give three numbers, fit,select,test, like {DEFAULT_ROWS}")
+    fit, select, test = (int(part) for part in text.split(","))
+    return fit, select, test
+
+
+def check_device(device: str) -> str:
+    """`auto` -> the best device at hand; UserError where the named one is not there."""
+    import torch
+
+    if device == "auto":
+        return "cuda" if torch.cuda.is_available() else "cpu"
+    name = device.partition(":")[0]
+    there = {"cpu": True, "cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available()}
+    if name not in there:
+        raise UserError(f"--device {device}: unknown; one of cpu, cuda, mps, auto")
+    if not there[name]:
+        raise UserError(
+            f"--device {device}: not available on this machine; here: {', '.join(d for d, ok in there.items() if ok)}"
+        )
+    return device

@@ -1,0 +1,37 @@
+"""Every test runs offline, and whatever libraries write under the home goes to a temporary place."""
+
+from __future__ import annotations
+
+import os
+import tempfile
+from pathlib import Path
+
+os.environ["HF_HUB_OFFLINE"] = "1"
+os.environ["HF_HUB_DISABLE_TELEMETRY"] = "1"
+os.environ["TOKENIZERS_PARALLELISM"] = "false"
+_HOME = tempfile.mkdtemp(prefix="bitatlas-tests-")
+for _name, _place in {
+    "HOME": "",
+    "XDG_CACHE_HOME": "cache",
+    "XDG_CONFIG_HOME": "config",
+    "XDG_DATA_HOME": "data",
+    "HF_HOME": "hf",
+}.items():
+    os.environ[_name] = os.path.join(_HOME, _place)
+
+import pytest  # noqa: E402  (the environment must be set before any library is imported)
+
+from tiny import SHARED, make_checkpoint  # noqa: E402
+
+
+@pytest.fixture(scope="session")
+def tiny_llama(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return make_checkpoint(tmp_path_factory.mktemp("tiny") / "tiny-llama")
+
+
+@pytest.fixture(scope="session")
+def babyllama() -> Path:
+    folder = SHARED / "models" / "babyllama-105"
+    if not folder.is_dir():
+        pytest.skip("the trained checkpoints are not at hand")
+    return folder

@@ -1,0 +1,74 @@
+"""rtn against a brute-force float64 search, and the properties any quantizer must have."""
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from bitatlas.errors import UserError
+from bitatlas.formats import FORMATS, Format
+from bitatlas.quantizers import get_quantizer
+from bitatlas.quantizers.rtn import STEPS, quantize
+
+
+def brute_force_group(group: np.ndarray, fmt: Format) -> float:
+    """Least squared error over the same clipping steps, one group, in float64 with scales rounded to float16."""
+    top = 2**fmt.bits - 1
+    low, high = min(group.min(), 0.0), max(group.max(), 0.0)
+    if fmt.symmetric:
+        high = max(high, -low)
+        low = -high
+    errors = []
+    for step in range(STEPS):
+        keep = 1 - 0.5 * step / STEPS
+        scale = float(np.float16(max(np.float32(high - low) * np.float32(keep) / np.float32(top), 2.0**-24)))
+        zero = 2.0 ** (fmt.bits - 1) if fmt.symmetric else min(max(np.round(-low * keep / scale), 0), top)
+        codes = np.clip(np.round(group / scale) + zero, 0, top)
+        errors.append((((codes - zero) * scale - group) ** 2).sum())
+    return min(errors)
+
+
+@pytest.mark.parametrize("name", ["int2_g32", "int3_g64", "int4_g32_sym", "int8_g128"])
+def test_rtn_finds_the_best_clipping_step(name: str):
+    fmt = FORMATS[name]
+    weight = torch.randn(4, 172, generator=torch.Generator().manual_seed(1)) * 0.1
+    found = (quantize(weight, fmt).weight().double() - weight.double()).square().numpy()
+    for row in range(4):
+        for start in range(0, 172, fmt.group_size):
+            group = weight[row, start : start + fmt.group_size].double().numpy()
+            # float32 against float64 arithmetic: a tie between two steps may fall the other way, the error may not.
+            assert found[row, start : start + fmt.group_size].sum() == pytest.approx(
+                brute_force_group(group, fmt), rel=1e-3, abs=1e-12
+            )
+
+
+@settings(deadline=None, max_examples=40)
+@given(st.integers(1, 5), st.integers(1, 140), st.sampled_from(sorted(FORMATS)), st.floats(-5, 5), st.integers(0, 10**6))
+def test_codes_fit_their_bits_and_weights_stay_near(out_features: int, in_features: int, name: str, exponent: float, seed: int):
+    fmt = FORMATS[name]
+    weight = torch.randn(out_features, in_features, generator=torch.Generator().manual_seed(seed)) * 10**exponent
+    codes = quantize(weight, fmt)
+    assert int(codes.codes.max()) <= 2**fmt.bits - 1
+    assert int(codes.zero.max()) <= 2**fmt.bits - 1
+    assert bool(torch.isfinite(codes.weight()).all())
+    if 10**exponent > 1e-3:  # below, float16 scales are subnormal
+        error = (codes.weight() - weight).square().sum() / weight.square().sum()
+        assert float(error) < (1.0 if fmt.bits == 2 else 0.2)
+
+
+def test_zero_and_representable_weights_come_back_exactly():
+    assert torch.equal(quantize(torch.zeros(2, 64), FORMATS["int2_g32"]).weight(), torch.zeros(2, 64))
+    grid = (torch.arange(64) % 16 - 8).float().repeat(3, 1) * 0.25  # int4 with scale 0.25
+    assert torch.equal(quantize(grid, FORMATS["int4_g32"]).weight(), grid)
+
+
+def test_more_bits_never_hurt():
+    weight = torch.randn(8, 128, generator=torch.Generator().manual_seed(0))
+    errors = [float((quantize(weight, FORMATS[f"int{bits}_g64"]).weight() - weight).square().sum()) for bits in (2, 3, 4, 8)]
+    assert errors == sorted(errors, reverse=True)
+
+
+def test_unknown_quantizer_lists_the_valid_ones():
+    with pytest.raises(UserError, match=r"--quantizer.*'rnt'.*'rtn'"):
+        get_quantizer("rnt")
