@@ -20,8 +20,12 @@ for _name, _place in {
     os.environ[_name] = os.path.join(_HOME, _place)
 
 import pytest  # noqa: E402  (the environment must be set before any library is imported)
+import torch  # noqa: E402
 
 from tiny import SHARED, make_checkpoint  # noqa: E402
+
+# Tiny models on two busy cores: threads that wait for each other cost a hundred times what they save.
+torch.set_num_threads(1)
 
 
 @pytest.fixture(scope="session")

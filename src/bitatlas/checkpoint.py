@@ -96,6 +96,21 @@ def open_checkpoint(name: str, revision: str | None = None, fuse: bool = True) -
     return Checkpoint(folder, config, info, modules, layers_path, files, _notes(model, layers_path, modules))
 
 
+def open_model(name: str, device: str = "cpu") -> tuple[Any, Any]:
+    """(model, tokenizer) of any causal checkpoint that transformers loads, quantized ones included, for comparisons alone."""
+    folder = _folder(name, None)
+    _config(folder, name, quantized=True)
+    for file in weight_files(folder):
+        _header(file)
+    try:
+        model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, local_files_only=True, use_safetensors=True)
+        tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True)
+    except (OSError, ValueError, KeyError, ImportError, RuntimeError) as error:
+        raise UserError(f"{name}: transformers cannot load it ({_first_line(error)})") from None
+    model.to(device)  # type: ignore[arg-type]
+    return model.eval(), tokenizer
+
+
 def _folder(name: str, revision: str | None) -> Path:
     path = Path(name).expanduser()
     if path.is_dir():
@@ -117,7 +132,7 @@ def _first_line(error: BaseException) -> str:
     return (str(error).strip().splitlines() or [type(error).__name__])[0][:200]
 
 
-def _config(folder: Path, name: str) -> Any:
+def _config(folder: Path, name: str, quantized: bool = False) -> Any:
     if not (folder / "config.json").is_file():
         raise UserError(f"{name}: no config.json, so not a checkpoint in Hugging Face layout")
     try:
@@ -125,7 +140,7 @@ def _config(folder: Path, name: str) -> Any:
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise UserError(f"{name}: config.json cannot be used ({_first_line(error)})") from None
     _refuse_other_models(config, name)
-    if getattr(config, "quantization_config", None):
+    if getattr(config, "quantization_config", None) and not quantized:
         raise UserError(f"{name}: is quantized already; give the unquantized checkpoint")
     return config
 

@@ -9,6 +9,7 @@ from typing import Any
 
 from bitatlas.errors import UserError
 from bitatlas.formats import FORMATS, Format, by_width, get_format
+from bitatlas.planning.budget import parse_size
 from bitatlas.records import Budget
 
 DEFAULT_FORMATS = "int2_g64,int4_g64"
@@ -81,6 +82,20 @@ def parse_rows(text: str) -> tuple[int, int, int]:
         raise UserError(f"--rows {text}: give three numbers, fit,select,test, like {DEFAULT_ROWS}")
     fit, select, test = (int(part) for part in text.split(","))
     return fit, select, test
+
+
+def parse_budget(code_bits: float | None, stored_bits: float | None, size: str | None, max_damage: float | None) -> Budget | None:
+    """The one budget that was given, or None; UserError for two."""
+    values = {
+        "code_bits": code_bits,
+        "stored_bits": stored_bits,
+        "size": parse_size(size) if size else None,
+        "max_damage": max_damage,
+    }
+    given = [Budget(kind, float(value)) for kind, value in values.items() if value is not None]
+    if len(given) > 1:
+        raise UserError("--code-bits, --stored-bits, --size, --max-damage: give one of them, not several")
+    return given[0] if given else None
 
 
 def check_device(device: str) -> str:

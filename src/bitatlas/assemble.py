@@ -1,0 +1,165 @@
+"""From measurements to the atlas, and from the atlas to files. No model, no torch: numbers in, records and files out."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from bitatlas.evaluation.bootstrap import measured
+from bitatlas.evaluation.items import TASKS
+from bitatlas.evaluation.paired import compare_all
+from bitatlas.findings import LayerRows, TaskEvidence, conclude
+from bitatlas.formats import stored_bytes
+from bitatlas.planning.budget import size_of
+from bitatlas.planning.judge import Judged
+from bitatlas.records import (
+    Atlas,
+    AttentionHead,
+    AttentionLayer,
+    CurvePoint,
+    ModelInfo,
+    Module,
+    TokensInfo,
+    Uniform,
+    WeightProfile,
+    to_json,
+    write_text,
+)
+from bitatlas.settings import Settings
+from bitatlas.tables import write_tables
+
+Lines = list[dict[str, Any]]
+
+
+@dataclass(frozen=True)
+class Measurements:
+    """What the stages measured. Damage arrays are float64, nats/token, on the test rows."""
+
+    weights: list[WeightProfile]
+    widths: dict[str, np.ndarray]  # format -> [rows]
+    lowered: np.ndarray  # [layers, rows]
+    raised: np.ndarray  # [layers, rows]
+    unit_damage: dict[str, dict[str, dict[str, float]]]
+    base_damage: dict[str, float]
+    attention: list[AttentionLayer]
+    heads: list[AttentionHead]
+    judged: Judged
+    outcomes: dict[str, dict[str, np.ndarray]]  # task -> precision -> bool [items]
+    chance: dict[str, float]  # task -> 0..1
+    items: Lines  # one line a task, precision and item
+    notes: list[str]
+
+
+def assemble(
+    info: ModelInfo, modules: list[Module], tokens: TokensInfo, settings: Settings, versions: dict[str, str], found: Measurements
+) -> Atlas:
+    """The finished atlas: records from arrays, and the conclusions drawn from them."""
+    scores, pairs = compare_all(found.outcomes, found.chance)
+    rows = layer_rows(modules, settings, found)
+    math_tasks = [task for task in found.outcomes if not TASKS[task].is_choice]
+    conclusions = conclude(
+        rows,
+        settings.tolerance_nats,
+        modules=modules,
+        weights=found.weights,
+        attention=found.attention,
+        plan=found.judged.plan,
+        tested=TaskEvidence(scores, pairs, found.outcomes, math_tasks),
+        seed=settings.seed,
+    )
+    uniform = uniform_records(info, modules, found.widths, settings.seed)
+    return Atlas(
+        model=info,
+        settings=settings.recorded(),
+        versions=versions,
+        formats=settings.format_table(),
+        quantizer=settings.quantizer,
+        high=settings.high,
+        low=settings.low,
+        tokens=tokens,
+        modules=modules,
+        module_bytes={
+            m.name: {name: stored_bytes(m.shape, fmt) for name, fmt in settings.format_table().items()} for m in modules
+        },
+        unit_damage=found.unit_damage,
+        base_damage=found.base_damage,
+        uniform=uniform,
+        layers=conclusions.layers,
+        zones=conclusions.zones,
+        weights=found.weights,
+        attention=found.attention,
+        heads=found.heads,
+        tasks=scores,
+        task_pairs=pairs,
+        plan=found.judged.plan,
+        curve=[*uniform_points(uniform), *found.judged.curve],
+        correlations=conclusions.correlations,
+        findings=conclusions.findings,
+        notes=found.notes,
+    )
+
+
+def layer_rows(modules: Sequence[Module], settings: Settings, found: Measurements) -> LayerRows:
+    """The damage of layers as the findings read it."""
+    layers = sorted({module.layer for module in modules})
+    weights = np.array([sum(m.weights for m in modules if m.layer == layer) for layer in layers], dtype=np.float64)
+    return LayerRows(
+        high=found.widths[settings.high],
+        low=found.widths[settings.low],
+        lowered=found.lowered,
+        raised=found.raised,
+        weights=weights,
+        high_name=settings.high,
+        low_name=settings.low,
+    )
+
+
+def uniform_records(info: ModelInfo, modules: Sequence[Module], widths: Mapping[str, np.ndarray], seed: int) -> list[Uniform]:
+    """Size and damage of every uniform width."""
+    return [
+        Uniform(
+            name,
+            size_of(modules, {module.name: name for module in modules}, info),
+            measured(rows, "nats/token", f"uniform:{name}", "test", seed),
+        )
+        for name, rows in widths.items()
+    ]
+
+
+def uniform_points(uniform: Sequence[Uniform]) -> list[CurvePoint]:
+    return [
+        CurvePoint(f"uniform {u.format}", "uniform", u.size.code_bits, u.size.stored_bits, u.size.total_bytes, u.damage)
+        for u in uniform
+    ]
+
+
+def damage_lines(found: Measurements, low: str, high: str) -> Lines:
+    """Every row's damage: of uniform widths, and of every layer both ways."""
+    lines = [
+        _line("reference", f"uniform:{name}", name, row, value)
+        for name, rows in found.widths.items()
+        for row, value in enumerate(rows)
+    ]
+    for base, other, table in ((high, low, found.lowered), (low, high, found.raised)):
+        for layer, rows in enumerate(table):
+            lines += [_line(f"uniform:{base}", f"layer:{layer}", other, row, value) for row, value in enumerate(rows)]
+    return lines
+
+
+def _line(base: str, target: str, name: str, row: int, value: float) -> dict[str, Any]:
+    return {"base": base, "target": target, "format": name, "split": "test", "row": row, "damage_nats": float(value)}
+
+
+def write_outputs(out: Path, atlas: Atlas, tables: Mapping[str, Lines]) -> None:
+    """All files of a finished survey: tables first, the reports last, each written beside and renamed."""
+    from bitatlas.report.html import write_reports
+
+    write_tables(out / "tables", tables)
+    write_text(out / "atlas.json", to_json(atlas))
+    if atlas.plan:
+        write_text(out / "plan.json", to_json(atlas.plan))
+    write_reports(atlas, out)

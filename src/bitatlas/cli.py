@@ -1,0 +1,211 @@
+"""The command line: one subcommand a stage. Parses, calls, prints; no maths, and nothing heavy is imported before it is needed.
+
+Exit codes: 0 done, 2 wrong use or an impossible request (one line on stderr), 1 anything else.
+"""
+
+from __future__ import annotations
+
+import errno
+import sys
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from bitatlas.errors import UserError
+
+app = typer.Typer(
+    help="What low-bit weights do to a language model: measured, planned, verified.",
+    no_args_is_help=True,
+    add_completion=True,
+    pretty_exceptions_enable=False,
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
+
+CodeBits = Annotated[
+    float | None, typer.Option("--code-bits", help="Budget: bits of the codes alone, per weight (the usual '3-bit').")
+]
+StoredBits = Annotated[
+    float | None, typer.Option("--stored-bits", help="Budget: all stored bits of the quantized modules, per weight.")
+]
+SizeText = Annotated[str | None, typer.Option("--size", help="Budget: bytes of the whole model, like 4GiB.")]
+MaxDamage = Annotated[
+    float | None, typer.Option("--max-damage", help="Budget: the greatest damage tolerated, nats/token; finds the smallest plan.")
+]
+Tokens = Annotated[
+    str | None, typer.Option("--tokens", help="Text to measure on: a .txt or .jsonl file, or hub:owner/name[:config[:split]].")
+]
+RowCounts = Annotated[str, typer.Option("--rows", help="Rows to find, choose and judge a plan on: fit,select,test.")]
+RowLength = Annotated[int, typer.Option("--row-length", help="Tokens in a row.")]
+Tasks = Annotated[
+    str | None, typer.Option("--tasks", help="Tasks, like arc_easy,svamp; or none. Default: the demo's two, else arc_easy,svamp.")
+]
+TaskData = Annotated[
+    str | None,
+    typer.Option("--task-data", help="Folder with the tasks' files (SVAMP.json, ARC-Easy-test.jsonl, ...), instead of the hub."),
+]
+Limit = Annotated[int | None, typer.Option("--limit", help="At most so many items a task.")]
+Device = Annotated[str, typer.Option("--device", help="cpu, cuda, mps or auto.")]
+Revision = Annotated[str | None, typer.Option("--revision", help="Hub revision.")]
+Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="No progress on stderr.")]
+Seed = Annotated[int, typer.Option("--seed", help="Seed of everything drawn at random.")]
+
+
+@app.callback(invoke_without_command=True)
+def version(show: Annotated[bool, typer.Option("--version", help="Print the version and exit.")] = False) -> None:
+    if show:
+        from bitatlas import __version__
+
+        print(f"bitatlas {__version__}")
+        raise typer.Exit
+
+
+@app.command()
+def survey(
+    model: Annotated[str | None, typer.Argument(help="Checkpoint folder or hub name. Default: the bundled demo model.")] = None,
+    out: Annotated[Path, typer.Option("--out", help="Folder for the run's files.")] = Path("bitatlas-out"),
+    formats: Annotated[
+        str, typer.Option("--formats", help="Candidate formats: int{2,3,4,8}_g{32,64,128}[_sym].")
+    ] = "int2_g64,int4_g64",
+    quantizer: Annotated[str, typer.Option("--quantizer", help="How codes are chosen: rtn.")] = "rtn",
+    code_bits: CodeBits = None,
+    stored_bits: StoredBits = None,
+    size: SizeText = None,
+    max_damage: MaxDamage = None,
+    tokens: Tokens = None,
+    rows: RowCounts = "24,24,64",
+    row_length: RowLength = 192,
+    tasks: Tasks = None,
+    task_data: TaskData = None,
+    limit: Limit = 300,
+    tolerance: Annotated[
+        float, typer.Option("--tolerance", help="A layer is safe only if lowering it adds at most this, nats/token.")
+    ] = 0.05,
+    fuse: Annotated[
+        bool, typer.Option("--fuse/--no-fuse", help="q/k/v share a format, and gate/up (vLLM needs it; GGUF and MLX do not).")
+    ] = True,
+    device: Device = "cpu",
+    revision: Revision = None,
+    seed: Seed = 0,
+    resume: Annotated[bool, typer.Option("--resume", help="Go on with the run in --out.")] = False,
+    quiet: Quiet = False,
+) -> None:
+    """Measure a checkpoint, plan its precision, verify the plan, write the report (the main job)."""
+    from bitatlas.prepare import default_settings
+    from bitatlas.progress import Reporter
+    from bitatlas.settings import parse_budget
+    from bitatlas.survey import run_survey
+
+    budget = parse_budget(code_bits, stored_bits, size, max_damage)
+    settings = default_settings(
+        model=model, formats=formats, quantizer=quantizer, budget=budget, tokens=tokens, rows=rows, row_length=row_length, tasks=tasks, task_data=task_data, limit=limit, tolerance=tolerance, fuse=fuse, device=device,
+        revision=revision, seed=seed,
+    )  # fmt: skip
+    reporter = Reporter(quiet)
+    atlas = run_survey(settings, out, resume, reporter)
+    from bitatlas.terminal import show_summary
+
+    if not quiet:
+        show_summary(atlas)
+    print(out / "report.html")
+
+
+@app.command()
+def plan(
+    folder: Annotated[Path, typer.Argument(help="Folder of a finished survey.")],
+    code_bits: CodeBits = None,
+    stored_bits: StoredBits = None,
+    size: SizeText = None,
+    max_damage: MaxDamage = None,
+    out: Annotated[Path | None, typer.Option("--out", help="File for the plan. Default: FOLDER/plan-<budget>.json.")] = None,
+) -> None:
+    """Another budget, from the atlas alone, in seconds. Its damage is predicted; `verify` measures it."""
+    from bitatlas.planning.replan import replan, write_plan
+    from bitatlas.settings import parse_budget
+    from bitatlas.terminal import show_plan
+
+    budget = parse_budget(code_bits, stored_bits, size, max_damage)
+    if budget is None:
+        raise UserError("give a budget: --code-bits, --stored-bits, --size or --max-damage")
+    found = replan(folder, budget)
+    show_plan(found)
+    print(write_plan(found, folder, out))
+
+
+@app.command()
+def verify(
+    model: Annotated[str, typer.Argument(help="The checkpoint that the plan was made for.")],
+    plan_file: Annotated[Path, typer.Argument(metavar="PLAN", help="A plan.json.")],
+    tokens: Tokens = None,
+    rows: RowCounts = "24,24,64",
+    row_length: RowLength = 192,
+    device: Device = "cpu",
+    seed: Seed = 0,
+    quiet: Quiet = False,
+) -> None:
+    """Measure a plan's size and damage against what it promises; exit code 1 if it does worse."""
+    from bitatlas.progress import Reporter
+    from bitatlas.settings import parse_rows
+    from bitatlas.terminal import show_verification
+    from bitatlas.verify import verify_plan
+
+    result = verify_plan(model, plan_file, tokens, parse_rows(rows), row_length, device, seed, Reporter(quiet))
+    show_verification(result)
+    if not result.kept:
+        raise typer.Exit(1)
+
+
+@app.command()
+def compare(
+    first: Annotated[str, typer.Argument(metavar="MODEL_A", help="A checkpoint, quantized or not.")],
+    second: Annotated[str, typer.Argument(metavar="MODEL_B", help="Another one.")],
+    tokens: Tokens = None,
+    rows: RowCounts = "2,2,64",
+    row_length: RowLength = 192,
+    tasks: Tasks = None,
+    task_data: TaskData = None,
+    limit: Limit = 300,
+    device: Device = "cpu",
+    seed: Seed = 0,
+    quiet: Quiet = False,
+) -> None:
+    """Two checkpoints on the same rows and items, paired."""
+    from bitatlas.compare import compare_models
+    from bitatlas.progress import Reporter
+    from bitatlas.settings import parse_rows
+    from bitatlas.terminal import show_comparison
+
+    show_comparison(
+        compare_models(
+            first, second, tokens, parse_rows(rows), row_length, tasks, task_data, limit, device, seed, Reporter(quiet)
+        )
+    )
+
+
+@app.command()
+def report(folder: Annotated[Path, typer.Argument(help="Folder of a finished survey.")]) -> None:
+    """Write report.md and report.html again from atlas.json."""
+    from bitatlas.records import Atlas, read_record
+    from bitatlas.report.html import write_reports
+
+    write_reports(read_record(folder / "atlas.json", Atlas), folder)
+    print(folder / "report.html")
+
+
+def main() -> None:
+    """The entry point: a user's mistake is one line and exit code 2, never a traceback."""
+    try:
+        app()
+    except UserError as error:
+        _end(f"bitatlas: {error}", 2)
+    except KeyboardInterrupt:
+        _end("bitatlas: interrupted; what was measured is kept: run the same command with --resume to go on", 1)
+    except OSError as error:
+        if error.errno in (errno.ENOSPC, errno.EACCES, errno.EROFS, errno.EPERM, errno.EDQUOT):
+            _end(f"bitatlas: {error.filename or 'a file'}: {(error.strerror or 'cannot be written').lower()}", 2)
+        raise
+
+
+def _end(line: str, code: int) -> None:
+    print(" ".join(line.split()), file=sys.stderr)
+    raise SystemExit(code)

@@ -1,0 +1,96 @@
+"""Any two checkpoints on the same rows and the same items, paired: damage between them, and every task's difference.
+
+Reads whatever transformers loads, quantized checkpoints included, so that a model from another tool is judged by the same rules.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from bitatlas.checkpoint import open_model
+from bitatlas.errors import UserError
+from bitatlas.evaluation.bootstrap import measured
+from bitatlas.evaluation.paired import compare_all
+from bitatlas.evaluation.run import chance_level, check_task_names, load_items, score_items
+from bitatlas.progress import Reporter
+from bitatlas.records import Measured, TaskPair, TaskScore
+from bitatlas.sensitivity.damage import batch_rows, kl_per_row
+from bitatlas.settings import check_device
+from bitatlas.tokens import make_rows, read_documents
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """`damage`: KL(first || second), None without text. `losses`: cross-entropy of each on the same rows, nats/token."""
+
+    first: str
+    second: str
+    damage: Measured | None
+    losses: tuple[Measured, Measured] | None
+    loss_difference: Measured | None  # second minus first, paired by row
+    scores: list[TaskScore]
+    pairs: list[TaskPair]
+
+
+def compare_models(
+    first: str, second: str, tokens: str | None, rows: tuple[int, int, int], row_length: int, tasks: str | None, task_data: str | None,
+    limit: int | None, device: str, seed: int, reporter: Reporter,
+) -> Comparison:  # fmt: skip
+    """Compare two checkpoints; UserError where there is nothing to compare them on."""
+    names = check_task_names((tasks or "none").split(","))
+    if not names and tokens is None:
+        raise UserError("--tokens, --tasks: give a text, tasks, or both: there is nothing to compare the models on")
+    place = check_device(device)
+    items = {task: load_items(task, Path(task_data) if task_data else None, limit, seed) for task in names}
+    models = [open_model(name, place) for name in (first, second)]
+    damage, losses, difference = None, None, None
+    if tokens is not None:
+        with reporter.stage("damage and loss") as progress:
+            damage, losses, difference = _on_rows(models, tokens, rows, row_length, seed, progress)
+    outcomes: dict[str, dict[str, np.ndarray]] = {task: {} for task in items}
+    labels = _labels(first, second)
+    for task, of_task in items.items():
+        for label, (model, tokenizer) in zip(labels, models, strict=True):
+            with reporter.stage(f"{task} ({label})"):
+                outcomes[task][label] = np.array([answer["correct"] for answer in score_items(model, tokenizer, task, of_task)])
+    scores, pairs = compare_all(outcomes, {task: chance_level(of_task) for task, of_task in items.items()})
+    return Comparison(*labels, damage, losses, difference, scores, pairs)
+
+
+def _labels(first: str, second: str) -> tuple[str, str]:
+    """The folders' names, or the whole words where these are equal."""
+    short = Path(first).name, Path(second).name
+    return short if short[0] != short[1] else (first, second) if first != second else (f"{first} (A)", f"{second} (B)")
+
+
+@torch.no_grad()
+def _on_rows(
+    models: list[tuple[Any, Any]], tokens: str, counts: tuple[int, int, int], row_length: int, seed: int, progress: Any
+) -> tuple[Measured, tuple[Measured, Measured], Measured]:
+    (model_a, tokenizer), (model_b, other) = models
+    if tokenizer.get_vocab() != other.get_vocab():
+        raise UserError("--tokens: the models' tokenizers differ, so their distributions cannot be compared; compare on --tasks")
+    context = min(int(getattr(m.config.get_text_config(), "max_position_embeddings", row_length)) for m in (model_a, model_b))
+    rows = make_rows(read_documents(tokens), tokenizer, tokens, counts, row_length, context, seed).test
+    batches = rows.split(batch_rows(row_length, len(tokenizer)))
+    found: list[Tensor] = []
+    for done, batch in enumerate(batches, start=1):
+        logits = [model(input_ids=batch.to(model.device), use_cache=False).logits.float() for model, _ in models]
+        logits = [part[..., : min(each.shape[-1] for each in logits)] for part in logits]  # padded vocabularies may differ
+        logs = [torch.log_softmax(part, -1) for part in logits]
+        nll = [-log[:, :-1].gather(-1, batch[:, 1:, None].to(log.device)).squeeze(-1).double().mean(-1) for log in logs]
+        found.append(torch.stack([kl_per_row(logs[0], logits[1]), *nll]))
+        progress(done, len(batches))
+    kl, first, second = torch.cat(found, dim=1).cpu().numpy()
+    names = _labels("A", "B")
+    return (
+        measured(kl, "nats/token", names[0], "test", seed),
+        (measured(first, "nats/token", names[0], "test", seed), measured(second, "nats/token", names[1], "test", seed)),
+        measured(second - first, "nats/token", names[0], "test", seed),
+    )

@@ -1,0 +1,217 @@
+"""Score a model that is in memory on items, through lm-evaluation-harness, one record an item.
+
+The harness does what it is trusted for: prompts, tokenization at the border of prompt and answer, batching, log-likelihoods,
+stopping, metrics. This file hands it the items in memory and the model as it is now, so that a caller may swap weights, score a
+shard, swap back; beside the model's own work that costs about 20 ms a call and 2 ms an item. Nothing is written and nothing is
+fetched: the harness's `evaluate` is called, not `simple_evaluate`, which would reset random seeds and collect the environment.
+
+Left out: chat templates (base-model prompts throughout, as for the published numbers of these tasks); several devices a call.
+Source: lm-evaluation-harness (EleutherAI), version 0.4.13.
+"""
+
+from __future__ import annotations
+
+import functools
+import logging
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from bitatlas.errors import UserError
+from bitatlas.evaluation.items import (
+    TASKS,
+    Item,
+    Task,
+    chance_level,
+    check_task_names,
+    items_sha256,
+    load_items,
+    numbers_in,
+    split_items,
+    task_text,
+)
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+__all__ = [
+    "TASKS",
+    "Task",
+    "chance_level",
+    "check_task_names",
+    "items_sha256",
+    "load_items",
+    "score_items",
+    "split_items",
+    "task_text",
+]
+
+TASK_FILES = Path(__file__).parent / "tasks"
+
+
+def score_items(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    task: str,
+    items: Sequence[Item],
+    batch_size: int = 16,
+    examples: Sequence[Item] = (),
+) -> list[dict[str, Any]]:
+    """Let the model, with the weights it has now and where it is now, answer `items` of `task`; records in their order.
+
+    A record: {"item": id, "correct": bool, "answer": str, "expected": str, "truncated": bool}, and of a task that writes also
+    "output", the text. `answer` is the choice's text, or the number that was read ("" if none). `truncated`: the prompt did not
+    fit into the model's context and lost its beginning. `examples` are put before every prompt, with their answers.
+
+    The tokenizer is as before on return. Raises UserError where the tokenizer has no token to pad or to stop with, or where a
+    choice is longer than the model's context.
+    """
+    if not items:
+        return []
+    import torch
+    from lm_eval.evaluator import evaluate
+    from lm_eval.models.huggingface import HFLM
+
+    spec = TASKS[task]
+    with _quiet(), _special_tokens(tokenizer), torch.no_grad():
+        lm = HFLM(pretrained=model, tokenizer=tokenizer, batch_size=batch_size)  # type: ignore[arg-type]
+        _check_choices(spec, items, lm)
+        harness_task = _harness_task(spec, items, examples, lm.max_length)
+        results = evaluate(lm=lm, task_dict={spec.name: harness_task}, bootstrap_iters=0, log_samples=True)
+        samples = sorted(results["samples"][spec.name], key=lambda sample: sample["doc_id"])
+        return [_record(spec, item, sample, lm) for item, sample in zip(items, samples, strict=True)]
+
+
+def _check_choices(spec: Task, items: Sequence[Item], lm: Any) -> None:
+    """The harness cuts a prompt that is too long, but a choice alone that does not fit breaks it."""
+    for item in items:
+        for text in item["choices"] if spec.is_choice else ():
+            # a token is at least a byte, so most texts need not be tokenized
+            if len(text.encode()) >= lm.max_length and len(lm.tok_encode(" " + text)) > lm.max_length:
+                raise UserError(
+                    f"--tasks {spec.name}: a choice of item {item['id']} is longer than the model's context ({lm.max_length} tokens)"
+                )
+
+
+def _harness_task(spec: Task, items: Sequence[Item], examples: Sequence[Item], context: int) -> Any:
+    """The task file with these items in it."""
+    from datasets import Dataset
+    from lm_eval.api.task import ConfigurableTask
+
+    config = _task_file(spec.form)
+    config["task"] = spec.name
+    config["custom_dataset"] = lambda **_: {"items": Dataset.from_list([dict(item) for item in items])}
+    config["num_fewshot"] = len(examples)
+    config["fewshot_config"]["samples"] = [dict(example) for example in examples]
+    if not spec.is_choice:
+        config["process_results"] = functools.partial(number_right, spec.form)
+        # a prompt must have room beside what is written
+        generation = config["generation_kwargs"]
+        generation["max_gen_toks"] = min(generation["max_gen_toks"], context // 2)
+    return ConfigurableTask(config=config)
+
+
+def _task_file(form: str) -> dict[str, Any]:
+    import yaml
+
+    return dict(yaml.safe_load((TASK_FILES / f"{form}.yaml").read_text(encoding="utf-8")))
+
+
+# --- reading what was answered -------------------------------------------------------------------------------------------
+
+
+def read_number(form: str, output: str) -> float | None:
+    """The answer in a written text: a problem's is the last number in its first line, a worked solution's the one after ####.
+
+    Without a #### the last number of the solution counts.
+    """
+    if form == "problem":
+        output = next((line for line in output.splitlines() if line.strip()), "")
+    else:
+        before, mark, after = output.rpartition("####")
+        marked = numbers_in(after) if mark else []
+        if marked:
+            return marked[0]
+        output = before if mark else output
+    found = numbers_in(output)
+    return found[-1] if found else None
+
+
+def number_right(form: str, item: Item, outputs: Sequence[str]) -> dict[str, float]:
+    """The harness's `process_results`: 1 where the number that is read equals the answer."""
+    number = read_number(form, outputs[0])
+    return {"exact_match": float(number is not None and abs(number - float(item["answer"])) < 1e-6)}
+
+
+def _record(spec: Task, item: Item, sample: dict[str, Any], lm: Any) -> dict[str, Any]:
+    """What is kept of the harness's sample; "truncated" repeats its rule for what fits."""
+    prompt = sample["arguments"][0][0]
+    if spec.is_choice:
+        likelihoods = [likelihood for likelihood, _ in sample["filtered_resps"]]  # [choices], summed, nats
+        longest = max(len(lm.tok_encode(prompt + ending)) for _, ending in sample["arguments"])
+        return {
+            "item": item["id"],
+            "correct": bool(sample["acc"]),
+            "answer": item["choices"][int(np.argmax(likelihoods))],
+            "expected": item["choices"][item["gold"]],
+            "truncated": longest > lm.max_length + 1,  # the last token is scored, not read
+        }
+    output = sample["filtered_resps"][0]
+    number = read_number(spec.form, output)
+    room = lm.max_length - sample["arguments"][0][1]["max_gen_toks"]
+    return {
+        "item": item["id"],
+        "correct": bool(sample["exact_match"]),
+        "answer": "" if number is None else f"{number:.15g}",
+        "expected": item["answer"],
+        "truncated": len(lm.tok_encode(prompt)) > room,
+        "output": output,
+    }
+
+
+# --- keeping the harness quiet and the tokenizer as it was ---------------------------------------------------------------
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """No progress bars and no logs below errors: in shards, the harness would print a page for each."""
+    from tqdm import tqdm
+
+    loggers = [logging.getLogger(name) for name in ("lm_eval", "transformers", "datasets")]
+    levels = [logger.level for logger in loggers]
+    start_bar = tqdm.__init__
+
+    def no_bar(self: Any, *args: Any, **options: Any) -> None:
+        start_bar(self, *args, **{**options, "disable": True})
+
+    try:
+        for logger in loggers:
+            logger.setLevel(logging.ERROR)
+        tqdm.__init__ = no_bar  # type: ignore[assignment, method-assign]
+        yield
+    finally:
+        tqdm.__init__ = start_bar  # type: ignore[method-assign]
+        for logger, level in zip(loggers, levels, strict=True):
+            logger.setLevel(level)
+
+
+@contextmanager
+def _special_tokens(tokenizer: PreTrainedTokenizerBase) -> Iterator[None]:
+    """The harness needs a token to pad with (masked, so any will do) and one to stop at; take them back afterwards."""
+    before = {name: getattr(tokenizer, name) for name in ("eos_token", "pad_token")}
+    known = [tokenizer.eos_token, tokenizer.pad_token, tokenizer.unk_token, tokenizer.bos_token]
+    spare = next((token for token in known if token is not None), None)
+    if spare is None:
+        raise UserError("--tasks: the tokenizer has no end-of-text, padding, unknown or beginning token; tasks need one of them")
+    try:
+        for name, token in before.items():
+            if token is None:
+                setattr(tokenizer, name, spare)
+        yield
+    finally:
+        for name, token in before.items():
+            if token is None:
+                setattr(tokenizer, name, None)

@@ -1,0 +1,130 @@
+"""Numbers -> statements: who does the damage, where the zones are, which rules of thumb hold, whether the plan is worth having.
+
+    words.py         numbers and layers in sentences
+    shares.py        share of the damage, criticality, and the verdict on each layer
+    zones.py         runs of layers that are about equally critical, and how many there are
+    correlations.py  do cheap measures tell where the damage is?
+    folk.py          rules of thumb, each tested on this checkpoint
+    verdict.py       the plan against its baselines
+    statements.py    the sentences, from records
+
+Everything measured comes in as arrays with one value a test row; nothing here needs the model. Every statement carries its
+evidence or the word "inconclusive".
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import dataclass
+
+from numpy.typing import ArrayLike
+
+from bitatlas.findings.correlations import correlations, layer_measures, permutation_p, spearman
+from bitatlas.findings.folk import folk_findings, math_needs_more
+from bitatlas.findings.shares import LayerRows, Shares, layer_records, misfit, shares_of
+from bitatlas.findings.statements import (
+    attention_findings,
+    layer_findings,
+    measure_findings,
+    plan_findings,
+    task_findings,
+    zone_findings,
+)
+from bitatlas.findings.verdict import PlanVerdict, verdict_on_plan
+from bitatlas.findings.zones import number_of_zones, segmentations, with_low_share, zones
+from bitatlas.records import (
+    AttentionLayer,
+    Correlation,
+    Finding,
+    Layer,
+    Module,
+    Plan,
+    TaskPair,
+    TaskScore,
+    WeightProfile,
+    Zone,
+)
+
+__all__ = [
+    "Conclusions",
+    "LayerRows",
+    "PlanVerdict",
+    "Shares",
+    "TaskEvidence",
+    "conclude",
+    "correlations",
+    "folk_findings",
+    "layer_measures",
+    "layer_records",
+    "math_needs_more",
+    "misfit",
+    "number_of_zones",
+    "permutation_p",
+    "segmentations",
+    "shares_of",
+    "spearman",
+    "verdict_on_plan",
+    "with_low_share",
+    "zones",
+]
+
+
+@dataclass(frozen=True)
+class TaskEvidence:
+    """The tasks: scores and pairs, and the outcomes they come from (task -> precision -> right or wrong, [items])."""
+
+    scores: Sequence[TaskScore] = ()
+    pairs: Sequence[TaskPair] = ()
+    outcomes: Mapping[str, Mapping[str, ArrayLike]] | None = None
+    math_tasks: Collection[str] = ()  # those whose items are word problems
+
+
+@dataclass(frozen=True)
+class Conclusions:
+    """What goes into the atlas. `findings` in reading order: plan, layers, zones, folk rules, tasks, attention."""
+
+    layers: list[Layer]
+    zones: list[Zone]
+    correlations: list[Correlation]
+    findings: list[Finding]
+
+
+def conclude(
+    rows: LayerRows,
+    tolerance: float,
+    *,
+    modules: Sequence[Module] = (),
+    weights: Sequence[WeightProfile] = (),
+    attention: Sequence[AttentionLayer] = (),
+    plan: Plan | None = None,
+    tested: TaskEvidence | None = None,
+    seed: int = 0,
+) -> Conclusions:
+    """Everything that can be said. `tolerance`: damage that a user accepts, nats/token. What was not measured is left out or said so."""
+    tested = tested or TaskEvidence()
+    shares = shares_of(rows, seed)
+    layers = layer_records(rows, tolerance, shares, seed)
+    found_zones = zones(rows, tolerance, shares, seed)
+    if plan is not None:
+        found_zones = with_low_share(found_zones, modules, plan.modules, rows.low_name)
+    measures = layer_measures(weights, attention, rows.layers, rows.low_name)
+    correlated = correlations(measures, shares)
+    about_measures = measure_findings(correlated, measures, shares, seed)
+    findings = [
+        *plan_findings(plan, found_zones, rows.low_name),
+        *layer_findings(layers, misfit(rows, seed), tolerance),
+        *(finding for finding in about_measures if finding.topic == "layers"),
+        *zone_findings(found_zones),
+        *folk_findings(shares, tolerance, measures.get("sparsity"), seed),
+        *task_findings(tested.scores, tested.pairs),
+        *_about_math(tested, rows, seed),
+        *attention_findings(attention, rows.low_name),
+        *(finding for finding in about_measures if finding.topic == "attention"),
+    ]
+    return Conclusions(layers, found_zones, correlated, findings)
+
+
+def _about_math(tested: TaskEvidence, rows: LayerRows, seed: int) -> list[Finding]:
+    if not tested.outcomes:
+        return []
+    return [math_needs_more(tested.outcomes, tested.math_tasks, tested.scores, rows.high_base, rows.low_base, seed)]

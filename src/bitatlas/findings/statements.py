@@ -1,0 +1,202 @@
+"""The sentences about plan, layers, zones, tasks and attention, from the records that carry the numbers.
+
+One statement a thing, each with its evidence; what could not be told is said in the same place, in the same form.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+
+import numpy as np
+
+from bitatlas.evaluation.bootstrap import benjamini_hochberg
+from bitatlas.findings.correlations import ATTENTION_MEASURES, Floats, permutation_p
+from bitatlas.findings.folk import FAILS, HOLDS, OPEN
+from bitatlas.findings.shares import FALSE_DISCOVERIES, Shares
+from bitatlas.findings.verdict import relation
+from bitatlas.findings.words import layer_runs, listed, number, percent, with_interval
+from bitatlas.records import AttentionLayer, Correlation, Finding, Layer, Measured, Plan, TaskPair, TaskScore, Zone
+
+GOOD_FIT = 0.1  # of the damage that the quadratic model may miss before its shares are called rough
+DESCRIBED = "described"
+
+
+# --- plan --------------------------------------------------------------------------------------------------------------
+
+
+def plan_findings(plan: Plan | None, zones: Sequence[Zone], low: str) -> list[Finding]:
+    """Whether the plan earns its place, and where it spends its bits. `zones` with `low_share` filled."""
+    if plan is None:
+        return []
+    if plan.recommended is None:
+        verdict, text = OPEN, "Not compared with other plans of its size; its damage is a prediction."
+    else:
+        beaten = [relation(line.difference) == "beats" for line in plan.baselines if line.difference]
+        verdict = FAILS if not plan.recommended else HOLDS if beaten and all(beaten) else OPEN
+        text = f"{plan.verdict[:1].upper()}{plan.verdict[1:]}."
+    found = [Finding("plan", "the plan does less damage than plans made without measuring", verdict, text, plan.damage.measured)]
+    parts = [
+        f"{zone.name} ({layer_runs(range(zone.first, zone.last + 1))}): {percent(zone.low_share)}"
+        for zone in zones
+        if zone.low_share is not None
+    ]
+    if parts:
+        text = f"{number(plan.size.code_bits)} bits a code, {number(plan.size.stored_bits)} stored bits a weight. At {low}: {'; '.join(parts)} of the weights."
+        found.append(Finding("plan", "where the plan puts its bits", DESCRIBED, text))
+    return found
+
+
+# --- layers and zones --------------------------------------------------------------------------------------------------
+
+
+def layer_findings(layers: Sequence[Layer], fit: Measured | None, tolerance: float) -> list[Finding]:
+    """Which layers are critical, safe, uncertain; one statement for each critical one; how far the shares can be trusted."""
+    groups = {verdict: [one.layer for one in layers if one.verdict == verdict] for verdict in ("critical", "safe", "uncertain")}
+    named = [f"{len(group)} {verdict} ({layer_runs(group)})" for verdict, group in groups.items() if group]
+    verdict = HOLDS if any(one.q_value <= FALSE_DISCOVERIES for one in layers) else OPEN
+    text = f"Of {len(layers)} layers: {listed(named)}. Safe means less damage than its size, and at most {number(tolerance)} nats/token added."
+    found = [Finding("layers", "some layers are more critical than others of their size", verdict, text)]
+    for one in layers:
+        if one.verdict == "critical":
+            share = (
+                f"{percent(one.share.mean)} of the damage with {percent(one.share.mean / one.criticality.mean)} of the weights"
+            )
+            found.append(
+                Finding("layers", f"layer {one.layer}", one.verdict, f"{share}; q = {number(one.q_value)}.", one.criticality)
+            )
+    if fit is not None:
+        found.append(_fit_finding(fit))
+    return found
+
+
+def _fit_finding(fit: Measured) -> Finding:
+    """The quadratic model is good where the whole interval of its misfit is small, bad where the interval lies beyond."""
+    if fit.ci95 is None:
+        return Finding("layers", "the layers' shares add up", OPEN, "Too little damage or too few rows to tell.", fit)
+    low, high = fit.ci95
+    verdict = HOLDS if max(abs(low), abs(high)) <= GOOD_FIT else FAILS if low > GOOD_FIT or high < -GOOD_FIT else OPEN
+    text = f"The layers' shares add up to {percent(1 + fit.mean)} of the damage between {fit.base}; what is missing or too much is interaction of three and more layers."
+    return Finding("layers", "the layers' shares add up", verdict, text, fit)
+
+
+def zone_findings(zones: Sequence[Zone]) -> list[Finding]:
+    """One statement a zone, or that there are none."""
+    if len(zones) < 2:
+        return [Finding("zones", "the layers form zones", OPEN, "No split of the layers predicts rows that did not choose it.")]
+    found = []
+    for zone in zones:
+        name = f"{zone.name}: " if zone.name.startswith("zone") else f"{zone.name} "
+        text = f"{zone.last - zone.first + 1} layers"
+        text += (
+            f"; the plan puts {percent(zone.low_share)} of their weights at the lowest format."
+            if zone.low_share is not None
+            else "."
+        )
+        found.append(
+            Finding("zones", f"{name}{layer_runs(range(zone.first, zone.last + 1))}", zone.verdict, text, zone.criticality)
+        )
+    return found
+
+
+# --- cheap measures ----------------------------------------------------------------------------------------------------
+
+
+def measure_findings(
+    found: Sequence[Correlation], measures: Mapping[str, Floats], shares: Shares, seed: int = 0
+) -> list[Finding]:
+    """Whether weight statistics and attention measures earn a say in the bits: one statement each."""
+    p = [permutation_p(measures[one.measure], shares.mean, seed) for one in found]
+    q = benjamini_hochberg(p) if p else np.empty(0)
+    earned = [
+        one.measure
+        for one, q_value in zip(found, q, strict=True)
+        if shares.defined and one.ci95 and (one.ci95[0] > 0 or one.ci95[1] < 0) and q_value <= FALSE_DISCOVERIES
+    ]
+    statements = []
+    for topic, claim in (
+        ("layers", "weight statistics or depth tell where the damage is"),
+        ("attention", "attention tells where the damage is"),
+    ):
+        about = [one for one in found if (one.measure in ATTENTION_MEASURES) == (topic == "attention")]
+        if not about:
+            continue
+        good = [one.measure for one in about if one.measure in earned]
+        seen = "; ".join(f"{one.measure} {number(one.rho, 2)}{_ends(one)}" for one in about)
+        text = f"Rank correlation with the share of damage over {about[0].n} layers: {seen}. "
+        text += f"Beyond chance: {listed(good)}." if good else "None is beyond chance."
+        statements.append(Finding(topic, claim, HOLDS if good else OPEN, text))
+    return statements
+
+
+def _ends(one: Correlation) -> str:
+    return f" [{number(one.ci95[0], 2)}, {number(one.ci95[1], 2)}]" if one.ci95 else ""
+
+
+# --- tasks -------------------------------------------------------------------------------------------------------------
+
+
+def task_findings(scores: Sequence[TaskScore], pairs: Sequence[TaskPair]) -> list[Finding]:
+    """Each task's scores, then each of its compared pairs."""
+    found = []
+    for task in dict.fromkeys(score.task for score in scores):
+        own = [score for score in scores if score.task == task]
+        seen = "; ".join(
+            f"{score.precision} {score.correct}/{score.n} ({percent(score.correct / score.n)}, {percent(score.wilson95[0])} to {percent(score.wilson95[1])})"
+            for score in own
+        )
+        above = [score.precision for score in own if score.above_chance]
+        text = f"Right: {seen}; chance {percent(own[0].chance)}."
+        if not above:
+            text += " A score not above chance supports no claim about bits."
+        found.append(Finding("tasks", f"{task} is above chance", HOLDS if len(above) == len(own) else OPEN, text))
+        for pair in pairs:
+            if pair.task == task:
+                claim = f"{task}, {pair.first} to {pair.second}"
+                found.append(Finding("tasks", claim, pair.verdict, _sentence(pair), pair.difference, pair.holm_p))
+    return found
+
+
+def _sentence(pair: TaskPair) -> str:
+    """The pair's own text without the verdict it begins with, which is printed before it."""
+    text = pair.text.removeprefix(f"{pair.verdict}: ")
+    return f"{text[:1].upper()}{text[1:]}."
+
+
+# --- attention ---------------------------------------------------------------------------------------------------------
+
+
+def attention_findings(attention: Sequence[AttentionLayer], low: str) -> list[Finding]:
+    """What attention looks like at the reference, and how far the low format moves it."""
+    reference = [one for one in attention if one.base == "reference"]
+    found = []
+    if reference:
+        sharp, broad = (pick(reference, key=lambda one: one.entropy.mean) for pick in (min, max))
+        special = max(reference, key=lambda one: one.specialization_percent.mean)
+        text = (
+            f"Entropy runs from {number(sharp.entropy.mean)} (layer {sharp.layer}) to {number(broad.entropy.mean)} (layer {broad.layer}); "
+            f"layer {special.layer} has most heads with a recognized role ({with_interval(special.specialization_percent)}). "
+        )
+        focused = [(one.focus_percent, one.layer) for one in reference if one.focus_percent is not None]
+        if focused:
+            focus, layer = max(focused, key=lambda pair: pair[0].mean)
+            text += f"Reasoning focus is highest in layer {layer}: {with_interval(focus)} (0 is chance)."
+        else:
+            text += "Reasoning focus was not measured: no problem had tagged operands."
+        found.append(Finding("attention", "attention of the unquantized model", DESCRIBED, text))
+    drifted = [
+        (one.drift_cumulative, one) for one in attention if one.base == f"uniform:{low}" and one.drift_cumulative is not None
+    ]
+    if drifted:
+        drift, most = max(drifted, key=lambda pair: pair[0].mean)
+        text = f"Jensen-Shannon distance to the unquantized maps is largest in layer {most.layer}: {with_interval(drift)}"
+        text += f"; noise floor {with_interval(most.drift_noise)}." if most.drift_noise else "."
+        found.append(
+            Finding("attention", f"attention drifts at {low} everywhere", _drift_verdict(drift, most.drift_noise), text, drift)
+        )
+    return found
+
+
+def _drift_verdict(drift: Measured, noise: Measured | None) -> str:
+    if drift.ci95 is None or noise is None or noise.ci95 is None:
+        return OPEN
+    return HOLDS if drift.ci95[0] > noise.ci95[1] else FAILS if drift.ci95[1] < noise.ci95[0] else OPEN

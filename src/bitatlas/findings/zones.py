@@ -1,0 +1,133 @@
+"""Zones: runs of neighbouring layers that are about equally critical, found and not assumed.
+
+For every number of zones the best cuts come from an exact dynamic programme: least squares of criticality around the zones'
+means, layers weighted by their share of the weights (so a zone's mean is its pooled criticality). How many zones there are is decided by
+cross-validation over rows: cuts and means from some rows predict the layers' criticality on the others. The fewest zones whose
+loss is within one standard error (over rows, paired) of the best win, so "one zone" is an answer: no zones to speak of.
+
+The intervals of the zones come from the rows that chose the cuts; they are a little too favourable for that.
+Left out: zones of modules rather than layers; smooth trends (a trend shows as steps).
+Sources: Fisher 1958 (exact segmentation); Breiman et al. 1984 (one-standard-error rule).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+
+import numpy as np
+from numpy.typing import NDArray
+
+from bitatlas.findings.shares import LayerRows, Shares, shares_of, verdict_of
+from bitatlas.records import Module, Zone
+
+Floats = NDArray[np.float64]
+Cuts = list[tuple[int, int]]  # (first layer, last layer) of every zone
+
+MOST_ZONES = 5  # more than a reader keeps apart
+FOLDS = 10
+NAMES = {1: ["whole model"], 2: ["early", "late"], 3: ["early", "middle", "late"]}
+
+
+def segmentations(values: Floats, weights: Floats, most: int) -> list[tuple[Cuts, float]]:
+    """The best cuts into 1, 2, ... `most` zones, each with its weighted squared error. values, weights: [layers].
+
+    Of equally good cuts the ones with the earlier last zone.
+    """
+    layers = len(values)
+    cost = _zone_errors(np.asarray(values, dtype=np.float64), np.asarray(weights, dtype=np.float64))
+    best = np.full((most + 1, layers + 1), np.inf)  # [zones, layers covered]
+    start = np.zeros((most + 1, layers + 1), dtype=np.int64)  # first layer of the last of those zones
+    best[0, 0] = 0.0
+    for zones in range(1, most + 1):
+        for end in range(zones, layers + 1):
+            totals = best[zones - 1, :end] + cost[:end, end - 1]
+            start[zones, end] = totals.argmin()
+            best[zones, end] = totals[start[zones, end]]
+    found = []
+    for zones in range(1, min(most, layers) + 1):
+        cuts: Cuts = []
+        end = layers
+        for remaining in range(zones, 0, -1):
+            first = int(start[remaining, end])
+            cuts.append((first, end - 1))
+            end = first
+        found.append((cuts[::-1], float(best[zones, layers])))
+    return found
+
+
+def _zone_errors(values: Floats, weights: Floats) -> Floats:
+    """[layers, layers]: weighted squared error of the zone first..last around its own mean; 0 below the diagonal."""
+    layers = len(values)
+    errors = np.zeros((layers, layers))
+    for first in range(layers):
+        mean = total = error = 0.0
+        for last in range(first, layers):  # running mean and error (West 1979): no difference of large sums
+            total += weights[last]
+            step = values[last] - mean
+            mean += step * weights[last] / total
+            error += weights[last] * step * (values[last] - mean)
+            errors[first, last] = error
+    return errors
+
+
+def zone_means(values: Floats, weights: Floats, cuts: Cuts) -> Floats:
+    """[layers]: every layer's zone mean."""
+    parts = [np.full(b - a + 1, np.average(values[a : b + 1], weights=weights[a : b + 1])) for a, b in cuts]
+    return np.concatenate(parts)
+
+
+def number_of_zones(by_row: Floats, weights: Floats, most: int, seed: int = 0) -> int:
+    """How many zones predict rows that did not choose them. by_row: [rows, layers], criticality up to a common factor a row."""
+    rows = len(by_row)
+    most = min(most, by_row.shape[1])
+    if rows < 2 or most < 2:
+        return 1
+    folds = np.array_split(np.random.default_rng(seed).permutation(rows), min(FOLDS, rows))
+    losses = np.empty((most, rows))
+    for held_out in folds:
+        mean = np.delete(by_row, held_out, axis=0).mean(axis=0)  # [layers]
+        for zones, (cuts, _) in enumerate(segmentations(mean, weights, most)):
+            errors = (by_row[held_out] - zone_means(mean, weights, cuts)) ** 2  # [held out rows, layers]
+            losses[zones, held_out] = errors @ weights
+    excess = losses - losses[losses.mean(axis=1).argmin()]  # [zones, rows]; what all rows share cancels
+    within = excess.mean(axis=1) <= excess.std(axis=1, ddof=1) / np.sqrt(rows)
+    return int(np.flatnonzero(within)[0]) + 1
+
+
+def zones(rows: LayerRows, tolerance: float, shares: Shares | None = None, seed: int = 0) -> list[Zone]:
+    """The zones of a model, `low_share` not yet filled. `tolerance`: nats/token that lowering a whole zone may add.
+
+    Safe: interval of the zone's pooled criticality below 1, and the sum of its layers' Shapley values (their damage with its
+    interactions) within the tolerance up to the upper end of its interval. A single zone has criticality 1 by definition: uncertain.
+    """
+    shares = shares or shares_of(rows, seed)
+    count = 1
+    if shares.defined:
+        weights = rows.weights / rows.weights.sum()
+        by_row = rows.values / shares.mean.sum() / weights
+        count = number_of_zones(by_row, weights, min(MOST_ZONES, max(1, rows.layers // 2)), seed)
+        cuts = segmentations(by_row.mean(axis=0), weights, count)[-1][0]
+    else:
+        cuts = [(0, rows.layers - 1)]
+    names = NAMES.get(count) or [f"zone {number}" for number in range(1, count + 1)]
+    found = []
+    for name, (first, last) in zip(names, cuts, strict=True):
+        members = list(range(first, last + 1))
+        criticality = shares.record(*shares.criticality(members), "ratio")
+        damage = shares.damage(members)
+        at_most = damage.ci95[1] if damage.ci95 else np.inf
+        verdict = verdict_of(criticality, at_most, tolerance) if count > 1 else "uncertain"
+        found.append(Zone(first, last, name, criticality, verdict))
+    return found
+
+
+def with_low_share(found: Sequence[Zone], modules: Sequence[Module], assignment: Mapping[str, str], low: str) -> list[Zone]:
+    """The zones with the share of their weights that a plan puts at the format `low`."""
+    filled = []
+    for zone in found:
+        inside = [module for module in modules if zone.first <= module.layer <= zone.last]
+        lowest = sum(module.weights for module in inside if assignment.get(module.name) == low)
+        whole = sum(module.weights for module in inside)
+        filled.append(replace(zone, low_share=lowest / whole if whole else None))
+    return filled

@@ -1,0 +1,82 @@
+"""Plans that anybody would make without measuring, each at most as large as the budget: what a measured plan has to beat.
+
+One width everywhere; the first layers wide and the rest narrow; the last layers wide; and 20 random plans. All but the uniform
+one use the room to the last unit that fits, so that a measured plan does not win by being larger.
+Left out: plans from weight statistics (they are profiles, and need measuring of their own).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+
+import numpy as np
+from numpy.typing import NDArray
+
+from bitatlas.errors import UserError
+from bitatlas.planning.budget import Unit
+
+Ints = NDArray[np.int64]
+
+RANDOM_PLANS = 20
+UNIFORM, FIRST_HIGH, LAST_HIGH, RANDOM = "uniform", "first layers high", "last layers high", "random"
+
+
+def baselines(
+    units: Sequence[Unit], cost: Ints, limit: int, seed: int = 0, formats: Sequence[str] | None = None
+) -> list[tuple[str, Ints]]:
+    """(name, choice [units]) of every baseline, the same for the same seed.
+
+    cost: [units, formats] in whole numbers, `limit` the largest allowed sum. With `formats` the uniform one is named after its
+    format. "First" and "last" use the cheapest and the dearest format alone, random plans use all.
+    Raises UserError where not even the cheapest format everywhere fits, ValueError for a wrong shape.
+    """
+    cost = np.asarray(cost)
+    if cost.ndim != 2 or len(cost) != len(units) or not len(units):
+        raise ValueError(f"cost: [units, formats] with {len(units)} units, got {cost.shape}")
+    totals = cost.sum(axis=0)
+    low, high = int(totals.argmin()), len(totals) - 1 - int(totals[::-1].argmax())
+    if totals[low] > limit:
+        raise UserError(f"the budget of {limit} is below {totals[low]}, the cheapest format everywhere")
+    fitting = np.flatnonzero(totals <= limit)
+    widest = int(fitting[totals[fitting] == totals[fitting].max()][-1])
+    layers = sorted({unit.layer for unit in units})
+    plans = [
+        (UNIFORM if formats is None else f"{UNIFORM} {formats[widest]}", np.full(len(units), widest, dtype=np.int64)),
+        (FIRST_HIGH, _layers_high(units, cost, limit, low, high, layers)),
+        (LAST_HIGH, _layers_high(units, cost, limit, low, high, layers[::-1])),
+    ]
+    for number in range(1, RANDOM_PLANS + 1):
+        generator = np.random.default_rng([seed, number])
+        plans.append((f"{RANDOM} {number}", _random(cost, limit, low, generator)))
+    return plans
+
+
+def _layers_high(units: Sequence[Unit], cost: Ints, limit: int, low: int, high: int, layers: Iterable[int]) -> Ints:
+    """Whole layers raised in the order of `layers` while they fit; in the first that does not, the largest units that fit."""
+    choice = np.full(len(units), low, dtype=np.int64)
+    extra = cost[:, high] - cost[:, low]
+    slack = limit - int(cost[:, low].sum())
+    for layer in layers:
+        members = [index for index, unit in enumerate(units) if unit.layer == layer]
+        whole = int(extra[members].sum()) <= slack
+        for index in sorted(members, key=lambda index: -extra[index]):
+            if extra[index] <= slack:
+                choice[index], slack = high, slack - int(extra[index])
+        if not whole:
+            break
+    return choice
+
+
+def _random(cost: Ints, limit: int, low: int, generator: np.random.Generator) -> Ints:
+    """Units in random order get a random format among those that still fit; then, in another order, the dearest that fits."""
+    units, formats = cost.shape
+    choice: Ints = np.full(units, low, dtype=np.int64)
+    slack = limit - int(cost[:, low].sum())
+    draws: Ints = np.asarray(generator.integers(formats, size=units))
+    for last in (False, True):
+        for unit in generator.permutation(np.arange(units)).tolist():
+            extra = cost[unit, :] - cost[unit, choice[unit]]  # [formats]
+            column = int(np.where(extra <= slack, extra, -1).argmax()) if last else int(draws[unit])
+            if extra[column] <= slack and (not last or extra[column] > 0):
+                choice[unit], slack = column, slack - int(extra[column])
+    return choice

@@ -1,0 +1,274 @@
+"""What a budget allows, in whole bits and bytes, and whether it is possible at all: asked before anything slow runs.
+
+Every kind of budget becomes the same thing: an integer cost per unit and format, and an integer limit that a plan must not
+exceed by one. `KINDS` is that table; a budget by memory (weights plus a cache) is one more row in it.
+Average code bits price the codes alone, so two formats of the same width cost the same there; their bytes differ.
+Left out: leaving single modules unquantized as an option (a unit always gets one of the candidate formats).
+"""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from fractions import Fraction
+
+import numpy as np
+from numpy.typing import NDArray
+
+from bitatlas.errors import UserError
+from bitatlas.formats import Format, get_format, stored_bytes
+from bitatlas.records import Budget, ModelInfo, Module, Size
+
+Ints = NDArray[np.int64]
+
+DTYPE_BYTES = {"float64": 8, "float32": 4, "float16": 2, "bfloat16": 2, "float8_e4m3fn": 1, "float8_e5m2": 1}
+SIZE_UNITS = {"": 1, "b": 1} | {
+    f"{letter}{infix}b": base**power for power, letter in enumerate("kmgt", start=1) for infix, base in (("", 1000), ("i", 1024))
+}
+RANGE_DIGITS = 4  # significant digits of a possible range
+EXACT_DIGITS = 15  # significant digits that show a number as it was given
+DAMAGE_FLAG = "--max-damage"
+
+
+@dataclass(frozen=True)
+class Unit:
+    """Modules that share one format."""
+
+    name: str
+    modules: tuple[Module, ...]
+    layer: int
+    weights: int
+
+
+@dataclass(frozen=True)
+class Costs:
+    """A budget in whole numbers: choose one format per unit so that the sum of `cost` is at most `limit`."""
+
+    cost: Ints  # [units, formats]
+    limit: int | None  # None: the budget is a damage, and `cost` is what is to be made small
+    what: str  # "bits" or "bytes"
+
+
+@dataclass(frozen=True)
+class Kind:
+    """How one kind of budget is counted. `worth` turns a summed cost into the number the user gave, `allows` goes back."""
+
+    flag: str
+    what: str  # what `cost` counts: "bits" or "bytes"
+    cost: Callable[[Module, Format], int]
+    worth: Callable[[int, int, int], Fraction]  # (summed cost, weights, other bytes) -> value
+    allows: Callable[[Fraction, int, int], Fraction]  # (value, weights, other bytes) -> summed cost
+    show: Callable[[Fraction, int], str]  # (value, significant digits) -> text that can be typed again, rounded up
+
+
+def units_of(modules: Sequence[Module]) -> list[Unit]:
+    """Units in the order in which their first module comes. ValueError where a unit spans layers."""
+    groups: dict[str, list[Module]] = {}
+    for module in modules:
+        groups.setdefault(module.unit, []).append(module)
+    units = []
+    for name, group in groups.items():
+        if len({module.layer for module in group}) > 1:
+            raise ValueError(f"unit {name!r} spans more than one layer")
+        units.append(Unit(name, tuple(group), group[0].layer, sum(module.weights for module in group)))
+    return units
+
+
+def assignment_of(units: Sequence[Unit], formats: Sequence[str], choice: NDArray[np.integer]) -> dict[str, str]:
+    """choice: [units], columns of `formats` -> module name -> format name."""
+    return {module.name: formats[int(k)] for unit, k in zip(units, choice, strict=True) for module in unit.modules}
+
+
+def size_of(modules: Sequence[Module], assignment: dict[str, str], info: ModelInfo) -> Size:
+    """The exact size of a plan. Modules not in `assignment` keep the checkpoint's dtype and count in `total_bytes` alone.
+
+    With nothing assigned both averages are the width of the checkpoint's dtype.
+    Raises UserError where the assignment names a module that the checkpoint lacks, or an unknown format.
+    """
+    unknown = sorted(set(assignment) - {module.name for module in modules})
+    if unknown:
+        raise UserError(f"the plan names {len(unknown)} modules that the checkpoint lacks, for example {unknown[0]!r}")
+    width = dtype_bytes(info.dtype)
+    weights = code_bits = quantized_bytes = kept_bytes = 0
+    for module in modules:
+        if module.name not in assignment:
+            kept_bytes += module.weights * width
+            continue
+        fmt = get_format(assignment[module.name])
+        weights += module.weights
+        code_bits += module.weights * fmt.bits
+        quantized_bytes += stored_bytes(module.shape, fmt)
+    total = info.other_bytes + quantized_bytes + kept_bytes
+    if not weights:
+        return Size(8.0 * width, 8.0 * width, 0, total)
+    return Size(code_bits / weights, 8 * quantized_bytes / weights, quantized_bytes, total)
+
+
+def dtype_bytes(dtype: str) -> int:
+    """Bytes of one number of a dtype ("bfloat16", "torch.float32"); UserError for a dtype that is not known."""
+    name = dtype.removeprefix("torch.")
+    if name not in DTYPE_BYTES:
+        raise UserError(f"the checkpoint's dtype {dtype!r} is not supported (known: {', '.join(DTYPE_BYTES)})")
+    return DTYPE_BYTES[name]
+
+
+# --- sizes as people write them ----------------------------------------------------------------------------------------
+
+
+def parse_size(text: str, flag: str = "--size") -> int:
+    """Bytes from "4GiB", "600MB", "1.5 GiB" or "123456"; UserError naming `flag` otherwise. A part of a byte is dropped."""
+    match = re.fullmatch(r"\s*(\d+(?:\.\d*)?|\.\d+)\s*([a-z]*)\s*", text, re.IGNORECASE | re.ASCII)
+    unit = match.group(2).lower() if match else ""
+    if match is None or unit not in SIZE_UNITS:
+        letter = unit.removesuffix("i").upper()
+        near = f" ({letter}B counts in 1000s, {letter}iB in 1024s)" if letter in {"K", "M", "G", "T"} else ""
+        raise UserError(f"{flag} {text!r} is not a size: write a number and a unit, like 600MB or 1.5GiB{near}")
+    size = math.floor(Fraction(match.group(1)) * SIZE_UNITS[unit])
+    if size < 1:
+        raise UserError(f"{flag} {text!r} is less than one byte")
+    return size
+
+
+def show_bytes(value: int | Fraction, digits: int = RANGE_DIGITS) -> str:
+    """A size that `parse_size` reads again, rounded up to `digits` significant digits: 1234567 -> "1.235MB"."""
+    power = min(4, max(0, (len(str(math.floor(value))) - 1) // 3))
+    text = _show_number(Fraction(value) / 1000**power, digits).removesuffix(".0")
+    return f"{text}{('', 'k', 'M', 'G', 'T')[power]}B"
+
+
+def _show_number(value: Fraction, digits: int) -> str:
+    """Decimal text with at least one decimal, rounded up: a budget typed from what is shown is never too small."""
+    places = max(1, digits - len(str(math.floor(value))))
+    head, tail = divmod(math.ceil(value * 10**places), 10**places)
+    return f"{head}.{f'{tail:0{places}d}'.rstrip('0') or '0'}"
+
+
+# --- the kinds of budget -----------------------------------------------------------------------------------------------
+
+KINDS: dict[str, Kind] = {
+    "code_bits": Kind(
+        flag="--code-bits",
+        what="bits",
+        cost=lambda module, fmt: module.weights * fmt.bits,
+        worth=lambda cost, weights, other: Fraction(cost, weights),
+        allows=lambda value, weights, other: value * weights,
+        show=_show_number,
+    ),
+    "stored_bits": Kind(
+        flag="--stored-bits",
+        what="bytes",
+        cost=lambda module, fmt: stored_bytes(module.shape, fmt),
+        worth=lambda cost, weights, other: Fraction(8 * cost, weights),
+        allows=lambda value, weights, other: value * weights / 8,
+        show=_show_number,
+    ),
+    "size": Kind(
+        flag="--size",
+        what="bytes",
+        cost=lambda module, fmt: stored_bytes(module.shape, fmt),
+        worth=lambda cost, weights, other: Fraction(cost + other),
+        allows=lambda value, weights, other: value - other,
+        show=show_bytes,
+    ),
+}
+
+
+def _kind(name: str) -> Kind:
+    if name not in KINDS:
+        raise ValueError(f"budget kind {name!r}: known are {', '.join(KINDS)} and max_damage")
+    return KINDS[name]
+
+
+def costs_of(budget: Budget, units: Sequence[Unit], formats: Sequence[str], info: ModelInfo) -> Costs:
+    """The budget in whole numbers, cost: [units, formats].
+
+    The limit is the largest sum whose value, as `size_of` prints it, is not above the budget's; it can be negative where
+    the budget is impossible. A tolerated damage has no limit: its costs are bytes.
+    """
+    if budget.kind == "max_damage":
+        return Costs(_cost_table(KINDS["size"], units, formats), None, KINDS["size"].what)
+    kind = _kind(budget.kind)
+    weights = sum(unit.weights for unit in units)
+    limit = math.floor(kind.allows(Fraction(budget.value), weights, info.other_bytes))
+    # 2.9 as a float is a little below 29/10: the printed average of one more bit may still be 2.9
+    if float(kind.worth(limit + 1, weights, info.other_bytes)) <= budget.value:
+        limit += 1
+    return Costs(_cost_table(kind, units, formats), limit, kind.what)
+
+
+def _cost_table(kind: Kind, units: Sequence[Unit], formats: Sequence[str]) -> Ints:
+    table = [get_format(name) for name in formats]
+    costs = [[sum(kind.cost(module, fmt) for module in unit.modules) for fmt in table] for unit in units]
+    return np.array(costs, dtype=np.int64).reshape(len(units), len(table))  # [units, formats]
+
+
+def size_range(kind: str, modules: Sequence[Module], formats: Sequence[str], info: ModelInfo) -> tuple[float, float]:
+    """(least, most) that these formats can give, in the unit of the budget's kind: bits a weight, or bytes of the whole model."""
+    counted, units = _kind(kind), units_of(modules)
+    least, most = _extremes(_cost_table(counted, units, formats))
+    weights = sum(unit.weights for unit in units)
+    return float(counted.worth(least, weights, info.other_bytes)), float(counted.worth(most, weights, info.other_bytes))
+
+
+def _extremes(cost: Ints) -> tuple[int, int]:
+    return int(cost.min(axis=1).sum()), int(cost.max(axis=1).sum())
+
+
+def check_budget(budget: Budget, modules: Sequence[Module], formats: Sequence[str], info: ModelInfo) -> None:
+    """Refuse a budget that no plan can meet, or that every plan meets: UserError naming the flag and the possible range.
+
+    A tolerated damage is only checked for being a positive number: what is possible must be measured (`check_damage`).
+    """
+    flag = DAMAGE_FLAG if budget.kind == "max_damage" else _kind(budget.kind).flag
+    if not formats:
+        raise UserError("--formats: at least one format is needed")
+    if not math.isfinite(budget.value) or budget.value <= 0:
+        raise UserError(f"{flag} {budget.value:g} must be a positive number")
+    if budget.kind == "max_damage":
+        return
+    kind, units = KINDS[budget.kind], units_of(modules)
+    if not units:
+        raise UserError("the checkpoint has no linear weights that can be quantized")
+    cost, weights = _cost_table(kind, units, formats), sum(unit.weights for unit in units)
+    ends = _extremes(cost)
+    least, most = (kind.worth(total, weights, info.other_bytes) for total in ends)
+    shown_least, shown_most = (kind.show(value, RANGE_DIGITS) for value in (least, most))
+    possible = f"possible: {shown_least} to {shown_most}" if least < most else f"possible: {shown_least}"
+    given = f"{flag} {_show_given(budget)}"
+    if budget.value < float(least):
+        who = _named(cost.sum(axis=0), ends[0], formats)
+        raise UserError(f"{given} is below {shown_least}, the least that {who}; {possible}")
+    if Fraction(budget.value) > max(most, _typed(kind, shown_most)):
+        who = _named(cost.sum(axis=0), ends[1], formats)
+        raise UserError(f"{given} is above {shown_most}, the most that {who}; {possible}")
+
+
+def _named(totals: Ints, total: int, formats: Sequence[str]) -> str:
+    """The one format that reaches `total` everywhere, where there is one."""
+    reached = [name for name, own in zip(formats, totals, strict=True) if own == total]
+    return f"{reached[0]} gives" if reached else "these formats give"
+
+
+def _typed(kind: Kind, text: str) -> Fraction:
+    return Fraction(parse_size(text)) if kind.show is show_bytes else Fraction(float(text))
+
+
+def _show_given(budget: Budget) -> str:
+    if budget.kind != "size":
+        return f"{budget.value:g}"
+    whole = math.floor(budget.value)
+    for name, size in (("TiB", 2**40), ("GiB", 2**30), ("MiB", 2**20)):
+        if whole >= size and 100 * whole % size == 0:
+            return f"{whole / size:g}{name}"
+    return show_bytes(whole, EXACT_DIGITS)
+
+
+def check_damage(tolerated: float, least: float, widest: str) -> None:
+    """Refuse a tolerated damage (nats/token) below the measured damage `least` of the widest format everywhere."""
+    if tolerated < least:
+        raise UserError(
+            f"{DAMAGE_FLAG} {tolerated:g} is below {least:.3g} nats/token, the damage of {widest} everywhere; "
+            "possible: more than that, or a wider format in --formats"
+        )

@@ -1,0 +1,126 @@
+"""From scores to a judged plan: chosen on the select rows, measured once on the test rows beside what anybody could have done.
+
+`measure` is the only way to the model; it is handed in, so nothing here needs torch.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+from bitatlas.evaluation.bootstrap import measured
+from bitatlas.findings import verdict_on_plan
+from bitatlas.formats import FORMATS
+from bitatlas.planning.baselines import baselines
+from bitatlas.planning.budget import assignment_of, costs_of, size_of, units_of
+from bitatlas.planning.choose import Candidate, Scores, choose, choose_smallest
+from bitatlas.records import Baseline, Budget, CurvePoint, ModelInfo, Module, Plan, PlanDamage, PlanModel
+
+Assignment = dict[str, str]
+MeasureRows = Callable[[Mapping[str, Assignment], str], dict[str, np.ndarray]]  # (plans by name, split) -> damage [rows]
+
+
+@dataclass(frozen=True)
+class Judged:
+    """The plan with its verdict, and every plan that was measured on the test rows."""
+
+    plan: Plan
+    curve: list[CurvePoint]
+
+
+def find_and_judge(
+    info: ModelInfo,
+    modules: Sequence[Module],
+    formats: Sequence[str],
+    quantizer: str,
+    budget: Budget,
+    scores: Scores,
+    measure: MeasureRows,
+    seed: int,
+) -> Judged:
+    """Choose a plan under `budget` and judge it on the test rows. `formats`: narrowest first."""
+    units = units_of(modules)
+    costs = costs_of(budget, units, formats, info)
+
+    def on_select(plans: Mapping[str, np.ndarray]) -> dict[str, float]:
+        found = measure({name: assignment_of(units, formats, choice) for name, choice in plans.items()}, "select")
+        return {name: float(rows.mean()) for name, rows in found.items()}
+
+    if costs.limit is None:
+        best, selected, tried, _ = choose_smallest(scores, costs.cost, budget.value, on_select)
+        limit = int(costs.cost[np.arange(len(units)), best.choice].sum())
+    else:
+        best, selected, tried = choose(scores, costs.cost, costs.limit, on_select)
+        limit = costs.limit
+    plan = unverified_plan(info, modules, formats, quantizer, budget, best, selected, tried, seed)
+    others = {name: assignment_of(units, formats, choice) for name, choice in baselines(units, costs.cost, limit, seed, formats)}
+    return _judge(plan, others, info, modules, measure({"plan": plan.modules, **others}, "test"), seed)
+
+
+def unverified_plan(
+    info: ModelInfo,
+    modules: Sequence[Module],
+    formats: Sequence[str],
+    quantizer: str,
+    budget: Budget,
+    best: Candidate,
+    selected: float | None,
+    tried: Mapping[str, float],
+    seed: int,
+) -> Plan:
+    """A plan whose damage is predicted. `selected`, `tried`: measured damage on the select rows, of it and of all candidates."""
+    assignment = assignment_of(units_of(modules), formats, best.choice)
+    solver = {
+        "method": "certified knapsack on measured single-unit damage",
+        "scores": best.scores,
+        "gap": best.gap,
+        "select_damage": selected,
+        "select_damage_by_scores": dict(tried),
+        "seed": seed,
+    }
+    return Plan(
+        model=PlanModel(info.name, info.revision, info.weights_sha256),
+        formats={name: FORMATS[name] for name in formats},
+        quantizer=quantizer,
+        modules=assignment,
+        budget=budget,
+        size=size_of(modules, assignment, info),
+        damage=PlanDamage(best.predicted, None),
+        solver=solver,
+    )
+
+
+def _judge(
+    plan: Plan,
+    others: Mapping[str, Assignment],
+    info: ModelInfo,
+    modules: Sequence[Module],
+    rows: dict[str, np.ndarray],
+    seed: int,
+) -> Judged:
+    """Add measured damage, baselines and the verdict."""
+    verdict = verdict_on_plan(rows["plan"], {name: rows[name] for name in others}, seed=seed)
+    sizes = {name: size_of(modules, assignment, info) for name, assignment in others.items()}
+    damage = measured(rows["plan"], "nats/token", "plan", "test", seed)
+    lines = [
+        Baseline(name, sizes[name].code_bits, sizes[name].quantized_bytes, one, difference)
+        for name, one, difference in verdict.baselines
+    ]
+    judged = Plan(
+        **{
+            **plan.__dict__,
+            "damage": PlanDamage(plan.damage.predicted, damage),
+            "baselines": lines,
+            "recommended": verdict.recommended,
+            "verdict": verdict.text,
+        }
+    )
+    size = plan.size
+    curve = [CurvePoint("plan", "plan", size.code_bits, size.stored_bits, size.total_bytes, damage)]
+    for line in lines:
+        own = sizes[line.name]
+        kind = "random" if line.name.startswith("random") else "baseline"
+        curve.append(CurvePoint(line.name, kind, own.code_bits, own.stored_bits, own.total_bytes, line.damage))
+    return Judged(judged, curve)

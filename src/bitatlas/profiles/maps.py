@@ -1,0 +1,126 @@
+"""Statistics of attention maps: pure functions on tensors [rows, heads, queries, keys], without a model.
+
+Before anything is measured, *sink keys* are taken out and what is left of each row is renormalized: most heads of trained models
+rest on the first token when they have nothing to say (arXiv:2309.17453), which would hide where they look otherwise. The attention
+that went there is reported as sink mass. Sink keys are the first token of a sequence and tokens with massive activations
+(arXiv:2402.17762): see `massive_tokens`.
+
+Which keys a query may see is read off the map itself, so causal masks, sliding windows and chunks need no case of their own.
+Left out: maps of attention that is not a softmax over keys.
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor
+
+LEAST_KEYS = 8  # a query with fewer keys left says little about how spread its attention is
+LEAST_MASS = 1e-6  # attention left beside the sinks; below it the renormalized row would be rounding noise
+MASSIVE_OVER_MEDIAN = 100.0  # largest |activation| of a token / median |activation| of its sequence
+MASSIVE_OVER_TOKENS = 10.0  # the same / that of the median token: features that are large at every token are not massive
+
+
+def massive_tokens(hidden: Tensor, lengths: Tensor | None = None) -> Tensor:
+    """Tokens with massive activations. hidden: [rows, tokens, width], lengths: [rows] -> bool [rows, tokens].
+
+    A token is massive where its largest |activation| is over 100 x the sequence's median |activation| and over 10 x the median
+    token's largest. (Sun et al. use 1000 x and an absolute 100 on models of billions of weights; small models stay under both.)
+    """
+    size = hidden.detach().float().abs()  # [rows, tokens, width]
+    peak = size.amax(-1)  # [rows, tokens]
+    if lengths is not None:
+        padding = torch.arange(size.shape[1], device=size.device) >= lengths[:, None]
+        size = size.masked_fill(padding[..., None], math.nan)
+        peak = peak.masked_fill(padding, math.nan)
+    massive = peak > MASSIVE_OVER_TOKENS * peak.nanmedian(1, keepdim=True).values
+    rows = massive.any(1)  # in most layers of most models none is left, and the large median need not be taken
+    if rows.any():
+        typical = size[rows].flatten(1).nanmedian(1, keepdim=True).values
+        massive[rows] &= peak[rows] > MASSIVE_OVER_MEDIAN * typical
+    return massive
+
+
+class Sinks:
+    """Sink keys of one batch of sequences while it moves up the layers: once massive, a token stays a sink."""
+
+    def __init__(self, input_ids: Tensor, lengths: Tensor | None = None):
+        """input_ids: [rows, tokens]; lengths: [rows], tokens that are not padding."""
+        self.keys = torch.zeros_like(input_ids, dtype=torch.bool)
+        self.keys[:, 0] = True
+        self.lengths = lengths
+
+    def at(self, hidden: Tensor) -> Tensor:
+        """Sink keys, bool [rows, tokens], of the layer that reads `hidden` [rows, tokens, width]."""
+        self.keys = self.keys | massive_tokens(hidden, self.lengths)
+        return self.keys
+
+
+def allowed_keys(maps: Tensor) -> Tensor:
+    """Keys that each query may see: those with any weight in any row or head. [rows, heads, q, k] -> bool [q, k]."""
+    return maps.amax((0, 1)) > 0
+
+
+def count_keys(allowed: Tensor, sinks: Tensor) -> Tensor:
+    """Keys left to each query without the sinks. allowed: [q, k], sinks: [rows, k] -> [rows, q]."""
+    return (~sinks).float() @ allowed.float().T
+
+
+def strip_sinks(maps: Tensor, sinks: Tensor) -> tuple[Tensor, Tensor]:
+    """Take the sink keys out and renormalize. maps: [rows, heads, q, k], sinks: bool [rows, k] -> (maps, mass kept [rows, heads, q]).
+
+    Rows that keep less than `LEAST_MASS` are all zero.
+    """
+    left = maps.detach().float() * (~sinks)[:, None, None, :]
+    kept = left.sum(-1)
+    scale = torch.where(kept > LEAST_MASS, 1 / kept.clamp_min(LEAST_MASS), 0.0)
+    return left.mul_(scale[..., None]), kept
+
+
+def usable_queries(kept: Tensor, keys: Tensor) -> Tensor:
+    """Queries that count. kept: [rows, heads, q], keys: [rows, q] -> bool [rows, heads, q]."""
+    return (kept > LEAST_MASS) & (keys >= LEAST_KEYS)[:, None, :]
+
+
+def mean_where(values: Tensor, where: Tensor) -> Tensor:
+    """Mean over the last axis where `where` holds; NaN where nowhere. [..., q] -> float64 [...] on the CPU."""
+    total = torch.where(where, values, 0.0).sum(-1).cpu().double()
+    return total / where.sum(-1).cpu().double()
+
+
+def entropy_nats(maps: Tensor) -> Tensor:
+    """Entropy of each attention row. [..., q, k] -> [..., q], nats."""
+    return torch.special.entr(maps).sum(-1)
+
+
+def spread(stripped: Tensor, kept: Tensor, keys: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """(entropy 0..1, entropy in nats, sink mass 0..1), each float64 [rows, heads], means over queries with >= 8 keys.
+
+    stripped: [rows, heads, q, k] and kept: [rows, heads, q] from `strip_sinks`, keys: [rows, q] from `count_keys`. Entropies are
+    NaN where a head rests on the sinks wholly, sink mass where no query has 8 keys.
+    """
+    usable = usable_queries(kept, keys)
+    nats = entropy_nats(stripped)
+    share = (nats / keys.clamp_min(2).log()[:, None, :]).clamp_max(1.0)
+    sink = (1 - kept).clamp(0.0, 1.0)
+    enough = (keys >= LEAST_KEYS)[:, None, :].expand_as(sink)
+    return mean_where(share, usable), mean_where(nats, usable), mean_where(sink, enough)
+
+
+def js_distance(first: Tensor, second: Tensor) -> Tensor:
+    """Jensen-Shannon distance (base 2, 0..1) of each attention row. Both [..., q, k], rows summing to 1 -> [..., q].
+
+    With m the mean of both and d = (p - q) / (p + q), the divergence is sum m ((1 + d) ln(1 + d) + (1 - d) ln(1 - d)) / 2: no term is
+    negative, so nearly equal rows lose no digits, as a difference of entropies would.
+    """
+    if first.dim() > 3:  # one row of a batch at a time stays in the processor's cache
+        return torch.stack([js_distance(p, q) for p, q in zip(first, second, strict=True)])
+    both = first + second
+    edge = 1 - 1e-7  # keeps ln(0) out; exact to 1e-6
+    d = (first - second).div_(both.clamp_min(torch.finfo(both.dtype).tiny)).clamp_(-edge, edge)
+    terms = torch.log1p(d).mul_(1 + d)
+    d.neg_()
+    terms.addcmul_(torch.log1p(d), 1 + d)
+    divergence = terms.mul_(both).sum(-1) / (4 * math.log(2))
+    return divergence.clamp(0.0, 1.0).sqrt()

@@ -1,0 +1,194 @@
+"""What a head is for: previous token, duplicate, induction or retrieval, judged against random targets at matched distances.
+
+A role says which keys a query would look at (its *targets*). With x the token ids, q a query and k < q an earlier key:
+- previous: k = q - 1, on text;
+- retrieval (copy): x[k] is the token that q must predict, x[k] = x[q + 1], on text. Keys that induction would name as well
+  (x[k - 1] = x[q]) are not targets, so the two roles stay apart;
+- duplicate: x[k] = x[q], on repeated random tokens (a random block twice: nothing but repetition can be learned from it);
+- induction: x[k - 1] = x[q], on repeated random tokens (arXiv:2209.11895).
+Key 0 is a sink and never a target.
+
+Score: kappa = (m - e) / (1 - e), with m the mean attention mass on the targets of a query and e the same for random targets, each
+drawn from the keys within 8 tokens of the target it replaces (not targets themselves, not after the query). Exactly the same
+distance is no choice: of the previous token it would leave only the previous token.
+p: in every sequence the true targets and the random draws are exchangeable if the role means nothing to the head; the statistic
+(mean over sequences) is recomputed for random choices of one of them per sequence. That test is exact for any number of draws.
+Left out: what the head writes (OV circuits); a role here is where it looks.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from bitatlas.profiles.masses import Cells, Floats, Masses
+
+TEXT_ROLES = ("previous", "retrieval")
+REPEATED_ROLES = ("duplicate", "induction")
+ROLES = ("previous", "duplicate", "induction", "retrieval")
+NEAR_TOKENS = 8  # how far from a target its random replacement may lie
+DRAWS = 16  # random sets of targets per sequence and role
+KAPPA_THRESHOLDS = (0.2, 0.3, 0.4)
+KAPPA_TYPED = 0.3
+Q_TYPED = 0.05
+BLOCK_TOKENS = (24, 32, 40, 48)  # lengths of the repeated block: with one length, a fixed distance would pass for induction
+FEWEST_BLOCK_TOKENS = 8
+MOST_PERMUTATIONS = 20_000
+
+Bools = NDArray[np.bool_]
+
+
+# --- targets and their random replacements --------------------------------------------------------------------------------
+
+
+def role_targets(role: str, ids: NDArray[np.int64]) -> Bools:
+    """Target keys of each query. ids: [tokens] -> bool [queries, keys]."""
+    tokens = len(ids)
+    same = ids[:, None] == ids[None, :]  # [queries, keys]
+    after_same = np.zeros_like(same)  # key k stands behind a token equal to the query's
+    after_same[:, 1:] = same[:, :-1]
+    if role == "previous":
+        targets = np.eye(tokens, k=-1, dtype=bool)
+    elif role == "duplicate":
+        targets = same.copy()
+    elif role == "induction":
+        targets = after_same
+    elif role == "retrieval":
+        targets = np.zeros_like(same)
+        targets[:-1] = same[1:] & ~after_same[:-1]
+    else:
+        raise ValueError(f"role: one of {', '.join(ROLES)}, got {role!r}")
+    targets &= np.tri(tokens, k=-1, dtype=bool)
+    targets[:, 0] = False
+    return targets
+
+
+@dataclass(frozen=True)
+class Pairs:
+    """True (query, target) pairs of one sequence, and for each pair the random keys that replace its target."""
+
+    query: NDArray[np.int64]  # [pairs]
+    target: NDArray[np.int64]  # [pairs]
+    drawn: NDArray[np.int64]  # [draws, pairs]
+
+
+def matched_pairs(targets: Bools, draws: int, generator: np.random.Generator) -> Pairs:
+    """Pairs of `targets` [queries, keys] with their random replacements; pairs that no key could replace are dropped."""
+    query, target = np.nonzero(targets)
+    offsets = np.concatenate([np.arange(-NEAR_TOKENS, 0), np.arange(1, NEAR_TOKENS + 1)])
+    key = target[:, None] + offsets  # [pairs, offsets]
+    inside = (key >= 1) & (key <= query[:, None])
+    free = inside & ~targets[query[:, None], np.where(inside, key, 0)]
+    count = free.sum(1)
+    kept = count > 0
+    query, target, free, count = query[kept], target[kept], free[kept], count[kept]
+    order = np.argsort(~free, axis=1, kind="stable")  # free offsets first
+    rank = np.floor(generator.random((draws, len(query))) * count).astype(np.int64)
+    drawn = target + offsets[order[np.arange(len(query)), rank]]
+    return Pairs(query, target, drawn)
+
+
+# --- masses on targets -----------------------------------------------------------------------------------------------------
+
+
+@dataclass
+class RoleMasses:
+    """Per sequence and head: mass on the true targets, and on each random draw. A role without targets in a row is NaN there."""
+
+    roles: tuple[str, ...]
+    masses: Masses
+    queries: NDArray[np.int64]  # [roles, rows] queries that have targets
+    draws: int
+
+    def read(self, maps: Tensor) -> Floats:
+        """maps: [rows, heads, queries, keys], sinks stripped -> [rows, roles, 1 + draws, heads]; draw 0 is the true targets."""
+        values = self.masses.read(maps).reshape(len(self.roles), 1 + self.draws, self.queries.shape[1], -1)
+        return np.moveaxis(np.where(self.queries[:, None, :, None] > 0, values, np.nan), 2, 0)
+
+
+def role_masses(roles: tuple[str, ...], ids: Tensor, first_row: int, seed: int, draws: int = DRAWS) -> RoleMasses:
+    """Prepare a batch. ids: [rows, tokens]; `first_row` is its place among all rows, so the draws do not depend on the batches."""
+    array = ids.cpu().numpy()
+    rows, tokens = array.shape
+    cells: list[Cells] = []
+    weights: list[float] = []
+    queries = np.zeros((len(roles), rows), dtype=np.int64)
+    for number, role in enumerate(roles):
+        per_row = []
+        for row in range(rows):
+            generator = np.random.default_rng([seed, ROLES.index(role), first_row + row])
+            pairs = matched_pairs(role_targets(role, array[row]), draws, generator)
+            queries[number, row] = len(np.unique(pairs.query))
+            per_row.append(pairs)
+        for draw in range(1 + draws):
+            cells += [(row, p.query, p.drawn[draw - 1] if draw else p.target) for row, p in enumerate(per_row)]
+            weights += [1 / max(1, count) for count in queries[number]]
+    return RoleMasses(roles, Masses((rows, tokens), cells, weights), queries, draws)
+
+
+def repeated_tokens(tokenizer: Any, vocabulary: int, context: int, sequences: int, seed: int) -> list[Tensor]:
+    """Sequences of a random block twice, after the beginning token where there is one: int64 [sequences of one length, tokens] each.
+
+    Tokens are drawn without repetition from the vocabulary without special and added tokens. Empty where the context cannot hold
+    two blocks of 8 tokens or there are not 8 ordinary tokens.
+    """
+    ordinary = ordinary_tokens(tokenizer, vocabulary)
+    bos = getattr(tokenizer, "bos_token_id", None)
+    start = [] if bos is None else [bos]
+    longest = min((context - len(start)) // 2, len(ordinary))
+    if longest < FEWEST_BLOCK_TOKENS:
+        return []
+    generator = np.random.default_rng([seed, len(ROLES)])
+    groups = []
+    for group, block in enumerate(BLOCK_TOKENS):
+        count = len(range(group, sequences, len(BLOCK_TOKENS)))
+        blocks = [generator.choice(ordinary, min(block, longest), replace=False) for _ in range(count)]
+        groups.append([[*start, *tokens, *tokens] for tokens in blocks])
+    return [torch.tensor(np.asarray(group, dtype=np.int64)) for group in groups if group]
+
+
+def ordinary_tokens(tokenizer: Any, vocabulary: int) -> NDArray[np.int64]:
+    """Ids below `vocabulary` that are neither special nor added afterwards, in order."""
+    special = set(getattr(tokenizer, "all_special_ids", [])) | set(getattr(tokenizer, "added_tokens_decoder", {}))
+    known = tokenizer.get_vocab().values()
+    return np.asarray(sorted({i for i in known if i < vocabulary} - special), dtype=np.int64)
+
+
+# --- scores ---------------------------------------------------------------------------------------------------------------
+
+
+def kappa(mass: Floats, expected: Floats) -> Floats:
+    """(m - e) / (1 - e): 0 is chance, 1 all mass on the targets. Same shapes in and out."""
+    return (mass - expected) / np.maximum(1 - expected, 1e-6)
+
+
+def permutation_p(masses: Floats, permutations: int, seed: int) -> Floats:
+    """One-sided p that true targets get no more mass than random ones. masses: [1 + draws, sequences, heads] -> [heads]."""
+    choices, sequences, heads = masses.shape
+    generator = np.random.default_rng([seed, len(ROLES) + 1])
+    limit = masses[0].mean(0) - 1e-9  # equal up to rounding is equal
+    reached = np.zeros(heads, dtype=np.int64)
+    step = max(1, 2**22 // heads)
+    for start in range(0, permutations, step):
+        chosen = generator.integers(choices, size=(min(step, permutations - start), sequences))
+        means = np.zeros((len(chosen), heads))
+        for sequence in range(sequences):
+            means += masses[chosen[:, sequence], sequence]
+        reached += (means / sequences >= limit).sum(0)
+    return (1 + reached) / (1 + permutations)
+
+
+def permutations_for(tests: int) -> int:
+    """Enough that one head alone could pass Benjamini-Hochberg at 5 % among `tests`, up to a limit of time."""
+    return int(min(MOST_PERMUTATIONS, max(1000, 20 * tests)))
+
+
+def recognized(scores: dict[str, float], q_values: dict[str, float], threshold: float = KAPPA_TYPED) -> str | None:
+    """The role with the highest kappa among those at or above `threshold` with q <= 0.05; None where there is none."""
+    passing = {role: score for role, score in scores.items() if score >= threshold and q_values[role] <= Q_TYPED}
+    return max(passing, key=lambda role: passing[role]) if passing else None

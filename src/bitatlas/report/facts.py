@@ -1,0 +1,384 @@
+"""What all forms of the report say alike: numbers to text, which layers a drawing shows, the answer, the strategy.
+
+Reads the atlas record and nothing else, so that the Mermaid overview, report.md and report.html cannot disagree.
+Numbers carry as many decimals as their interval supports (two digits of its width), so no table suggests more than was measured.
+Left out: any new estimate. A figure that is not in the atlas, or plain arithmetic on it, is "not measured" here.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+
+from bitatlas.records import Atlas, AttentionLayer, Finding, Layer, Measured, Module, TaskPair, Zone
+
+SHOWN_LAYERS = 8  # of a drawing with one box a layer; the tables list all
+MINUS = "−"
+NOT_MEASURED = "not measured"
+
+
+# --- numbers ---------------------------------------------------------------------------------------------------------
+
+
+def number(value: float, decimals: int | None = None) -> str:
+    """A number as text; without `decimals`, three significant digits. Thousands are grouped, minus is the real sign."""
+    if decimals is None:
+        decimals = 2 if value == 0 else max(0, 2 - math.floor(math.log10(abs(value))))
+        if decimals > 6:
+            return f"{value:.1e}".replace("-", MINUS)
+    text = f"{value:,.{decimals}f}"
+    if float(text.replace(",", "")) == 0:
+        text = text.lstrip("-")
+    return text.replace("-", MINUS)
+
+
+def decimals_of(low: float, high: float, least: int = 0) -> int:
+    """Decimals that show two digits of an interval's width: 0.031 wide gives 3."""
+    width = high - low
+    if width <= 0:
+        return max(least, 3)
+    return min(6, max(least, 1 - math.floor(math.log10(width))))
+
+
+def percent(share: float, decimals: int = 1) -> str:
+    """A share 0..1 as a percentage."""
+    return number(100 * share, decimals) + "%"
+
+
+def shown(m: Measured) -> tuple[float, tuple[float, float] | None, str]:
+    """Mean, interval and unit as they are printed: shares become percentages; 0..1 measures and ratios have no unit sign."""
+    if m.unit == "share":
+        return 100 * m.mean, (100 * m.ci95[0], 100 * m.ci95[1]) if m.ci95 else None, "%"
+    return m.mean, m.ci95, "" if m.unit in ("0..1", "ratio") else m.unit
+
+
+def interval(m: Measured | None, unit: bool = False) -> str:
+    """`0.214 [0.199, 0.232]`, with the unit if asked for (percentages always); "no interval" is said where there is none."""
+    if m is None:
+        return NOT_MEASURED
+    mean, ci95, sign = shown(m)
+    after = "%" if sign == "%" else ""
+    suffix = f" {sign}" if unit and sign and not after else ""
+    if ci95 is None:
+        return f"{number(mean)}{after} [no interval]{suffix}"
+    decimals = decimals_of(*ci95, least=1 if sign in ("%", "points") else 0)
+    low, high = (number(end, decimals) for end in ci95)
+    return f"{number(mean, decimals)}{after} [{low}, {high}]{suffix}"
+
+
+def byte_size(count: int) -> str:
+    """Bytes in the decimal unit that fits: 1.68 MB."""
+    value, units = float(count), ["bytes", "kB", "MB", "GB", "TB"]
+    while value >= 1000 and len(units) > 1:
+        value, units = value / 1000, units[1:]
+    return f"{number(value, 0 if units[0] == 'bytes' else None)} {units[0]}"
+
+
+def p_value(p: float | None) -> str:
+    """`p` as text; below 0.0001 only the bound."""
+    if p is None:
+        return ""
+    return "< 0.0001" if p < 1e-4 else number(p, 4 if p < 0.01 else 3 if p < 0.1 else 2)
+
+
+def runs(layers: Iterable[int]) -> str:
+    """Layer numbers as runs: `0–3, 7`."""
+    parts: list[list[int]] = []
+    for layer in sorted(layers):
+        if parts and layer == parts[-1][1] + 1:
+            parts[-1][1] = layer
+        else:
+            parts.append([layer, layer])
+    return ", ".join(str(first) if first == last else f"{first}–{last}" for first, last in parts)
+
+
+def named_layers(layers: Sequence[int]) -> str:
+    """`layer 3` or `layers 0–3, 7`."""
+    return f"{'layer' if len(layers) == 1 else 'layers'} {runs(layers)}"
+
+
+def basis(measured: Iterable[Measured | None]) -> str:
+    """What a column of numbers rests on, said once: base, rows, count. Two bases are both named."""
+    seen: dict[str, None] = {}
+    for m in measured:
+        if m is not None:
+            rows = f"{m.rows} rows" if m.rows in ("fit", "select", "test") else m.rows
+            seen[f"base {m.base}, {rows}, n = {m.n}"] = None
+    return "; ".join(seen) or NOT_MEASURED
+
+
+# --- names -----------------------------------------------------------------------------------------------------------
+
+
+def width_of(atlas: Atlas, name: str) -> str:
+    """`4-bit`, or the format's whole name where high and low have the same number of bits."""
+    if name not in atlas.formats:
+        return name
+    same = [other for other in {atlas.high, atlas.low} if atlas.formats[other].bits == atlas.formats[name].bits]
+    return name if len(same) > 1 else f"{atlas.formats[name].bits}-bit"
+
+
+def precision_name(atlas: Atlas, precision: str) -> str:
+    """A `precision` or `base` string for people: `uniform:int4_g64` is `4-bit`, or its format name where two share a width."""
+    if precision == "plan" and atlas.plan is not None:
+        return f"plan ({number(atlas.plan.size.code_bits, 2)}-bit)"
+    kind, _, name = precision.partition(":")
+    return width_of(atlas, name) if kind == "uniform" and name in (atlas.high, atlas.low) else name or precision
+
+
+def title_of(atlas: Atlas) -> str:
+    """`4-bit vs 2-bit`: the widths of this run."""
+    return f"{width_of(atlas, atlas.high)} vs {width_of(atlas, atlas.low)}"
+
+
+# --- layers ----------------------------------------------------------------------------------------------------------
+
+
+def zone_of(atlas: Atlas, layer: int) -> Zone | None:
+    """The zone that a layer lies in."""
+    return next((zone for zone in atlas.zones if zone.first <= layer <= zone.last), None)
+
+
+def zone_title(zone: Zone) -> str:
+    """`Early layers (0–5)`; `Zone 2 (layers 4–7)` where the name says no place."""
+    span = runs(range(zone.first, zone.last + 1))
+    name = " ".join(zone.name.split())
+    name = f"{name[:1].upper()}{name[1:]}"
+    named = name in ("Early", "Middle", "Late")
+    return f"{name} layers ({span})" if named else f"{name} ({named_layers(range(zone.first, zone.last + 1))})"
+
+
+def select_layers(atlas: Atlas, limit: int = SHOWN_LAYERS) -> list[int]:
+    """Layers that a drawing shows, in order: all if there are at most `limit`.
+
+    Otherwise the first, the last, the most critical and the safest, the most critical of each zone, then, one after the other,
+    the layer furthest from those chosen until there are `limit`. Of equals always the lower number.
+    """
+    if len(atlas.layers) <= limit:
+        return [record.layer for record in atlas.layers]
+    by_harm = sorted(atlas.layers, key=lambda record: (-record.criticality.mean, record.layer))
+    safest = min(atlas.layers, key=lambda record: (record.criticality.mean, record.layer))
+    chosen = {atlas.layers[0].layer, atlas.layers[-1].layer, by_harm[0].layer, safest.layer}
+    for zone in atlas.zones:
+        if not any(zone.first <= layer <= zone.last for layer in chosen):
+            chosen |= {next(r.layer for r in by_harm if zone.first <= r.layer <= zone.last)}
+    while len(chosen) < limit:
+        left = [record.layer for record in atlas.layers if record.layer not in chosen]
+        chosen.add(max(left, key=lambda layer: (min(abs(layer - other) for other in chosen), -layer)))
+    return sorted(chosen)
+
+
+def with_verdict(atlas: Atlas, verdict: str) -> list[int]:
+    """The layers with a verdict, in order."""
+    return [record.layer for record in atlas.layers if record.verdict == verdict]
+
+
+def most_critical(layers: Iterable[Layer], count: int = 3) -> list[Layer]:
+    """The critical layers with the highest criticality, at most `count`, the worst first."""
+    critical = [layer for layer in layers if layer.verdict == "critical"]
+    return sorted(critical, key=lambda record: (-record.criticality.mean, record.layer))[:count]
+
+
+def critical_lines(atlas: Atlas, most: int = SHOWN_LAYERS) -> list[str]:
+    """A sentence for each of the most critical layers, at most `most`, the worst first; one more counts the rest."""
+    if not atlas.layers:
+        return [f"Layers: {NOT_MEASURED}"]
+    found = most_critical(atlas.layers, len(atlas.layers))
+    lines = []
+    for record in found[:most]:
+        sparsity = sparsity_of(atlas, record.layer)
+        sparse = "" if sparsity is None else f", {percent(sparsity)} sparsity"
+        share = f"{interval(record.share)} of the damage"
+        lines.append(f"Layer {record.layer}: criticality {interval(record.criticality)}, {share}{sparse}")
+    if len(found) > most:
+        lines.append(f"and {len(found) - most} more: {named_layers([record.layer for record in found[most:]])}")
+    return lines or ["None: no layer's interval lies above 1"]
+
+
+def sparsity_of(atlas: Atlas, layer: int) -> float | None:
+    """Share of a layer's weights below the threshold: its modules' shares, weighted by their size."""
+    inside = [profile for profile in atlas.weights if profile.layer == layer]
+    total = sum(profile.weights for profile in inside)
+    return sum(profile.sparsity * profile.weights for profile in inside) / total if total else None
+
+
+def bits_of(atlas: Atlas, modules: Iterable[Module]) -> float | None:
+    """Mean code bits that the plan gives to these modules, per weight; None without a plan or a listed module."""
+    if atlas.plan is None:
+        return None
+    bits = weights = 0
+    for module in modules:
+        name = atlas.plan.modules.get(module.name, "")
+        if name in atlas.plan.formats:
+            bits += module.weights * atlas.plan.formats[name].bits
+            weights += module.weights
+    return bits / weights if weights else None
+
+
+def plan_bits(atlas: Atlas, layer: int) -> float | None:
+    """Mean code bits that the plan gives to a layer."""
+    return bits_of(atlas, (module for module in atlas.modules if module.layer == layer))
+
+
+def narrowest_bits(atlas: Atlas) -> int:
+    """Bits of the narrowest format that the plan could choose (of `low` without a plan)."""
+    formats = atlas.plan.formats if atlas.plan and atlas.plan.formats else {atlas.low: atlas.formats[atlas.low]}
+    return min(fmt.bits for fmt in formats.values())
+
+
+def low_share(atlas: Atlas, layers: Iterable[int]) -> float | None:
+    """Share of these layers' weights that the plan puts at its narrowest format."""
+    if atlas.plan is None or not atlas.plan.formats:
+        return None
+    fewest = narrowest_bits(atlas)
+    narrow = {name for name, fmt in atlas.plan.formats.items() if fmt.bits == fewest}
+    inside = [module for module in atlas.modules if module.layer in set(layers)]
+    total = sum(module.weights for module in inside)
+    return sum(m.weights for m in inside if atlas.plan.modules.get(m.name) in narrow) / total if total else None
+
+
+def attention_bases(atlas: Atlas) -> list[str]:
+    """Bases that attention was measured at, the reference first."""
+    return sorted({a.base: None for a in atlas.attention}, key=lambda base: base != "reference")
+
+
+def attention_at(atlas: Atlas, base: str | None = None) -> list[AttentionLayer]:
+    """Attention of all layers at one base (the first of `attention_bases`)."""
+    bases = attention_bases(atlas)
+    wanted = base or (bases[0] if bases else "")
+    return sorted((a for a in atlas.attention if a.base == wanted), key=lambda a: a.layer)
+
+
+# --- the answer ------------------------------------------------------------------------------------------------------
+
+
+def comparison(atlas: Atlas, task: str, precision: str) -> TaskPair | None:
+    """How a precision compares with the reference on a task, else with the high uniform plan; None where it was not compared."""
+    pairs = {(pair.first, pair.second): pair for pair in atlas.task_pairs if pair.task == task}
+    return pairs.get(("reference", precision)) or pairs.get((f"uniform:{atlas.high}", precision))
+
+
+def answer(atlas: Atlas) -> str:
+    """The run's answer in one sentence: what the plan does, which layers must stay wide, which can go narrow."""
+    return f"{_plan_clause(atlas)}; {_layer_clause(atlas)}."
+
+
+def _plan_clause(atlas: Atlas) -> str:
+    plan = atlas.plan
+    if plan is None:
+        return "No plan was made"
+    size = f"{number(plan.size.code_bits, 2)} code bits ({byte_size(plan.size.total_bytes)} for the whole model)"
+    if plan.recommended is False:
+        why = " ".join(plan.verdict.split()).rstrip(".;") or "a baseline of its size does less damage"
+        return f"No mixed plan is recommended at {size}: {why}"
+    damage = interval(plan.damage.measured, unit=True)
+    ends = [u for u in atlas.uniform if u.format in (atlas.high, atlas.low)]
+    uniform = [f"{interval(u.damage)} at uniform {width_of(atlas, u.format)}" for u in ends]
+    against = f", against {' and '.join(uniform)}" if uniform else ""
+    judged = "" if plan.recommended else " (not yet judged against baselines)"
+    return f"At {size} the mixed plan does {damage} of damage{against}{judged}"
+
+
+def _layer_clause(atlas: Atlas) -> str:
+    if not atlas.layers:
+        return "the layers were not measured"
+    critical, safe, open_ = (with_verdict(atlas, verdict) for verdict in ("critical", "safe", "uncertain"))
+    high, low = width_of(atlas, atlas.high), width_of(atlas, atlas.low)
+    stay = f"{named_layers(critical)} should stay at {high}" if critical else f"no layer is shown to need {high}"
+    go = f"{named_layers(safe)} can go to {low}" if safe else f"no layer is shown safe at {low}"
+    rest = f"{named_layers(open_)} {'is' if len(open_) == 1 else 'are'} uncertain" if open_ else "none is uncertain"
+    return f"{stay}, {go}, and {rest}"
+
+
+# --- the strategy ----------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Advice:
+    """One line of the optimization strategy. `follows` is the verdict of the zones that lead to it ("" for none)."""
+
+    key: str
+    follows: str
+    title: str
+    lines: list[str]
+
+
+def strategy(atlas: Atlas) -> list[Advice]:
+    """The four parts of the strategy, always all four: the mixed plan, safe layers, critical layers, tasks."""
+    return [
+        Advice("MIXED", "uncertain", "Mixed precision strategy", _mixed(atlas)),
+        Advice("SAFE", "safe", _group_title(atlas, "safe"), _group(atlas, "safe")),
+        Advice("PRESERVE", "critical", _group_title(atlas, "critical"), _group(atlas, "critical")),
+        Advice("TASKS", "", "Tasks: higher precision?", _tasks(atlas)),
+    ]
+
+
+def _mixed(atlas: Atlas) -> list[str]:
+    lines = []
+    if atlas.plan is None:
+        lines.append("No plan was made")
+    else:
+        size = atlas.plan.size
+        lines.append(f"Plan: {number(size.code_bits, 2)} code bits, {number(size.stored_bits, 2)} stored bits")
+        lines.append(f"Whole model: {byte_size(size.total_bytes)}, from {byte_size(atlas.model.total_bytes)}")
+        lines.append(f"Damage: {interval(atlas.plan.damage.measured, unit=True)}")
+        lines.append(plan_verdict(atlas))
+    open_ = with_verdict(atlas, "uncertain")
+    if open_:
+        lines.append(f"Uncertain, so left to the plan: {named_layers(open_)}")
+    return lines
+
+
+def plan_verdict(atlas: Atlas) -> str:
+    """Whether the plan is recommended, with the reason that the record gives."""
+    if atlas.plan is None:
+        return "No plan was made"
+    word = {True: "Recommended", False: "Not recommended", None: "Not judged against baselines"}[atlas.plan.recommended]
+    reason = " ".join(atlas.plan.verdict.split())
+    return f"{word}: {reason}" if reason else word
+
+
+def _group_title(atlas: Atlas, verdict: str) -> str:
+    layers, width = with_verdict(atlas, verdict), width_of(atlas, atlas.low if verdict == "safe" else atlas.high)
+    if not atlas.layers:
+        return f"Layers: {NOT_MEASURED}"
+    if not layers:
+        return f"No layer shown safe at {width}" if verdict == "safe" else f"No layer shown to need {width}"
+    name = named_layers(layers)
+    return f"{name[:1].upper()}{name[1:]}: {width} safe" if verdict == "safe" else f"{name[:1].upper()}{name[1:]}: keep {width}"
+
+
+def _group(atlas: Atlas, verdict: str) -> list[str]:
+    layers = with_verdict(atlas, verdict)
+    if not layers:
+        return []
+    lines = [f"{len(layers)} of {len(atlas.layers)} layers"]
+    share = low_share(atlas, layers)
+    if share is not None:
+        lines.append(f"The plan puts {percent(share, 0)} of their weights at {narrowest_bits(atlas)}-bit")
+    return lines
+
+
+def task_claim(atlas: Atlas) -> Finding | None:
+    """The finding on whether some task needs more bits than others."""
+    about = [finding for finding in atlas.findings if finding.topic == "tasks"]
+    return next((finding for finding in about if "precision" in finding.claim or "protect" in finding.claim), None)
+
+
+def _tasks(atlas: Atlas) -> list[str]:
+    claim = task_claim(atlas)
+    lines = [f"{claim.claim}: {claim.verdict}"] if claim else []
+    if not atlas.tasks:
+        return [*lines, f"Tasks: {NOT_MEASURED}, so no claim about any"]
+    falls = [f"{p.task} at {precision_name(atlas, p.second)}" for p in atlas.task_pairs if p.verdict == "falls"]
+    lines.append(f"Scores that fall: {', '.join(dict.fromkeys(falls))}" if falls else "No task's score is shown to fall")
+    chance = [task for task in task_names(atlas) if not any(s.above_chance for s in atlas.tasks if s.task == task)]
+    if chance:
+        lines.append(f"At chance, so no claim: {', '.join(chance)}")
+    return lines
+
+
+def task_names(atlas: Atlas) -> list[str]:
+    """Tasks that were scored, each once, in the atlas's order."""
+    return list(dict.fromkeys(score.task for score in atlas.tasks))

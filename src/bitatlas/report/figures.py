@@ -1,0 +1,101 @@
+"""The large figures of report.html: each chart drawn for a desk and for a phone, with its title, caption and legend.
+
+A figure that an atlas has nothing for is left out here; the page says elsewhere what was not measured.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+
+from markupsafe import Markup
+
+from bitatlas.records import Atlas
+from bitatlas.report import charts, facts, heat
+
+WIDE, HALF, NARROW = 960, 460, 350  # px of a chart across the page, of one of two, and on a phone
+
+Keys = list[tuple[str, str, str]]  # (shape, css class, meaning)
+VERDICTS: Keys = [("◆", "v-critical", "critical"), ("●", "v-safe", "safe"), ("▲", "v-uncertain", "uncertain")]
+PLANS: Keys = [
+    ("◆", "c-plan", "plan"),
+    ("■", "c-ink", "uniform"),
+    ("▲", "c-baseline", "baseline"),
+    ("●", "c-muted", "random plans"),
+]
+
+
+@dataclass(frozen=True)
+class Figure:
+    """A chart in both widths, with its words."""
+
+    title: str
+    caption: str
+    wide: Markup
+    narrow: Markup
+    keys: Keys
+
+
+@dataclass(frozen=True)
+class Sketch:
+    """What a figure is drawn from."""
+
+    draw: Callable[[Atlas, int], Markup | None]
+    title: str
+    caption: str
+    keys: Keys = field(default_factory=list)
+    width: int = WIDE
+
+
+def figures(atlas: Atlas) -> dict[str, Figure]:
+    """The figures that this atlas has, by the name that the template uses."""
+    made = {}
+    for key, sketch in {**_layers(atlas), **_plan(atlas), **_others()}.items():
+        wide, narrow = sketch.draw(atlas, sketch.width), sketch.draw(atlas, NARROW)
+        if wide is not None and narrow is not None:
+            made[key] = Figure(sketch.title, sketch.caption, wide, narrow, sketch.keys)
+    return made
+
+
+def _layers(atlas: Atlas) -> dict[str, Sketch]:
+    low, high = facts.width_of(atlas, atlas.low), facts.width_of(atlas, atlas.high)
+    rests = facts.basis(record.criticality for record in atlas.layers)
+    harm = f"Above the dashed line at 1 a layer does more harm than its size explains. Bars: 95% intervals ({rests})."
+    lowered = f"All others at {high}. Far above the dashed line (none lowered): lowering it hurts."
+    raised = f"All others at {low}. Far below the dashed line (none raised): raising it helps."
+    return {
+        "criticality": Sketch(charts.criticality, "Which layers carry the damage", harm, VERDICTS),
+        "damage": Sketch(heat.damage_map, "What lowering costs", _costs(atlas)),
+        "lowered": Sketch(charts.lowered, f"One layer lowered to {low}", lowered, width=HALF),
+        "raised": Sketch(charts.raised, f"One layer raised to {high}", raised, width=HALF),
+    }
+
+
+def _costs(atlas: Atlas) -> str:
+    chosen = heat.damage_base(atlas)
+    if chosen is None:
+        return ""
+    least, most = (facts.number(end) for end in heat.damage_ends(atlas))
+    return (
+        f"Damage that lowering one unit to {chosen[1]} adds at base {chosen[0]}, on fit rows (one number, no interval). "
+        f"Faintest {least}, strongest {most} nats/token, log scale. Numbers: the plan's bits."
+    )
+
+
+def _plan(atlas: Atlas) -> dict[str, Sketch]:
+    size = "Lower left is better. Bars: 95% intervals; the line joins the uniform formats."
+    others = "None of them is larger than the plan. Bars: 95% intervals."
+    bits = "Layers and kinds of module; the stronger the colour, the more bits."
+    return {
+        "size": Sketch(charts.size_damage, "Damage against size", size, PLANS),
+        "baselines": Sketch(charts.baselines, "The plan and plans that anybody could have made", others),
+        "plan": Sketch(heat.plan_map, "Bits of each module", bits),
+    }
+
+
+def _others() -> dict[str, Sketch]:
+    earns = "Over layers. An interval across 0: the measure earns no say in the bits."
+    return {
+        "tasks": Sketch(charts.tasks, "Accuracy", "Bars: 95% Wilson intervals; the dotted tick is chance."),
+        "correlations": Sketch(charts.correlations, "Do cheap measures foretell damage?", earns),
+    }

@@ -1,0 +1,153 @@
+"""The heat maps of report.html: layers x module kinds, shaded by the plan's bits or by the damage of lowering.
+
+Layers run across on a wide page and down on a narrow one. A cell with several modules (experts) shows their mean bits and the sum
+of their units' damage. Modules that share a format are measured together, so their cells show the same damage.
+Left out: one cell a module; the Parquet tables have every module.
+"""
+
+from __future__ import annotations
+
+from markupsafe import Markup, escape
+
+from bitatlas.records import Atlas, Module
+from bitatlas.report import facts, svg
+from bitatlas.report.svg import Canvas
+
+
+def bits_cell(c: Canvas, x: float, y: float, width: float, height: float, bits: float, widest: float, room: float) -> None:
+    """A cell, darker for more bits, with the number where it fits."""
+    depth = min(0.92, 0.1 + 0.8 * max(0.0, bits - 1.5) / max(0.5, widest - 1.5))
+    c.rect(x, y, width, height, "bits", f' fill-opacity="{depth:.2f}"')
+    text = facts.number(bits, 0 if abs(bits - round(bits)) < 0.005 else 1)
+    if len(text) * svg.GLYPH <= room:
+        c.text(x + width / 2, y + height / 2 + 4, text, "on-dark" if depth > 0.62 else "on-light", "middle")
+
+
+def plan_map(atlas: Atlas, width: int) -> Markup | None:
+    """Layers x module kinds, shaded by the plan's bits."""
+    if atlas.plan is None or not atlas.modules:
+        return None
+    grid = _Grid(atlas, width)
+    widest = max((fmt.bits for fmt in atlas.plan.formats.values()), default=8)
+    for layer, kind, x, y in grid.cells():
+        bits = facts.bits_of(atlas, grid.members[layer, kind])
+        if bits is None:
+            continue
+        names = {atlas.plan.modules.get(m.name, "kept as it is") for m in grid.members[layer, kind]}
+        grid.tip(f"Layer {layer}, {kind}: {', '.join(sorted(names))}")
+        bits_cell(grid.canvas, x, y, grid.cell_w, grid.cell_h, bits, max(4, widest), grid.cell_w - 4)
+        grid.canvas.add("</g>")
+    return grid.canvas.svg(f"The plan's bits for {len(grid.layers)} layers and {len(grid.kinds)} kinds of module")
+
+
+def damage_base(atlas: Atlas) -> tuple[str, str] | None:
+    """The base and format of the damage map: lowered from the high plan if that was measured, else any base's lowest."""
+    choices = [f"uniform:{atlas.high}", "plan", "reference", *sorted(atlas.unit_damage)]
+    for base in choices:
+        formats = {name for row in atlas.unit_damage.get(base, {}).values() for name in row}
+        if atlas.low in formats and base != f"uniform:{atlas.low}":
+            return base, atlas.low
+    return None
+
+
+def _added(atlas: Atlas) -> dict[str, float]:
+    """Unit -> damage that lowering it adds at `damage_base`, nats/token; negative where lowering helped."""
+    chosen = damage_base(atlas)
+    if chosen is None:
+        return {}
+    base, fmt = chosen
+    before = atlas.base_damage.get(base, 0.0)
+    return {unit: row[fmt] - before for unit, row in atlas.unit_damage[base].items() if fmt in row}
+
+
+def damage_ends(atlas: Atlas) -> tuple[float, float]:
+    """The least and the most damage that the map tells apart: at most a factor of 1000, so that noise near 0 takes no room."""
+    positive = [value for value in _added(atlas).values() if value > 0] or [1.0]
+    return max(min(positive), max(positive) / 1000), max(positive)
+
+
+def damage_map(atlas: Atlas, width: int) -> Markup | None:
+    """Layers x module kinds, shaded by the damage that lowering the module's unit adds at `damage_base`; the plan's bits as numbers."""
+    chosen = damage_base(atlas)
+    if chosen is None or not atlas.modules:
+        return None
+    base, fmt = chosen
+    added = _added(atlas)
+    low, high = damage_ends(atlas)
+    scale = svg.logarithmic(low, high * 1.0001, 0.04, 0.7)
+    grid = _Grid(atlas, width)
+    for layer, kind, x, y in grid.cells():
+        values = [added[unit] for unit in dict.fromkeys(m.unit for m in grid.members[layer, kind]) if unit in added]
+        if not values:
+            continue
+        depth, bits = scale(sum(values)), facts.bits_of(atlas, grid.members[layer, kind])
+        planned = "" if bits is None else f"; plan: {facts.number(bits, 1)} bits"
+        grid.tip(f"Layer {layer}, {kind}: {facts.number(sum(values))} nats/token added by {fmt}{planned}")
+        grid.canvas.rect(x, y, grid.cell_w, grid.cell_h, "heat", f' fill-opacity="{depth:.2f}"')
+        if bits is not None and grid.cell_w >= 16:
+            grid.canvas.text(x + grid.cell_w / 2, y + grid.cell_h / 2 + 4, facts.number(bits, 0), "on-light", "middle")
+        grid.canvas.add("</g>")
+    return grid.canvas.svg(f"Damage added by lowering each unit to {fmt} at base {base}")
+
+
+def _short(kind: str) -> str:
+    return svg.cut(kind.removesuffix("_proj"), 10)
+
+
+class _Grid:
+    """Cells of layers x kinds: layers across on a wide page, down on a narrow one."""
+
+    def __init__(self, atlas: Atlas, width: int) -> None:
+        self.layers = sorted({m.layer for m in atlas.modules})
+        self.kinds = list(dict.fromkeys(m.kind for m in atlas.modules))
+        self.members: dict[tuple[int, str], list[Module]] = {}
+        for module in atlas.modules:
+            self.members.setdefault((module.layer, module.kind), []).append(module)
+        self.across = width >= 500
+        rows, columns = len(self.kinds), len(self.layers)
+        if not self.across:
+            rows, columns = columns, rows
+        self.pitch_y = 27.5 if self.across else 25.0 if rows <= 24 else 15.0
+        longest = max(len(kind) for kind in self.kinds)
+        left = min(150.0, svg.GLYPH * longest + 12) if self.across else 34.0
+        top, bottom = (8.0, 40.0) if self.across else (62.0, 8.0)
+        right = 4.0 if self.across else max(8.0, 0.8 * svg.GLYPH * len(_short(self.kinds[-1])) - 14)  # its slanted name
+        height = int(top + self.pitch_y * rows + bottom)
+        self.canvas = Canvas(width, height, left=left, right=right, top=top, bottom=bottom)
+        self.pitch_x = (self.canvas.x1 - left) / columns
+        self.cell_w, self.cell_h = self.pitch_x - (1.5 if self.pitch_x > 6 else 0.5), self.pitch_y - 1.5
+        if self.across:
+            self._labels_across()
+        else:
+            self._labels_down()
+
+    def _labels_across(self) -> None:
+        c = self.canvas
+        for place, kind in enumerate(self.kinds):
+            c.text(c.left - 8, c.top + self.pitch_y * (place + 0.5) + 4, svg.cut(kind, 22), "tick", "end")
+        c.layer_axis(svg.bands(len(self.layers), c.x0, c.x1)[0], self.layers)
+
+    def _labels_down(self) -> None:
+        c, every = self.canvas, 1 if self.pitch_y > 16 else 2
+        for place, layer in enumerate(self.layers):
+            if place % every == 0:
+                c.text(c.left - 8, c.top + self.pitch_y * (place + 0.5) + 4, str(layer), "tick", "end")
+        for place, kind in enumerate(self.kinds):
+            c.add(f'<g transform="translate({c.left + self.pitch_x * (place + 0.5) + 4:.1f} 56) rotate(-38)">')
+            c.text(0, 0, _short(kind), "tick")
+            c.add("</g>")
+
+    def cells(self) -> list[tuple[int, str, float, float]]:
+        """(layer, kind, x, y) of every cell that has modules."""
+        found = []
+        for i, layer in enumerate(self.layers):
+            for j, kind in enumerate(self.kinds):
+                if (layer, kind) in self.members:
+                    column, row = (i, j) if self.across else (j, i)
+                    x, y = self.canvas.left + column * self.pitch_x, self.canvas.top + row * self.pitch_y
+                    found.append((layer, kind, x, y))
+        return found
+
+    def tip(self, words: str) -> None:
+        """Open a cell's group with its words; the caller closes it."""
+        self.canvas.add(f'<g class="tip"><title>{escape(words)}</title>')

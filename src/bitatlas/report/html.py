@@ -1,0 +1,122 @@
+"""report.html: the whole report in one file that needs no network, light and dark, for a desk, a phone and paper.
+
+Text is data: the template escapes everything, and the page's policy lets no script run but its own (by its hash), and nothing be
+loaded. Without scripts nothing is lost but the theme switch and the faster tooltips.
+Left out: a chart library and the Mermaid renderer (5 MB); the overview is drawn as HTML, its Mermaid source stands beside it.
+"""
+
+from __future__ import annotations
+
+import base64
+import hashlib
+import re
+from dataclasses import dataclass
+from importlib import resources
+from pathlib import Path
+
+from jinja2 import Environment, StrictUndefined
+from markupsafe import Markup, escape
+
+from bitatlas.records import Atlas, Finding, Measured, write_text
+from bitatlas.report import diagram, facts, panels
+from bitatlas.report.cards import LINK_NOTE
+from bitatlas.report.figures import figures
+from bitatlas.report.markdown import TOPICS, markdown
+from bitatlas.report.mermaid import overview
+from bitatlas.report.tables import Table, tables
+
+_KEPT = re.compile(r"(\[[−0-9., ]+\])|\d+–\d+|\b\d-bit\b")
+LONG_TABLE = 12  # rows from which a table starts folded
+LONG_LAYERS = 40  # the same for the table of layers
+
+
+@dataclass(frozen=True)
+class Tile:
+    """One number at the top of the page."""
+
+    name: str
+    value: str
+    detail: str
+
+
+def html(atlas: Atlas) -> str:
+    """The whole of report.html; same atlas, same text."""
+    script = _asset("report.js")
+    digest = base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()
+    environment = Environment(autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True)
+    environment.filters["kept"] = keep_together
+    template = environment.from_string(_read("templates", "report.html.j2"))
+    page = template.render(
+        atlas=atlas,
+        title=facts.title_of(atlas),
+        answer=facts.answer(atlas),
+        tiles=_tiles(atlas),
+        figures=figures(atlas),
+        rows=diagram.rows(atlas),
+        link_note=LINK_NOTE,
+        mermaid=overview(atlas),
+        panels=panels.profile_panels(atlas),
+        tables={table.key: table for table in tables(atlas)},
+        strategy=facts.strategy(atlas),
+        findings=_findings(atlas),
+        critical=facts.critical_lines(atlas),
+        facts=facts,
+        is_long=_is_long,
+        long_layers=LONG_LAYERS,
+        style=Markup(_asset("report.css")),
+        script=Markup(script),
+        script_sha256=digest,
+    )
+    return page.strip() + "\n"
+
+
+def keep_together(text: str) -> Markup:
+    """Escaped text in which intervals, ranges and widths are not torn apart at a line's end, and intervals stand back."""
+    return Markup(_KEPT.sub(lambda m: f'<span class="{"ci" if m[1] else "nb"}">{m[0]}</span>', str(escape(text))))
+
+
+def write_reports(atlas: Atlas, out_dir: Path) -> None:
+    """Write report.md and report.html into a folder that exists, each whole or not at all."""
+    write_text(out_dir / "report.md", markdown(atlas))
+    write_text(out_dir / "report.html", html(atlas))
+
+
+def _read(folder: str, name: str) -> str:
+    return resources.files("bitatlas.report").joinpath(folder, name).read_text(encoding="utf-8")
+
+
+def _asset(name: str) -> str:
+    return _read("assets", name).strip()
+
+
+def _is_long(table: Table) -> bool:
+    return len(table.rows) >= LONG_TABLE
+
+
+def _tiles(atlas: Atlas) -> list[Tile]:
+    tiles = []
+    if atlas.plan is not None:
+        size = atlas.plan.size
+        tiles.append(Tile("Plan's damage", _mean(atlas.plan.damage.measured), _detail(atlas.plan.damage.measured)))
+        bits = f"{facts.number(size.stored_bits, 2)} stored bits, from {facts.byte_size(atlas.model.total_bytes)}"
+        tiles.append(Tile(f"Plan's size, {facts.number(size.code_bits, 2)} code bits", facts.byte_size(size.total_bytes), bits))
+    for uniform in atlas.uniform:
+        if uniform.format in (atlas.low, atlas.high):
+            name = f"Uniform {facts.width_of(atlas, uniform.format)}, {facts.byte_size(uniform.size.total_bytes)}"
+            tiles.append(Tile(name, _mean(uniform.damage), _detail(uniform.damage)))
+    return tiles
+
+
+def _mean(measured: Measured | None) -> str:
+    return facts.interval(measured).partition(" [")[0]
+
+
+def _detail(measured: Measured | None) -> str:
+    _, bracket, ends = facts.interval(measured).partition(" [")
+    return f"nats/token, 95% [{ends}" if bracket else ""
+
+
+def _findings(atlas: Atlas) -> list[tuple[str, list[Finding]]]:
+    topics = dict.fromkeys([*TOPICS, *(finding.topic for finding in atlas.findings)])
+    grouped = [(TOPICS.get(topic, topic), [f for f in atlas.findings if f.topic == topic]) for topic in topics]
+    return [(name, found) for name, found in grouped if found and name != TOPICS["folk"]]

@@ -1,0 +1,106 @@
+"""report.md: the overview that users asked for, then every table, as GitHub-flavoured Markdown.
+
+Text from outside (names, notes, findings) is data: every character that Markdown or HTML could read as markup is escaped.
+No date and no machine: the same atlas gives the same bytes. Left out: pictures; report.html has them.
+"""
+
+from __future__ import annotations
+
+import re
+
+from bitatlas.records import Atlas, Finding
+from bitatlas.report import facts
+from bitatlas.report.cards import LINK_NOTE
+from bitatlas.report.mermaid import overview
+from bitatlas.report.tables import Table, tables
+
+TOPICS = {
+    "layers": "Layers",
+    "zones": "Zones",
+    "folk": "Folk rules",
+    "tasks": "Tasks",
+    "attention": "Attention",
+    "plan": "Plan",
+}
+MARKS = {"holds": "✅", "does not hold": "❌", "inconclusive": "⚠️", "critical": "🔴", "safe": "✅", "uncertain": "⚠️"}
+
+# an interval of numbers is no link, and an underscore between word characters is no emphasis: both stay readable
+_ESCAPED = re.compile(r"(\[[−0-9., ]+\](?![\[(:])|(?<=[^\W_])_(?=[^\W_]))|([\\`*_\[\]{}#|~$!@])")
+
+
+def escape(text: str) -> str:
+    """Text as literal Markdown on one line, fit for a table cell."""
+    line = " ".join(text.split())
+    line = line.replace("&", "&amp;").replace("<", "&lt;").replace(">", "&gt;")
+    return _ESCAPED.sub(lambda match: match[1] or f"\\{match[2]}", line)
+
+
+def markdown(atlas: Atlas) -> str:
+    """The whole of report.md, ending in a newline; same atlas, same text."""
+    blocks = [
+        "# Quantization Analysis Overview",
+        f"## {escape(facts.title_of(atlas))} Strategic Analysis",
+        f"Model: {escape(atlas.model.name)}, quantizer {escape(atlas.quantizer)}, "
+        f"formats {escape(atlas.high)} and {escape(atlas.low)}.",
+        f"**{escape(facts.answer(atlas))}**",
+        f"```mermaid\n{overview(atlas)}```",
+        escape(LINK_NOTE),
+        *_key_findings(atlas),
+        *_strategy(atlas),
+    ]
+    for table in tables(atlas):
+        blocks += _table(table)
+    return "\n\n".join(blocks) + "\n"
+
+
+def _key_findings(atlas: Atlas) -> list[str]:
+    blocks = ["## Key Findings", "**Critical Layers Identified:**"]
+    blocks.append("\n".join(f"- {_critical_mark(line)}{escape(line)}" for line in facts.critical_lines(atlas)))
+    for topic in dict.fromkeys([*TOPICS, *(finding.topic for finding in atlas.findings)]):
+        about = [finding for finding in atlas.findings if finding.topic == topic]
+        if about:
+            blocks.append(f"**{escape(TOPICS.get(topic, topic))}:**")
+            blocks.append("\n".join(_finding_line(finding) for finding in about))
+    return blocks
+
+
+def _critical_mark(line: str) -> str:
+    return "🔴 " if line.startswith("Layer ") else ""
+
+
+def _finding_line(finding: Finding) -> str:
+    rests = [facts.interval(finding.evidence, unit=True)] if finding.evidence else []
+    if finding.p_value is not None:
+        p = facts.p_value(finding.p_value)
+        rests.append(f"p {p}" if p.startswith("<") else f"p = {p}")
+    evidence = f" ({escape('; '.join(rests))})" if rests else ""
+    mark = MARKS.get(finding.verdict, "•")
+    return f"- {mark} {escape(finding.claim)}: **{escape(finding.verdict)}**. {escape(finding.text)}{evidence}"
+
+
+def _strategy(atlas: Atlas) -> list[str]:
+    marks = {"SAFE": "✅", "MIXED": "⚠️", "PRESERVE": "🔴", "TASKS": "🎯"}
+    lines = []
+    for part in facts.strategy(atlas):
+        detail = "; ".join(line.rstrip(".") for line in part.lines)
+        lines.append(f"- {marks[part.key]} **{escape(part.title)}**" + (f": {escape(detail)}." if detail else ""))
+    blocks = ["## Optimization Strategy", "\n".join(lines)]
+    if atlas.plan is not None and atlas.plan.recommended is not False:
+        blocks.append("To make the quantized model: `bitatlas apply MODEL plan.json --out DIR`.")
+    return blocks
+
+
+def _table(table: Table) -> list[str]:
+    blocks = [f"## {escape(table.title)}"]
+    if table.note:
+        blocks.append(escape(table.note))
+    if not table.rows:
+        return [*blocks, escape(table.empty)]
+    if table.points:
+        blocks.append("\n".join(f"- {escape(point)}" for point in table.points))
+    lines = [_row(table.head), "|" + " --- |" * len(table.head), *map(_row, table.rows)]
+    return [*blocks, "\n".join(lines)]
+
+
+def _row(cells: list[str]) -> str:
+    return "| " + " | ".join(escape(cell) for cell in cells) + " |"

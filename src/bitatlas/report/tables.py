@@ -1,0 +1,345 @@
+"""The tables of the report, as plain text cells: report.md and report.html print the same ones, each with its own escaping.
+
+A table says what it rests on (base, rows, n) once in its note; where a table mixes bases, the base is a column.
+A table that has nothing to show stays, with the word "not measured", so that a missing measurement is seen.
+Left out: the long per-module and per-head tables; they lie beside the atlas as Parquet.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from dataclasses import dataclass, field
+
+from bitatlas.records import Atlas, AttentionLayer, Measured, WeightProfile
+from bitatlas.report import facts
+from bitatlas.report.facts import interval, number, percent
+
+
+@dataclass(frozen=True)
+class Table:
+    """`head` and `rows` hold plain text. `note` and `points` (sentences) stand above the rows, `empty` in their place."""
+
+    key: str
+    title: str
+    note: str
+    head: list[str]
+    rows: list[list[str]] = field(default_factory=list)
+    empty: str = "Not measured."
+    points: list[str] = field(default_factory=list)
+
+
+def tables(atlas: Atlas) -> list[Table]:
+    """All tables, in the order of the report."""
+    makers: tuple[Callable[[Atlas], Table], ...] = (
+        uniform_damage,
+        layer_table,
+        zone_table,
+        plan_table,
+        task_table,
+        pair_table,
+        attention_table,
+        drift_table,
+        weight_table,
+        folk_table,
+        correlation_table,
+        definition_table,
+        provenance_table,
+    )
+    return [make(atlas) for make in makers]
+
+
+def uniform_damage(atlas: Atlas) -> Table:
+    rows = [
+        [
+            u.format,
+            number(u.size.code_bits, 2),
+            number(u.size.stored_bits, 2),
+            facts.byte_size(u.size.quantized_bytes),
+            facts.byte_size(u.size.total_bytes),
+            interval(u.damage),
+        ]
+        for u in atlas.uniform
+    ]
+    note = f"Every module at one format. Damage: {_rest([u.damage for u in atlas.uniform])}."
+    head = ["Format", "Code bits", "Stored bits", "Quantized modules", "Whole model", "Damage, nats/token"]
+    return Table("uniform", "Uniform damage", note, head, rows)
+
+
+def layer_table(atlas: Atlas) -> Table:
+    total = sum(record.weights for record in atlas.layers) or 1
+    rows = [
+        [
+            str(r.layer),
+            percent(r.weights / total),
+            interval(r.lowered),
+            interval(r.raised),
+            interval(r.share),
+            interval(r.criticality),
+            facts.p_value(r.q_value),
+            r.verdict,
+            _bits(facts.plan_bits(atlas, r.layer)),
+        ]
+        for r in atlas.layers
+    ]
+    note = (
+        f"Lowered: the layer at {atlas.low}, all others at {atlas.high} ({_rest([r.lowered for r in atlas.layers])}). "
+        f"Raised: the reverse ({_rest([r.raised for r in atlas.layers])}). Share and criticality: "
+        f"{_rest([r.share for r in atlas.layers])}. q: criticality = 1, two-sided, Benjamini-Hochberg over layers."
+    )
+    lowered, raised = "Damage lowered, nats/token", "Damage raised, nats/token"
+    criticality = "Criticality (1 = as its size)"
+    head = ["Layer", "Weights", lowered, raised, "Share of damage", criticality, "q", "Verdict", "Plan, code bits"]
+    return Table("layers", "Layers", note, head, rows)
+
+
+def zone_table(atlas: Atlas) -> Table:
+    rows = [
+        [
+            facts.zone_title(zone),
+            interval(zone.criticality),
+            zone.verdict,
+            facts.NOT_MEASURED if zone.low_share is None else percent(zone.low_share),
+        ]
+        for zone in atlas.zones
+    ]
+    note = (
+        "Contiguous runs of layers found by optimal segmentation of criticality, not fixed thirds. "
+        f"Criticality: {_rest([zone.criticality for zone in atlas.zones])}."
+    )
+    head = ["Zone", "Criticality", "Verdict", f"Weights that the plan puts at {facts.narrowest_bits(atlas)}-bit"]
+    return Table("zones", "Zones", note, head, rows)
+
+
+def plan_table(atlas: Atlas) -> Table:
+    """The plan, then its baselines, least damage first."""
+    plan, head = (
+        atlas.plan,
+        ["Plan", "Code bits", "Quantized modules", "Damage, nats/token", "Our plan minus this, nats/token"],
+    )
+    if plan is None:
+        return Table("plan", "Plan and baselines", "", head, empty="No plan was made.")
+    ours = ["our plan", number(plan.size.code_bits, 2), facts.byte_size(plan.size.quantized_bytes)]
+    rows = [[*ours, interval(plan.damage.measured), ""]]
+    for other in sorted(plan.baselines, key=lambda baseline: baseline.damage.mean):
+        size = [number(other.code_bits, 2), facts.byte_size(other.quantized_bytes)]
+        difference = "" if other.difference is None else interval(other.difference)
+        rows.append([other.name, *size, interval(other.damage), difference])
+    predicted = "" if plan.damage.predicted is None else f" Predicted damage: {number(plan.damage.predicted)} nats/token."
+    rest = _rest([plan.damage.measured, *(b.damage for b in plan.baselines)])
+    note = (
+        f"Plans that anybody could have made, at most as large as ours; differences paired by row. Damage: {rest}.{predicted} "
+        f"Budget: {plan.budget.kind} {number(plan.budget.value)}. {facts.plan_verdict(atlas)}"
+    )
+    return Table("plan", "Plan and baselines", note, head, rows)
+
+
+def task_table(atlas: Atlas) -> Table:
+    rows = []
+    for s in atlas.tasks:
+        low, high = (number(100 * end, 1) for end in s.wilson95)
+        accuracy = f"{percent(s.correct / s.n)} [{low}, {high}]" if s.n else facts.NOT_MEASURED
+        above = "above chance" if s.above_chance else "at chance"
+        precision = facts.precision_name(atlas, s.precision)
+        rows.append([s.task, precision, f"{s.correct}/{s.n}", accuracy, percent(s.chance, 0), above])
+    note = "Accuracy with its 95% Wilson interval. At chance: not above it (one-sided exact binomial, Holm over precisions)."
+    head = ["Task", "Precision", "Correct", "Accuracy", "Chance", "Against chance"]
+    return Table("tasks", "Tasks", note, head, rows, "Not measured: the run was asked for no tasks.")
+
+
+def pair_table(atlas: Atlas) -> Table:
+    rows = [
+        [
+            pair.task,
+            f"{facts.precision_name(atlas, pair.first)} → {facts.precision_name(atlas, pair.second)}",
+            pair.verdict,
+            interval(pair.difference),
+            f"{pair.lost} lost, {pair.gained} gained",
+            facts.p_value(pair.mcnemar_p),
+            facts.p_value(pair.holm_p),
+            number(pair.detectable_points, 1),
+            f"about {pair.items_needed:,}" if pair.items_needed else "",
+        ]
+        for pair in atlas.task_pairs
+    ]
+    note = (
+        "The same items at two precisions. Difference: second minus first, in percentage points, paired 95% interval. "
+        "p: exact McNemar; Holm: corrected. Detectable: the smallest difference that this many items could have shown."
+    )
+    head = ["Task", "Pair", "Verdict", "Difference, points", "Flips", "p", "Holm p", "Detectable, points", "Items needed"]
+    said = [
+        f"{pair.task}, {facts.precision_name(atlas, pair.first)} → {facts.precision_name(atlas, pair.second)}: {pair.text}"
+        for pair in atlas.task_pairs
+        if pair.text
+    ]
+    return Table("pairs", "Task pairs", note, head, rows, "Not measured: the run was asked for no tasks.", said)
+
+
+def attention_table(atlas: Atlas) -> Table:
+    records = facts.attention_at(atlas)
+    rows = [_attention_row(record) for record in records]
+    nulls = ", ".join(dict.fromkeys(record.focus_null for record in records if record.focus_null))
+    bases = facts.attention_bases(atlas)
+    note = (
+        f"At base {bases[0] if bases else facts.NOT_MEASURED}; {_rest([r.entropy for r in records])}. Sink keys removed, sink mass beside. "
+        f"Reasoning focus: 0 is chance{', corrected by ' + nulls if nulls else ''}. These describe; they set no bits."
+    )
+    head = ["Layer", "Entropy, 0..1", "Entropy, nats", "Sink mass", "Head specialization"]
+    head += ["at other κ", "Heads by role", "Reasoning focus"]
+    return Table("attention", "Attention", note, head, rows)
+
+
+def _attention_row(record: AttentionLayer) -> list[str]:
+    roles = ", ".join(f"{name} {count}" for name, count in sorted(record.roles.items()) if count) or "none"
+    at = ", ".join(f"κ {kappa}: {number(value, 0)}%" for kappa, value in sorted(record.specialization_at.items()))
+    return [
+        str(record.layer),
+        interval(record.entropy),
+        interval(record.entropy_nats),
+        interval(record.sink_mass),
+        interval(record.specialization_percent),
+        at,
+        roles,
+        interval(record.focus_percent),
+    ]
+
+
+def drift_table(atlas: Atlas) -> Table:
+    records = [a for a in atlas.attention if a.drift_local or a.drift_cumulative]
+    order = facts.attention_bases(atlas)
+    rows = [
+        [
+            facts.precision_name(atlas, a.base),
+            str(a.layer),
+            interval(a.drift_local),
+            interval(a.drift_cumulative),
+            interval(a.drift_noise),
+        ]
+        for a in sorted(records, key=lambda a: (order.index(a.base), a.layer))
+    ]
+    note = (
+        "Row-wise Jensen-Shannon distance (base 2, 0..1) between the reference's attention maps and the quantized model's: "
+        "local (reference inputs) and cumulative. Noise: bfloat16 against float32, same weights."
+    )
+    head = ["Model", "Layer", "Local drift", "Cumulative drift", "Noise floor"]
+    return Table("drift", "Attention drift", note, head, rows)
+
+
+def weight_table(atlas: Atlas) -> Table:
+    layers = sorted({profile.layer for profile in atlas.weights})
+    formats = list(dict.fromkeys(name for profile in atlas.weights for name in profile.relative_error))
+    rows = []
+    for layer in layers:
+        inside = [profile for profile in atlas.weights if profile.layer == layer]
+        errors = [_weighted(inside, lambda p, name=name: p.relative_error.get(name)) for name in formats]  # type: ignore[misc]
+        rows.append(
+            [
+                str(layer),
+                _percent(_weighted(inside, lambda p: p.sparsity), 2),
+                _number(_weighted(inside, lambda p: p.kurtosis)),
+                number(max(p.outlier_ratio for p in inside)),
+                _percent(_weighted(inside, lambda p: p.outlier_share), 4),
+                *(_percent(error, 2) for error in errors),
+            ]
+        )
+    note = (
+        "Means over the layer's modules, weighted by their size; exact, so without intervals. Sparsity: share of weights with "
+        "|w| below 1% of the module's standard deviation. Error: ‖W − Q(W)‖² / ‖W‖²."
+    )
+    head = ["Layer", "Sparsity", "Excess kurtosis", "Largest outlier, σ", "Weights beyond 6 σ"]
+    return Table("weights", "Weights", note, [*head, *(f"Error at {name}" for name in formats)], rows)
+
+
+def folk_table(atlas: Atlas) -> Table:
+    rows = [
+        [f.claim, f.verdict, f.text, interval(f.evidence, unit=True) if f.evidence else "", facts.p_value(f.p_value)]
+        for f in atlas.findings
+        if f.topic == "folk"
+    ]
+    note = "Rules of thumb, taken as hypotheses and tested on this checkpoint."
+    return Table("folk", "Folk rules", note, ["Rule", "Verdict", "What was seen", "Evidence", "p"], rows, "None was tested.")
+
+
+def correlation_table(atlas: Atlas) -> Table:
+    rows = []
+    for c in atlas.correlations:
+        ends = f"[{number(c.ci95[0], 2)}, {number(c.ci95[1], 2)}]" if c.ci95 else "[no interval]"
+        rows.append([c.measure, f"{number(c.rho, 2)} {ends}", str(c.n)])
+    note = "Spearman's ρ of a cheap measure with measured damage, over layers. An interval that holds 0: the measure earns no say in the bits."
+    return Table("correlations", "Cheap measures against damage", note, ["Measure", "ρ", "Layers"], rows)
+
+
+DEFINITIONS = {
+    "damage": "KL(reference ‖ quantized) of the next-token distribution, mean over tokens, in nats/token",
+    "base": "the model around which a measurement is made: one 2-bit module in a 16-bit model behaves unlike the same one "
+    "in a 2-bit model",
+    "criticality": "a layer's share of the damage ÷ its share of the weights; 1 means as harmful as its size",
+    "critical": "the interval of the criticality lies above 1",
+    "safe": "the interval lies below 1, and the layer's measured damage is within the tolerance that the user set",
+    "uncertain": "neither: the evidence does not decide",
+    "code bits": "bits of the codes alone, per quantized weight",
+    "stored bits": "all bytes of the quantized modules × 8 / their weights: codes, scales, zero-points, padding",
+    "interval": "95%, by bootstrap over sequences or problems, never over tokens or heads; Wilson for k/n",
+    "entropy": "mean over rows with at least 8 keys of H(A)/ln n, sink keys removed, 0..1",
+    "head specialization": "share of heads with a recognized role (previous token, duplicate, induction, retrieval): "
+    "κ ≥ 0.3 and p < 5% after Benjamini-Hochberg",
+    "reasoning focus": "100(m − e)/(1 − e): attention from answer tokens to the operands of that step, against chance e; "
+    "0 is chance, negative is possible",
+}
+
+
+def definition_table(atlas: Atlas) -> Table:
+    return Table("definitions", "Definitions", "", ["Word", "Meaning"], [list(pair) for pair in DEFINITIONS.items()])
+
+
+def provenance_table(atlas: Atlas) -> Table:
+    """What the numbers came from. No time, no machine: the same inputs give the same bytes."""
+    model, tokens = atlas.model, atlas.tokens
+    rows = [
+        ["model", f"{model.name}{' @ ' + model.revision if model.revision else ''}"],
+        ["weights sha256", model.weights_sha256],
+        ["architecture", f"{model.architecture}, {model.layers} layers, {model.heads} heads, context {model.context:,} tokens"],
+        ["weights", f"{model.quantizable_weights:,} quantizable, stored as {model.dtype}"],
+        ["size", f"{facts.byte_size(model.total_bytes)}, of which {facts.byte_size(model.other_bytes)} stay unquantized"],
+        ["quantizer", atlas.quantizer],
+        ["formats", ", ".join(atlas.formats)],
+        ["text", f"{tokens.source}, rows of {tokens.row_length} tokens"],
+    ]
+    for name, split in tokens.splits.items():
+        rows.append([f"{name} rows", f"{split.rows:,} rows, {split.tokens:,} tokens, sha256 {split.sha256}"])
+    rows += [[f"setting {key}", _plain(value)] for key, value in sorted(atlas.settings.items())]
+    if atlas.plan:
+        rows += [[f"solver {key}", _plain(value)] for key, value in sorted(atlas.plan.solver.items())]
+    rows += [[f"version {key}", value] for key, value in sorted(atlas.versions.items())]
+    rows += [["not done", note] for note in atlas.notes]
+    return Table("provenance", "Provenance", "", ["What", "Value"], rows)
+
+
+# --- small helpers ---------------------------------------------------------------------------------------------------
+
+
+def _rest(measured: list[Measured] | list[Measured | None]) -> str:
+    return facts.basis(measured)
+
+
+def _plain(value: object) -> str:
+    return value if isinstance(value, str) else json.dumps(value, ensure_ascii=False, sort_keys=True)
+
+
+def _bits(bits: float | None) -> str:
+    return "" if bits is None else number(bits, 2)
+
+
+def _weighted(profiles: list[WeightProfile], value: Callable[[WeightProfile], float | None]) -> float | None:
+    """Mean over profiles, weighted by their weights; None if any has no value."""
+    values = [(value(profile), profile.weights) for profile in profiles]
+    known = [(v, weights) for v, weights in values if v is not None]
+    return sum(v * weights for v, weights in known) / sum(w for _, w in known) if len(known) == len(values) else None
+
+
+def _percent(share: float | None, decimals: int) -> str:
+    return facts.NOT_MEASURED if share is None else percent(share, decimals)
+
+
+def _number(value: float | None) -> str:
+    return facts.NOT_MEASURED if value is None else number(value)

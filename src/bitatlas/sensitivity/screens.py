@@ -1,0 +1,86 @@
+"""The three screens of true damage: every uniform width, every layer both ways, every unit both ways.
+
+"Both ways": lowered around `uniform:high` (the first step down) and raised around `uniform:low` (the last step that is missing).
+One 2-bit module in a good model behaves unlike the same module in a bad one, so either direction alone misleads; their mean is the
+exact Shapley value of a quadratic damage model (see `findings`).
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+from torch import Tensor
+
+from bitatlas.progress import Reporter
+from bitatlas.records import Module
+from bitatlas.sensitivity.damage import DamageMeter, Swap
+
+
+@dataclass(frozen=True)
+class LayerScreen:
+    """float64 [layers, rows], nats/token: the damage of the whole model."""
+
+    lowered: np.ndarray  # this layer low, the others high
+    raised: np.ndarray  # this layer high, the others low
+
+
+@dataclass(frozen=True)
+class UnitScreen:
+    """Mean damage of the whole model, nats/token. base -> unit -> format -> damage; the base's own damage beside it."""
+
+    damage: dict[str, dict[str, dict[str, float]]]
+    base: dict[str, float]
+
+
+def uniform(modules: list[Module], name: str) -> dict[str, str]:
+    """Every module at one format."""
+    return {module.name: name for module in modules}
+
+
+def screen_uniform(
+    meter: DamageMeter, modules: list[Module], formats: tuple[str, ...], rows: Tensor, reporter: Reporter
+) -> dict[str, np.ndarray]:
+    """Format -> damage of every module at it, float64 [rows]."""
+    with reporter.stage("uniform widths") as progress:
+        return meter.plans({name: uniform(modules, name) for name in formats}, rows, progress)
+
+
+def screen_layers(
+    meter: DamageMeter, modules: list[Module], low: str, high: str, rows: Tensor, reporter: Reporter
+) -> LayerScreen:
+    """Every layer lowered alone, and raised alone."""
+    found = {}
+    for name, base, other in (("lowered", high, low), ("raised", low, high)):
+        layers = sorted({module.layer for module in modules})
+        swaps = {str(i): Swap(i, {m.name: other for m in modules if m.layer == i}) for i in layers}
+        with reporter.stage(f"layers {name} (base uniform:{base})") as progress:
+            damage = meter.swaps(uniform(modules, base), swaps, rows, progress)
+        found[name] = np.stack([damage[str(i)] for i in layers])
+    return LayerScreen(**found)
+
+
+def screen_units(
+    meter: DamageMeter, modules: list[Module], formats: tuple[str, ...], rows: Tensor, reporter: Reporter
+) -> UnitScreen:
+    """Every unit in every other format, around uniform high and around uniform low. `formats`: narrowest first."""
+    units: dict[str, list[Module]] = {}
+    for module in modules:
+        units.setdefault(module.unit, []).append(module)
+    damage: dict[str, dict[str, dict[str, float]]] = {}
+    bases: dict[str, float] = {}
+    for base in (formats[-1], formats[0]):
+        whole = uniform(modules, base)
+        bases[f"uniform:{base}"] = float(meter.plans({base: whole}, rows)[base].mean())
+        swaps = {
+            f"{unit}|{name}": Swap(members[0].layer, {m.name: name for m in members})
+            for unit, members in units.items()
+            for name in formats
+            if name != base
+        }
+        with reporter.stage(f"units, one at a time (base uniform:{base})") as progress:
+            rows_of = meter.swaps(whole, swaps, rows, progress)
+        damage[f"uniform:{base}"] = {
+            unit: {name: float(rows_of[f"{unit}|{name}"].mean()) for name in formats if name != base} for unit in units
+        }
+    return UnitScreen(damage, bases)

@@ -1,0 +1,178 @@
+"""The main job: every stage in order, from an opened checkpoint to a report.
+
+Stages know nothing of each other; what one hands to the next stands here. Each measures and journals, so an interrupted run goes on
+where it stopped; the files are written at the end, from the finished atlas.
+"""
+
+from __future__ import annotations
+
+import platform
+from collections.abc import Mapping
+from dataclasses import asdict
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from pydantic import TypeAdapter
+
+from bitatlas.assemble import Lines, Measurements, assemble, damage_lines, write_outputs
+from bitatlas.evaluation.items import TASKS, chance_level, items_sha256
+from bitatlas.evaluation.run import score_items
+from bitatlas.journal import content_key
+from bitatlas.planning.budget import units_of
+from bitatlas.planning.choose import damage_tables
+from bitatlas.planning.judge import Judged, find_and_judge
+from bitatlas.prepare import Run, prepare
+from bitatlas.profiles.attention import AttentionResult, attention_profile
+from bitatlas.profiles.focus import problems_of
+from bitatlas.profiles.weights import weight_profile
+from bitatlas.progress import Advance, Reporter
+from bitatlas.records import Atlas, WeightProfile
+from bitatlas.sensitivity.screens import UnitScreen, screen_layers, screen_uniform, screen_units, uniform
+from bitatlas.settings import Settings
+from bitatlas.swap import swapped
+
+SHARD_ITEMS = 50  # of a task, between two entries of the journal
+FOCUS_PROBLEMS = 64
+PROFILED_ROWS = 32
+LIBRARIES = ("bitatlas", "torch", "transformers", "lm_eval", "numpy", "scipy")
+
+Assignments = dict[str, dict[str, str]]  # precision -> module -> format
+
+
+def run_survey(settings: Settings, out: Path, resume: bool, reporter: Reporter) -> Atlas:
+    """Measure, plan, verify and write; returns the finished atlas."""
+    run = prepare(settings, out, resume, reporter)
+    low, high = settings.low, settings.high
+    modules, rows, meter = run.checkpoint.modules, run.rows, run.meter
+    weights = profile_weights(run)
+    widths = screen_uniform(meter, modules, settings.formats, rows.test, reporter)
+    layers = screen_layers(meter, modules, low, high, rows.test, reporter)
+    units = screen_units(meter, modules, settings.formats, rows.fit, reporter)
+    precisions: Assignments = {"reference": {}} | {f"uniform:{name}": uniform(modules, name) for name in (high, low)}
+    attention = [profile_attention(run, base, assignment) for base, assignment in precisions.items()]
+    judged = find_plan(run, units)
+    outcomes, items = run_tasks(run, {**precisions, "plan": judged.plan.modules})
+    found = Measurements(
+        weights=weights,
+        widths=widths,
+        lowered=layers.lowered,
+        raised=layers.raised,
+        unit_damage=units.damage,
+        base_damage=units.base,
+        attention=[layer for result in attention for layer in result.layers],
+        heads=[head for result in attention for head in result.heads],
+        judged=judged,
+        outcomes=outcomes,
+        chance={task: chance_level(of_task) for task, of_task in run.items.items()},
+        items=items,
+        notes=list(dict.fromkeys([*run.checkpoint.notes, *(note for result in attention for note in result.notes)])),
+    )
+    atlas = assemble(run.checkpoint.info, modules, rows.info, settings, versions(), found)
+    with reporter.stage("writing the report"):
+        write_outputs(out, atlas, tables_of(atlas, found))
+    return atlas
+
+
+def versions() -> dict[str, str]:
+    """What the numbers were made with."""
+    return {"python": platform.python_version()} | {name: version(name) for name in LIBRARIES}
+
+
+def tables_of(atlas: Atlas, found: Measurements) -> dict[str, Lines]:
+    """The long tables beside the atlas."""
+    return {
+        "damage": damage_lines(found, atlas.low, atlas.high),
+        "weights": [asdict(profile) for profile in atlas.weights],
+        "heads": [asdict(head) for head in atlas.heads],
+        "items": found.items,
+    }
+
+
+def profile_weights(run: Run) -> list[WeightProfile]:
+    """Every module's weights, one at a time; the bank is filled on the way."""
+    found = []
+    adapter = TypeAdapter(WeightProfile)
+    modules = run.checkpoint.modules
+    with run.reporter.stage("weights") as progress:
+        for done, module in enumerate(modules, start=1):
+            key = content_key("weights", run.meter.identity, module.name, list(run.settings.formats))
+            value = run.journal.get(key)
+            if value is None:
+                quantized = {name: run.bank.codes(module.name, name).weight() for name in run.settings.formats}
+                value = asdict(weight_profile(module, run.bank.reference(module.name), quantized))
+                run.journal.put(key, "weights", value)
+            found.append(adapter.validate_python(value))
+            progress(done, len(modules))
+    return found
+
+
+def profile_attention(run: Run, base: str, assignment: Mapping[str, str]) -> AttentionResult:
+    """Attention at one base, with its drift from the reference."""
+    problems = problems_of(_worked_items(run))[:FOCUS_PROBLEMS]
+    rows = run.rows.test[:PROFILED_ROWS]
+    key = content_key(
+        "attention", run.meter.identity, dict(assignment), base, rows.tolist(), [asdict(p) for p in problems], run.settings.seed
+    )
+    adapter = TypeAdapter(AttentionResult)
+    with run.reporter.stage(f"attention ({base})") as progress:
+        value = run.journal.get(key)
+        if value is None:
+            result = attention_profile(
+                run.model, run.tokenizer, run.checkpoint.modules, rows, problems, base=base,
+                changed=run.bank.weights(assignment) if assignment else None, seed=run.settings.seed, progress=progress,
+            )  # fmt: skip
+            value = asdict(result)
+            run.journal.put(key, "attention", value)
+    return adapter.validate_python(value)
+
+
+def _worked_items(run: Run) -> list[dict[str, Any]]:
+    """The items of tasks with calculations."""
+    return [item for task, items in run.items.items() if not TASKS[task].is_choice for item in items]
+
+
+def find_plan(run: Run, units: UnitScreen) -> Judged:
+    """The plan under the budget, judged on the test rows."""
+    settings = run.settings
+    names = [unit.name for unit in units_of(run.checkpoint.modules)]
+    scores = damage_tables(names, settings.formats, units.damage, units.base)
+
+    def measure(plans: Mapping[str, Mapping[str, str]], split: str) -> dict[str, np.ndarray]:
+        with run.reporter.stage(f"plans on {split} rows") as progress:
+            return run.meter.plans(plans, getattr(run.rows, split), progress)
+
+    return find_and_judge(
+        run.checkpoint.info, run.checkpoint.modules, settings.formats, settings.quantizer, settings.budget, scores, measure, settings.seed
+    )  # fmt: skip
+
+
+def run_tasks(run: Run, precisions: Assignments) -> tuple[dict[str, dict[str, np.ndarray]], list[dict[str, Any]]]:
+    """Every task at every precision. Returns task -> precision -> bool [items], and one record an item and precision."""
+    outcomes: dict[str, dict[str, np.ndarray]] = {}
+    records: list[dict[str, Any]] = []
+    for task, items in run.items.items():
+        outcomes[task] = {}
+        for precision, assignment in precisions.items():
+            with run.reporter.stage(f"{task} ({precision})") as progress, swapped(run.model, run.bank.weights(assignment)):
+                answers = _score_shards(run, task, items, assignment, progress)
+            outcomes[task][precision] = np.array([answer["correct"] for answer in answers])
+            records += [{"task": task, "precision": precision, **answer} for answer in answers]
+    return outcomes, records
+
+
+def _score_shards(
+    run: Run, task: str, items: list[dict[str, Any]], assignment: Mapping[str, str], progress: Advance
+) -> list[dict[str, Any]]:
+    answers: list[dict[str, Any]] = []
+    for start in range(0, len(items), SHARD_ITEMS):
+        shard = items[start : start + SHARD_ITEMS]
+        key = content_key("task", run.meter.identity, dict(assignment), task, items_sha256(shard))
+        value = run.journal.get(key)
+        if value is None:
+            value = score_items(run.model, run.tokenizer, task, shard)
+            run.journal.put(key, "task", value)
+        answers += value
+        progress(start + len(shard), len(items))
+    return answers

@@ -1,0 +1,110 @@
+"""What a command says on the terminal when it is done: a few rich tables, from records alone."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from rich.console import Console
+from rich.table import Table
+from rich.text import Text
+
+from bitatlas.compare import Comparison
+from bitatlas.records import Atlas, Measured, Plan, Size, TaskPair, TaskScore
+from bitatlas.report.facts import byte_size, interval, number
+from bitatlas.verify import Verification
+
+STYLES = {"critical": "red", "safe": "green", "uncertain": "yellow"}
+
+
+def _console() -> Console:
+    return Console(highlight=False)
+
+
+def _table(title: str, columns: Sequence[str]) -> Table:
+    table = Table(title=title, title_justify="left", box=None, pad_edge=False, header_style="bold")
+    for place, column in enumerate(columns):
+        table.add_column(column, justify="left" if place == 0 else "right")
+    return table
+
+
+def _nats(value: Measured | None) -> str:
+    return interval(value, unit=True) if value else "not measured"
+
+
+def show_summary(atlas: Atlas) -> None:
+    """The plan against its baselines, the layers, the tasks, the findings."""
+    console = _console()
+    if atlas.plan:
+        show_plan(atlas.plan)
+    layers = _table("Layers (criticality = share of damage / share of weights)", ["layer", "criticality", "verdict"])
+    for layer in atlas.layers:
+        style = STYLES[layer.verdict]
+        layers.add_row(str(layer.layer), interval(layer.criticality), f"[{style}]{layer.verdict}[/]")
+    console.print(layers)
+    _show_tasks(console, atlas.tasks, atlas.task_pairs)
+    console.print()
+    for finding in atlas.findings:
+        line = Text.assemble((f"{finding.claim}: ", ""), (finding.verdict, "bold"), f". {finding.text}")
+        console.print(line, soft_wrap=True)
+
+
+def show_plan(plan: Plan) -> None:
+    """Size, damage and, where it was verified, its baselines."""
+    console = _console()
+    table = _table(f"Plan ({plan.budget.kind} {number(plan.budget.value)})", ["", "size", "code bits", "damage, nats/token"])
+    predicted = f"{number(plan.damage.predicted)} (predicted)" if plan.damage.predicted is not None else "not predicted"
+    damage = _nats(plan.damage.measured) if plan.damage.measured else predicted
+    table.add_row("this plan", byte_size(plan.size.total_bytes), number(plan.size.code_bits), damage)
+    for baseline in plan.baselines:
+        if not baseline.name.startswith("random"):
+            table.add_row(baseline.name, "", number(baseline.code_bits), _nats(baseline.damage))
+    random = [baseline for baseline in plan.baselines if baseline.name.startswith("random")]
+    if random:
+        best = min(random, key=lambda baseline: baseline.damage.mean)
+        table.add_row(f"best of {len(random)} random plans", "", number(best.code_bits), _nats(best.damage))
+    console.print(table)
+
+
+def show_verification(result: Verification) -> None:
+    """Promised and found, side by side."""
+    console = _console()
+    table = _table("Verification", ["", "promised", "found", ""])
+    sizes: list[tuple[str, Size]] = [("promised", result.plan.size), ("found", result.size)]
+    table.add_row("quantized bytes", *(f"{size.quantized_bytes:,}" for _, size in sizes), _kept(result.size_kept))
+    table.add_row("total bytes", *(f"{size.total_bytes:,}" for _, size in sizes), _kept(result.size_kept))
+    promised = "nothing" if result.promised is None else f"{number(result.promised)} nats/token"
+    table.add_row("damage", promised, _nats(result.damage), _kept(result.damage_kept))
+    console.print(table)
+
+
+def _kept(kept: bool) -> str:
+    return "[green]kept[/]" if kept else "[red]NOT KEPT[/]"
+
+
+def show_comparison(result: Comparison) -> None:
+    """Damage, losses and paired task results of two checkpoints."""
+    console = _console()
+    console.print(f"A: {result.first}\nB: {result.second}", markup=False)
+    if result.losses and result.loss_difference:
+        table = _table("On the same rows", ["", "nats/token"])
+        table.add_row("KL(A || B)", interval(result.damage))
+        table.add_row("loss of A", interval(result.losses[0]))
+        table.add_row("loss of B", interval(result.losses[1]))
+        table.add_row("B minus A", interval(result.loss_difference))
+        console.print(table)
+    _show_tasks(console, result.scores, result.pairs)
+
+
+def _show_tasks(console: Console, scores: list[TaskScore], pairs: list[TaskPair]) -> None:
+    if not scores:
+        return
+    table = _table("Tasks (95 % Wilson intervals)", ["task", "precision", "right", "accuracy", ""])
+    for score in scores:
+        low, high = (100 * end for end in score.wilson95)
+        accuracy = f"{100 * score.correct / score.n:.1f}% [{low:.1f}, {high:.1f}]"
+        table.add_row(
+            score.task, score.precision, f"{score.correct}/{score.n}", accuracy, "" if score.above_chance else "at chance"
+        )
+    console.print(table)
+    for pair in pairs:
+        console.print(f"{pair.task}, {pair.first} to {pair.second}: {pair.text}", markup=False, soft_wrap=True)

@@ -1,0 +1,79 @@
+"""Does a plan keep its promise? Its size recomputed, its damage measured again, both against what the plan says."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+from bitatlas.bank import Bank
+from bitatlas.checkpoint import Checkpoint, check_finite, open_checkpoint
+from bitatlas.errors import UserError
+from bitatlas.evaluation.bootstrap import measured
+from bitatlas.journal import Journal
+from bitatlas.planning.budget import size_of
+from bitatlas.progress import Reporter
+from bitatlas.records import Atlas, Measured, Plan, Size, read_record
+from bitatlas.sensitivity.damage import DamageMeter
+from bitatlas.settings import check_device
+from bitatlas.tokens import Rows, make_rows, read_documents
+
+
+@dataclass(frozen=True)
+class Verification:
+    """`kept`: the size is to the byte what was promised, and the damage is not above the promise beyond its interval."""
+
+    plan: Plan
+    size: Size
+    damage: Measured
+    promised: float | None  # nats/token
+    size_kept: bool
+    damage_kept: bool
+
+    @property
+    def kept(self) -> bool:
+        return self.size_kept and self.damage_kept
+
+
+def verify_plan(
+    model_name: str,
+    plan_file: Path,
+    tokens: str | None,
+    rows: tuple[int, int, int],
+    row_length: int,
+    device: str,
+    seed: int,
+    reporter: Reporter,
+) -> Verification:
+    """Measure `plan_file` on `model_name`. Without `tokens`, the rows of the survey that lies beside the plan are used again."""
+    plan = read_record(plan_file, Plan)
+    checkpoint = open_checkpoint(model_name, plan.model.revision, fuse=False)
+    _check_fits(plan, checkpoint)
+    test = _rows(plan_file, checkpoint, tokens, rows, row_length, seed)
+    check_finite(checkpoint)
+    model = checkpoint.load_model(check_device(device))
+    bank = Bank(model, list(plan.modules), plan.formats, plan.quantizer)
+    meter = DamageMeter(model, bank, checkpoint.info.weights_sha256, plan.quantizer, Journal(None))
+    with reporter.stage("damage of the plan") as progress:
+        damage = measured(meter.plans({"plan": plan.modules}, test.test, progress)["plan"], "nats/token", "plan", "test", seed)
+    size = size_of(checkpoint.modules, plan.modules, checkpoint.info)
+    promise = plan.damage.measured.mean if plan.damage.measured else plan.damage.predicted
+    lowest = damage.ci95[0] if damage.ci95 else damage.mean
+    return Verification(plan, size, damage, promise, size == plan.size, promise is None or lowest <= promise)
+
+
+def _check_fits(plan: Plan, checkpoint: Checkpoint) -> None:
+    if plan.model.weights_sha256 != checkpoint.info.weights_sha256:
+        raise UserError(f"{checkpoint.info.name}: these are not the weights that the plan was made for ({plan.model.name})")
+    unknown = sorted(set(plan.modules) - {module.name for module in checkpoint.modules})
+    if unknown:
+        raise UserError(f"the plan names {unknown[0]}, which the checkpoint lacks")
+
+
+def _rows(
+    plan_file: Path, checkpoint: Checkpoint, tokens: str | None, rows: tuple[int, int, int], row_length: int, seed: int
+) -> Rows:
+    if tokens is None:
+        from bitatlas.prepare import rows_of_survey
+
+        return rows_of_survey(read_record(plan_file.parent / "atlas.json", Atlas), checkpoint)
+    return make_rows(read_documents(tokens), checkpoint.load_tokenizer(), tokens, rows, row_length, checkpoint.info.context, seed)

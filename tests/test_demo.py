@@ -1,0 +1,156 @@
+"""The demo world is what it claims, and the bundled model can do it."""
+
+import itertools
+import json
+import random
+
+import pytest
+
+from bitatlas.demo import DATA_DIR, MODEL_DIR, PROBLEMS_FILE, QUESTIONS_FILE, TEXT_FILE, world
+from bitatlas.demo.tables import PHRASES, STORIES, THINGS
+
+SEED = 0  # of the bundled model and files
+
+
+@pytest.fixture(scope="module")
+def problems():
+    return json.loads(PROBLEMS_FILE.read_text(encoding="utf-8"))
+
+
+@pytest.fixture(scope="module")
+def questions():
+    return [json.loads(line) for line in QUESTIONS_FILE.read_text(encoding="utf-8").splitlines()]
+
+
+@pytest.fixture(scope="module")
+def training_text():
+    """A sample of the stream that the model is trained on."""
+    return list(itertools.islice(world.documents(random.Random("any"), "train"), 20_000))
+
+
+def test_same_seed_same_world():
+    for split in world.SPLIT_PERCENT:
+        first, second = (list(itertools.islice(world.documents(random.Random(3), split), 200)) for _ in range(2))
+        assert first == second
+    assert world.task_problems(1) == world.task_problems(1) != world.task_problems(2)
+    assert world.task_questions(1) == world.task_questions(1) != world.task_questions(2)
+
+
+def test_bundled_files_are_what_the_seed_gives(tmp_path):
+    world.write_data(tmp_path, SEED)
+    for file in (PROBLEMS_FILE, QUESTIONS_FILE, TEXT_FILE):
+        assert file.read_bytes() == (tmp_path / file.name).read_bytes()
+    assert TEXT_FILE.parent == DATA_DIR
+    assert 250_000 < TEXT_FILE.stat().st_size < 350_000
+
+
+def test_splits_share_no_problem():
+    keys = {
+        split: {world.draw_problem(random.Random(number), split)[0] for number in range(3000)} for split in world.SPLIT_PERCENT
+    }
+    for one, other in itertools.combinations(keys.values(), 2):
+        assert not one & other
+
+
+def test_splits_share_no_question_and_cover_every_fact_in_training():
+    asked = {split: {question for _, question, _, _ in world.all_questions(split)} for split in world.SPLIT_PERCENT}
+    for one, other in itertools.combinations(asked.values(), 2):
+        assert not one & other
+    assert {fact for fact, *_ in world.all_questions("train")} == set(world.FACTS)
+
+
+def test_no_test_item_in_training_or_in_the_text(problems, questions, training_text):
+    held_out = TEXT_FILE.read_text(encoding="utf-8")
+    trained = set(training_text)
+    prompts = {document.split("\nAnswer:")[0] + "\nAnswer:" for document in trained}
+    for prompt in [world.problem_prompt(problem) for problem in problems] + [
+        world.question_prompt(question) for question in questions
+    ]:
+        assert prompt not in prompts and prompt not in held_out
+    assert not trained & {document + "\n\n" for document in held_out.split("\n\n") if document.startswith("Question:")}
+
+
+def test_answers_agree_with_equations(problems):
+    assert len(problems) == world.TASK_ITEMS == len({problem["ID"] for problem in problems})
+    assert {problem["Type"] for problem in problems} == set(world.TYPES.values())
+    for problem in problems:
+        x, operator, y = problem["Equation"].strip("() ").split()
+        assert eval(problem["Equation"]) == problem["Answer"]  # an oracle apart from world.solve; the file is our own
+        assert 0 <= problem["Answer"] <= 99 and world.TYPES[operator] == problem["Type"]
+        words = problem["Body"].replace(".", " ").split()
+        assert {f"{float(x):.0f}", f"{float(y):.0f}"} <= set(words)
+
+
+def test_many_problems_hold_a_number_that_is_not_needed(problems):
+    numbers = [sum(word.strip(".,").isdigit() for word in problem["Body"].split()) for problem in problems]
+    assert sum(count == 3 for count in numbers) > len(problems) / 3
+    assert sum(len(asked) for _, asked in STORIES) >= 25
+
+
+def test_exactly_one_choice_is_right(questions):
+    """Looked up in the table of facts by the words of the question, not by how the question was made."""
+    assert len(questions) == world.TASK_ITEMS == len({question["question"] for question in questions})
+    known = {(question, right) for split in world.SPLIT_PERCENT for _, question, right, _ in world.all_questions(split)}
+    for question in questions:
+        texts = [choice["text"] for choice in question["choices"]]
+        assert [choice["label"] for choice in question["choices"]] == list("ABCD") and len(set(texts)) == 4
+        right = [label for label, text in zip("ABCD", texts, strict=True) if (question["question"], text) in known]
+        assert right == [question["answerKey"]]
+
+
+def test_facts_are_consistent():
+    assert len({fact[:3] for fact in world.FACTS}) == len(world.FACTS)
+    for kind, attributes in PHRASES.items():
+        for attribute in attributes:
+            values = {value for k, _, a, value in world.FACTS if (k, a) == (kind, attribute)}
+            assert len(values) >= 4, f"{kind} {attribute}: too few values for three wrong choices"
+    things = [thing for _, thing, _, _ in world.FACTS]
+    assert 50 <= len(set(things)) <= 120 and set(THINGS) == set(PHRASES)
+
+
+# ---- the bundled model ------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def tokenizer():
+    transformers = pytest.importorskip("transformers")
+    return transformers.AutoTokenizer.from_pretrained(MODEL_DIR)
+
+
+@pytest.fixture(scope="module")
+def model():
+    torch, transformers = pytest.importorskip("torch"), pytest.importorskip("transformers")
+    return transformers.AutoModelForCausalLM.from_pretrained(MODEL_DIR, dtype=torch.float32).eval()
+
+
+def test_tokenizer_round_trip(tokenizer):
+    text = TEXT_FILE.read_text(encoding="utf-8")[:20_000] + " déjà vu — 123"
+    ids = tokenizer(text)["input_ids"]
+    assert ids[0] == tokenizer.bos_token_id
+    assert tokenizer.decode(ids, skip_special_tokens=True, clean_up_tokenization_spaces=False) == text
+    assert 512 <= len(tokenizer) <= 1024
+    assert all(len(tokenizer(f" {number}", add_special_tokens=False)["input_ids"]) == 1 for number in range(1, 41))
+
+
+def test_tokenizer_is_what_the_seed_gives(tokenizer):
+    train = pytest.importorskip("bitatlas.demo.train")
+    assert train.make_tokenizer(SEED).get_vocab() == tokenizer.get_vocab()
+
+
+def test_model_is_small_and_regular(model):
+    torch = pytest.importorskip("torch")
+    assert sum(file.stat().st_size for file in MODEL_DIR.iterdir()) <= 6_000_000
+    assert model.config.num_hidden_layers == 16
+    for module in model.model.modules():
+        if isinstance(module, torch.nn.Linear):
+            assert module.in_features % 128 == 0 and module.out_features % 64 == 0
+
+
+def test_model_solves_problems(model, tokenizer, problems):
+    score = pytest.importorskip("bitatlas.demo.score")
+    assert score.share(score.problems_right(model, tokenizer, problems[:60])) >= 0.85
+
+
+def test_model_answers_questions(model, tokenizer, questions):
+    score = pytest.importorskip("bitatlas.demo.score")
+    assert score.share(score.questions_right(model, tokenizer, questions[:60])) >= 0.80

@@ -1,0 +1,259 @@
+"""Shares, criticality, zones and correlations against planted truth: quadratic games with known Shapley values, steps, nulls."""
+
+import itertools
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from scipy import stats
+
+from bitatlas.findings import (
+    LayerRows,
+    conclude,
+    correlations,
+    folk_findings,
+    layer_measures,
+    layer_records,
+    misfit,
+    number_of_zones,
+    permutation_p,
+    segmentations,
+    shares_of,
+    spearman,
+    with_low_share,
+    zones,
+)
+from bitatlas.records import Module
+from games import HIGH, LOW, attention_of, flat, interactions, profiles, quadratic_rows
+
+GENEROUS = 100.0  # nats/token: nothing is unsafe for its damage
+
+
+def shapley(values: dict[frozenset, float], players: int) -> np.ndarray:
+    """Mean marginal contribution over all orders: the definition."""
+    total = np.zeros(players)
+    orders = list(itertools.permutations(range(players)))
+    for order in orders:
+        for place, player in enumerate(order):
+            before = frozenset(order[:place])
+            total[player] += values[before | {player}] - values[before]
+    return total / len(orders)
+
+
+# --- shares and criticality --------------------------------------------------------------------------------------------
+
+
+@settings(max_examples=40, deadline=None)
+@given(seed=st.integers(0, 2**32 - 1), layers=st.integers(1, 5))
+def test_values_are_the_shapley_values_of_a_quadratic_game(seed, layers):
+    rng = np.random.default_rng(seed)
+    first, pairs = rng.normal(size=layers), interactions(layers, 1.0, seed)
+    game = {
+        frozenset(members): 0.7 + first[list(members)].sum() + pairs[np.ix_(members, members)].sum() / 2
+        for size in range(layers + 1)
+        for members in itertools.combinations(range(layers), size)
+    }
+    everything = frozenset(range(layers))
+    one = [[game[frozenset({layer})]] for layer in range(layers)]
+    all_but_one = [[game[everything - {layer}]] for layer in range(layers)]
+    rows = LayerRows([game[frozenset()]], [game[everything]], one, all_but_one, np.ones(layers))
+    np.testing.assert_allclose(rows.values[0], shapley(game, layers), rtol=0, atol=1e-12)
+
+
+def test_a_planted_critical_layer_is_found_and_intervals_hold_the_truth():
+    first = np.array([0.02, 0.02, 0.02, 0.15, 0.02, 0.02, 0.02, 0.02])  # only layer 3 does more than its size
+    pairs = interactions(8, 0.002)
+    truth = first + pairs.sum(axis=1) / 2
+    weights = np.array([1, 1, 1, 1, 1, 1, 4, 1]) * 1000
+    records = layer_records(quadratic_rows(first, pairs, 48, weights=weights), GENEROUS)
+    assert [record.layer for record in records if record.verdict == "critical"] == [3]
+    expected = truth / truth.sum()
+    assert sum(record.share.mean for record in records) == pytest.approx(1)
+    for record, share in zip(records, expected, strict=True):
+        weight_share = record.weights / weights.sum()
+        assert record.share.ci95[0] < share < record.share.ci95[1]
+        assert record.criticality.mean == pytest.approx(record.share.mean / weight_share)
+        assert record.criticality.ci95[0] == pytest.approx(record.share.ci95[0] / weight_share)
+    # four times the weights at the same damage
+    assert records[6].verdict == "safe"
+    assert records[6].q_value <= 0.05
+    assert (records[6].lowered.base, records[6].raised.base) == ("uniform:int4_g64", "uniform:int2_g64")
+    assert (records[6].criticality.unit, records[6].criticality.rows, records[6].criticality.n) == ("ratio", "test", 48)
+
+
+def test_safe_needs_the_added_damage_within_the_tolerance():
+    rows = quadratic_rows(np.array([0.002, 0.05, 0.05]), np.zeros((3, 3)), 48)
+    added = rows.added[:, 0].mean()
+    verdicts = [layer_records(rows, tolerance)[0].verdict for tolerance in (added * 2, added, added / 2)]
+    # at the tolerance itself the interval reaches beyond it
+    assert verdicts == ["safe", "uncertain", "uncertain"]
+
+
+def test_no_false_critical_layers_beyond_the_nominal_rate():
+    games = 60
+    false = sum(
+        any(one.verdict == "critical" for one in layer_records(flat(5, 24, seed), GENEROUS, seed=seed)) for seed in range(games)
+    )
+    # nominal: false discoveries of either sign 5 %, critical ones half of that; 24 rows make the bootstrap a little generous
+    assert false <= stats.binom.ppf(0.999, games, 0.05)
+
+
+def test_no_damage_to_share_leaves_everything_uncertain():
+    rng = np.random.default_rng(0)
+    high, low = rng.normal(1, 0.1, (2, 20))
+    rows = LayerRows(high, low, high + rng.normal(0, 0.1, (3, 20)), low + rng.normal(0, 0.1, (3, 20)), np.ones(3))
+    records = layer_records(rows, GENEROUS)
+    assert {record.verdict for record in records} == {"uncertain"}
+    assert {record.criticality.ci95 for record in records} == {None}
+    assert {record.q_value for record in records} == {1.0}
+    assert [(zone.name, zone.verdict) for zone in zones(rows, GENEROUS)] == [("whole model", "uncertain")]
+    assert {finding.verdict for finding in folk_findings(shares_of(rows), 0.05)} == {"inconclusive"}
+
+
+def test_identical_formats_and_a_single_row_are_no_crash():
+    same = np.ones((1, 1))
+    for rows in (LayerRows([1.0], [1.0], same, same, [5]), LayerRows([1.0], [2.0], same * 2, same, [5])):
+        told = conclude(rows, 0.05)
+        assert [layer.verdict for layer in told.layers] == ["uncertain"]
+        assert np.isfinite(told.layers[0].criticality.mean)
+
+
+def test_misfit_is_zero_for_a_quadratic_game_and_seen_for_a_cubic_one():
+    rows = quadratic_rows(np.full(5, 0.02), interactions(5, 0.01), 30)
+    fit = misfit(rows)
+    assert fit.mean == pytest.approx(0, abs=1e-12)
+    assert fit.ci95 == pytest.approx((0, 0), abs=1e-12)
+    # an interaction of all five layers is only in the all-low model
+    extra = 0.5 * (rows.low - rows.high)
+    cubic = LayerRows(rows.high, rows.low + extra, rows.lowered, rows.raised, rows.weights)
+    expected = (rows.values.sum(axis=1) + 5 * extra / 2).mean() / (rows.low - rows.high + extra).mean() - 1
+    assert misfit(cubic).mean == pytest.approx(expected)
+    assert misfit(cubic).ci95[0] > 0.1
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"low": np.ones(3)},
+        {"lowered": np.ones((3, 4))},
+        {"weights": np.array([1, 0])},
+        {"high": np.array([1, np.nan, 1, 1])},
+    ],
+)
+def test_malformed_rows_are_an_error(change):
+    good = {"high": np.ones(4), "low": np.ones(4), "lowered": np.ones((2, 4)), "raised": np.ones((2, 4)), "weights": np.ones(2)}
+    LayerRows(**good)
+    with pytest.raises(ValueError, match=r"high|low|weights"):
+        LayerRows(**(good | change))
+
+
+# --- zones -------------------------------------------------------------------------------------------------------------
+
+
+def brute_force_error(values: np.ndarray, weights: np.ndarray, count: int) -> float:
+    best = np.inf
+    for cuts in itertools.combinations(range(1, len(values)), count - 1):
+        ends = [0, *cuts, len(values)]
+        parts = [slice(a, b) for a, b in itertools.pairwise(ends)]
+        error = sum((weights[p] * (values[p] - np.average(values[p], weights=weights[p])) ** 2).sum() for p in parts)
+        best = min(best, error)
+    return best
+
+
+@settings(max_examples=80, deadline=None)
+@given(seed=st.integers(0, 2**32 - 1), layers=st.integers(1, 9))
+def test_segmentation_equals_brute_force(seed, layers):
+    rng = np.random.default_rng(seed)
+    values, weights = rng.normal(1, 1, layers), rng.uniform(0.1, 3, layers)
+    for count, (cuts, error) in enumerate(segmentations(values, weights, 4), start=1):
+        assert len(cuts) == count
+        assert [layer for first, last in cuts for layer in range(first, last + 1)] == list(range(layers))
+        assert error == pytest.approx(brute_force_error(values, weights, count), abs=1e-9)
+        parts = [slice(first, last + 1) for first, last in cuts]
+        own = sum((weights[p] * (values[p] - np.average(values[p], weights=weights[p])) ** 2).sum() for p in parts)
+        assert own == pytest.approx(error, abs=1e-9)
+
+
+def by_row(truth: np.ndarray, rows: int, noise: float, seed: int) -> np.ndarray:
+    rng = np.random.default_rng(seed)
+    return truth * rng.lognormal(-0.125, 0.5, (rows, 1)) + noise * rng.standard_normal((rows, len(truth)))
+
+
+def test_flat_noise_is_one_zone_most_of_the_time():
+    one = sum(number_of_zones(by_row(np.ones(16), 32, 1.0, seed), np.ones(16) / 16, 5, seed) == 1 for seed in range(60))
+    assert one >= 45
+
+
+@pytest.mark.parametrize(("levels", "names"), [((0.5, 1.5), ["early", "late"]), ((0.3, 1.0, 1.7), ["early", "middle", "late"])])
+def test_planted_steps_are_recovered(levels, names):
+    first = np.repeat(levels, 4) * 0.02
+    found = zones(quadratic_rows(first, np.zeros((len(first),) * 2), 48), tolerance=GENEROUS)
+    assert [(zone.first, zone.last) for zone in found] == [(4 * k, 4 * k + 3) for k in range(len(levels))]
+    assert [zone.name for zone in found] == names
+    assert (found[0].verdict, found[-1].verdict) == ("safe", "critical")
+    assert [zone.criticality.mean for zone in found] == pytest.approx(levels, abs=0.1)
+
+
+def test_a_zone_is_safe_only_if_lowering_all_of_it_is_within_the_tolerance():
+    first = np.repeat([0.5, 1.5], 4) * 0.02
+    rows = quadratic_rows(first, np.zeros((8, 8)), 48)
+    assert rows.added[:, :4].mean() < 0.02 < rows.values[:, :4].sum(axis=1).mean()
+    assert [zone.verdict for zone in zones(rows, tolerance=0.02)] == ["uncertain", "critical"]
+
+
+def test_more_than_three_zones_are_numbered():
+    first = np.repeat([1.0, 4.0, 1.0, 4.0], 3) * 0.02
+    found = zones(quadratic_rows(first, np.zeros((12, 12)), 48), tolerance=GENEROUS)
+    assert [zone.name for zone in found] == ["zone 1", "zone 2", "zone 3", "zone 4"]
+
+
+def test_low_share_is_the_share_of_weights_at_the_lowest_format():
+    modules = [
+        Module(f"m{layer}{kind}", layer, kind, shape, "u") for layer in range(2) for kind, shape in (("a", (2, 2)), ("b", (4, 3)))
+    ]
+    found = zones(quadratic_rows(np.array([0.01, 0.05, 0.05, 0.05]), np.zeros((4, 4)), 30), GENEROUS)
+    filled = with_low_share(found, modules, {"m0a": LOW, "m0b": HIGH, "m1a": LOW, "m1b": LOW}, LOW)
+    assert (filled[0].first, filled[0].last, filled[0].low_share) == (0, 0, 4 / 16)
+    assert filled[1].low_share == 1.0
+
+
+# --- correlations ------------------------------------------------------------------------------------------------------
+
+
+@settings(max_examples=50, deadline=None)
+@given(seed=st.integers(0, 2**32 - 1), layers=st.integers(3, 12))
+def test_rank_correlation_equals_scipy(seed, layers):
+    rng = np.random.default_rng(seed)
+    x, y = rng.integers(0, 6, layers).astype(float), rng.integers(0, 6, (4, layers)).astype(float)
+    expected = [stats.spearmanr(x, row).statistic if np.ptp(x) and np.ptp(row) else 0.0 for row in y]
+    np.testing.assert_allclose(spearman(x, y), expected, atol=1e-12)
+
+
+def test_permutation_p_is_exact_for_few_layers_and_close_for_many():
+    assert permutation_p([1, 2, 3, 4], [1, 2, 3, 4]) == 2 / 24
+    assert permutation_p([1, 2, 3], [1, 1, 1]) == 1.0
+    rng = np.random.default_rng(1)
+    x = rng.normal(size=24)
+    y = x + rng.normal(size=24) * 2
+    # scipy's p is a t approximation, good at 24 layers
+    assert permutation_p(x, y) == pytest.approx(stats.spearmanr(x, y).pvalue, abs=0.015)
+
+
+def test_a_measure_that_follows_damage_earns_a_say_and_noise_does_not():
+    first = np.linspace(0.01, 0.05, 12)
+    shares = shares_of(quadratic_rows(first, np.zeros((12, 12)), 48))
+    measures = {"sparsity": -first, "kurtosis": np.random.default_rng(3).normal(size=12), "constant": np.ones(12)}
+    found = {one.measure: one for one in correlations(measures, shares)}
+    assert set(found) == {"sparsity", "kurtosis"}
+    assert found["sparsity"].ci95[0] <= found["sparsity"].rho < -0.9
+    assert -1 <= found["kurtosis"].ci95[0] < found["kurtosis"].ci95[1] <= 1
+
+
+def test_layer_measures_are_means_weighted_by_size_and_leave_out_what_is_not_whole():
+    found = layer_measures(profiles(3, np.array([0.4, 0.2, 0.0])), attention_of(3), 3, LOW)
+    np.testing.assert_allclose(found["sparsity"], [0.1, 0.05, 0.0])
+    np.testing.assert_allclose(found["relative error"], [0.1, 0.11, 0.12])
+    np.testing.assert_allclose(found["reasoning focus"], [10, 11, 12])
+    assert set(layer_measures([], attention_of(2), 3, LOW)) == {"depth"}
+    assert "relative error" not in layer_measures(profiles(3, np.zeros(3)), [], 3, "int3_g64")

@@ -1,0 +1,491 @@
+"""The report against the atlas it was made from, against the real Mermaid, and in a real browser.
+
+Oracles: the numbers printed are read back and compared with the record; Mermaid itself says whether the source is valid and what its
+boxes say; the browser says what was loaded, what ran, and whether a text is cut or lies over another.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import re
+import subprocess
+import sys
+from collections.abc import Iterator
+from itertools import pairwise
+from pathlib import Path
+from typing import Any
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from atlas_factory import Recipe, make_atlas
+from bitatlas.records import Atlas, Measured, read_record, to_json
+from bitatlas.report import facts, svg
+from bitatlas.report.cards import overview_of
+from bitatlas.report.html import html, write_reports
+from bitatlas.report.markdown import escape as markdown_escape
+from bitatlas.report.markdown import markdown
+from bitatlas.report.mermaid import escape as mermaid_escape
+from bitatlas.report.mermaid import overview
+from bitatlas.report.tables import tables
+from browser import Opened, launched, mermaid_script, opened
+
+EVIL = '"]; click T0 call alert(1) <script>alert(1)</script> | `x` **b** %%{init: {"theme":"dark"}}%% #35; & \\ [a](b) end'
+RECIPES = {
+    "sixteen": Recipe(),
+    "five, no tasks": Recipe(layers=5, tasks=(), zones=2, low="int2_g32", high="int4_g32"),
+    "one layer": Recipe(layers=1, zones=1),
+    "eighty": Recipe(layers=80, zones=5),
+    "bare": Recipe(layers=5, tasks=(), plan=False, attention=False),
+    "hostile": Recipe(name=EVIL, tasks=(EVIL, "x" * 300), recommended=False, notes=[EVIL, "</script>"]),
+}
+
+
+@pytest.fixture(params=RECIPES.values(), ids=list(RECIPES))
+def atlas(request: pytest.FixtureRequest) -> Atlas:
+    return make_atlas(request.param)
+
+
+@pytest.fixture(scope="module")
+def browser() -> Iterator[Any]:
+    with launched() as running:
+        yield running
+
+
+def emptied(atlas: Atlas) -> Atlas:
+    """An atlas of which nothing but the model is left: what an interrupted run could hand over."""
+    lists = ["uniform", "layers", "zones", "weights", "attention", "heads", "tasks", "task_pairs", "curve"]
+    nothing = {name: [] for name in [*lists, "correlations", "findings"]}
+    return dataclasses.replace(atlas, plan=None, unit_damage={}, base_damage={}, **nothing)
+
+
+# --- numbers as text ---------------------------------------------------------------------------------------------------
+
+
+def read_back(text: str) -> tuple[float, float, float, int]:
+    """`0.214 [0.199, 0.232]` -> mean, low, high, decimals."""
+    found = re.fullmatch(r"(\S+?)%? \[(\S+), (\S+)\]", text)
+    assert found, text
+    numbers = [part.replace("−", "-").replace(",", "") for part in found.groups()]
+    return *(float(part) for part in numbers), len(numbers[1].partition(".")[2])  # type: ignore[return-value]
+
+
+@settings(deadline=None, max_examples=60)
+@given(st.floats(-1e6, 1e6), st.floats(1e-5, 1e5), st.sampled_from(["nats/token", "%", "points", "ratio", "share"]))
+def test_an_interval_as_text_is_the_number_to_its_last_decimal(mean: float, half: float, unit: str) -> None:
+    m = Measured(mean, (mean - half, mean + 2 * half), unit, "plan", "test", 8)
+    *numbers, decimals = read_back(facts.interval(m))
+    scale = 100 if unit == "share" else 1
+    for shown, true in zip(numbers, (mean, mean - half, mean + 2 * half), strict=True):
+        assert shown == pytest.approx(scale * true, abs=0.5001 * 10**-decimals, rel=1e-9)
+    width = 3 * half * scale
+    if 1e-4 < width < 10:  # two digits of the width
+        assert width / 100 < 10**-decimals <= width * (10 if unit in ("%", "points") else 1)
+
+
+@settings(deadline=None, max_examples=60)
+@given(st.sets(st.integers(0, 90), min_size=1))
+def test_runs_name_every_layer_once(layers: set[int]) -> None:
+    named: list[int] = []
+    for part in facts.runs(layers).split(", "):
+        first, _, last = part.partition("–")
+        named += range(int(first), int(last or first) + 1)
+    assert named == sorted(layers)
+
+
+@pytest.mark.parametrize(
+    ("value", "text"), [(0.0, "0.00"), (-0.0001, "−0.000100"), (1234.5, "1,234"), (0.5, "0.500"), (-3.14159, "−3.14")]
+)
+def test_numbers_have_three_digits_and_a_real_minus(value: float, text: str) -> None:
+    assert facts.number(value) == text
+
+
+def test_a_number_that_rounds_to_zero_has_no_sign() -> None:
+    assert facts.number(-0.0004, 2) == "0.00"
+
+
+@settings(deadline=None, max_examples=60)
+@given(st.floats(1e-6, 1e6), st.floats(1.01, 1e4))
+def test_log_ticks_lie_inside_and_are_few(low: float, factor: float) -> None:
+    span = svg.log_range([low, low * factor])
+    assert span[0] < low
+    assert span[1] > low * factor
+    found = svg.log_ticks(*span)
+    assert 1 <= len(found) <= 7
+    assert all(span[0] <= tick <= span[1] for tick in found)
+
+
+@settings(deadline=None, max_examples=60)
+@given(st.floats(-1e5, 1e5), st.floats(1e-4, 1e5))
+def test_ticks_lie_inside_and_are_evenly_spaced(low: float, span: float) -> None:
+    found = svg.ticks(low, low + span)
+    steps = {round((b - a) / span, 6) for a, b in pairwise(found)}
+    assert all(low - 1e-6 * span <= tick <= low + span * (1 + 1e-6) for tick in found)
+    assert len(steps) <= 1
+    assert 1 <= len(found) <= 7
+
+
+# --- which layers are drawn ----------------------------------------------------------------------------------------------
+
+
+@settings(deadline=None, max_examples=60)
+@given(st.integers(1, 90), st.integers(1, 6), st.integers(0, 50))
+def test_the_layers_drawn_follow_the_rule(layers: int, zones: int, seed: int) -> None:
+    atlas = make_atlas(Recipe(seed=seed, layers=layers, zones=zones, tasks=(), attention=False))
+    chosen = facts.select_layers(atlas)
+    assert chosen == sorted(set(chosen))
+    if layers <= facts.SHOWN_LAYERS:
+        assert chosen == list(range(layers))
+        return
+    worst = max(atlas.layers, key=lambda record: record.criticality.mean)
+    best = min(atlas.layers, key=lambda record: record.criticality.mean)
+    assert {0, layers - 1, worst.layer, best.layer} <= set(chosen)
+    assert all(any(zone.first <= layer <= zone.last for layer in chosen) for zone in atlas.zones)
+    assert facts.SHOWN_LAYERS <= len(chosen) <= facts.SHOWN_LAYERS + len(atlas.zones)
+    gaps = [b - a for a, b in pairwise(chosen)]
+    assert max(gaps) <= layers / 2
+
+
+# --- the overview's meaning ----------------------------------------------------------------------------------------------
+
+
+def test_every_layer_and_its_attention_leads_to_its_own_zone(atlas: Atlas) -> None:
+    view = overview_of(atlas)
+    ends = {link.start: link.end for link in view.links if not link.dotted}
+    for layer in view.chosen:
+        zone = atlas.zones[int(ends[f"L{layer}"][1:])]
+        assert zone.first <= layer <= zone.last
+        if atlas.attention:
+            assert ends[f"ATT{layer}"] == ends[f"L{layer}"]
+    for place, zone in enumerate(atlas.zones):
+        assert ends[f"Z{place}"] == {"critical": "PRESERVE", "safe": "SAFE", "uncertain": "MIXED"}[zone.verdict]
+
+
+def test_a_dotted_link_reaches_layers_only_where_a_score_is_shown_to_fall() -> None:
+    atlas = make_atlas()
+    falls = {(pair.task, pair.second) for pair in atlas.task_pairs if pair.verdict == "falls"}
+    assert falls == {("arc_easy", "uniform:int2_g64")}  # the recipe has exactly one
+    critical = {f"L{record.layer}" for record in atlas.layers if record.verdict == "critical"}
+    for place, score in enumerate(atlas.tasks):
+        ends = {link.end for link in overview_of(atlas).links if link.start == f"T{place}"}
+        if (score.task, score.precision) in falls:
+            assert ends
+            assert ends <= critical
+        else:
+            assert ends == {"TASKS"}
+
+
+def test_what_was_not_measured_is_said() -> None:
+    source = overview(emptied(make_atlas()))
+    for key in ("NOTASKS", "NOLAYERS", "NOATTENTION", "NOZONES"):
+        assert re.search(rf'{key}\["[^"]*not measured"\]', source)
+    assert "No plan was made" in source
+    assert "MIXED[" in source
+    assert "TASKS[" in source
+
+
+def test_an_empty_atlas_makes_both_reports() -> None:
+    atlas = emptied(make_atlas())
+    assert markdown(atlas).count("Not measured") >= 5
+    assert "No plan was made" in html(atlas)
+
+
+def test_a_plan_that_lost_is_not_recommended() -> None:
+    atlas = make_atlas(Recipe(recommended=False))
+    assert facts.answer(atlas).startswith("No mixed plan is recommended")
+    for text in (overview(atlas), markdown(atlas), html(atlas)):
+        assert "Not recommended: last layers high does less damage" in re.sub(r"<[^>]*>|\\", "", text)
+    assert "bitatlas apply" not in markdown(atlas)
+
+
+@settings(deadline=None, max_examples=60)
+@given(st.text(max_size=200))
+def test_a_mermaid_label_has_no_character_that_means_something(text: str) -> None:
+    label = mermaid_escape(text)
+    assert not re.search(r'["<>`{}|\\\n;#&]', re.sub(r"#\d+;", "", label))
+    assert "%%" not in label
+    brackets = re.sub(r"\[[−0-9., ]+\]", "", label)
+    assert "[" not in brackets
+    assert "]" not in brackets
+
+
+# --- report.md -----------------------------------------------------------------------------------------------------------
+
+
+def parsed(text: str) -> list:
+    from markdown_it import MarkdownIt
+
+    return MarkdownIt("commonmark", {"html": True}).enable(["table", "strikethrough"]).parse(text)
+
+
+def markdown_tables(text: str) -> dict[str, list[list[str]]]:
+    """Heading -> rows of the table under it, cells as a reader sees them."""
+    found: dict[str, list[list[str]]] = {}
+    heading, previous = "", None
+    for token in parsed(text):
+        if token.type == "inline" and previous == "heading_open":
+            heading = _plain(token)
+        elif token.type == "tr_open":
+            found.setdefault(heading, []).append([])
+        elif token.type == "inline" and previous in ("th_open", "td_open"):
+            found[heading][-1].append(_plain(token))
+        previous = token.type
+    return found
+
+
+def _plain(token: object) -> str:
+    return "".join(child.content for child in token.children)
+
+
+def test_markdown_tables_are_whole(atlas: Atlas) -> None:
+    read = markdown_tables(markdown(atlas))
+    made = {table.title: table for table in tables(atlas)}
+    assert set(read) == {title for title, table in made.items() if table.rows}
+    for title, rows in read.items():
+        expected = [made[title].head, *made[title].rows]
+        assert [[" ".join(cell.split()) for cell in row] for row in expected] == rows
+
+
+def test_every_layer_is_listed_with_all_its_intervals(atlas: Atlas) -> None:
+    rows = markdown_tables(markdown(atlas))["Layers"]
+    body = {int(row[0]): dict(zip(rows[0], row, strict=True)) for row in rows[1:]}
+    assert sorted(body) == [record.layer for record in atlas.layers]
+    columns = {"lowered": "Damage lowered", "raised": "Damage raised", "share": "Share of", "criticality": "Criticality"}
+    for record in atlas.layers:
+        for name, start in columns.items():
+            cell = next(text for head, text in body[record.layer].items() if head.startswith(start))
+            m: Measured = getattr(record, name)
+            *numbers, decimals = read_back(cell)
+            scale = 100 if m.unit == "share" else 1
+            assert m.ci95 is not None
+            for shown, true in zip(numbers, (m.mean, *m.ci95), strict=True):
+                assert shown == pytest.approx(scale * true, abs=0.5001 * 10**-decimals)
+        assert body[record.layer]["Verdict"] == record.verdict
+
+
+def test_sections_stand_in_the_form_that_users_asked_for() -> None:
+    text = markdown(make_atlas())
+    wanted = [
+        "# Quantization Analysis Overview",
+        "## 4-bit vs 2-bit Strategic Analysis",
+        "```mermaid\ngraph TD",
+        "## Key Findings",
+    ]
+    wanted += ["**Critical Layers Identified:**", "## Optimization Strategy", "## Uniform damage", "## Layers", "## Zones"]
+    wanted += [
+        "## Plan and baselines",
+        "## Tasks",
+        "## Attention",
+        "## Weights",
+        "## Folk rules",
+        "## Definitions",
+        "## Provenance",
+    ]
+    places = [text.index(f"{part}\n") for part in wanted]
+    assert places == sorted(places)
+
+
+def test_nothing_hostile_is_markup_in_markdown() -> None:
+    text = markdown(make_atlas(RECIPES["hostile"]))
+    tokens = [child for token in parsed(text) for child in (token, *(token.children or []))]
+    assert not {token.type for token in tokens} & {"html_block", "html_inline", "link_open", "em_open", "s_open", "image"}
+    assert sum(token.type == "fence" for token in tokens) == 1
+    codes = {token.content for token in tokens if token.type == "code_inline"}
+    assert codes == set()  # nothing of ours: the plan lost, so there is no command to print
+    assert EVIL in {row[1] for row in markdown_tables(text)["Provenance"]}
+
+
+@settings(deadline=None, max_examples=60)
+@given(st.text(alphabet=st.characters(codec="utf-8", exclude_categories=["C", "Z"]), max_size=60))
+def test_escaped_markdown_reads_as_the_text(text: str) -> None:
+    tokens = parsed(f"| a |\n| --- |\n| x{markdown_escape(text)}x |")
+    cells = [token for token in tokens if token.type == "inline"]
+    assert _plain(cells[-1]) == f"x{text}x"
+    assert {child.type for child in cells[-1].children} <= {"text", "text_special"}
+
+
+def test_the_same_atlas_gives_the_same_bytes_also_from_its_file(atlas: Atlas, tmp_path: Path) -> None:
+    (tmp_path / "atlas.json").write_text(to_json(atlas), encoding="utf-8")
+    again = read_record(tmp_path / "atlas.json", Atlas)
+    assert markdown(atlas) == markdown(again)
+    assert html(atlas) == html(again)
+
+
+def test_no_date_is_printed() -> None:
+    atlas = make_atlas()
+    for text in (markdown(atlas), html(atlas)):
+        assert not re.search(r"\b20\d\d-\d\d|\b\d\d:\d\d:\d\d\b", text)
+
+
+def test_both_files_are_written_whole(tmp_path: Path) -> None:
+    atlas = make_atlas()
+    write_reports(atlas, tmp_path)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["report.html", "report.md"]
+    assert (tmp_path / "report.md").read_text(encoding="utf-8") == markdown(atlas)
+    assert (tmp_path / "report.html").read_text(encoding="utf-8") == html(atlas)
+
+
+def test_reporting_needs_no_torch() -> None:
+    program = "import sys, bitatlas.report.html; sys.exit('torch' in sys.modules or 'transformers' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", program], timeout=60).returncode == 0
+
+
+# --- the real Mermaid ----------------------------------------------------------------------------------------------------
+
+RENDER = """async source => {
+  const { svg } = await mermaid.render("drawn", source);
+  const box = document.createElement("div");
+  box.innerHTML = svg;
+  document.body.replaceChildren(box);
+  const lines = element => {
+    for (const br of element.querySelectorAll("br")) br.replaceWith("\\n");
+    return element.textContent.split("\\n").map(line => line.trim()).filter(Boolean);
+  };
+  const all = selector => [...box.querySelectorAll(selector)];
+  return {
+    nodes: all(".node").map(node => ({ id: node.id, css: node.getAttribute("class"), lines: lines(node) })),
+    groups: all(".cluster-label").map(label => label.textContent.trim()),
+    links: all("path.flowchart-link").length,
+    labels: all(".edgeLabels > .edgeLabel").map(label => label.textContent.trim()).filter(Boolean).sort(),
+    active: all("script, a, [onclick], .clickable, iframe").length,
+  };
+}"""
+
+
+@pytest.fixture(scope="module")
+def mermaid(browser: Any) -> Iterator[Opened]:
+    """A page with the real Mermaid, used for one source after the other."""
+    script = mermaid_script()
+    with opened(browser) as seen:
+        seen.page.add_script_tag(path=str(script))
+        seen.page.evaluate('mermaid.initialize({ startOnLoad: false, securityLevel: "strict" })')
+        yield seen
+
+
+@pytest.mark.slow
+def test_mermaid_draws_every_box_and_link(mermaid: Opened, atlas: Atlas) -> None:
+    view, source = overview_of(atlas), overview(atlas)
+    assert len(source) < 50_000, "Mermaid's default limit"
+    drawn = mermaid.page.evaluate(RENDER, source)
+    assert not mermaid.dialogs
+    assert not [message for message in mermaid.messages if message.startswith("error")]
+    assert drawn["active"] == 0
+    assert drawn["links"] == len(view.links)
+    assert drawn["labels"] == sorted(link.label for link in view.links if link.label)
+    assert len(drawn["groups"]) == 6
+    assert any(label.startswith(f"🎯 {view.title}: {atlas.model.name[:40]}") for label in drawn["groups"])
+    _check_boxes(drawn["nodes"], [*view.datasets, *view.layers, *view.attention, *view.effects, *view.strategy])
+
+
+def _check_boxes(nodes: list[dict], cards: list) -> None:
+    """Every card is one node, of its class, with all its lines as text (long ones may be cut)."""
+    assert len(nodes) == len(cards)
+    for card in cards:
+        node = next(node for node in nodes if re.search(rf"-{card.key}-\d+$", node["id"]))
+        assert not card.css or card.css in node["css"].split()
+        for line in (card.title, *card.lines, card.mark):
+            start = " ".join(line.split())[:150]
+            assert any(start in shown for shown in node["lines"]), (start, node["lines"])
+
+
+# --- report.html in a browser --------------------------------------------------------------------------------------------
+
+CUT_OR_OVERLAID = """() => {
+  const bad = [];
+  const visible = element => element.getClientRects().length > 0;
+  for (const svg of [...document.querySelectorAll("svg.chart")].filter(visible)) {
+    const frame = svg.getBoundingClientRect();
+    const texts = [...svg.querySelectorAll("text")].filter(text => text.textContent.trim());
+    const boxes = texts.map(text => text.getBoundingClientRect());
+    texts.forEach((text, i) => {
+      const a = boxes[i];
+      if (a.left < frame.left - 1 || a.right > frame.right + 1 || a.top < frame.top - 1 || a.bottom > frame.bottom + 1)
+        bad.push("cut: " + text.textContent);
+      if (text.parentNode.hasAttribute("transform")) return;  // a slanted label's box is larger than the label
+      for (let j = i + 1; j < texts.length; j++) {
+        const b = boxes[j];
+        const wide = Math.min(a.right, b.right) - Math.max(a.left, b.left);
+        const high = Math.min(a.bottom, b.bottom) - Math.max(a.top, b.top);
+        if (wide > 1 && high > 4 && !texts[j].parentNode.hasAttribute("transform"))
+          bad.push("over: " + text.textContent + " / " + texts[j].textContent);
+      }
+    });
+  }
+  for (const box of document.querySelectorAll(".card, .tiles div, figure, .advice li, .finding-grid li"))
+    if (visible(box) && box.scrollWidth > box.clientWidth + 1) bad.push("wide: " + box.textContent.slice(0, 60));
+  return bad;
+}"""
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("width", [1280, 390])
+def test_the_page_is_alone_quiet_and_fits(browser: Any, atlas: Atlas, width: int, tmp_path: Path) -> None:
+    write_reports(atlas, tmp_path)
+    assert (tmp_path / "report.html").stat().st_size <= 3_000_000
+    url = (tmp_path / "report.html").as_uri()
+    with opened(browser, url, width) as seen:
+        page = seen.page
+        size = page.evaluate("[document.documentElement.scrollWidth, document.documentElement.clientWidth]")
+        problems = page.evaluate(CUT_OR_OVERLAID)
+        scripts = page.evaluate("document.scripts.length")
+        answer = page.inner_text(".answer")
+    assert [request for request in seen.requests if not request.startswith(("data:", url))] == []
+    assert seen.messages == []
+    assert seen.dialogs == []
+    assert size[0] <= size[1] == width
+    assert problems == []
+    assert scripts == 1
+    assert answer == facts.answer(atlas)
+
+
+def test_dark_and_light_follow_the_reader_and_the_button(browser: Any, tmp_path: Path) -> None:
+    write_reports(make_atlas(), tmp_path)
+    url = (tmp_path / "report.html").as_uri()
+    paper = "() => getComputedStyle(document.body).backgroundColor.match(/\\d+/g).slice(0, 3).reduce((a, b) => a + +b, 0)"
+    shades = {}
+    for dark in (False, True):
+        with opened(browser, url, dark=dark) as seen:
+            page = seen.page
+            before = page.evaluate(paper)
+            page.click("#theme")
+            shades[dark] = (before, page.evaluate(paper))
+            contrast = page.evaluate(CONTRAST)
+        assert contrast >= 4.5
+    light, night = shades[False][0], shades[True][0]
+    assert light > 690 > 150 > night
+    assert shades == {False: (light, night), True: (night, light)}
+
+
+# the least contrast (WCAG) of body text, soft text and the three verdicts against what they stand on
+CONTRAST = """() => {
+  const light = colour => {
+    const [r, g, b] = colour.match(/[\\d.]+/g).slice(0, 3).map(v => v / 255).map(v => v <= 0.03928 ? v / 12.92 : ((v + 0.055) / 1.055) ** 2.4);
+    return 0.2126 * r + 0.7152 * g + 0.0722 * b;
+  };
+  const ratio = (a, b) => (Math.max(a, b) + 0.05) / (Math.min(a, b) + 0.05);
+  const probe = name => { const i = document.createElement("i"); i.style.color = `var(--${name})`; document.body.append(i); const c = getComputedStyle(i).color; i.remove(); return light(c); };
+  const pairs = [["ink", "paper"], ["soft", "paper"], ["soft", "surface"], ["critical", "surface"], ["safe", "surface"], ["on-dark", "bits"]];
+  return Math.min(...pairs.map(([a, b]) => ratio(probe(a), probe(b))));
+}"""
+
+
+def test_tooltips_say_a_marks_words(browser: Any, tmp_path: Path) -> None:
+    atlas = make_atlas()
+    write_reports(atlas, tmp_path)
+    with opened(browser, (tmp_path / "report.html").as_uri()) as seen:
+        page = seen.page
+        page.hover("#figure-criticality .wide g.tip >> nth=0")
+        words = page.inner_text("#tip")
+    first = atlas.layers[0]
+    assert words == f"Layer 0: criticality {facts.interval(first.criticality)}, {first.verdict}"
+
+
+def test_without_scripts_the_page_still_says_everything(atlas: Atlas) -> None:
+    page = html(atlas)
+    body = page[page.index("<body>") : page.index("<script>")]
+    for table in tables(atlas):
+        for row in table.rows:
+            assert str(svg.escape(row[0])) in body
+    assert "default-src &#39;none&#39;" in page or "default-src 'none'" in page
+    assert not re.search(r"""(src|href)=["']?(https?:)?//""", page)

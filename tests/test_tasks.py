@@ -1,0 +1,527 @@
+"""Items against their sources; scores through the harness against log-likelihoods and greedy decoding done by hand."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+
+from bitatlas.demo import PROBLEMS_FILE, QUESTIONS_FILE
+from bitatlas.errors import UserError
+from bitatlas.evaluation.items import numbers_in, plain_number
+from bitatlas.evaluation.run import (
+    TASKS,
+    chance_level,
+    check_task_names,
+    items_sha256,
+    load_items,
+    read_number,
+    score_items,
+    split_items,
+    task_text,
+)
+from bitatlas.swap import swapped
+
+SHARED = Path(__file__).resolve().parents[2] / "shared"
+needs_shared = pytest.mark.skipif(not (SHARED / "data").is_dir(), reason="the shared data is not here")
+needs_demo = pytest.mark.skipif(not (PROBLEMS_FILE.exists() and QUESTIONS_FILE.exists()), reason="the demo data is not built")
+
+QUESTIONS = [
+    {
+        "id": "three",
+        "question": "Which has three sides?",
+        "choices": [{"label": "A", "text": "square"}, {"label": "B", "text": "triangle"}, {"label": "C", "text": "circle"}],
+        "answerKey": "B",
+    },
+    {
+        "id": "numbered",
+        "question": "Where do fish live?",
+        "choices": [{"label": str(n), "text": text} for n, text in enumerate(["sand", "trees", "water", "fire"], 1)],
+        "answerKey": "3",
+    },
+    {
+        "id": "five",
+        "question": "What is ice?",
+        "choices": [
+            {"label": label, "text": text}
+            for label, text in zip("ABCDE", ["iron", "cold-water", "wood", "oil", "air"], strict=True)
+        ],
+        "answerKey": "B",
+    },
+]
+PROBLEMS = [
+    {
+        "ID": "p1",
+        "Body": "Tom had 26 pens. He lost 9.",
+        "Question": "How many are left?",
+        "Equation": "( 26.0 - 9.0 )",
+        "Answer": 17.0,
+    },
+    {"ID": "p2", "Body": "Ann has 3 cats and gets 4.", "Question": "How many now?", "Equation": "( 3.0 + 4.0 )", "Answer": 7.0},
+    {
+        "ID": "p3",
+        "Body": "Six boxes hold 5 eggs each.",
+        "Question": "How many eggs?",
+        "Equation": "( 6.0 * 5.0 )",
+        "Answer": 30.0,
+    },
+    {"ID": "p4", "Body": "12 nuts for 4 birds.", "Question": "How many each?", "Equation": "( 12.0 / 4.0 )", "Answer": 3.0},
+]
+
+
+@pytest.fixture(scope="module", autouse=True)
+def one_thread():
+    """Models this small run faster on one core, and much faster where the others are busy."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
+@pytest.fixture
+def task_data(tmp_path):
+    """A folder as --task-data names it, with tiny files."""
+    (tmp_path / "ARC-Easy-test.jsonl").write_text("".join(json.dumps(record) + "\n" for record in QUESTIONS))
+    (tmp_path / "SVAMP.json").write_text(json.dumps(PROBLEMS))
+    worked = {"question": "Two hens lay 1,000 eggs each. How many?", "answer": "2*1000=<<2*1000=2000>>2000\n#### 2,000"}
+    (tmp_path / "gsm8k_test.jsonl").write_text(json.dumps(worked) + "\n")
+    return tmp_path
+
+
+# --- names and items ---------------------------------------------------------------------------------------------------
+
+
+def test_task_names():
+    assert check_task_names(["svamp", " arc_easy", "svamp", ""]) == ["svamp", "arc_easy"]
+    assert check_task_names(["none"]) == []
+    assert check_task_names([]) == []
+    with pytest.raises(UserError, match=r"unknown task 'arc_esy'; nearest is 'arc_easy' \(valid: demo_problems"):
+        check_task_names(["arc_esy"])
+    with pytest.raises(UserError, match="'none' stands alone"):
+        check_task_names(["svamp", "none"])
+
+
+def test_items_take_one_form(task_data):
+    questions = {item["id"]: item for item in load_items("arc_easy", task_data, None, seed=0)}
+    assert questions["three"]["gold"] == 1
+    assert questions["numbered"]["choices"][questions["numbered"]["gold"]] == "water"
+    assert [questions[name]["chance"] for name in ("three", "numbered", "five")] == [1 / 3, 1 / 4, 1 / 5]
+    problems = {item["id"]: item for item in load_items("svamp", task_data, None, seed=0)}
+    assert problems["p1"] == {
+        "id": "p1",
+        "question": "Tom had 26 pens. He lost 9. How many are left?",
+        "answer": "17",
+        "worked": "26 - 9 = 17",
+        "chance": 0.25,
+    }
+    (worked,) = load_items("gsm8k", task_data, None, seed=0)
+    assert worked["answer"] == "2000"
+
+
+def test_hub_form_of_choices_gives_the_same_items(task_data):
+    flat = load_items("arc_easy", task_data, None, seed=0)
+    hub = [
+        {**record, "choices": {key: [choice[key] for choice in record["choices"]] for key in ("label", "text")}}
+        for record in QUESTIONS
+    ]
+    (task_data / "ARC-Easy-test.jsonl").write_text("".join(json.dumps(record) + "\n" for record in hub))
+    assert load_items("arc_easy", task_data, None, seed=0) == flat
+
+
+def test_text_of_a_task(task_data):
+    text = task_text("gsm8k", load_items("gsm8k", task_data, None, seed=0))
+    assert text == "Question: Two hens lay 1,000 eggs each. How many?\nAnswer: 2*1000=2000\n#### 2,000\n"
+    blocks = task_text("arc_easy", load_items("arc_easy", task_data, None, seed=0)).split("\n\n")
+    assert len(blocks) == 3
+    assert any(block.strip() == "Question: Which has three sides?\nAnswer: triangle" for block in blocks)
+
+
+@needs_shared
+@pytest.mark.parametrize("task", ["arc_easy", "arc_challenge", "svamp", "gsm8k"])
+def test_a_larger_limit_keeps_the_items_and_the_rest_is_spare(task):
+    data = SHARED / "data"
+    everything, nothing = split_items(task, data, None, seed=1)
+    assert nothing == []
+    few, spare = split_items(task, data, 20, seed=1)
+    more, _ = split_items(task, data, 50, seed=1, few_shot=5)
+    assert more[:20] == few == everything[:20]
+    assert len(few) + len(spare) == len(everything)
+    assert {item["id"] for item in few}.isdisjoint(item["id"] for item in spare)
+    scored, examples = split_items(task, data, None, seed=1, few_shot=5)
+    assert scored == everything[:-5]
+    assert examples == spare[:5]
+    assert items_sha256(load_items(task, data, 20, seed=1)) == items_sha256(few)
+    assert items_sha256(load_items(task, data, 20, seed=2)) != items_sha256(few)
+    assert items_sha256(few[::-1]) != items_sha256(few)
+
+
+@needs_shared
+def test_chance_levels():
+    def level(task):
+        return chance_level(load_items(task, SHARED / "data", None, seed=0))
+
+    easy = [json.loads(line) for line in (SHARED / "data" / "ARC-Easy-test.jsonl").read_text().splitlines()]
+    assert level("arc_easy") == pytest.approx(sum(1 / len(record["choices"]) for record in easy) / len(easy), abs=1e-12)
+    problems = [record["Answer"] for record in json.loads((SHARED / "data" / "SVAMP.json").read_text())]
+    assert level("svamp") == pytest.approx(max(map(problems.count, set(problems))) / len(problems), abs=1e-12)
+    assert level("svamp") == pytest.approx(0.077)
+    assert 0.01 < level("gsm8k") < 0.05
+
+
+@needs_demo
+def test_demo_tasks_need_no_folder():
+    for task in ("demo_problems", "demo_questions"):
+        assert len(load_items(task, None, None, seed=0)) == 300
+    assert all(" = " in item["worked"] for item in load_items("demo_problems", None, 20, seed=0))
+
+
+@pytest.mark.parametrize(
+    ("task", "text", "told"),
+    [
+        ("svamp", "[{", "not valid JSON"),
+        ("svamp", "[]", "has no items"),
+        ("svamp", json.dumps([{"ID": "a", "Body": "b", "Question": "c"}]), "item 1 has no field 'Answer'; svamp wants ID, Body"),
+        (
+            "svamp",
+            json.dumps([PROBLEMS[0], {**PROBLEMS[1], "Answer": "many"}]),
+            "item 2 is not as expected .*'many' is not a number",
+        ),
+        ("svamp", json.dumps([PROBLEMS[0], PROBLEMS[0]]), "two items have the id 'p1'"),
+        ("arc_easy", json.dumps({**QUESTIONS[0], "answerKey": "E"}), "answerKey 'E' is none of the labels"),
+        ("arc_easy", json.dumps({**QUESTIONS[0], "choices": []}), "fewer than two choices"),
+        ("gsm8k", json.dumps({"question": "q", "answer": "17"}), "no #### in the answer"),
+    ],
+)
+def test_damaged_files_are_told_in_one_line(task_data, task, text, told):
+    (task_data / TASKS[task].file).write_text(text)
+    with pytest.raises(UserError, match=told) as raised:
+        load_items(task, task_data, None, seed=0)
+    assert "\n" not in str(raised.value)
+    assert TASKS[task].file in str(raised.value)
+
+
+def test_impossible_requests(task_data):
+    with pytest.raises(UserError, match=r"ARC-Challenge-test.jsonl: no such file"):
+        load_items("arc_challenge", task_data, None, seed=0)
+    with pytest.raises(UserError, match="--limit 0"):
+        load_items("svamp", task_data, 0, seed=0)
+    with pytest.raises(UserError, match="--few-shot 4: svamp has 4 items"):
+        load_items("svamp", task_data, None, seed=0, few_shot=4)
+    with pytest.raises(UserError, match="--few-shot -1"):
+        load_items("svamp", task_data, None, seed=0, few_shot=-1)
+    assert len(load_items("svamp", task_data, 100, seed=0)) == 4
+
+
+# --- numbers in texts --------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("text", "numbers"),
+    [
+        ("26 - 9 = 17", [26, 9, 17]),
+        ("76-25", [76, 25]),
+        ("(3)-2", [3, 2]),
+        ("it is -3.", [-3]),
+        ("= −3", [-3]),
+        ("$1,234.50, then 1,2", [1234.5, 1, 2]),
+        ("1,23", [1, 23]),
+        (".5 and 0.5", [0.5, 0.5]),
+        ("x2 is no sign-7", [2, 7]),
+        ("none", []),
+    ],
+)
+def test_numbers_in_text(text, numbers):
+    assert numbers_in(text) == numbers
+
+
+@given(st.lists(st.integers(-(10**9), 10**9)))
+def test_numbers_are_read_back(numbers):
+    assert numbers_in(" and ".join(map(str, numbers))) == numbers
+    assert numbers_in(" and ".join(f"{number:,}" for number in numbers)) == numbers
+
+
+@given(st.integers(-(10**6), 10**6), st.integers(0, 99))
+def test_plain_numbers(whole, hundredths):
+    assert plain_number(float(whole)) == plain_number(f"{whole:,}") == str(whole)
+    value = abs(whole) + hundredths / 100
+    assert float(plain_number(value)) == value
+
+
+@pytest.mark.parametrize(
+    ("form", "output", "number"),
+    [
+        ("problem", " 26 - 9 = 17\n", 17),
+        ("problem", "\n 17 pens\nIn all 99", 17),
+        ("problem", " many\n12", None),
+        ("problem", "", None),
+        ("worked", " 3*4=<<3*4=12>>12\nso 12\n#### 12", 12),
+        ("worked", "#### 1,200 dollars for 2", 1200),
+        ("worked", " 3 and then 5.", 5),
+        ("worked", "so 4\n#### ", 4),
+    ],
+)
+def test_the_answer_is_read_from_the_text(form, output, number):
+    assert read_number(form, output) == number
+
+
+# --- scoring -----------------------------------------------------------------------------------------------------------
+
+
+def byte_tokenizer(**special):
+    """A token a byte; `special` names the special tokens."""
+    vocabulary = {letter: number for number, letter in enumerate(sorted(pre_tokenizers.ByteLevel.alphabet()))}
+    backend = Tokenizer(models.BPE(vocab=vocabulary, merges=[]))
+    backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
+    backend.decoder = decoders.ByteLevel()
+    return PreTrainedTokenizerFast(tokenizer_object=backend, **special)
+
+
+def small_llama(context=160):
+    torch.manual_seed(0)
+    config = LlamaConfig(
+        vocab_size=260,
+        hidden_size=64,
+        intermediate_size=128,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        max_position_embeddings=context,
+        bos_token_id=None,
+        eos_token_id=256,
+    )
+    return LlamaForCausalLM(config).eval()
+
+
+@pytest.fixture(scope="module")
+def tokenizer():
+    return byte_tokenizer(eos_token="</s>")
+
+
+@pytest.fixture(scope="module")
+def learned(tokenizer, tmp_path_factory):
+    """A tiny model that knows PROBLEMS and QUESTIONS by heart (120 steps of training), and the items."""
+    folder = tmp_path_factory.mktemp("data")
+    (folder / "ARC-Easy-test.jsonl").write_text("".join(json.dumps(record) + "\n" for record in QUESTIONS))
+    (folder / "SVAMP.json").write_text(json.dumps(PROBLEMS))
+    items = {task: load_items(task, folder, None, seed=0) for task in ("svamp", "arc_easy")}
+    texts = [block + "\n\n" for task in items for block in task_text(task, items[task]).strip().split("\n\n")]
+    rows = tokenizer(texts)["input_ids"]
+    width = max(map(len, rows))
+    ids = torch.tensor([row + [0] * (width - len(row)) for row in rows])
+    labels = torch.tensor([row + [-100] * (width - len(row)) for row in rows])
+    model = small_llama()
+    optimizer = torch.optim.AdamW(model.parameters(), lr=5e-3)
+    for _ in range(120):
+        model(input_ids=ids, labels=labels).loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    return model, items
+
+
+@torch.no_grad()
+def likelihoods(model, tokenizer, item, before=""):
+    """Summed log-likelihood of each choice, one forward pass each, nats."""
+    context = model.config.max_position_embeddings
+    prompt = f"{before}Question: {item['question']}\nAnswer:"
+    start = len(tokenizer(prompt)["input_ids"])
+    sums = []
+    for text in item["choices"]:
+        whole = tokenizer(f"{prompt} {text}")["input_ids"]
+        scored = len(whole) - start
+        ids = torch.tensor([whole[-(context + 1) :]])
+        logprobs = model(ids[:, :-1]).logits.double().log_softmax(-1)[0, -scored:]
+        sums.append(logprobs.gather(-1, ids[0, -scored:, None]).sum().item())
+    return sums
+
+
+@torch.no_grad()
+def greedy(model, tokenizer, prompt, tokens, stops):
+    """The greedy continuation, the whole text run again for each token."""
+    ids = tokenizer(prompt)["input_ids"][-(model.config.max_position_embeddings - tokens) :]
+    start = len(ids)
+    while len(ids) < start + tokens:
+        ids.append(int(model(torch.tensor([ids])).logits[0, -1].argmax()))
+        text = tokenizer.decode(ids[start:], skip_special_tokens=True)
+        if ids[-1] == tokenizer.eos_token_id or any(stop in text for stop in stops):
+            break
+    return min((text.split(stop)[0] for stop in stops), key=len)
+
+
+def assert_choices_equal_brute_force(model, tokenizer, items, records, before=""):
+    for item, record in zip(items, records, strict=True):
+        sums = likelihoods(model, tokenizer, item, before)
+        best = sorted(sums)
+        if best[-1] - best[-2] > 1e-3:  # nearer than that, float32 may pick either
+            assert record["answer"] == item["choices"][sums.index(best[-1])]
+            assert record["correct"] == (sums.index(best[-1]) == item["gold"])
+        assert record["item"] == item["id"]
+        assert record["expected"] == item["choices"][item["gold"]]
+
+
+def test_a_model_that_knows_the_answers_gets_them_right(learned, tokenizer):
+    model, items = learned
+    for task in ("svamp", "arc_easy"):
+        records = score_items(model, tokenizer, task, items[task])
+        assert [record["item"] for record in records] == [item["id"] for item in items[task]]
+        assert all(record["correct"] for record in records)
+        assert all(record["answer"] == record["expected"] for record in records)
+        assert not any(record["truncated"] for record in records)
+    by_id = {record["item"]: record for record in score_items(model, tokenizer, "svamp", items["svamp"])}
+    assert by_id["p1"]["output"].strip() == "26 - 9 = 17"
+    wrong = [{**item, "answer": "18"} for item in items["svamp"]]
+    assert not any(record["correct"] for record in score_items(model, tokenizer, "svamp", wrong))
+
+
+def test_the_weights_in_memory_are_scored(learned, tokenizer):
+    model, items = learned
+    before = score_items(model, tokenizer, "arc_easy", items["arc_easy"])
+    name = "model.layers.1.mlp.down_proj"
+    with swapped(model, {name: 3 * torch.randn(64, 128, generator=torch.Generator().manual_seed(0))}):
+        records = score_items(model, tokenizer, "arc_easy", items["arc_easy"])
+        assert_choices_equal_brute_force(model, tokenizer, items["arc_easy"], records)
+        assert not all(record["correct"] for record in score_items(model, tokenizer, "svamp", items["svamp"]))
+    assert score_items(model, tokenizer, "arc_easy", items["arc_easy"]) == before
+
+
+def test_shards_and_batches_do_not_change_records(learned, tokenizer):
+    model, items = learned
+    for task in ("svamp", "arc_easy"):
+        whole = score_items(model, tokenizer, task, items[task])
+        shards = [
+            score_items(model, tokenizer, task, items[task][n : n + 2], batch_size=1) for n in range(0, len(items[task]), 2)
+        ]
+        assert [record for shard in shards for record in shard] == whole
+    assert score_items(model, tokenizer, "svamp", []) == []
+
+
+def test_examples_stand_before_the_prompt(learned, tokenizer):
+    model, items = learned
+    item, example = items["svamp"][:2]
+    (record,) = score_items(model, tokenizer, "svamp", [item], examples=[example])
+    prompt = task_text("svamp", [example]) + f"\nQuestion: {item['question']}\nAnswer:"
+    assert record["output"] == greedy(model, tokenizer, prompt, 48, ["\n\n", "Question:", "</s>"])
+    assert record["truncated"] == (len(tokenizer(prompt)["input_ids"]) > 160 - 48)
+    example, *chosen = items["arc_easy"]
+    records = score_items(model, tokenizer, "arc_easy", chosen, examples=[example])
+    assert_choices_equal_brute_force(model, tokenizer, chosen, records, task_text("arc_easy", [example]) + "\n")
+
+
+def test_long_prompts_lose_their_beginning_and_long_choices_are_refused(tokenizer):
+    model = small_llama(context=64)
+    long = {"id": "long", "question": "why " * 40, "choices": ["a", "bc"], "gold": 0, "chance": 0.5}
+    records = score_items(model, tokenizer, "arc_easy", [long, {**long, "id": "short", "question": "why"}])
+    assert [record["truncated"] for record in records] == [True, False]
+    assert_choices_equal_brute_force(model, tokenizer, [long], records[:1])
+    problem = {"id": "p", "question": "why " * 40, "answer": "1", "worked": "1", "chance": 0.01}
+    (record,) = score_items(model, tokenizer, "gsm8k", [problem])
+    assert record["truncated"]
+    with pytest.raises(UserError, match="a choice of item long is longer than the model's context \\(64 tokens\\)"):
+        score_items(model, tokenizer, "arc_easy", [{**long, "choices": ["a", "b" * 64]}])
+
+
+@pytest.mark.parametrize(
+    "special", [{}, {"unk_token": "<unk>"}, {"bos_token": "<s>"}, {"eos_token": "</s>", "pad_token": "<pad>"}]
+)
+def test_any_special_token_will_do_and_the_tokenizer_is_left_as_it_was(learned, special):
+    model, items = learned
+    own = byte_tokenizer(**special)
+    before = (own.eos_token, own.pad_token, own.padding_side, len(own))
+    if not special:
+        with pytest.raises(UserError, match="the tokenizer has no end-of-text"):
+            score_items(model, own, "svamp", items["svamp"])
+    else:
+        assert all(record["correct"] for record in score_items(model, own, "svamp", items["svamp"]))
+        assert all(record["correct"] for record in score_items(model, own, "arc_easy", items["arc_easy"]))
+    assert (own.eos_token, own.pad_token, own.padding_side, len(own)) == before
+
+
+def test_scoring_is_silent_and_leaves_random_numbers_alone(learned, tokenizer, capfd):
+    model, items = learned
+    torch.manual_seed(5)
+    expected = torch.rand(3)
+    torch.manual_seed(5)
+    for task in ("svamp", "arc_easy"):
+        score_items(model, tokenizer, task, items[task])
+    assert torch.equal(torch.rand(3), expected)
+    assert capfd.readouterr() == ("", "")
+
+
+# --- a trained model and real items --------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def baby():
+    folder = SHARED / "models" / "babyllama-105"
+    return AutoModelForCausalLM.from_pretrained(folder).eval(), AutoTokenizer.from_pretrained(folder)
+
+
+@needs_shared
+def test_arc_equals_brute_force_on_real_items(baby):
+    items = load_items("arc_easy", SHARED / "data", None, seed=0)
+    odd = [item for item in items if len(item["choices"]) != 4][:4]
+    chosen = items[:20] + odd
+    records = score_items(*baby, "arc_easy", chosen)
+    assert {len(item["choices"]) for item in chosen} >= {3, 4, 5}
+    assert_choices_equal_brute_force(*baby, chosen, records)
+    lengths = [max(len(baby[1](f"Question: {i['question']}\nAnswer: {c}")["input_ids"]) for c in i["choices"]) for i in chosen]
+    assert [record["truncated"] for record in records] == [length > 257 for length in lengths]
+
+
+@needs_shared
+def test_svamp_equals_greedy_decoding_on_real_items(baby):
+    items = load_items("svamp", SHARED / "data", 4, seed=0)
+    records = score_items(*baby, "svamp", items)
+    stops = ["\n\n", "Question:", "</s>"]
+    for item, record in zip(items, records, strict=True):
+        assert record["output"] == greedy(*baby, f"Question: {item['question']}\nAnswer:", 48, stops)
+        assert record["correct"] == (read_number("problem", record["output"]) == float(item["answer"]))
+
+
+# --- a process of its own ------------------------------------------------------------------------------------------------
+
+ALONE = """
+import json, sys
+from pathlib import Path
+import torch
+sys.path.insert(0, sys.argv[1])
+from test_tasks import PROBLEMS, byte_tokenizer, small_llama
+from bitatlas.errors import UserError
+from bitatlas.evaluation.run import load_items, score_items
+heavy = sorted({"lm_eval", "datasets"} & set(sys.modules))
+told = []
+for task in ("svamp", "arc_easy", "gsm8k"):
+    try:
+        load_items(task, None, 5, 0)
+    except UserError as error:
+        told.append(str(error))
+before = {str(path) for path in Path(sys.argv[2]).rglob("*")}
+item = {"id": "a", "question": "b", "answer": "1", "worked": "1", "chance": 0.01}
+score_items(small_llama(), byte_tokenizer(eos_token="</s>"), "svamp", [item])
+written = sorted({str(path) for path in Path(sys.argv[2]).rglob("*")} - before)
+print(json.dumps({"told": told, "written": written, "heavy": heavy}))
+"""
+
+
+@pytest.mark.slow
+def test_without_a_network_and_without_writing(tmp_path):
+    home = tmp_path / "home"
+    home.mkdir()
+    folders = dict.fromkeys(("HOME", "XDG_CACHE_HOME", "XDG_CONFIG_HOME", "XDG_DATA_HOME", "HF_HOME", "TMPDIR"), str(home))
+    environment = {key: value for key, value in os.environ.items() if not key.startswith(("HF_", "XDG_"))}
+    environment |= folders | {"HF_HUB_OFFLINE": "1", "CUDA_VISIBLE_DEVICES": ""}
+    command = [sys.executable, "-c", ALONE, str(Path(__file__).parent), str(home)]
+    done = subprocess.run(command, env=environment, cwd=home, capture_output=True, text=True, timeout=240)
+    assert done.returncode == 0, done.stderr
+    result = json.loads(done.stdout.splitlines()[-1])
+    assert result["heavy"] == []
+    assert result["written"] == []
+    for told, task in zip(result["told"], ("svamp", "arc_easy", "gsm8k"), strict=True):
+        assert f"--tasks {task}: the data set {TASKS[task].hub[0]} cannot be had" in told
+        assert f"--task-data DIR with {TASKS[task].file} in it" in told
+        assert "\n" not in told
