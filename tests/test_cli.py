@@ -42,7 +42,7 @@ def refused(capsys: pytest.CaptureFixture, monkeypatch: pytest.MonkeyPatch, out:
     assert code == 2, err
     assert err.startswith("bitatlas: ")
     assert err.count("\n") == 1
-    assert not out.exists() or out.is_file() or sorted(p.name for p in out.iterdir()) == ["run.sqlite"]
+    assert not out.exists() or out.is_file() or all(p.name.startswith("run.sqlite") for p in out.iterdir())
     return err
 
 
@@ -112,7 +112,7 @@ def test_wrong_folders(capsys, monkeypatch, tmp_path: Path, text: Path, tiny_lla
     journal.close()
     assert "holds a run already" in refused(capsys, monkeypatch, other, *arguments)
     assert "holds a run of another-model" in refused(capsys, monkeypatch, other, *arguments, "--resume")
-    assert "cannot be made" in refused(capsys, monkeypatch, Path("/proc/bitatlas-out"), *arguments)
+    assert "cannot be made" in refused(capsys, monkeypatch, tmp_path / "file" / "below", *arguments)
 
 
 def test_no_disk_space(capsys, monkeypatch, tmp_path: Path, text: Path, tiny_llama: Path):

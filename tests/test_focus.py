@@ -134,6 +134,20 @@ def test_gsm8k_problem() -> None:
     assert words(problem, problem.queries[6].others) == ["16", "three", "four"]
 
 
+def test_items_of_our_own_tasks_give_the_same_problems() -> None:
+    """`question` and `worked`, as the task items are kept: the same text, queries and source as from the original record."""
+    own = {
+        "id": "1",
+        "question": f"{COOKIES['Body']} {COOKIES['Question']}",
+        "answer": "17",
+        "worked": "26 - 9 = 17",
+        "chance": 0.0,
+    }
+    worked = {"id": "2", "question": DUCKS["question"], "answer": "18", "worked": DUCKS["answer"], "chance": 0.0}
+    assert problems_of([own, worked]) == problems_of([COOKIES, DUCKS])
+    assert problems_of([{**own, "worked": "17"}]) == []  # no equation is known
+
+
 def test_words_and_parts_as_operands() -> None:
     """25% is 0.25, half divides by 2, and a product of the two is a result of the third step."""
     problem = gsm8k_problem(

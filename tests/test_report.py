@@ -21,7 +21,7 @@ from hypothesis import strategies as st
 
 from atlas_factory import Recipe, make_atlas
 from bitatlas.records import Atlas, Measured, read_record, to_json
-from bitatlas.report import facts, svg
+from bitatlas.report import advice, facts, svg
 from bitatlas.report.cards import overview_of
 from bitatlas.report.html import html, write_reports
 from bitatlas.report.markdown import escape as markdown_escape
@@ -193,7 +193,7 @@ def test_an_empty_atlas_makes_both_reports() -> None:
 
 def test_a_plan_that_lost_is_not_recommended() -> None:
     atlas = make_atlas(Recipe(recommended=False))
-    assert facts.answer(atlas).startswith("No mixed plan is recommended")
+    assert advice.answer(atlas).startswith("No mixed plan is recommended")
     for text in (overview(atlas), markdown(atlas), html(atlas)):
         assert "Not recommended: last layers high does less damage" in re.sub(r"<[^>]*>|\\", "", text)
     assert "bitatlas apply" not in markdown(atlas)
@@ -436,7 +436,7 @@ def test_the_page_is_alone_quiet_and_fits(browser: Any, atlas: Atlas, width: int
     assert size[0] <= size[1] == width
     assert problems == []
     assert scripts == 1
-    assert answer == facts.answer(atlas)
+    assert answer == advice.answer(atlas)
 
 
 def test_dark_and_light_follow_the_reader_and_the_button(browser: Any, tmp_path: Path) -> None:

@@ -122,7 +122,7 @@ def test_every_family_is_surveyed(family: str, text: Path, tmp_path: Path):
 
 
 @pytest.mark.parametrize(
-    "budget", [Budget("stored_bits", 4.2), Budget("size", 110_000.0), Budget("max_damage", 1.0), Budget("code_bits", 2.0)]
+    "budget", [Budget("stored_bits", 4.2), Budget("size", 125_000.0), Budget("max_damage", 1.0), Budget("code_bits", 2.0)]
 )
 def test_budgets_are_kept(budget: Budget, surveyed: Path, tiny_llama: Path, text: Path, tmp_path: Path):
     plan = run_survey(settings_for(tiny_llama, text, budget=budget), tmp_path / "out", False, QUIET).plan

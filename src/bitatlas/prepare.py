@@ -82,7 +82,7 @@ def prepare(settings: Settings, out: Path, resume: bool, reporter: Reporter) -> 
     with reporter.stage("opening the checkpoint"):
         checkpoint = open_checkpoint(settings.model, settings.revision, settings.fuse)
         check_budget(settings.budget, checkpoint.modules, settings.formats, checkpoint.info)
-        _check_folder(out, resume)
+        _check_folder(out, resume, checkpoint)
         task_data = Path(settings.task_data) if settings.task_data else None
         split = {task: split_items(task, task_data, settings.limit, settings.seed) for task in settings.tasks}
         tokenizer = checkpoint.load_tokenizer()
@@ -90,9 +90,9 @@ def prepare(settings: Settings, out: Path, resume: bool, reporter: Reporter) -> 
         rows = make_rows(documents, tokenizer, source, settings.rows, settings.row_length, checkpoint.info.context, settings.seed)
     with reporter.stage("reading every weight once") as progress:
         check_finite(checkpoint, progress)
+    journal = _open_journal(out, checkpoint)
     model = checkpoint.load_model(device)
     bank = Bank(model, [module.name for module in checkpoint.modules], settings.format_table(), settings.quantizer)
-    journal = _open_journal(out, checkpoint)
     meter = DamageMeter(model, bank, checkpoint.info.weights_sha256, settings.quantizer, journal)
     items = {task: scored for task, (scored, _) in split.items()}
     return Run(settings, out, checkpoint, model, tokenizer, bank, rows, items, journal, meter, reporter)
@@ -108,11 +108,13 @@ def _documents(settings: Settings, spare: dict[str, list[Item]]) -> tuple[str, l
     return f"items of {', '.join(spare)} that are not scored", [task_text(task, items) for task, items in spare.items()]
 
 
-def _check_folder(out: Path, resume: bool) -> None:
+def _check_folder(out: Path, resume: bool, checkpoint: Checkpoint) -> None:
     if out.exists() and not out.is_dir():
         raise UserError(f"--out {out}: is a file; give a folder")
     if (out / "run.sqlite").exists() and not resume:
         raise UserError(f"--out {out}: holds a run already; add --resume to go on with it, or choose another folder")
+    if (out / "run.sqlite").exists():
+        _open_journal(out, checkpoint).close()
     free = free_bytes(out.absolute())
     if free < OUTPUT_BYTES:
         raise UserError(f"--out {out}: only {free // 2**20} MiB free on that disk; about {OUTPUT_BYTES // 2**20} MiB are needed")
@@ -124,7 +126,11 @@ def _open_journal(out: Path, checkpoint: Checkpoint) -> Journal:
     except OSError as error:
         raise UserError(f"--out {out}: cannot be made ({(error.strerror or 'no permission').lower()})") from None
     journal = Journal(out / "run.sqlite")
-    journal.claim(checkpoint.info.weights_sha256, checkpoint.info.name)
+    try:
+        journal.claim(checkpoint.info.weights_sha256, checkpoint.info.name)
+    except UserError:
+        journal.close()
+        raise
     return journal
 
 

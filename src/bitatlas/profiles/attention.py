@@ -58,7 +58,7 @@ def attention_profile(
     seed: int = 0,
     batch_size: int = 8,
     progress: Callable[[int, int], None] | None = None,
-    split: str = "fit",
+    split: str = "test",
 ) -> AttentionResult:
     """Profile the attention of one base.
 

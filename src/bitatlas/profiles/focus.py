@@ -68,22 +68,25 @@ class Problem:
 
 
 def problems_of(items: Iterable[Mapping[str, Any]]) -> list[Problem]:
-    """Problems of SVAMP-form or GSM8K-form items, in order.
+    """Problems of items in SVAMP's or GSM8K's form, or in the form of our own tasks (`question` and `worked`), in order.
 
     Items of any other form (multiple choice), and items in which no operand can be found, have no problem and are left out.
     """
-    problems = []
-    for item in items:
-        if "worked" in item and "####" in item["worked"]:
-            problem = gsm8k_problem({"question": item["question"], "answer": item["worked"]})
-        elif "worked" in item:
-            equation, _, answer = item["worked"].rpartition("=")
-            problem = svamp_problem({"Body": item["question"], "Question": "", "Equation": equation, "Answer": answer})
-        elif {"Body", "Question", "Equation", "Answer"} <= item.keys():
-            problems.append(svamp_problem(item))
-        elif {"question", "answer"} <= item.keys():
-            problems.append(gsm8k_problem(item))
-    return [problem for problem in problems if problem is not None]
+    return [problem for item in items if (problem := _problem_of(item)) is not None]
+
+
+def _problem_of(item: Mapping[str, Any]) -> Problem | None:
+    if {"Body", "Question", "Equation", "Answer"} <= item.keys():
+        return svamp_problem(item)
+    solution = item.get("worked", item.get("answer"))
+    if "question" not in item or not isinstance(solution, str):
+        return None
+    if "####" in solution:
+        return gsm8k_problem({"question": item["question"], "answer": solution})
+    equation, _, answer = solution.rpartition("=")
+    if _value(answer) is None:
+        return None
+    return svamp_problem({"Body": item["question"], "Question": "", "Equation": equation, "Answer": _value(answer)})
 
 
 def svamp_problem(item: Mapping[str, Any]) -> Problem | None:

@@ -12,7 +12,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 
 from bitatlas.records import Atlas, AttentionLayer, Layer, TaskScore, Zone
-from bitatlas.report import facts
+from bitatlas.report import advice, facts
 
 CLASS_OF = {"critical": "critical", "safe": "safe", "uncertain": "warning"}
 LINK_NOTE = (
@@ -68,7 +68,7 @@ def overview_of(atlas: Atlas) -> Overview:
         [_layer(atlas, record) for record in layers] or [Card("NOLAYERS", "Layer criticality", [nothing])],
         [_attention(layer, attention.get(layer)) for layer in seen] or [Card("NOATTENTION", "Attention", [nothing])],
         [_zone(atlas, i, zone) for i, zone in enumerate(atlas.zones)] or [Card("NOZONES", "Zones", [nothing])],
-        [Card(part.key, part.title, part.lines, "recommendation") for part in facts.strategy(atlas)],
+        [Card(part.key, part.title, part.lines, "recommendation") for part in advice.strategy(atlas)],
         [*_task_links(atlas, layers), *_zone_links(atlas, layers, seen)],
         chosen,
     )
@@ -153,5 +153,5 @@ def _zone_links(atlas: Atlas, layers: list[Layer], attention: list[int]) -> list
         if zone is not None:
             links.append(Link(key, f"Z{atlas.zones.index(zone)}"))
     for place, zone in enumerate(atlas.zones):
-        links += [Link(f"Z{place}", part.key) for part in facts.strategy(atlas) if part.follows == zone.verdict]
+        links += [Link(f"Z{place}", part.key) for part in advice.strategy(atlas) if part.follows == zone.verdict]
     return links

@@ -148,7 +148,9 @@ def size_damage(atlas: Atlas, width: int) -> Markup | None:
         )
         c.whisker(px, y(bottom_top[0]), y(bottom_top[1]), css)
         c.mark(px, y(point.damage.mean), shape, css, words, {"plan": 6, "random": 2.5}.get(point.kind, 4.5))
+    for point in atlas.curve:  # names above all marks
         if point.kind in ("uniform", "plan"):
+            px = x(point.total_bytes / unit)
             _beside(c, px, y(point.damage.mean), point.name, point.kind == "plan")
     return c.svg("Damage against size of the whole model, log damage axis, with 95% intervals")
 

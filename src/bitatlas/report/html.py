@@ -17,11 +17,11 @@ from pathlib import Path
 from jinja2 import Environment, StrictUndefined
 from markupsafe import Markup, escape
 
-from bitatlas.records import Atlas, Finding, Measured, write_text
-from bitatlas.report import diagram, facts, panels
+from bitatlas.records import Atlas, Measured, write_text
+from bitatlas.report import advice, diagram, facts, panels
 from bitatlas.report.cards import LINK_NOTE
 from bitatlas.report.figures import figures
-from bitatlas.report.markdown import TOPICS, markdown
+from bitatlas.report.markdown import markdown
 from bitatlas.report.mermaid import overview
 from bitatlas.report.tables import Table, tables
 
@@ -49,7 +49,7 @@ def html(atlas: Atlas) -> str:
     page = template.render(
         atlas=atlas,
         title=facts.title_of(atlas),
-        answer=facts.answer(atlas),
+        answer=advice.answer(atlas),
         tiles=_tiles(atlas),
         figures=figures(atlas),
         rows=diagram.rows(atlas),
@@ -57,8 +57,8 @@ def html(atlas: Atlas) -> str:
         mermaid=overview(atlas),
         panels=panels.profile_panels(atlas),
         tables={table.key: table for table in tables(atlas)},
-        strategy=facts.strategy(atlas),
-        findings=_findings(atlas),
+        strategy=advice.strategy(atlas),
+        findings=facts.findings_by_topic(atlas),
         critical=facts.critical_lines(atlas),
         facts=facts,
         is_long=_is_long,
@@ -114,9 +114,3 @@ def _mean(measured: Measured | None) -> str:
 def _detail(measured: Measured | None) -> str:
     _, bracket, ends = facts.interval(measured).partition(" [")
     return f"nats/token, 95% [{ends}" if bracket else ""
-
-
-def _findings(atlas: Atlas) -> list[tuple[str, list[Finding]]]:
-    topics = dict.fromkeys([*TOPICS, *(finding.topic for finding in atlas.findings)])
-    grouped = [(TOPICS.get(topic, topic), [f for f in atlas.findings if f.topic == topic]) for topic in topics]
-    return [(name, found) for name, found in grouped if found and name != TOPICS["folk"]]

@@ -9,19 +9,11 @@ from __future__ import annotations
 import re
 
 from bitatlas.records import Atlas, Finding
-from bitatlas.report import facts
+from bitatlas.report import advice, facts
 from bitatlas.report.cards import LINK_NOTE
 from bitatlas.report.mermaid import overview
 from bitatlas.report.tables import Table, tables
 
-TOPICS = {
-    "layers": "Layers",
-    "zones": "Zones",
-    "folk": "Folk rules",
-    "tasks": "Tasks",
-    "attention": "Attention",
-    "plan": "Plan",
-}
 MARKS = {"holds": "✅", "does not hold": "❌", "inconclusive": "⚠️", "critical": "🔴", "safe": "✅", "uncertain": "⚠️"}
 
 # an interval of numbers is no link, and an underscore between word characters is no emphasis: both stay readable
@@ -42,7 +34,7 @@ def markdown(atlas: Atlas) -> str:
         f"## {escape(facts.title_of(atlas))} Strategic Analysis",
         f"Model: {escape(atlas.model.name)}, quantizer {escape(atlas.quantizer)}, "
         f"formats {escape(atlas.high)} and {escape(atlas.low)}.",
-        f"**{escape(facts.answer(atlas))}**",
+        f"**{escape(advice.answer(atlas))}**",
         f"```mermaid\n{overview(atlas)}```",
         escape(LINK_NOTE),
         *_key_findings(atlas),
@@ -56,11 +48,9 @@ def markdown(atlas: Atlas) -> str:
 def _key_findings(atlas: Atlas) -> list[str]:
     blocks = ["## Key Findings", "**Critical Layers Identified:**"]
     blocks.append("\n".join(f"- {_critical_mark(line)}{escape(line)}" for line in facts.critical_lines(atlas)))
-    for topic in dict.fromkeys([*TOPICS, *(finding.topic for finding in atlas.findings)]):
-        about = [finding for finding in atlas.findings if finding.topic == topic]
-        if about:
-            blocks.append(f"**{escape(TOPICS.get(topic, topic))}:**")
-            blocks.append("\n".join(_finding_line(finding) for finding in about))
+    for title, found in facts.findings_by_topic(atlas).items():
+        blocks.append(f"**{escape(title)}:**")
+        blocks.append("\n".join(_finding_line(finding) for finding in found))
     return blocks
 
 
@@ -69,10 +59,7 @@ def _critical_mark(line: str) -> str:
 
 
 def _finding_line(finding: Finding) -> str:
-    rests = [facts.interval(finding.evidence, unit=True)] if finding.evidence else []
-    if finding.p_value is not None:
-        p = facts.p_value(finding.p_value)
-        rests.append(f"p {p}" if p.startswith("<") else f"p = {p}")
+    rests = facts.evidence(finding)
     evidence = f" ({escape('; '.join(rests))})" if rests else ""
     mark = MARKS.get(finding.verdict, "•")
     return f"- {mark} {escape(finding.claim)}: **{escape(finding.verdict)}**. {escape(finding.text)}{evidence}"
@@ -81,7 +68,7 @@ def _finding_line(finding: Finding) -> str:
 def _strategy(atlas: Atlas) -> list[str]:
     marks = {"SAFE": "✅", "MIXED": "⚠️", "PRESERVE": "🔴", "TASKS": "🎯"}
     lines = []
-    for part in facts.strategy(atlas):
+    for part in advice.strategy(atlas):
         detail = "; ".join(line.rstrip(".") for line in part.lines)
         lines.append(f"- {marks[part.key]} **{escape(part.title)}**" + (f": {escape(detail)}." if detail else ""))
     blocks = ["## Optimization Strategy", "\n".join(lines)]

@@ -12,7 +12,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 
 from bitatlas.records import Atlas, AttentionLayer, Measured, WeightProfile
-from bitatlas.report import facts
+from bitatlas.report import advice, facts
 from bitatlas.report.facts import interval, number, percent
 
 
@@ -129,7 +129,7 @@ def plan_table(atlas: Atlas) -> Table:
     rest = _rest([plan.damage.measured, *(b.damage for b in plan.baselines)])
     note = (
         f"Plans that anybody could have made, at most as large as ours; differences paired by row. Damage: {rest}.{predicted} "
-        f"Budget: {plan.budget.kind} {number(plan.budget.value)}. {facts.plan_verdict(atlas)}"
+        f"Budget: {plan.budget.kind} {number(plan.budget.value)}. {advice.plan_verdict(atlas)}"
     )
     return Table("plan", "Plan and baselines", note, head, rows)
 
@@ -167,10 +167,11 @@ def pair_table(atlas: Atlas) -> Table:
         "p: exact McNemar; Holm: corrected. Detectable: the smallest difference that this many items could have shown."
     )
     head = ["Task", "Pair", "Verdict", "Difference, points", "Flips", "p", "Holm p", "Detectable, points", "Items needed"]
+    told = any(finding.topic == "tasks" for finding in atlas.findings)  # then the findings have these sentences
     said = [
         f"{pair.task}, {facts.precision_name(atlas, pair.first)} → {facts.precision_name(atlas, pair.second)}: {pair.text}"
         for pair in atlas.task_pairs
-        if pair.text
+        if pair.text and not told
     ]
     return Table("pairs", "Task pairs", note, head, rows, "Not measured: the run was asked for no tasks.", said)
 
