@@ -57,6 +57,13 @@ def test_the_layer_that_does_not_fit_is_filled_largest_first():
     assert plans["first layers high"].tolist() == [0, 1, 0]
 
 
+def test_nothing_beyond_the_layer_that_does_not_fit_is_raised():
+    units = units_with([0, 1, 2], [1, 9, 1])
+    plans = dict(baselines(units, np.array([[2, 4], [18, 36], [2, 4]]), 22 + 5))
+    assert plans["first layers high"].tolist() == [1, 0, 0]
+    assert plans["last layers high"].tolist() == [0, 0, 1]
+
+
 def test_layers_count_in_their_order_not_in_the_order_of_units():
     units = units_with([1, 0], [1, 1])
     assert dict(baselines(units, np.array([[2, 4], [2, 4]]), 6))["first layers high"].tolist() == [0, 1]

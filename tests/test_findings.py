@@ -24,7 +24,8 @@ from bitatlas.findings import (
     with_low_share,
     zones,
 )
-from bitatlas.records import Module
+from bitatlas.findings.shares import verdict_of
+from bitatlas.records import Measured, Module
 from games import HIGH, LOW, attention_of, flat, interactions, profiles, quadratic_rows
 
 GENEROUS = 100.0  # nats/token: nothing is unsafe for its damage
@@ -88,6 +89,13 @@ def test_safe_needs_the_added_damage_within_the_tolerance():
     verdicts = [layer_records(rows, tolerance)[0].verdict for tolerance in (added * 2, added, added / 2)]
     # at the tolerance itself the interval reaches beyond it
     assert verdicts == ["safe", "uncertain", "uncertain"]
+
+
+def test_a_clear_interval_that_the_screen_does_not_confirm_is_uncertain():
+    above = Measured(1.5, (1.1, 1.9), "ratio", "", "test", 20)
+    below = Measured(0.5, (0.1, 0.9), "ratio", "", "test", 20)
+    assert [verdict_of(above, 0.0, 1.0, q) for q in (0.05, 0.06)] == ["critical", "uncertain"]
+    assert [verdict_of(below, 0.0, 1.0, q) for q in (0.05, 0.06)] == ["safe", "uncertain"]
 
 
 def test_no_false_critical_layers_beyond_the_nominal_rate():

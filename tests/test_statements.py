@@ -70,6 +70,17 @@ def test_early_layers_that_are_less_critical_but_harmful_are_not_safe():
     assert folk(UP, damage / 2)["early layers are safe"] == "does not hold"
 
 
+def test_four_layers_in_perfect_order_can_be_chance():
+    steps = np.array([0.01, 0.02, 0.03, 0.04])
+    (told,) = (
+        one
+        for one in folk_findings(shares_of(quadratic_rows(steps, np.zeros((4, 4)), 48)), GENEROUS, -steps)
+        if "sparse" in one.claim
+    )
+    assert told.evidence.ci95[1] < 0
+    assert (told.p_value, told.verdict) == (2 / 24, "inconclusive")
+
+
 def test_one_critical_end_is_not_both_ends():
     told = folk(np.array([0.06, *[0.02] * 7, 0.01]), GENEROUS)
     assert told["the first and last layers matter most"] == "does not hold"

@@ -16,13 +16,13 @@ from collections import defaultdict
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
+from itertools import chain
 from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from bitatlas.errors import UserError
 from bitatlas.profiles.capture import eager, run_captured
 from bitatlas.profiles.drift import InStep, drifts, in_step
 from bitatlas.profiles.focus import FocusMasses, Problem, TokenProblem, tokenize
@@ -64,30 +64,27 @@ def attention_profile(
 
     model: holds the reference weights, before and after; rows: int64 [rows, tokens] of text, of the set named `split`;
     changed: module name -> weight [out, in] of a base other than the reference; progress: called with (batches done, batches).
-    Without attention maps the lists are empty and a note says so. Equal arguments give equal results.
-    Raises UserError where rows are too short, ValueError where `changed` names an unknown module.
+    Without attention maps, or with rows too short for them, the lists are empty and a note says so. Equal arguments give equal
+    results. Raises ValueError where `changed` names an unknown module.
     """
-    if rows.shape[0] < 1 or rows.shape[1] < LEAST_KEYS + 2:
-        raise UserError(f"--row-length: attention needs text rows of {LEAST_KEYS + 2} tokens or more, got {tuple(rows.shape)}")
     reader = _Reader(model, _by_layer(modules, changed), batch_size, seed)
+    if not rows.shape[0] or rows.shape[1] < LEAST_KEYS + 2:
+        return AttentionResult(
+            [], [], [f"attention: text rows of {rows.shape[1]} tokens are too short ({LEAST_KEYS + 2} are needed)"]
+        )
     vocabulary, context = _limits(model, rows)
     tokenized, notes = _tokenized(problems, tokenizer, context)
     repeated = repeated_tokens(tokenizer, vocabulary, context, REPEATED_SEQUENCES, seed)
     if not repeated:
-        notes.append(
-            "attention roles: too small a context or vocabulary for repeated random tokens; no duplicate and induction roles"
-        )
+        notes.append("attention roles: context or vocabulary too small for repeated random tokens; no duplicate, no induction")
     sizes = [len(rows), *(len(group) for group in repeated), len(tokenized)]
     total = sum(math.ceil(size / batch_size) for size in sizes)
-    done = 0
     with eager(model):
-        for kind in (reader.text(rows), reader.repeated(repeated), reader.focus(tokenized)):
-            for _ in kind:
-                done += 1
-                if progress:
-                    progress(done, total)
+        for done, _ in enumerate(chain(reader.text(rows), reader.repeated(repeated), reader.focus(tokenized)), start=1):
             if not reader.tally.layers():
                 return AttentionResult([], [], [NO_MAPS])
+            if progress:
+                progress(done, total)
     sources = "+".join(sorted({problem.source for problem in problems}))
     layers, heads, more = score(reader.tally, base, split, f"items:{sources}", seed)
     return AttentionResult(layers, heads, [*notes, *reader.notes(), *more])

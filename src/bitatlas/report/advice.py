@@ -53,7 +53,9 @@ def _layer_clause(atlas: Atlas) -> str:
         return "the layers were not measured"
     critical, safe, open_ = (with_verdict(atlas, verdict) for verdict in ("critical", "safe", "uncertain"))
     high, low = width_of(atlas, atlas.high), width_of(atlas, atlas.low)
-    stay = f"{named_layers(critical)} should stay at {high}" if critical else f"no layer is shown to need {high}"
+    one = len(critical) == 1
+    stay = f"{named_layers(critical)} {'is' if one else 'are'} critical and should get {high} first"
+    stay = stay if critical else f"no layer is shown to need {high}"
     go = f"{named_layers(safe)} can go to {low}" if safe else f"no layer is shown safe at {low}"
     rest = f"{named_layers(open_)} {'is' if len(open_) == 1 else 'are'} uncertain" if open_ else "none is uncertain"
     return f"{stay}, {go}, and {rest}"
@@ -120,11 +122,12 @@ def _group_title(atlas: Atlas, verdict: str) -> str:
 def _group(atlas: Atlas, verdict: str) -> list[str]:
     layers = with_verdict(atlas, verdict)
     if not layers:
-        return []
+        meaning = "below 1, and damage within the tolerance" if verdict == "safe" else "above 1"
+        return [f"It would take a criticality whose interval lies {meaning}"]
     lines = [f"{len(layers)} of {len(atlas.layers)} layers"]
     share = low_share(atlas, layers)
     if share is not None:
-        lines.append(f"The plan puts {percent(share, 0)} of their weights at {narrowest_bits(atlas)}-bit")
+        lines.append(f"The plan, by module, puts {percent(share, 0)} of their weights at {narrowest_bits(atlas)}-bit")
     return lines
 
 

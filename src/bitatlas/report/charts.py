@@ -263,11 +263,10 @@ def tasks(atlas: Atlas, width: int) -> Markup | None:
 
 
 def correlations(atlas: Atlas, width: int) -> Markup | None:
-    """Rank correlation of cheap measures with measured damage; an interval across 0 earns nothing."""
+    """Rank correlation of cheap measures with measured damage."""
     rows = []
     for c in atlas.correlations:
         ends = c.ci95 or (c.rho, c.rho)
         text = f"[{facts.number(ends[0], 2)}, {facts.number(ends[1], 2)}]" if c.ci95 else "[no interval]"
-        css = "c-plan" if c.ci95 and (ends[0] > 0 or ends[1] < 0) else "c-muted"
-        rows.append(Row(c.measure, c.rho, ends, css, "circle", f"{facts.number(c.rho, 2)} {text}"))
+        rows.append(Row(c.measure, c.rho, ends, "c-high", "circle", f"{facts.number(c.rho, 2)} {text}"))
     return forest(rows, width, "linear", (-1.0, 1.0), "Spearman's ρ with measured damage", 0.0) if rows else None

@@ -36,7 +36,7 @@ def decimals_of(low: float, high: float, least: int = 0) -> int:
     """Decimals that show two digits of an interval's width: 0.031 wide gives 3."""
     width = high - low
     if width <= 0:
-        return max(least, 3)
+        return least or 3
     return min(6, max(least, 1 - math.floor(math.log10(width))))
 
 
@@ -98,13 +98,18 @@ def named_layers(layers: Sequence[int]) -> str:
 
 
 def basis(measured: Iterable[Measured | None]) -> str:
-    """What a column of numbers rests on, said once: base, rows, count. Two bases are both named."""
-    seen: dict[str, None] = {}
+    """What a column of numbers rests on, said once: base, rows, count. Two bases are both named, many are each row's own."""
+    seen: dict[tuple[str, int], list[str]] = {}
     for m in measured:
         if m is not None:
             rows = f"{m.rows} rows" if m.rows in ("fit", "select", "test") else m.rows
-            seen[f"base {m.base}, {rows}, n = {m.n}"] = None
-    return "; ".join(seen) or NOT_MEASURED
+            bases = seen.setdefault((rows, m.n), [])
+            bases += [] if m.base in bases else [m.base]
+    parts = []
+    for (rows, n), bases in seen.items():
+        named = " and ".join(bases) if len(bases) <= 2 else "each row's own"
+        parts.append(f"base {named}, {rows}, n = {n}")
+    return "; ".join(parts) or NOT_MEASURED
 
 
 # --- names -----------------------------------------------------------------------------------------------------------

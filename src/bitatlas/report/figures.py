@@ -94,7 +94,7 @@ def _plan(atlas: Atlas) -> dict[str, Sketch]:
 
 
 def _others() -> dict[str, Sketch]:
-    earns = "Over layers. An interval across 0: the measure earns no say in the bits."
+    earns = "Rank correlation over layers; the interval is over rows. Whether a measure beats chance is said in the findings."
     return {
         "tasks": Sketch(charts.tasks, "Accuracy", "Bars: 95% Wilson intervals; the dotted tick is chance."),
         "correlations": Sketch(charts.correlations, "Do cheap measures foretell damage?", earns),

@@ -266,7 +266,7 @@ def correlation_table(atlas: Atlas) -> Table:
     for c in atlas.correlations:
         ends = f"[{number(c.ci95[0], 2)}, {number(c.ci95[1], 2)}]" if c.ci95 else "[no interval]"
         rows.append([c.measure, f"{number(c.rho, 2)} {ends}", str(c.n)])
-    note = "Spearman's ρ of a cheap measure with measured damage, over layers. An interval that holds 0: the measure earns no say in the bits."
+    note = "Spearman's ρ of a cheap measure with measured damage, over layers; the interval is over rows. Whether a measure beats chance is said in the findings."
     return Table("correlations", "Cheap measures against damage", note, ["Measure", "ρ", "Layers"], rows)
 
 
@@ -277,7 +277,7 @@ DEFINITIONS = {
     "criticality": "a layer's share of the damage ÷ its share of the weights; 1 means as harmful as its size",
     "critical": "the interval of the criticality lies above 1",
     "safe": "the interval lies below 1, and the layer's measured damage is within the tolerance that the user set",
-    "uncertain": "neither: the evidence does not decide",
+    "uncertain": "neither: the interval holds 1, or lies below it with damage above the tolerance",
     "code bits": "bits of the codes alone, per quantized weight",
     "stored bits": "all bytes of the quantized modules × 8 / their weights: codes, scales, zero-points, padding",
     "interval": "95%, by bootstrap over sequences or problems, never over tokens or heads; Wilson for k/n",
