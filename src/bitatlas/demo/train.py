@@ -1,4 +1,4 @@
-"""Train the demo model from a seed: tokenizer, 16-layer Llama of 2.4 million weights, task files, model card.
+"""Train the demo model from a seed: tokenizer, 16-layer Llama of 2.5 million weights, task files, model card.
 
     python -m bitatlas.demo.train --out DIR [--seed 0] [--steps 1500] [--data-only]
 
@@ -177,14 +177,15 @@ animals, plants, tools and materials (`questions.jsonl`, ARC's form). It is good
 
 | | |
 |---|---|
-| trained by | `python -m bitatlas.demo.train --seed {seed} --steps {steps}` |
+| trained by | `python -m bitatlas.demo.train --out DIR --seed {seed} --steps {steps}` |
 | tokens seen | {tokens:,} |
 | optimizer | Muon (matrices), AdamW (embedding, norms), peak rate {rate}, weight decay {decay} |
 | word problems right, greedy, of {problem_count} | {problems:.1%} |
-| questions right of {question_count} (chance 25 %) | {questions:.1%} |
+| questions right, likeliest of four choices, of {question_count} | {questions:.1%} |
 
-Test items occur in training in no wording with the same numbers or fact; see `world.py`. The figures are those of the bfloat16 weights
-loaded in float32. Another CPU, thread count or torch version trains a slightly different model from the same seed.
+No test item occurs in training: never the same story with the same two numbers, never the same wording of a question; the facts
+and sums themselves do (see `world.py`). The figures are those of the bfloat16 weights loaded in float32. Another CPU, thread count
+or torch version trains a slightly different model from the same seed.
 """
 
 
