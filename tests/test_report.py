@@ -20,6 +20,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from atlas_factory import Recipe, make_atlas
+from bitatlas import words
 from bitatlas.records import Atlas, Measured, read_record, to_json
 from bitatlas.report import advice, facts, svg
 from bitatlas.report.cards import overview_of
@@ -75,7 +76,7 @@ def read_back(text: str) -> tuple[float, float, float, int]:
 @given(st.floats(-1e6, 1e6), st.floats(1e-5, 1e5), st.sampled_from(["nats/token", "%", "points", "ratio", "share"]))
 def test_an_interval_as_text_is_the_number_to_its_last_decimal(mean: float, half: float, unit: str) -> None:
     m = Measured(mean, (mean - half, mean + 2 * half), unit, "plan", "test", 8)
-    *numbers, decimals = read_back(facts.interval(m))
+    *numbers, decimals = read_back(words.interval(m))
     scale = 100 if unit == "share" else 1
     for shown, true in zip(numbers, (mean, mean - half, mean + 2 * half), strict=True):
         assert shown == pytest.approx(scale * true, abs=0.5001 * 10**-decimals, rel=1e-9)
@@ -88,7 +89,7 @@ def test_an_interval_as_text_is_the_number_to_its_last_decimal(mean: float, half
 @given(st.sets(st.integers(0, 90), min_size=1))
 def test_runs_name_every_layer_once(layers: set[int]) -> None:
     named: list[int] = []
-    for part in facts.runs(layers).split(", "):
+    for part in words.runs(layers).split(", "):
         first, _, last = part.partition("–")
         named += range(int(first), int(last or first) + 1)
     assert named == sorted(layers)
@@ -98,11 +99,11 @@ def test_runs_name_every_layer_once(layers: set[int]) -> None:
     ("value", "text"), [(0.0, "0.00"), (-0.0001, "−0.000100"), (1234.5, "1,234"), (0.5, "0.500"), (-3.14159, "−3.14")]
 )
 def test_numbers_have_three_digits_and_a_real_minus(value: float, text: str) -> None:
-    assert facts.number(value) == text
+    assert words.number(value) == text
 
 
 def test_a_number_that_rounds_to_zero_has_no_sign() -> None:
-    assert facts.number(-0.0004, 2) == "0.00"
+    assert words.number(-0.0004, 2) == "0.00"
 
 
 @settings(deadline=None, max_examples=60)
@@ -476,9 +477,9 @@ def test_tooltips_say_a_marks_words(browser: Any, tmp_path: Path) -> None:
     with opened(browser, (tmp_path / "report.html").as_uri()) as seen:
         page = seen.page
         page.hover("#figure-criticality .wide g.tip >> nth=0")
-        words = page.inner_text("#tip")
+        shown = page.inner_text("#tip")
     first = atlas.layers[0]
-    assert words == f"Layer 0: criticality {facts.interval(first.criticality)}, {first.verdict}"
+    assert shown == f"Layer 0: criticality {words.interval(first.criticality)}, {first.verdict}"
 
 
 def test_without_scripts_the_page_still_says_everything(atlas: Atlas) -> None:

@@ -12,7 +12,6 @@ from bitatlas.findings import (
     shares_of,
     verdict_on_plan,
 )
-from bitatlas.findings.words import layer_runs, listed, number, percent, with_interval
 from bitatlas.records import (
     Budget,
     Measured,
@@ -244,21 +243,3 @@ def test_critical_layers_refused_plans_and_pairs_are_among_the_statements():
 def test_without_plan_tasks_and_profiles_only_layers_are_spoken_of():
     told = conclude(quadratic_rows(UP, NO_PAIRS, 40), 0.05)
     assert {finding.topic for finding in told.findings} == {"layers", "zones", "folk"}
-
-
-# --- words -------------------------------------------------------------------------------------------------------------
-
-
-def test_numbers_carry_what_their_interval_supports():
-    assert with_interval(Measured(0.21437, (0.1992, 0.2321), "nats/token", "", "", 9)) == "0.214 [0.199, 0.232] nats/token"
-    assert with_interval(Measured(-0.004, (-0.02, 0.01), "share", "", "", 9)) == "−0.4 [−2.0, 1.0] %"
-    assert with_interval(Measured(1.5, None, "ratio", "", "", 1)) == "1.50 (no interval)"
-    assert with_interval(Measured(1.0, (1.0, 1.0), "ratio", "", "", 9)) == "1.000 [1.000, 1.000]"
-    assert [number(value) for value in (0, 1234.5, 0.000123, -1e-9)] == ["0.00", "1234", "0.000123", "−1.0e-09".replace("-", "−")]
-    assert [percent(share) for share in (0.125, 0.5, 0)] == ["12.5 %", "50 %", "0 %"]
-
-
-def test_layers_and_lists_read_as_text():
-    assert layer_runs([7]) == "layer 7"
-    assert layer_runs([3, 0, 1, 2, 7]) == "layers 0–3, 7"
-    assert [listed(part) for part in ((), "a", "ab", "abc")] == ["none", "a", "a and b", "a, b and c"]

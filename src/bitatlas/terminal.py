@@ -10,8 +10,8 @@ from rich.text import Text
 
 from bitatlas.compare import Comparison
 from bitatlas.records import Atlas, Measured, Plan, Size, TaskPair, TaskScore
-from bitatlas.report.facts import byte_size, interval, number
 from bitatlas.verify import Verification
+from bitatlas.words import byte_size, interval, number
 
 STYLES = {"critical": "red", "safe": "green", "uncertain": "yellow"}
 

@@ -1,6 +1,5 @@
 """Numbers -> statements: who does the damage, where the zones are, which rules of thumb hold, whether the plan is worth having.
 
-    words.py         numbers and layers in sentences
     shares.py        share of the damage, criticality, and the verdict on each layer
     zones.py         runs of layers that are about equally critical, and how many there are
     correlations.py  do cheap measures tell where the damage is?

@@ -17,8 +17,8 @@ from numpy.typing import ArrayLike
 from bitatlas.evaluation.bootstrap import percentile_interval, resample_means, two_sided_p
 from bitatlas.findings.correlations import Floats, permutation_p, spearman
 from bitatlas.findings.shares import Shares
-from bitatlas.findings.words import layer_runs, listed, number, percent, with_interval
 from bitatlas.records import Finding, Measured, TaskScore
+from bitatlas.words import interval, listed, named_layers, number, percent
 
 HOLDS, FAILS, OPEN = "holds", "does not hold", "inconclusive"
 CHANCE_LEVEL = 0.05
@@ -80,8 +80,8 @@ def early_is_safe(shares: Shares, tolerance: float) -> Finding:
     order = {HOLDS: "less critical than", FAILS: "more critical than", OPEN: "not shown to differ from"}[side]
     within = "within" if damage.ci95[1] <= tolerance else "above" if damage.ci95[0] > tolerance else "not shown to be within"
     text = (
-        f"The first half ({layer_runs(first)}) is {order} the second: criticality {number(mean_1)} against {number(mean_2)}, "
-        f"difference {with_interval(effect)}. Its part of the damage is {with_interval(damage)}, {within} the tolerance of {number(tolerance)}."
+        f"The first half ({named_layers(first)}) is {order} the second: criticality {number(mean_1)} against {number(mean_2)}, "
+        f"difference {interval(effect, unit=True)}. Its part of the damage is {interval(damage, unit=True)}, {within} the tolerance of {number(tolerance)}."
     )
     return Finding("folk", EARLY, verdict, text, effect, two_sided_p(resampled_1 - resampled_2, 0.0, shares.rows.rows))
 
@@ -98,8 +98,8 @@ def late_is_critical(shares: Shares) -> Finding:
     how = {HOLDS: "more than", FAILS: "less than", OPEN: "not shown to differ from"}[verdict]
     share, _ = shares.share(last)
     text = (
-        f"The last third ({layer_runs(last)}) does {percent(share)} of the damage with {percent(share / mean if mean else 0.0)} of the weights, "
-        f"{how} its size: criticality {with_interval(criticality)}."
+        f"The last third ({named_layers(last)}) does {percent(share)} of the damage with {percent(share / mean if mean else 0.0)} of the weights, "
+        f"{how} its size: criticality {interval(criticality, unit=True)}."
     )
     return Finding("folk", LATE, verdict, text, criticality, two_sided_p(resampled, 1.0, shares.rows.rows))
 
@@ -122,7 +122,7 @@ def sparse_is_safe(shares: Shares, sparsity: Floats | None, seed: int = 0) -> Fi
     if verdict == HOLDS and p > CHANCE_LEVEL:
         verdict = OPEN
     text = (
-        f"Rank correlation of sparsity with criticality over {shares.rows.layers} layers: {with_interval(effect, unit=False)} "
+        f"Rank correlation of sparsity with criticality over {shares.rows.layers} layers: {interval(effect)} "
         f"(permutation p = {number(p)})."
     )
     return Finding("folk", SPARSE, verdict, text, effect, p)
@@ -140,7 +140,7 @@ def ends_matter_most(shares: Shares) -> Finding:
     effect = shares.record(min(first_mean, last_mean) - rest_mean, resampled, "ratio")
     text = (
         f"Criticality of layer 0 is {number(first_mean)}, of layer {last} {number(last_mean)}, of those between {number(rest_mean)}; "
-        f"the lesser end minus those between: {with_interval(effect)}."
+        f"the lesser end minus those between: {interval(effect, unit=True)}."
     )
     return Finding("folk", ENDS, _side(effect, +1), text, effect, two_sided_p(resampled, 0.0, shares.rows.rows))
 
@@ -173,13 +173,13 @@ def math_needs_more(
     (on_math, on_questions) = (np.mean([resampled_of[task] for task in tasks], axis=0) for tasks in kinds)
     resampled, items = on_math - on_questions, [len(drop) for drop in drops.values()]
     ends = percentile_interval(resampled, min(items))
-    interval = (float(ends[0]), float(ends[1])) if math.isfinite(ends[0]) else None
+    ci95 = (float(ends[0]), float(ends[1])) if math.isfinite(ends[0]) else None
     where = "items:" + "+".join([*kinds[0], *kinds[1]])
-    effect = Measured(float(math_mean - questions_mean), interval, "points", high, where, sum(items))
-    verdict = _side(effect, +1) if interval else OPEN
+    effect = Measured(float(math_mean - questions_mean), ci95, "points", high, where, sum(items))
+    verdict = _side(effect, +1) if ci95 else OPEN
     text = (
         f"From {high} to {low}, word problems ({listed(kinds[0])}) change by {number(-math_mean, 1)} points and questions ({listed(kinds[1])}) "
-        f"by {number(-questions_mean, 1)}; word problems lose more by {with_interval(effect)}."
+        f"by {number(-questions_mean, 1)}; word problems lose more by {interval(effect, unit=True)}."
     )
     if verdict == OPEN:
         text += f" A difference under about {number(POWER_SIGMAS * float(resampled.std()), 0)} points would not have shown."

@@ -14,8 +14,8 @@ from bitatlas.findings.correlations import ATTENTION_MEASURES, Floats, permutati
 from bitatlas.findings.folk import FAILS, HOLDS, OPEN
 from bitatlas.findings.shares import FALSE_DISCOVERIES, Shares
 from bitatlas.findings.verdict import relation
-from bitatlas.findings.words import layer_runs, listed, number, percent, with_interval
 from bitatlas.records import AttentionLayer, Correlation, Finding, Layer, Measured, Plan, TaskPair, TaskScore, Zone
+from bitatlas.words import interval, listed, named_layers, number, percent
 
 GOOD_FIT = 0.1  # of the damage that the quadratic model may miss before its shares are called rough
 DESCRIBED = "described"
@@ -36,7 +36,7 @@ def plan_findings(plan: Plan | None, zones: Sequence[Zone], low: str) -> list[Fi
         text = f"{plan.verdict[:1].upper()}{plan.verdict[1:]}."
     found = [Finding("plan", "the plan does less damage than plans made without measuring", verdict, text, plan.damage.measured)]
     parts = [
-        f"{zone.name} ({layer_runs(range(zone.first, zone.last + 1))}): {percent(zone.low_share)}"
+        f"{zone.name} ({named_layers(range(zone.first, zone.last + 1))}): {percent(zone.low_share)}"
         for zone in zones
         if zone.low_share is not None
     ]
@@ -52,7 +52,7 @@ def plan_findings(plan: Plan | None, zones: Sequence[Zone], low: str) -> list[Fi
 def layer_findings(layers: Sequence[Layer], fit: Measured | None, tolerance: float) -> list[Finding]:
     """Which layers are critical, safe, uncertain; one statement for each critical one; how far the shares can be trusted."""
     groups = {verdict: [one.layer for one in layers if one.verdict == verdict] for verdict in ("critical", "safe", "uncertain")}
-    named = [f"{len(group)} {verdict} ({layer_runs(group)})" for verdict, group in groups.items() if group]
+    named = [f"{len(group)} {verdict} ({named_layers(group)})" for verdict, group in groups.items() if group]
     verdict = HOLDS if any(one.q_value <= FALSE_DISCOVERIES for one in layers) else OPEN
     text = f"Of {len(layers)} layers: {listed(named)}. Safe means less damage than its size, and at most {number(tolerance)} nats/token added."
     found = [Finding("layers", "some layers are more critical than others of their size", verdict, text)]
@@ -86,14 +86,15 @@ def zone_findings(zones: Sequence[Zone]) -> list[Finding]:
     found = []
     for zone in zones:
         name = f"{zone.name}: " if zone.name.startswith("zone") else f"{zone.name} "
-        text = f"{zone.last - zone.first + 1} layers"
+        count = zone.last - zone.first + 1
+        text = f"{count} layer{'s' if count > 1 else ''}"
         text += (
-            f"; the plan puts {percent(zone.low_share)} of their weights at the lowest format."
+            f"; the plan puts {percent(zone.low_share)} of the weights at the lowest format."
             if zone.low_share is not None
             else "."
         )
         found.append(
-            Finding("zones", f"{name}{layer_runs(range(zone.first, zone.last + 1))}", zone.verdict, text, zone.criticality)
+            Finding("zones", f"{name}{named_layers(range(zone.first, zone.last + 1))}", zone.verdict, text, zone.criticality)
         )
     return found
 
@@ -174,12 +175,12 @@ def attention_findings(attention: Sequence[AttentionLayer], low: str) -> list[Fi
         special = max(reference, key=lambda one: one.specialization_percent.mean)
         text = (
             f"Entropy runs from {number(sharp.entropy.mean)} (layer {sharp.layer}) to {number(broad.entropy.mean)} (layer {broad.layer}); "
-            f"layer {special.layer} has most heads with a recognized role ({with_interval(special.specialization_percent)}). "
+            f"layer {special.layer} has most heads with a recognized role ({interval(special.specialization_percent, unit=True)}). "
         )
         focused = [(one.focus_percent, one.layer) for one in reference if one.focus_percent is not None]
         if focused:
             focus, layer = max(focused, key=lambda pair: pair[0].mean)
-            text += f"Reasoning focus is highest in layer {layer}: {with_interval(focus)} (0 is chance)."
+            text += f"Reasoning focus is highest in layer {layer}: {interval(focus, unit=True)} (0 is chance)."
         else:
             text += "Reasoning focus was not measured: no problem had tagged operands."
         found.append(Finding("attention", "attention of the unquantized model", DESCRIBED, text))
@@ -188,8 +189,8 @@ def attention_findings(attention: Sequence[AttentionLayer], low: str) -> list[Fi
     ]
     if drifted:
         drift, most = max(drifted, key=lambda pair: pair[0].mean)
-        text = f"Jensen-Shannon distance to the unquantized maps is largest in layer {most.layer}: {with_interval(drift)}"
-        text += f"; noise floor {with_interval(most.drift_noise)}." if most.drift_noise else "."
+        text = f"Jensen-Shannon distance to the unquantized maps is largest in layer {most.layer}: {interval(drift)}"
+        text += f"; noise floor {interval(most.drift_noise)}." if most.drift_noise else "."
         found.append(
             Finding("attention", f"attention drifts at {low} everywhere", _drift_verdict(drift, most.drift_noise), text, drift)
         )

@@ -14,8 +14,8 @@ import numpy as np
 from numpy.typing import ArrayLike
 
 from bitatlas.evaluation.bootstrap import measured
-from bitatlas.findings.words import listed, number, with_interval
 from bitatlas.records import Measured
+from bitatlas.words import interval, listed, number
 
 UNIT = "nats/token"
 PLAN = "plan"
@@ -63,10 +63,10 @@ def _text(damage: Measured, compared: list[tuple[str, Measured, Measured]], winn
         sure = "" if relation(difference) == "loses to" else ", though the interval holds 0"
         return (
             f"{name}, no larger, does less damage on {rows}: {number(own.mean)} against {number(damage.mean)} {UNIT} "
-            f"(plan minus {name}: {with_interval(difference, unit=False)}{sure})"
+            f"(plan minus {name}: {interval(difference)}{sure})"
         )
     if not compared:
-        return f"{with_interval(damage)} on {rows}; compared with nothing"
+        return f"{interval(damage, unit=True)} on {rows}; compared with nothing"
     said = []
     for word in ("beats", "ties with"):
         names = [
@@ -80,7 +80,7 @@ def _text(damage: Measured, compared: list[tuple[str, Measured, Measured]], winn
         beaten = sum(relation(difference) == "beats" for _, difference in random)
         least = min(own.mean for own, _ in random)
         said.append(f"beats {beaten} of {len(random)} random plans (the best of them {number(least)})")
-    return f"{with_interval(damage)} on {rows}; {'; '.join(said)}"
+    return f"{interval(damage, unit=True)} on {rows}; {'; '.join(said)}"
 
 
 def _is_random(name: str) -> bool:

@@ -9,20 +9,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from bitatlas.records import Atlas, Finding
-from bitatlas.report.facts import (
-    NOT_MEASURED,
-    byte_size,
-    interval,
-    low_share,
-    named_layers,
-    narrowest_bits,
-    number,
-    percent,
-    precision_name,
-    task_names,
-    width_of,
-    with_verdict,
-)
+from bitatlas.report.facts import low_share, narrowest_bits, precision_name, task_names, width_of, with_verdict
+from bitatlas.words import NOT_MEASURED, byte_size, interval, named_layers, number, percent
 
 # --- the answer ------------------------------------------------------------------------------------------------------
 

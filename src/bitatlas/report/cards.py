@@ -11,6 +11,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
+from bitatlas import words
 from bitatlas.records import Atlas, AttentionLayer, Layer, TaskScore, Zone
 from bitatlas.report import advice, facts
 
@@ -61,7 +62,7 @@ def overview_of(atlas: Atlas) -> Overview:
     layers = [record for record in atlas.layers if record.layer in chosen]
     attention = {record.layer: record for record in facts.attention_at(atlas)}
     seen = [layer for layer in chosen if attention]
-    nothing = facts.NOT_MEASURED
+    nothing = words.NOT_MEASURED
     return Overview(
         f"{facts.title_of(atlas).upper().replace(' VS ', ' vs ')} QUANTIZATION ANALYSIS",
         [_task(atlas, i, score) for i, score in enumerate(atlas.tasks)] or [Card("NOTASKS", "Tasks", [nothing])],
@@ -75,24 +76,24 @@ def overview_of(atlas: Atlas) -> Overview:
 
 
 def _task(atlas: Atlas, place: int, score: TaskScore) -> Card:
-    low, high = (facts.number(100 * end, 1) for end in score.wilson95)
-    accuracy = facts.percent(score.correct / score.n) if score.n else facts.NOT_MEASURED
+    low, high = (words.number(100 * end, 1) for end in score.wilson95)
+    accuracy = words.percent(score.correct / score.n) if score.n else words.NOT_MEASURED
     lines = [
         f"{facts.precision_name(atlas, score.precision)}: {accuracy} accuracy",
         f"{score.correct}/{score.n} correct",
         f"95%: [{low}, {high}]",
     ]
-    chance = [] if score.above_chance else [f"at chance ({facts.percent(score.chance, 0)})"]
+    chance = [] if score.above_chance else [f"at chance ({words.percent(score.chance, 0)})"]
     return Card(f"T{place}", f"{score.task} dataset", lines + chance)
 
 
 def _layer(atlas: Atlas, record: Layer) -> Card:
     sparsity, bits = facts.sparsity_of(atlas, record.layer), facts.plan_bits(atlas, record.layer)
     lines = [
-        f"Sparsity: {facts.NOT_MEASURED if sparsity is None else facts.percent(sparsity, 2)}",
-        f"Criticality: {facts.interval(record.criticality)}",
+        f"Sparsity: {words.NOT_MEASURED if sparsity is None else words.percent(sparsity, 2)}",
+        f"Criticality: {words.interval(record.criticality)}",
     ]
-    planned = [] if bits is None else [f"Plan: {facts.number(bits, 1)} code bits"]
+    planned = [] if bits is None else [f"Plan: {words.number(bits, 1)} code bits"]
     css = CLASS_OF.get(record.verdict, "warning")
     return Card(f"L{record.layer}", f"Layer {record.layer}", lines + planned, css, record.verdict.upper())
 
@@ -100,11 +101,11 @@ def _layer(atlas: Atlas, record: Layer) -> Card:
 def _attention(layer: int, record: AttentionLayer | None) -> Card:
     title = f"Layer {layer} attention"
     if record is None:
-        return Card(f"ATT{layer}", title, [facts.NOT_MEASURED], "attention")
+        return Card(f"ATT{layer}", title, [words.NOT_MEASURED], "attention")
     lines = [
-        f"Entropy: {facts.interval(record.entropy)}",
-        f"Head spec: {facts.interval(record.specialization_percent)}",
-        f"Reasoning: {facts.interval(record.focus_percent)}",
+        f"Entropy: {words.interval(record.entropy)}",
+        f"Head spec: {words.interval(record.specialization_percent)}",
+        f"Reasoning: {words.interval(record.focus_percent)}",
     ]
     return Card(f"ATT{layer}", title, lines, "attention")
 
@@ -116,9 +117,9 @@ def _zone(atlas: Atlas, place: int, zone: Zone) -> Card:
         "critical": f"Preserve {high}",
         "uncertain": "Uncertain: mixed precision",
     }
-    lines = [f"Criticality: {facts.interval(zone.criticality)}"]
+    lines = [f"Criticality: {words.interval(zone.criticality)}"]
     if zone.low_share is not None:
-        lines.append(f"Plan: {facts.percent(zone.low_share, 0)} at {facts.narrowest_bits(atlas)}-bit")
+        lines.append(f"Plan: {words.percent(zone.low_share, 0)} at {facts.narrowest_bits(atlas)}-bit")
     css = CLASS_OF.get(zone.verdict, "warning")
     return Card(f"Z{place}", facts.zone_title(zone), lines, css, marks.get(zone.verdict, zone.verdict))
 

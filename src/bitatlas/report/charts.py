@@ -12,6 +12,7 @@ from dataclasses import dataclass
 
 from markupsafe import Markup
 
+from bitatlas import words
 from bitatlas.records import Atlas, Baseline, Measured
 from bitatlas.report import facts, svg
 from bitatlas.report.heat import bits_cell
@@ -49,9 +50,9 @@ def criticality(atlas: Atlas, width: int) -> Markup | None:
     for place, record in enumerate(atlas.layers):
         css = f"v-{record.verdict}"
         bottom, top = _ends(record.criticality)
-        words = f"Layer {record.layer}: criticality {facts.interval(record.criticality)}, {record.verdict}"
+        tip = f"Layer {record.layer}: criticality {words.interval(record.criticality)}, {record.verdict}"
         c.whisker(centre(place), y(bottom), y(top), css, cap=min(3, step / 4))
-        c.mark(centre(place), y(record.criticality.mean), SHAPE_OF.get(record.verdict, "circle"), css, words, size)
+        c.mark(centre(place), y(record.criticality.mean), SHAPE_OF.get(record.verdict, "circle"), css, tip, size)
     _layer_strip(c, planned if has_plan else [], [record.layer for record in atlas.layers], centre, step)
     return c.svg(f"Criticality of {len(atlas.layers)} layers with 95% intervals; 1 means as harmful as its size")
 
@@ -82,7 +83,7 @@ def _layer_strip(c: Canvas, planned: Sequence[float | None], layers: list[int], 
     for place, bits in enumerate(planned):
         if bits is None:
             continue
-        c.add(f'<g class="tip"><title>Layer {layers[place]}: {facts.number(bits, 2)} code bits in the plan</title>')
+        c.add(f'<g class="tip"><title>Layer {layers[place]}: {words.number(bits, 2)} code bits in the plan</title>')
         bits_cell(c, centre(place) - step / 2 + 0.5, top, step - 1, 22, bits, max(widest, 4.0), room)
         c.add("</g>")
     c.text((c.x0 + c.x1) / 2, top + 40, "layer, and mean code bits in the plan", "axis", "middle")
@@ -105,8 +106,8 @@ def swap(atlas: Atlas, width: int, raised: bool) -> Markup | None:
     for place, (layer, m) in enumerate(values):
         bottom, top = _ends(m)
         c.whisker(centre(place), y(bottom), y(top), css, cap=min(3, step / 4))
-        words = f"Layer {layer} {'raised' if raised else 'lowered'}: {facts.interval(m, unit=True)}"
-        c.mark(centre(place), y(m.mean), shape, css, words, max(1.4, min(4.5, step / 6)))
+        tip = f"Layer {layer} {'raised' if raised else 'lowered'}: {words.interval(m, unit=True)}"
+        c.mark(centre(place), y(m.mean), shape, css, tip, max(1.4, min(4.5, step / 6)))
     c.layer_axis(centre, [layer for layer, _ in values])
     return c.svg(f"Damage with each layer {'raised' if raised else 'lowered'}, with 95% intervals")
 
@@ -142,12 +143,12 @@ def size_damage(atlas: Atlas, width: int) -> Markup | None:
     for point in sorted(atlas.curve, key=lambda p: p.kind == "plan"):
         shape, css = KIND_MARKS.get(point.kind, BASELINE_MARK)
         px, bottom_top = x(point.total_bytes / unit), _ends(point.damage)
-        words = (
-            f"{point.name}: {facts.interval(point.damage, unit=True)}; {facts.byte_size(point.total_bytes)}, "
-            f"{facts.number(point.code_bits, 2)} code bits, {facts.number(point.stored_bits, 2)} stored bits"
+        tip = (
+            f"{point.name}: {words.interval(point.damage, unit=True)}; {words.byte_size(point.total_bytes)}, "
+            f"{words.number(point.code_bits, 2)} code bits, {words.number(point.stored_bits, 2)} stored bits"
         )
         c.whisker(px, y(bottom_top[0]), y(bottom_top[1]), css)
-        c.mark(px, y(point.damage.mean), shape, css, words, {"plan": 6, "random": 2.5}.get(point.kind, 4.5))
+        c.mark(px, y(point.damage.mean), shape, css, tip, {"plan": 6, "random": 2.5}.get(point.kind, 4.5))
     for point in atlas.curve:  # names above all marks
         if point.kind in ("uniform", "plan"):
             px = x(point.total_bytes / unit)
@@ -232,9 +233,9 @@ def baselines(atlas: Atlas, width: int) -> Markup | None:
         lines += [(f"best {of}", random[0].damage), (f"middle {of}", random[len(random) // 2].damage)]
         lines += [(f"worst {of}", random[-1].damage)]
     shape, css = BASELINE_MARK
-    rows = [Row(name, m.mean, _ends(m), css, shape, facts.interval(m)) for name, m in lines]
+    rows = [Row(name, m.mean, _ends(m), css, shape, words.interval(m)) for name, m in lines]
     ours = plan.damage.measured
-    rows.append(Row("our plan", ours.mean, _ends(ours), "c-plan", "diamond", facts.interval(ours)))
+    rows.append(Row("our plan", ours.mean, _ends(ours), "c-plan", "diamond", words.interval(ours)))
     limits = svg.log_range([end for row in rows for end in (row.mean, *row.ends)])
     return forest(sorted(rows, key=lambda row: row.mean), width, "log", limits, "damage, nats/token (log)")
 
@@ -254,7 +255,7 @@ def tasks(atlas: Atlas, width: int) -> Markup | None:
         css, shape = colours.get(score.precision, ("c-muted", "circle"))
         low, high = (100 * end for end in score.wilson95)
         mean = 100 * score.correct / score.n
-        value = f"{facts.number(mean, 1)}% [{facts.number(low, 1)}, {facts.number(high, 1)}]"
+        value = f"{words.number(mean, 1)}% [{words.number(low, 1)}, {words.number(high, 1)}]"
         heading = "" if score.task == seen else score.task
         seen = score.task
         name = facts.precision_name(atlas, score.precision)
@@ -267,6 +268,6 @@ def correlations(atlas: Atlas, width: int) -> Markup | None:
     rows = []
     for c in atlas.correlations:
         ends = c.ci95 or (c.rho, c.rho)
-        text = f"[{facts.number(ends[0], 2)}, {facts.number(ends[1], 2)}]" if c.ci95 else "[no interval]"
-        rows.append(Row(c.measure, c.rho, ends, "c-high", "circle", f"{facts.number(c.rho, 2)} {text}"))
+        text = f"[{words.number(ends[0], 2)}, {words.number(ends[1], 2)}]" if c.ci95 else "[no interval]"
+        rows.append(Row(c.measure, c.rho, ends, "c-high", "circle", f"{words.number(c.rho, 2)} {text}"))
     return forest(rows, width, "linear", (-1.0, 1.0), "Spearman's ρ with measured damage", 0.0) if rows else None

@@ -13,8 +13,8 @@ from dataclasses import dataclass
 
 from markupsafe import Markup
 
+from bitatlas import words
 from bitatlas.records import Atlas
-from bitatlas.report import facts
 from bitatlas.report.cards import Card, Link, Overview, overview_of
 
 SIGNS = {"critical": "◆", "safe": "●", "warning": "▲"}  # the shapes of the charts
@@ -131,7 +131,7 @@ def _leads(card: Card, links: list[Link], titles: dict[str, str]) -> str:
     if not mine[0].dotted:
         return ", ".join(titles[link.end] for link in mine)
     if mine[0].end.startswith("L"):
-        return f"{mine[0].label}: {facts.named_layers([int(link.end[1:]) for link in mine])}"
+        return f"{mine[0].label}: {words.named_layers([int(link.end[1:]) for link in mine])}"
     if mine[0].label in ("falls", "falls to chance", "rises", "reference"):
         return mine[0].label
     return f"no claim: {mine[0].label}" if mine[0].label else "no claim"

@@ -10,6 +10,7 @@ from dataclasses import dataclass, field
 
 from markupsafe import Markup
 
+from bitatlas import words
 from bitatlas.records import Atlas
 from bitatlas.report import charts, facts, heat
 
@@ -75,7 +76,7 @@ def _costs(atlas: Atlas) -> str:
     chosen = heat.damage_base(atlas)
     if chosen is None:
         return ""
-    least, most = (facts.number(end) for end in heat.damage_ends(atlas))
+    least, most = (words.number(end) for end in heat.damage_ends(atlas))
     return (
         f"Damage that lowering one unit to {chosen[1]} adds at base {chosen[0]}, on fit rows (one number, no interval). "
         f"Faintest {least}, strongest {most} nats/token, log scale. Numbers: the plan's bits."

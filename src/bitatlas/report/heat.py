@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from markupsafe import Markup, escape
 
+from bitatlas import words
 from bitatlas.records import Atlas, Module
 from bitatlas.report import facts, svg
 from bitatlas.report.svg import Canvas
@@ -18,7 +19,7 @@ def bits_cell(c: Canvas, x: float, y: float, width: float, height: float, bits: 
     """A cell, darker for more bits, with the number where it fits."""
     depth = min(0.92, 0.1 + 0.8 * max(0.0, bits - 1.5) / max(0.5, widest - 1.5))
     c.rect(x, y, width, height, "bits", f' fill-opacity="{depth:.2f}"')
-    text = facts.number(bits, 0 if abs(bits - round(bits)) < 0.005 else 1)
+    text = words.number(bits, 0 if abs(bits - round(bits)) < 0.005 else 1)
     if len(text) * svg.GLYPH <= room:
         c.text(x + width / 2, y + height / 2 + 4, text, "on-dark" if depth > 0.62 else "on-light", "middle")
 
@@ -81,11 +82,11 @@ def damage_map(atlas: Atlas, width: int) -> Markup | None:
         if not values:
             continue
         depth, bits = scale(sum(values)), facts.bits_of(atlas, grid.members[layer, kind])
-        planned = "" if bits is None else f"; plan: {facts.number(bits, 1)} bits"
-        grid.tip(f"Layer {layer}, {kind}: {facts.number(sum(values))} nats/token added by {fmt}{planned}")
+        planned = "" if bits is None else f"; plan: {words.number(bits, 1)} bits"
+        grid.tip(f"Layer {layer}, {kind}: {words.number(sum(values))} nats/token added by {fmt}{planned}")
         grid.canvas.rect(x, y, grid.cell_w, grid.cell_h, "heat", f' fill-opacity="{depth:.2f}"')
         if bits is not None and grid.cell_w >= 16:
-            grid.canvas.text(x + grid.cell_w / 2, y + grid.cell_h / 2 + 4, facts.number(bits, 0), "on-light", "middle")
+            grid.canvas.text(x + grid.cell_w / 2, y + grid.cell_h / 2 + 4, words.number(bits, 0), "on-light", "middle")
         grid.canvas.add("</g>")
     return grid.canvas.svg(f"Damage added by lowering each unit to {fmt} at base {base}")
 

@@ -17,6 +17,7 @@ from pathlib import Path
 from jinja2 import Environment, StrictUndefined
 from markupsafe import Markup, escape
 
+from bitatlas import words
 from bitatlas.records import Atlas, Measured, write_text
 from bitatlas.report import advice, diagram, facts, panels
 from bitatlas.report.cards import LINK_NOTE
@@ -98,19 +99,19 @@ def _tiles(atlas: Atlas) -> list[Tile]:
     if atlas.plan is not None:
         size = atlas.plan.size
         tiles.append(Tile("Plan's damage", _mean(atlas.plan.damage.measured), _detail(atlas.plan.damage.measured)))
-        bits = f"{facts.number(size.stored_bits, 2)} stored bits, from {facts.byte_size(atlas.model.total_bytes)}"
-        tiles.append(Tile(f"Plan's size, {facts.number(size.code_bits, 2)} code bits", facts.byte_size(size.total_bytes), bits))
+        bits = f"{words.number(size.stored_bits, 2)} stored bits, from {words.byte_size(atlas.model.total_bytes)}"
+        tiles.append(Tile(f"Plan's size, {words.number(size.code_bits, 2)} code bits", words.byte_size(size.total_bytes), bits))
     for uniform in atlas.uniform:
         if uniform.format in (atlas.low, atlas.high):
-            name = f"Uniform {facts.width_of(atlas, uniform.format)}, {facts.byte_size(uniform.size.total_bytes)}"
+            name = f"Uniform {facts.width_of(atlas, uniform.format)}, {words.byte_size(uniform.size.total_bytes)}"
             tiles.append(Tile(name, _mean(uniform.damage), _detail(uniform.damage)))
     return tiles
 
 
 def _mean(measured: Measured | None) -> str:
-    return facts.interval(measured).partition(" [")[0]
+    return words.interval(measured).partition(" [")[0]
 
 
 def _detail(measured: Measured | None) -> str:
-    _, bracket, ends = facts.interval(measured).partition(" [")
+    _, bracket, ends = words.interval(measured).partition(" [")
     return f"nats/token, 95% [{ends}" if bracket else ""

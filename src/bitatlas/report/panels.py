@@ -11,6 +11,7 @@ from dataclasses import dataclass
 
 from markupsafe import Markup
 
+from bitatlas import words
 from bitatlas.records import Atlas, AttentionLayer, Measured, WeightProfile
 from bitatlas.report import facts, svg
 from bitatlas.report.svg import Canvas
@@ -41,7 +42,7 @@ def _series(name: str, css: str, shape: str, values: Sequence[tuple[int, Measure
     points = []
     for layer, m in values:
         if m is not None:
-            mean, ci95, _ = facts.shown(m)
+            mean, ci95, _ = words.shown(m)
             points.append((layer, mean, *(ci95 or (mean, mean))))
     return Series(name, css, shape, points)
 
@@ -67,7 +68,7 @@ def panel(series: Sequence[Series], label: str, rule: float | None = None, zero:
             x = centre(layers.index(layer))
             if top > bottom:
                 c.whisker(x, y(bottom), y(top), one.css, cap=min(2, step / 4))
-            c.mark(x, y(mean), one.shape, one.css, f"Layer {layer}, {one.name}: {facts.number(mean)}", size)
+            c.mark(x, y(mean), one.shape, one.css, f"Layer {layer}, {one.name}: {words.number(mean)}", size)
     c.layer_axis(centre, layers)
     return c.svg(f"{', '.join(one.name for one in series)} by layer: {label}")
 

@@ -13,7 +13,7 @@ from dataclasses import dataclass, field
 
 from markupsafe import Markup, escape
 
-from bitatlas.report.facts import number
+from bitatlas.words import number
 
 Scale = Callable[[float], float]
 GLYPH = 6.4  # mean width of a 12 px sans-serif glyph, px: labels are placed with it, never cut by it

@@ -11,9 +11,10 @@ import json
 from collections.abc import Callable
 from dataclasses import dataclass, field
 
+from bitatlas import words
 from bitatlas.records import Atlas, AttentionLayer, Measured, WeightProfile
 from bitatlas.report import advice, facts
-from bitatlas.report.facts import interval, number, percent
+from bitatlas.words import interval, number, percent
 
 
 @dataclass(frozen=True)
@@ -55,8 +56,8 @@ def uniform_damage(atlas: Atlas) -> Table:
             u.format,
             number(u.size.code_bits, 2),
             number(u.size.stored_bits, 2),
-            facts.byte_size(u.size.quantized_bytes),
-            facts.byte_size(u.size.total_bytes),
+            words.byte_size(u.size.quantized_bytes),
+            words.byte_size(u.size.total_bytes),
             interval(u.damage),
         ]
         for u in atlas.uniform
@@ -76,7 +77,7 @@ def layer_table(atlas: Atlas) -> Table:
             interval(r.raised),
             interval(r.share),
             interval(r.criticality),
-            facts.p_value(r.q_value),
+            words.p_value(r.q_value),
             r.verdict,
             _bits(facts.plan_bits(atlas, r.layer)),
         ]
@@ -99,7 +100,7 @@ def zone_table(atlas: Atlas) -> Table:
             facts.zone_title(zone),
             interval(zone.criticality),
             zone.verdict,
-            facts.NOT_MEASURED if zone.low_share is None else percent(zone.low_share),
+            words.NOT_MEASURED if zone.low_share is None else percent(zone.low_share),
         ]
         for zone in atlas.zones
     ]
@@ -119,10 +120,10 @@ def plan_table(atlas: Atlas) -> Table:
     )
     if plan is None:
         return Table("plan", "Plan and baselines", "", head, empty="No plan was made.")
-    ours = ["our plan", number(plan.size.code_bits, 2), facts.byte_size(plan.size.quantized_bytes)]
+    ours = ["our plan", number(plan.size.code_bits, 2), words.byte_size(plan.size.quantized_bytes)]
     rows = [[*ours, interval(plan.damage.measured), ""]]
     for other in sorted(plan.baselines, key=lambda baseline: baseline.damage.mean):
-        size = [number(other.code_bits, 2), facts.byte_size(other.quantized_bytes)]
+        size = [number(other.code_bits, 2), words.byte_size(other.quantized_bytes)]
         difference = "" if other.difference is None else interval(other.difference)
         rows.append([other.name, *size, interval(other.damage), difference])
     predicted = "" if plan.damage.predicted is None else f" Predicted damage: {number(plan.damage.predicted)} nats/token."
@@ -138,7 +139,7 @@ def task_table(atlas: Atlas) -> Table:
     rows = []
     for s in atlas.tasks:
         low, high = (number(100 * end, 1) for end in s.wilson95)
-        accuracy = f"{percent(s.correct / s.n)} [{low}, {high}]" if s.n else facts.NOT_MEASURED
+        accuracy = f"{percent(s.correct / s.n)} [{low}, {high}]" if s.n else words.NOT_MEASURED
         above = "above chance" if s.above_chance else "at chance"
         precision = facts.precision_name(atlas, s.precision)
         rows.append([s.task, precision, f"{s.correct}/{s.n}", accuracy, percent(s.chance, 0), above])
@@ -155,8 +156,8 @@ def pair_table(atlas: Atlas) -> Table:
             pair.verdict,
             interval(pair.difference),
             f"{pair.lost} lost, {pair.gained} gained",
-            facts.p_value(pair.mcnemar_p),
-            facts.p_value(pair.holm_p),
+            words.p_value(pair.mcnemar_p),
+            words.p_value(pair.holm_p),
             number(pair.detectable_points, 1),
             f"about {pair.items_needed:,}" if pair.items_needed else "",
         ]
@@ -182,7 +183,7 @@ def attention_table(atlas: Atlas) -> Table:
     nulls = ", ".join(dict.fromkeys(record.focus_null for record in records if record.focus_null))
     bases = facts.attention_bases(atlas)
     note = (
-        f"At base {bases[0] if bases else facts.NOT_MEASURED}; {_rest([r.entropy for r in records])}. Sink keys removed, sink mass beside. "
+        f"At base {bases[0] if bases else words.NOT_MEASURED}; {_rest([r.entropy for r in records])}. Sink keys removed, sink mass beside. "
         f"Reasoning focus: 0 is chance{', corrected by ' + nulls if nulls else ''}. These describe; they set no bits."
     )
     head = ["Layer", "Entropy, 0..1", "Entropy, nats", "Sink mass", "Head specialization"]
@@ -253,7 +254,7 @@ def weight_table(atlas: Atlas) -> Table:
 
 def folk_table(atlas: Atlas) -> Table:
     rows = [
-        [f.claim, f.verdict, f.text, interval(f.evidence, unit=True) if f.evidence else "", facts.p_value(f.p_value)]
+        [f.claim, f.verdict, f.text, interval(f.evidence, unit=True) if f.evidence else "", words.p_value(f.p_value)]
         for f in atlas.findings
         if f.topic == "folk"
     ]
@@ -301,7 +302,7 @@ def provenance_table(atlas: Atlas) -> Table:
         ["weights sha256", model.weights_sha256],
         ["architecture", f"{model.architecture}, {model.layers} layers, {model.heads} heads, context {model.context:,} tokens"],
         ["weights", f"{model.quantizable_weights:,} quantizable, stored as {model.dtype}"],
-        ["size", f"{facts.byte_size(model.total_bytes)}, of which {facts.byte_size(model.other_bytes)} stay unquantized"],
+        ["size", f"{words.byte_size(model.total_bytes)}, of which {words.byte_size(model.other_bytes)} stay unquantized"],
         ["quantizer", atlas.quantizer],
         ["formats", ", ".join(atlas.formats)],
         ["text", f"{tokens.source}, rows of {tokens.row_length} tokens"],
@@ -339,8 +340,8 @@ def _weighted(profiles: list[WeightProfile], value: Callable[[WeightProfile], fl
 
 
 def _percent(share: float | None, decimals: int) -> str:
-    return facts.NOT_MEASURED if share is None else percent(share, decimals)
+    return words.NOT_MEASURED if share is None else percent(share, decimals)
 
 
 def _number(value: float | None) -> str:
-    return facts.NOT_MEASURED if value is None else number(value)
+    return words.NOT_MEASURED if value is None else number(value)

@@ -1,0 +1,99 @@
+"""Numbers, intervals and layers as text, the same in every sentence, table and chart.
+
+Numbers carry as many decimals as their interval supports (two digits of its width), so nothing suggests more than was measured.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Sequence
+
+from bitatlas.records import Measured
+
+MINUS = "−"
+NOT_MEASURED = "not measured"
+
+
+def number(value: float, decimals: int | None = None) -> str:
+    """A number as text; without `decimals`, three significant digits. Thousands are grouped, minus is the real sign."""
+    if decimals is None:
+        decimals = 2 if value == 0 else max(0, 2 - math.floor(math.log10(abs(value))))
+        if decimals > 6:
+            return f"{value:.1e}".replace("-", MINUS)
+    text = f"{value:,.{decimals}f}"
+    if float(text.replace(",", "")) == 0:
+        text = text.lstrip("-")
+    return text.replace("-", MINUS)
+
+
+def decimals_of(low: float, high: float, least: int = 0) -> int:
+    """Decimals that show two digits of an interval's width: 0.031 wide gives 3."""
+    width = high - low
+    if width <= 0:
+        return least or 3
+    return min(6, max(least, 1 - math.floor(math.log10(width))))
+
+
+def percent(share: float, decimals: int = 1) -> str:
+    """A share 0..1 as a percentage."""
+    return number(100 * share, decimals) + "%"
+
+
+def shown(m: Measured) -> tuple[float, tuple[float, float] | None, str]:
+    """Mean, interval and unit as they are printed: shares become percentages; 0..1 measures and ratios have no unit sign."""
+    if m.unit == "share":
+        return 100 * m.mean, (100 * m.ci95[0], 100 * m.ci95[1]) if m.ci95 else None, "%"
+    return m.mean, m.ci95, "" if m.unit in ("0..1", "ratio") else m.unit
+
+
+def interval(m: Measured | None, unit: bool = False) -> str:
+    """`0.214 [0.199, 0.232]`, with the unit if asked for (percentages always); "no interval" is said where there is none."""
+    if m is None:
+        return NOT_MEASURED
+    mean, ci95, sign = shown(m)
+    after = "%" if sign == "%" else ""
+    suffix = f" {sign}" if unit and sign and not after else ""
+    if ci95 is None:
+        return f"{number(mean)}{after} [no interval]{suffix}"
+    decimals = decimals_of(*ci95, least=1 if sign in ("%", "points") else 0)
+    low, high = (number(end, decimals) for end in ci95)
+    return f"{number(mean, decimals)}{after} [{low}, {high}]{suffix}"
+
+
+def byte_size(count: int) -> str:
+    """Bytes in the decimal unit that fits: 1.68 MB."""
+    value, units = float(count), ["bytes", "kB", "MB", "GB", "TB"]
+    while value >= 1000 and len(units) > 1:
+        value, units = value / 1000, units[1:]
+    return f"{number(value, 0 if units[0] == 'bytes' else None)} {units[0]}"
+
+
+def p_value(p: float | None) -> str:
+    """`p` as text; below 0.0001 only the bound."""
+    if p is None:
+        return ""
+    return "< 0.0001" if p < 1e-4 else number(p, 4 if p < 0.01 else 3 if p < 0.1 else 2)
+
+
+def runs(layers: Iterable[int]) -> str:
+    """Layer numbers as runs: `0–3, 7`."""
+    parts: list[list[int]] = []
+    for layer in sorted(layers):
+        if parts and layer == parts[-1][1] + 1:
+            parts[-1][1] = layer
+        else:
+            parts.append([layer, layer])
+    return ", ".join(str(first) if first == last else f"{first}–{last}" for first, last in parts)
+
+
+def named_layers(layers: Sequence[int]) -> str:
+    """`layer 3` or `layers 0–3, 7`."""
+    return f"{'layer' if len(layers) == 1 else 'layers'} {runs(layers)}"
+
+
+def listed(parts: Iterable[str]) -> str:
+    """`a`, `a and b`, `a, b and c`; `none` of nothing."""
+    found = list(parts)
+    if len(found) < 2:
+        return found[0] if found else "none"
+    return f"{', '.join(found[:-1])} and {found[-1]}"
