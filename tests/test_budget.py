@@ -14,7 +14,6 @@ from bitatlas.planning.budget import (
     KINDS,
     assignment_of,
     check_budget,
-    check_damage,
     costs_of,
     parse_size,
     show_bytes,
@@ -182,12 +181,6 @@ def test_a_checkpoint_without_linear_weights_and_a_kind_unheard_of():
         check_budget(Budget("code_bits", 3), [], PAIR, info_of([]))
     with pytest.raises(ValueError, match="known are code_bits, stored_bits, size and max_damage"):
         size_range("watts", modules_of(), PAIR, info_of(modules_of()))
-
-
-def test_a_tolerance_below_the_widest_format_is_refused():
-    check_damage(0.05, 0.04, "int4_g64")
-    with pytest.raises(UserError, match=r"--max-damage 0\.05 is below 0\.0612 nats/token, the damage of int4_g64"):
-        check_damage(0.05, 0.0612, "int4_g64")
 
 
 @pytest.mark.parametrize(

@@ -9,7 +9,7 @@ from rich.table import Table
 from rich.text import Text
 
 from bitatlas.compare import Comparison
-from bitatlas.records import Atlas, Measured, Plan, Size, TaskPair, TaskScore
+from bitatlas.records import Atlas, Measured, Plan, Size, TaskScore
 from bitatlas.verify import Verification
 from bitatlas.words import byte_size, interval, number
 
@@ -41,7 +41,7 @@ def show_summary(atlas: Atlas) -> None:
         style = STYLES[layer.verdict]
         layers.add_row(str(layer.layer), interval(layer.criticality), f"[{style}]{layer.verdict}[/]")
     console.print(layers)
-    _show_tasks(console, atlas.tasks, atlas.task_pairs)
+    _show_scores(console, atlas.tasks)
     console.print()
     for finding in atlas.findings:
         line = Text.assemble((f"{finding.claim}: ", ""), (finding.verdict, "bold"), f". {finding.text}")
@@ -51,7 +51,7 @@ def show_summary(atlas: Atlas) -> None:
 def show_plan(plan: Plan) -> None:
     """Size, damage and, where it was verified, its baselines."""
     console = _console()
-    table = _table(f"Plan ({plan.budget.kind} {number(plan.budget.value)})", ["", "size", "code bits", "damage, nats/token"])
+    table = _table(f"Plan ({plan.budget.kind} {plan.budget.value:g})", ["", "size", "code bits", "damage"])
     predicted = f"{number(plan.damage.predicted)} (predicted)" if plan.damage.predicted is not None else "not predicted"
     damage = _nats(plan.damage.measured) if plan.damage.measured else predicted
     table.add_row("this plan", byte_size(plan.size.total_bytes), number(plan.size.code_bits), damage)
@@ -92,10 +92,12 @@ def show_comparison(result: Comparison) -> None:
         table.add_row("loss of B", interval(result.losses[1]))
         table.add_row("B minus A", interval(result.loss_difference))
         console.print(table)
-    _show_tasks(console, result.scores, result.pairs)
+    _show_scores(console, result.scores)
+    for pair in result.pairs:
+        console.print(f"{pair.task}, {pair.first} to {pair.second}: {pair.text}", markup=False, soft_wrap=True)
 
 
-def _show_tasks(console: Console, scores: list[TaskScore], pairs: list[TaskPair]) -> None:
+def _show_scores(console: Console, scores: list[TaskScore]) -> None:
     if not scores:
         return
     table = _table("Tasks (95 % Wilson intervals)", ["task", "precision", "right", "accuracy", ""])
@@ -106,5 +108,3 @@ def _show_tasks(console: Console, scores: list[TaskScore], pairs: list[TaskPair]
             score.task, score.precision, f"{score.correct}/{score.n}", accuracy, "" if score.above_chance else "at chance"
         )
     console.print(table)
-    for pair in pairs:
-        console.print(f"{pair.task}, {pair.first} to {pair.second}: {pair.text}", markup=False, soft_wrap=True)

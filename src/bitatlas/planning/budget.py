@@ -219,7 +219,7 @@ def _extremes(cost: Ints) -> tuple[int, int]:
 def check_budget(budget: Budget, modules: Sequence[Module], formats: Sequence[str], info: ModelInfo) -> None:
     """Refuse a budget that no plan can meet, or that every plan meets: UserError naming the flag and the possible range.
 
-    A tolerated damage is only checked for being a positive number: what is possible must be measured (`check_damage`).
+    A tolerated damage is only checked for being a positive number: what is possible must be measured.
     """
     flag = DAMAGE_FLAG if budget.kind == "max_damage" else _kind(budget.kind).flag
     if not formats:
@@ -263,12 +263,3 @@ def _show_given(budget: Budget) -> str:
         if whole >= size and 100 * whole % size == 0:
             return f"{whole / size:g}{name}"
     return show_bytes(whole, EXACT_DIGITS)
-
-
-def check_damage(tolerated: float, least: float, widest: str) -> None:
-    """Refuse a tolerated damage (nats/token) below the measured damage `least` of the widest format everywhere."""
-    if tolerated < least:
-        raise UserError(
-            f"{DAMAGE_FLAG} {tolerated:g} is below {least:.3g} nats/token, the damage of {widest} everywhere; "
-            "possible: more than that, or a wider format in --formats"
-        )

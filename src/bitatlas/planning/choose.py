@@ -94,8 +94,8 @@ def choose_smallest(
     best = (*choose(scores, cost, most, measure), most)
     if best[1] > tolerated:
         raise UserError(
-            f"--max-damage {tolerated:g}: the widest format everywhere already does {best[1]:.4g} nats/token on the select rows; "
-            f"possible: {best[1]:.4g} and above, or a wider format in --formats"
+            f"--max-damage {tolerated:g} is below {best[1]:.3g} nats/token, the least that these formats did on the select rows; "
+            "possible: more than that, or a wider format in --formats"
         )
     cheapest = (*choose(scores, cost, least, measure), least)
     if cheapest[1] <= tolerated:

@@ -84,7 +84,7 @@ def _task(atlas: Atlas, place: int, score: TaskScore) -> Card:
         f"95%: [{low}, {high}]",
     ]
     chance = [] if score.above_chance else [f"at chance ({words.percent(score.chance, 0)})"]
-    return Card(f"T{place}", f"{score.task} dataset", lines + chance)
+    return Card(f"T{place}", f"{score.task.replace('_', ' ')} dataset", lines + chance)
 
 
 def _layer(atlas: Atlas, record: Layer) -> Card:
