@@ -9,6 +9,7 @@ from pathlib import Path
 os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ["HF_HUB_DISABLE_TELEMETRY"] = "1"
 os.environ["TOKENIZERS_PARALLELISM"] = "false"
+os.environ["OMP_NUM_THREADS"] = "1"  # of commands that tests start; this process is told below
 _HOME = tempfile.mkdtemp(prefix="bitatlas-tests-")
 for _name, _place in {
     "HOME": "",

@@ -18,13 +18,14 @@ from bitatlas.errors import UserError
 from bitatlas.evaluation.items import Item, check_task_names, split_items, task_text
 from bitatlas.formats import FORMATS
 from bitatlas.journal import Journal
-from bitatlas.planning.budget import check_budget
+from bitatlas.planning.budget import check_budget, size_of
 from bitatlas.progress import Reporter
 from bitatlas.quantizers import get_quantizer
 from bitatlas.records import Atlas, Budget
 from bitatlas.sensitivity.damage import DamageMeter
 from bitatlas.settings import Settings, check_device, parse_formats, parse_rows
 from bitatlas.tokens import Rows, make_rows, read_documents
+from bitatlas.words import byte_size, number
 
 OUTPUT_BYTES = 64 * 2**20  # journal, tables and reports of a large model
 DEMO_TASKS = "demo_problems,demo_questions"
@@ -82,6 +83,7 @@ def prepare(settings: Settings, out: Path, resume: bool, reporter: Reporter) -> 
     with reporter.stage("opening the checkpoint"):
         checkpoint = open_checkpoint(settings.model, settings.revision, settings.fuse)
         check_budget(settings.budget, checkpoint.modules, settings.formats, checkpoint.info)
+        reporter.say(sizes_text(checkpoint, settings.formats))
         _check_folder(out, resume, checkpoint)
         task_data = Path(settings.task_data) if settings.task_data else None
         split = {task: split_items(task, task_data, settings.limit, settings.seed) for task in settings.tasks}
@@ -96,6 +98,17 @@ def prepare(settings: Settings, out: Path, resume: bool, reporter: Reporter) -> 
     meter = DamageMeter(model, bank, checkpoint.info.weights_sha256, settings.quantizer, journal)
     items = {task: scored for task, (scored, _) in split.items()}
     return Run(settings, out, checkpoint, model, tokenizer, bank, rows, items, journal, meter, reporter)
+
+
+def sizes_text(checkpoint: Checkpoint, formats: Sequence[str]) -> str:
+    """What there is to quantize, and the exact size of the whole model at every uniform format."""
+    modules, info = checkpoint.modules, checkpoint.info
+    sizes = {name: size_of(modules, {m.name: name for m in modules}, info) for name in formats}
+    told = [f"{name} {byte_size(size.total_bytes)} ({number(size.stored_bits)} stored bits)" for name, size in sizes.items()]
+    return (
+        f"{info.name}: {info.layers} layers, {len(modules)} modules in {len({m.unit for m in modules})} units, "
+        f"{info.quantizable_weights:,} weights; {byte_size(info.total_bytes)} as it is, {'; '.join(told)}"
+    )
 
 
 def _documents(settings: Settings, spare: dict[str, list[Item]]) -> tuple[str, list[str]]:

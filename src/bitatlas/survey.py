@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import platform
 from collections.abc import Mapping
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -17,7 +17,7 @@ import numpy as np
 from pydantic import TypeAdapter
 
 from bitatlas.assemble import Lines, Measurements, assemble, damage_lines, write_outputs
-from bitatlas.evaluation.items import TASKS, chance_level, items_sha256
+from bitatlas.evaluation.items import TASKS, chance_level, items_sha256, load_items
 from bitatlas.evaluation.run import score_items
 from bitatlas.journal import content_key
 from bitatlas.planning.budget import units_of
@@ -25,7 +25,7 @@ from bitatlas.planning.choose import damage_tables
 from bitatlas.planning.judge import Judged, find_and_judge
 from bitatlas.prepare import Run, prepare
 from bitatlas.profiles.attention import AttentionResult, attention_profile
-from bitatlas.profiles.focus import problems_of
+from bitatlas.profiles.focus import Problem, problems_of
 from bitatlas.profiles.weights import weight_profile
 from bitatlas.progress import Advance, Reporter
 from bitatlas.records import Atlas, WeightProfile
@@ -110,7 +110,7 @@ def profile_weights(run: Run) -> list[WeightProfile]:
 
 def profile_attention(run: Run, base: str, assignment: Mapping[str, str]) -> AttentionResult:
     """Attention at one base, with its drift from the reference."""
-    problems = problems_of(_worked_items(run))[:FOCUS_PROBLEMS]
+    problems = focus_problems(run)
     rows = run.rows.test[:PROFILED_ROWS]
     key = content_key(
         "attention", run.meter.identity, dict(assignment), base, rows.tolist(), [asdict(p) for p in problems], run.settings.seed
@@ -128,9 +128,12 @@ def profile_attention(run: Run, base: str, assignment: Mapping[str, str]) -> Att
     return adapter.validate_python(value)
 
 
-def _worked_items(run: Run) -> list[dict[str, Any]]:
-    """The items of tasks with calculations."""
-    return [item for task, items in run.items.items() if not TASKS[task].is_choice for item in items]
+def focus_problems(run: Run) -> list[Problem]:
+    """Word problems with solutions, of the scored tasks; of the bundled demo where no scored task has any."""
+    worked = {task: items for task, items in run.items.items() if not TASKS[task].is_choice}
+    worked = worked or {"demo_problems": load_items("demo_problems", None, FOCUS_PROBLEMS, run.settings.seed)}
+    found = [replace(problem, source=task) for task, items in worked.items() for problem in problems_of(items)]
+    return found[:FOCUS_PROBLEMS]
 
 
 def find_plan(run: Run, units: UnitScreen) -> Judged:

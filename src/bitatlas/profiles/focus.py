@@ -61,7 +61,7 @@ class Problem:
     text: str
     queries: tuple[Query, ...]
     numbers: tuple[Span, ...]
-    source: str  # "svamp" or "gsm8k"
+    source: str  # "svamp", "gsm8k", or the task it was taken from
 
 
 # --- from items to problems -----------------------------------------------------------------------------------------------

@@ -1,0 +1,53 @@
+"""The README cannot lie: its commands parse, its file tree is the real one, its make targets exist."""
+
+from __future__ import annotations
+
+import re
+import shlex
+from pathlib import Path
+
+import pytest
+import typer
+
+from bitatlas import cli
+
+ROOT = Path(__file__).resolve().parents[1]
+README = (ROOT / "README.md").read_text(encoding="utf-8")
+BLOCKS = re.findall(r"```\n(.*?)```", README, re.DOTALL)
+COMMANDS = [line.partition("#")[0].strip() for block in BLOCKS for line in block.splitlines()]
+
+
+@pytest.mark.parametrize("command", [line for line in COMMANDS if line.startswith("bitatlas ")])
+def test_commands_parse(command: str):
+    group = typer.main.get_command(cli.app)
+    words = shlex.split(command)[1:]
+    context = group.make_context("bitatlas", [words[0]])
+    _, subcommand, _ = group.resolve_command(context, words)
+    subcommand.make_context(words[0], words[1:], parent=context)  # raises on an unknown option or a missing argument
+
+
+def test_make_targets_exist():
+    makefile = (ROOT / "Makefile").read_text(encoding="utf-8")
+    targets = {line.split()[1] for line in COMMANDS if line.startswith("make ")}
+    assert targets >= {"demo", "test"}
+    assert all(re.search(rf"^{target}:", makefile, re.MULTILINE) for target in targets)
+
+
+def test_the_tree_is_the_real_one():
+    tree = next(block for block in BLOCKS if block.startswith("src/bitatlas/"))
+    told = set(re.findall(r"^  (\S+)", tree, re.MULTILINE))
+    package = ROOT / "src" / "bitatlas"
+    real = {
+        f"{p.name}/" if p.is_dir() else p.name for p in package.iterdir() if p.suffix == ".py" or (p / "__init__.py").is_file()
+    }
+    assert told == {name for name in real if not name.startswith("__")}
+
+
+def test_every_option_that_is_named_exists():
+    help_texts = {
+        option
+        for command in typer.main.get_command(cli.app).commands.values()
+        for parameter in command.params
+        for option in parameter.opts
+    } | {"--no-fuse"}
+    assert set(re.findall(r"(?<![\w-])--[a-z][a-z-]+", README)) <= help_texts
