@@ -23,7 +23,6 @@ import torch
 import bitatlas.demo as demo
 from bitatlas.bank import Bank
 from bitatlas.checkpoint import open_checkpoint
-from bitatlas.formats import FORMATS
 from bitatlas.journal import Journal
 from bitatlas.sensitivity.damage import DamageMeter, Swap, batch_rows
 from bitatlas.sensitivity.screens import uniform
@@ -54,7 +53,7 @@ def main() -> None:
     model = checkpoint.load_model()
     modules = checkpoint.modules
     names = [module.name for module in modules]
-    bank = Bank(model, names, {name: FORMATS[name] for name in (LOW, HIGH)}, "rtn")
+    bank = Bank(model, names, "rtn")
     meter = DamageMeter(model, bank, checkpoint.info.weights_sha256, "rtn", Journal(None))
     ids = torch.randint(0, meter.vocabulary, (args.rows, args.length), generator=torch.Generator().manual_seed(0))
     base = uniform(modules, HIGH)

@@ -10,6 +10,7 @@ os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ["HF_HUB_DISABLE_TELEMETRY"] = "1"
 os.environ["TOKENIZERS_PARALLELISM"] = "false"
 os.environ["OMP_NUM_THREADS"] = "1"  # of commands that tests start; this process is told below
+os.environ.setdefault("NPM_CONFIG_USERCONFIG", str(Path.home() / ".npmrc"))  # npm keeps its own settings
 _HOME = tempfile.mkdtemp(prefix="bitatlas-tests-")
 for _name, _place in {
     "HOME": "",

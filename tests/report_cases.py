@@ -14,6 +14,7 @@ RECIPES = {
     "one layer": Recipe(layers=1, zones=1),
     "eighty": Recipe(layers=80, zones=5),
     "bare": Recipe(layers=5, tasks=(), plan=False, attention=False),
+    "beaten from outside": Recipe(outside=True, zones=4),
     "hostile": Recipe(name=EVIL, tasks=(EVIL, "x" * 300), recommended=False, notes=[EVIL, "</script>"]),
 }
 

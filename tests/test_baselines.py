@@ -6,8 +6,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from bitatlas.errors import UserError
-from bitatlas.planning.baselines import RANDOM_PLANS, baselines
-from bitatlas.planning.budget import Unit
+from bitatlas.planning.baselines import RANDOM_PLANS, baselines, outside_uniform
+from bitatlas.planning.budget import Unit, costs_of, units_of
+from bitatlas.records import Budget, ModelInfo, Module
 
 
 def units_with(layers: list[int], weights: list[int]) -> list[Unit]:
@@ -110,3 +111,28 @@ def test_too_small_a_budget_and_a_wrong_shape_are_refused():
         baselines(units_with([0, 1], [1, 1]), np.array([[2, 4], [2, 4]]), 3)
     with pytest.raises(ValueError, match="2 units"):
         baselines(units_with([0, 1], [1, 1]), np.array([[2, 4]]), 3)
+
+
+def test_layers_high_in_a_given_order():
+    units = units_with([0, 1, 2], [10, 10, 10])
+    plans = dict(baselines(units, np.array([[20, 40]] * 3), 60 + 20, seed=0, most_critical=[1, 0, 2]))
+    assert plans["most critical layers high"].tolist() == [0, 1, 0]
+
+
+@pytest.mark.parametrize(
+    ("formats", "code_bits", "outside"),
+    [
+        (["int2_g64", "int4_g64"], 3.0, "int3_g64"),  # a third width between the two fits exactly
+        (["int2_g64", "int4_g64"], 2.99, None),
+        (["int2_g64", "int4_g64"], 4.0, None),  # the widest candidate fits everywhere
+        (["int2_g64", "int3_g64", "int4_g64"], 3.5, None),
+        (["int2_g32_sym", "int8_g32_sym"], 5.0, "int4_g32_sym"),  # of the candidates' own kind
+    ],
+)
+def test_a_uniform_width_outside_the_candidates_is_named_where_it_fits_better(formats, code_bits, outside):
+    modules = [Module(f"m{i}", i, "up_proj", (64, 64), f"m{i}") for i in range(3)]
+    units = units_of(modules)
+    info = ModelInfo("m", None, "0" * 64, "LlamaForCausalLM", 3, 4, 128, "float32", 3 * 64 * 64, 0, 3 * 64 * 64 * 4)
+    budget = Budget("code_bits", code_bits)
+    limit = costs_of(budget, units, formats, info).limit
+    assert outside_uniform(budget, units, formats, info, limit) == outside

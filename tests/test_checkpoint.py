@@ -7,9 +7,9 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from transformers import BertConfig
+from transformers import BertConfig, BertLMHeadModel
 
-from bitatlas.checkpoint import check_finite, decoder_layers, open_checkpoint
+from bitatlas.checkpoint import check_causal, check_finite, decoder_layers, open_checkpoint, open_model
 from bitatlas.errors import UserError
 from bitatlas.swap import weight_of
 from tiny import FAMILIES, make_checkpoint
@@ -134,6 +134,125 @@ def test_tensors_that_are_missing_are_named(copy: Path):
     save_file(tensors, copy / "model.safetensors", metadata={"format": "pt"})
     with pytest.raises(UserError, match="lack 1 tensors"):
         open_checkpoint(str(copy)).load_model()
+
+
+def change_config(folder: Path, **changes: object) -> None:
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps({**config, **changes}))
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"num_hidden_layers": "x"},
+        {"num_attention_heads": 0},
+        {"max_position_embeddings": "long"},
+        {"architectures": "LlamaForCausalLM"},
+        {"architectures": [3]},
+    ],
+    ids=str,
+)
+def test_config_that_makes_no_sense(copy: Path, changes: dict):
+    change_config(copy, **changes)
+    assert "transformers cannot build" in (said := refusal(copy)) or "config.json cannot be used" in said
+
+
+@pytest.mark.parametrize("content", ["", "[]", "3", "{}", "[" * 100_000], ids=lambda content: content[:5])
+def test_config_that_is_no_config(copy: Path, content: str):
+    (copy / "config.json").write_text(content)
+    assert "config.json cannot be used" in refusal(copy)
+
+
+def test_empty_name():
+    assert "name is empty" in refusal("")
+
+
+@pytest.mark.parametrize("content", ["[" * 100_000, "[]", '{"weight_map": {"a": 3}}', '{"weight_map": {"a": null, "b": "c"}}'])
+def test_damaged_index(copy: Path, content: str):
+    (copy / "model.safetensors.index.json").write_text(content)
+    assert "not a readable index" in refusal(copy)
+
+
+@pytest.mark.parametrize(
+    "header",
+    [b"[" * 100_000, b'{"a": {"dtype": "F32", "data_offsets": ["x", 0]}}', b'{"a": {"dtype": 3, "data_offsets": [0, 0]}}'],
+    ids=["nested", "offsets", "dtype"],
+)
+def test_damaged_header(copy: Path, header: bytes):
+    (copy / "model.safetensors").write_bytes(struct.pack("<Q", len(header)) + header)
+    assert "not a whole safetensors file" in refusal(copy)
+
+
+@pytest.mark.parametrize("content", [None, "{}", "[" * 100_000, '{"model": {"type": "new"}}'], ids=["none", "{}", "[[", "new"])
+def test_tokenizer_that_cannot_be_used(copy: Path, content: str | None):
+    if content is None:
+        (copy / "tokenizer.json").unlink()
+    else:
+        (copy / "tokenizer.json").write_text(content)
+    for load in (open_checkpoint(str(copy)).load_tokenizer, lambda: open_model(str(copy))):
+        with pytest.raises(UserError, match="no usable tokenizer") as caught:
+            load()
+        assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("changes", "said"),
+    [
+        ({"intermediate_size": 64}, r"layers\.0\.mlp\.\w+_proj\.weight has shape \(.*but the config says"),
+        ({"num_hidden_layers": 2}, r"hold model\.layers\.2\..*but the config says 2 layers"),
+    ],
+)
+def test_weights_that_the_config_does_not_describe(copy: Path, capfd: pytest.CaptureFixture, changes: dict, said: str):
+    change_config(copy, **changes)
+    capfd.readouterr()
+    with pytest.raises(UserError, match=said) as caught:
+        open_checkpoint(str(copy)).load_model()
+    assert "\n" not in str(caught.value)
+    assert capfd.readouterr() == ("", "")
+
+
+@pytest.mark.parametrize(
+    ("name", "refused"),
+    [
+        ("model.layers.1.mlp.up_proj.bias", True),
+        ("layers.1.mlp.up_proj.bias", True),
+        ("model.layers.1.self_attn.rotary_emb.inv_freq", False),
+        ("model.layers.1.self_attn.bias", False),
+        ("vision.layers.30.mlp.up_proj.weight", False),
+    ],
+)
+def test_unexpected_tensors(copy: Path, name: str, refused: bool):
+    tensors = load_file(copy / "model.safetensors")
+    save_file({**tensors, name: torch.ones(8)}, copy / "model.safetensors", metadata={"format": "pt"})
+    checkpoint = open_checkpoint(str(copy))
+    if not refused:
+        checkpoint.load_model()
+        return
+    with pytest.raises(UserError, match=r"hold .*layers\.1\.mlp\.up_proj\.bias, which the config has no place for"):
+        checkpoint.load_model()
+
+
+def test_comparing_needs_whole_weights_too(copy: Path):
+    change_config(copy, num_hidden_layers=4)
+    with pytest.raises(UserError, match=r"lack \d+ tensors"):
+        open_model(str(copy))
+
+
+@pytest.mark.parametrize("family", sorted(FAMILIES))
+def test_causal_models_read_no_further(family: str, tmp_path: Path):
+    check_causal(open_checkpoint(str(make_checkpoint(tmp_path, family))).load_model(), family)
+
+
+@pytest.mark.parametrize("is_decoder", [False, True])
+def test_encoder_with_a_causal_head_reads_ahead(is_decoder: bool):
+    torch.manual_seed(0)
+    size = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 32, "vocab_size": 50}
+    model = BertLMHeadModel(BertConfig(**size, is_decoder=is_decoder)).eval()
+    if is_decoder:
+        check_causal(model, "bert")
+        return
+    with pytest.raises(UserError, match="bert: BertLMHeadModel reads ahead"):
+        check_causal(model, "bert")
 
 
 def test_weights_hash_tells_weights_apart(tmp_path: Path):

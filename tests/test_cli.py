@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import json
 import shutil
+import signal
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -15,7 +17,12 @@ from transformers import BertConfig
 
 import tiny
 from bitatlas import cli
+from bitatlas.checkpoint import open_checkpoint
+from bitatlas.errors import UserError
+from bitatlas.formats import FORMATS
 from bitatlas.journal import Journal
+from bitatlas.planning.replan import write_plan
+from bitatlas.records import Budget, Plan, PlanDamage, PlanModel, Size, read_record, to_json
 from tiny import make_checkpoint
 
 SMALL = ["--formats", "int2_g32,int4_g32", "--rows", "8,8,8", "--row-length", "16", "--tasks", "none", "--quiet"]
@@ -67,6 +74,9 @@ def test_wrong_checkpoints(capsys, monkeypatch, tmp_path: Path, text: Path, tiny
         (short, "truncated"),
         (holed, "model.layers.0.mlp.up_proj.weight holds 1 NaN"),
         (encoder, "not a decoder-only"),
+        ("", "name is empty"),
+        ("~nobody-at-all/model", "no such checkpoint folder"),
+        ("./" + "m" * 300, "name too long"),
     ):
         assert said in refused(capsys, monkeypatch, tmp_path / "out", model, *SMALL, "--tokens", text)
 
@@ -90,6 +100,22 @@ def test_wrong_checkpoints(capsys, monkeypatch, tmp_path: Path, text: Path, tiny
         (["--tokens", "nothing.txt"], "no such file"),
         (["--task-data", "no-folder"], "no such folder"),
         (["--tolerance", "-1"], "--tolerance"),
+        (["--tolerance", "nan"], "--tolerance nan"),
+        (["--tolerance", "inf"], "--tolerance inf"),
+        (["--seed", "-1"], "--seed -1"),
+        (["--device", "cpu:foo"], "--device cpu:foo"),
+        (["--device", "cpu:1"], "--device cpu:1"),
+        (["--formats", ""], "--formats"),
+        (["--formats", ","], "--formats: give at least two"),
+        (["--code-bits", "nan"], "--code-bits nan"),
+        (["--stored-bits", "inf"], "--stored-bits inf"),
+        (["--max-damage", "-0.1"], "--max-damage -0.1"),
+        (["--size", ""], "--size"),
+        (["--tokens", ""], "--tokens"),
+        (["--tasks", " "], "--tasks"),
+        (["--no-such-flag"], "--no-such-flag"),
+        (["--seed", "half"], "--seed"),
+        (["one-more-argument"], "one-more-argument"),
     ],
 )
 def test_wrong_options(capsys, monkeypatch, tmp_path: Path, text: Path, tiny_llama: Path, flags: list[str], said: str):
@@ -115,6 +141,12 @@ def test_wrong_folders(capsys, monkeypatch, tmp_path: Path, text: Path, tiny_lla
     assert "cannot be made" in refused(capsys, monkeypatch, tmp_path / "file" / "below", *arguments)
 
 
+def test_folder_whose_name_is_too_long(capsys, monkeypatch, tmp_path: Path, text: Path, tiny_llama: Path):
+    code, _, err = run(capsys, monkeypatch, "survey", tiny_llama, *SMALL, "--tokens", text, "--out", tmp_path / ("n" * 300))
+    assert (code, err.count("\n")) == (2, 1)
+    assert "name too long" in err
+
+
 def test_no_disk_space(capsys, monkeypatch, tmp_path: Path, text: Path, tiny_llama: Path):
     monkeypatch.setattr("bitatlas.prepare.free_bytes", lambda folder: 2**20)
     assert "only 1 MiB free" in refused(capsys, monkeypatch, tmp_path / "out", tiny_llama, *SMALL, "--tokens", text)
@@ -128,7 +160,11 @@ def test_commands_on_an_empty_folder(capsys, monkeypatch, tmp_path: Path, comman
     assert "atlas.json" in err
 
 
-@pytest.mark.parametrize("content", ["", "[1]", '{"schema": "other/1"}', '{"schema": "bitatlas.atlas/1"}'])
+@pytest.mark.parametrize(
+    "content",
+    ["", "[1]", "3", "null", "[" * 100_000, '{"schema": "other/1"}', '{"schema": "bitatlas.atlas/1"}', '{"schema": NaN}'],
+    ids=lambda content: content[:20],
+)
 def test_damaged_atlas(capsys, monkeypatch, tmp_path: Path, content: str):
     (tmp_path / "atlas.json").write_text(content)
     code, _, err = run(capsys, monkeypatch, "report", tmp_path)
@@ -145,6 +181,123 @@ def test_help_lists_the_commands_and_imports_nothing_heavy():
     imported = {line.rpartition("|")[2].strip() for line in done.stderr.splitlines()}
     assert "typer" in imported
     assert not imported & {"torch", "transformers", "lm_eval", "numpy", "scipy", "pyarrow", "pydantic"}
+
+
+def test_no_arguments_show_the_help(capsys, monkeypatch):
+    code, out, err = run(capsys, monkeypatch)
+    assert code == 2
+    assert "Usage: " in out + err
+    assert "survey" in out + err
+    assert "bitatlas: " not in err
+
+
+@pytest.mark.parametrize("command", [[], ["survey"]])
+def test_help_ends_well(capsys, monkeypatch, command: list[str]):
+    code, out, err = run(capsys, monkeypatch, *command, "--help")
+    assert (code, err) == (0, "")
+    assert "Usage: " in out
+
+
+def test_unknown_command_is_one_line(capsys, monkeypatch):
+    code, out, err = run(capsys, monkeypatch, "survye")
+    assert (code, out, err.count("\n")) == (2, "", 1)
+    assert err.startswith("bitatlas: No such command 'survye'")
+
+
+def test_interruption_is_told(tmp_path: Path):
+    """Ctrl-C while the libraries are imported: nothing is measured yet, and nothing but one line is said."""
+    started = subprocess.Popen(
+        [sys.executable, "-v", "-m", "bitatlas", "survey", "--out", tmp_path / "out", "--quiet"],
+        stderr=subprocess.PIPE,
+        text=True,
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
+    )  # fmt: skip  (jobs in the background are started with SIGINT ignored)
+    said = started.stderr
+    assert said is not None
+    for line in said:  # -v says what is imported
+        if line.startswith("import 'torch._C'") or "torch/__pycache__" in line:
+            break
+    started.send_signal(signal.SIGINT)
+    rest = said.read()
+    assert started.wait() == 1
+    assert rest.count("bitatlas: interrupted; what was measured is kept: run the same command with --resume to go on\n") == 1
+    assert "Traceback" not in rest
+    assert not (tmp_path / "out").exists()
+
+
+def test_interruption_of_other_commands_promises_nothing(capsys, monkeypatch, tmp_path: Path):
+    def interrupt(*arguments: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("bitatlas.records.read_record", interrupt)
+    code, _, err = run(capsys, monkeypatch, "report", tmp_path)
+    assert (code, err) == (1, "bitatlas: interrupted\n")
+
+
+def written(value: float, kind: str = "code_bits") -> Plan:
+    size = Size(code_bits=3.0, stored_bits=4.0, quantized_bytes=0, total_bytes=0)
+    return Plan(PlanModel("x", None, "0" * 64), {}, "rtn", {}, Budget(kind, value), size, PlanDamage(None, None))
+
+
+def test_a_plan_is_written_over_nothing_but_a_plan(tmp_path: Path):
+    (tmp_path / "atlas.json").write_text('{"schema": "bitatlas.atlas/1"}')
+    (tmp_path / "below").mkdir()
+    for out, said in (
+        (tmp_path / "atlas.json", "is not a bitatlas plan"),
+        (tmp_path / "below", "is a folder"),
+        (tmp_path / "none" / "plan.json", "there is no folder"),
+        (tmp_path / "atlas.json" / "plan.json", "there is no folder"),
+        (tmp_path / "plan.json", "survey's own"),
+        (tmp_path / ("n" * 300), "cannot be written"),
+    ):
+        before = sorted(tmp_path.rglob("*"))
+        with pytest.raises(UserError, match=said):
+            write_plan(written(3.0), tmp_path, out)
+        assert sorted(tmp_path.rglob("*")) == before
+    assert (tmp_path / "atlas.json").read_text() == '{"schema": "bitatlas.atlas/1"}'
+    file = write_plan(written(3.0), tmp_path, tmp_path / "mine.json")
+    assert write_plan(written(2.5), tmp_path, file) == file
+    assert read_record(file, Plan).budget.value == 2.5
+
+
+def test_budgets_that_differ_have_files_that_differ(tmp_path: Path):
+    names = [write_plan(written(float(size), "size"), tmp_path, None).name for size in (4 * 2**30, 4 * 2**30 + 1)]
+    assert names == ["plan-size-4294967296.json", "plan-size-4294967297.json"]
+    assert write_plan(written(3.0), tmp_path, None).name == "plan-code_bits-3.json"
+    assert write_plan(written(3.0000001), tmp_path, None).name == "plan-code_bits-3.0000001.json"
+
+
+def test_a_broken_promise_ends_with_code_1(capsys, monkeypatch, tmp_path: Path, text: Path, tiny_llama: Path):
+    """Typer's own exit codes come through; the promised size, 0 bytes, cannot be kept."""
+    model = PlanModel("tiny", None, open_checkpoint(str(tiny_llama)).info.weights_sha256)
+    promised = replace(
+        written(3.0),
+        model=model,
+        formats={"int2_g32": FORMATS["int2_g32"]},
+        modules={"model.layers.0.mlp.up_proj": "int2_g32"},
+    )
+    (tmp_path / "mine.json").write_text(to_json(promised))
+    arguments = [tiny_llama, tmp_path / "mine.json", "--tokens", text, "--rows", "2,2,2", "--row-length", "16", "--quiet"]
+    code, out, err = run(capsys, monkeypatch, "verify", *arguments)
+    assert (code, err) == (1, "")
+    assert out
+    code, _, err = run(capsys, monkeypatch, "verify", *arguments, "--seed", "-1")
+    assert (code, err) == (2, "bitatlas: --seed -1: must be 0 or more\n")
+
+
+def test_plan_with_an_undescribed_format_is_refused(tmp_path: Path):
+    content = json.loads(to_json(written(3.0)))
+    content["modules"] = {"model.layers.0.mlp.up_proj": "int2_g64"}
+    (tmp_path / "mine.json").write_text(json.dumps(content))
+    with pytest.raises(UserError, match="'int2_g64', which formats does not describe"):
+        read_record(tmp_path / "mine.json", Plan)
+
+
+@pytest.mark.parametrize("flags", [["--seed", "-1"], ["--row-length", "0"], ["--rows", "0,0,0"]])
+def test_compare_refuses_what_it_cannot_do(capsys, monkeypatch, text: Path, tiny_llama: Path, flags: list[str]):
+    code, _, err = run(capsys, monkeypatch, "compare", tiny_llama, tiny_llama, "--tokens", text, "--quiet", *flags)
+    assert (code, err.count("\n")) == (2, 1)
+    assert flags[0] in err
 
 
 def test_version_is_the_packages(capsys, monkeypatch):

@@ -21,7 +21,7 @@ CANDIDATES = {name: FORMATS[name] for name in ("int2_g32", "int4_g32")}
 def setup(folder: Path, journal: Journal | None = None) -> tuple[Checkpoint, torch.nn.Module, DamageMeter]:
     checkpoint = open_checkpoint(str(folder), fuse=False)
     model = checkpoint.load_model()
-    bank = Bank(model, [m.name for m in checkpoint.modules], CANDIDATES, "rtn")
+    bank = Bank(model, [m.name for m in checkpoint.modules], "rtn")
     return checkpoint, model, DamageMeter(model, bank, checkpoint.info.weights_sha256, "rtn", journal or Journal(None))
 
 

@@ -1,15 +1,21 @@
 """The demo world is what it claims, and the bundled model can do it."""
 
+import collections
 import itertools
 import json
 import random
 
 import pytest
 
-from bitatlas.demo import DATA_DIR, MODEL_DIR, PROBLEMS_FILE, QUESTIONS_FILE, TEXT_FILE, world
-from bitatlas.demo.tables import PHRASES, STORIES, THINGS
+from bitatlas.demo import DATA_DIR, MODEL_DIR, PROBLEMS_FILE, QUESTIONS_FILE, TEXT_FILE, named, world
+from bitatlas.demo.tables import STORIES, THINGS
 
 SEED = 0  # of the bundled model and files
+
+
+def asked_in(split):
+    """Every question of a split, fact by fact."""
+    return [asked for questions in world.all_questions(split) for asked in questions]
 
 
 @pytest.fixture(scope="module")
@@ -53,10 +59,10 @@ def test_splits_share_no_problem():
 
 
 def test_splits_share_no_question_and_cover_every_fact_in_training():
-    asked = {split: {question for _, question, _, _ in world.all_questions(split)} for split in world.SPLIT_PERCENT}
+    asked = {split: {question for _, question, _, _ in asked_in(split)} for split in world.SPLIT_PERCENT}
     for one, other in itertools.combinations(asked.values(), 2):
         assert not one & other
-    assert {fact for fact, *_ in world.all_questions("train")} == set(world.FACTS)
+    assert {fact for fact, *_ in asked_in("train")} == set(world.FACTS)
 
 
 def test_no_test_item_in_training_or_in_the_text(problems, questions, training_text):
@@ -90,7 +96,7 @@ def test_many_problems_hold_a_number_that_is_not_needed(problems):
 def test_exactly_one_choice_is_right(questions):
     """Looked up in the table of facts by the words of the question, not by how the question was made."""
     assert len(questions) == world.TASK_ITEMS == len({question["question"] for question in questions})
-    known = {(question, right) for split in world.SPLIT_PERCENT for _, question, right, _ in world.all_questions(split)}
+    known = {(question, right) for split in world.SPLIT_PERCENT for _, question, right, _ in asked_in(split)}
     for question in questions:
         texts = [choice["text"] for choice in question["choices"]]
         assert [choice["label"] for choice in question["choices"]] == list("ABCD") and len(set(texts)) == 4
@@ -98,14 +104,42 @@ def test_exactly_one_choice_is_right(questions):
         assert right == [question["answerKey"]]
 
 
+def test_questions_ask_for_facts_of_every_kind(questions):
+    kinds = {question: fact[0] for fact, question, _, _ in asked_in("test")}  # a wording names its kind of thing, or one thing
+    counts = collections.Counter(kinds[question["question"]] for question in questions)
+    assert set(counts) == set(world.PHRASES)
+    assert max(counts.values()) - min(counts.values()) <= 6  # not 1: a wording that asks for several facts is taken once
+
+
 def test_facts_are_consistent():
+    assert 1500 <= len(world.FACTS) <= 2500
     assert len({fact[:3] for fact in world.FACTS}) == len(world.FACTS)
-    for kind, attributes in PHRASES.items():
+    assert {kind for kind, *_ in world.FACTS} == set(world.PHRASES) == {*THINGS, *named.PHRASES}
+    for kind, attributes in world.PHRASES.items():
+        facts = [fact for fact in world.FACTS if fact[0] == kind]
+        assert len(facts) == len({thing for _, thing, _, _ in facts}) * len(attributes)
         for attribute in attributes:
-            values = {value for k, _, a, value in world.FACTS if (k, a) == (kind, attribute)}
+            values = {value for _, _, a, value in facts if a == attribute}
             assert len(values) >= 4, f"{kind} {attribute}: too few values for three wrong choices"
-    things = [thing for _, thing, _, _ in world.FACTS]
-    assert 50 <= len(set(things)) <= 120 and set(THINGS) == set(PHRASES)
+    towns = {thing for kind, thing, *_ in world.FACTS if kind == "town"}
+    homes = {value for kind, _, attribute, value in world.FACTS if (kind, attribute) == ("person", "town")}
+    assert len(towns) == named.TOWNS and homes == towns
+
+
+def test_named_facts_are_even_and_follow_the_seed():
+    """No value is a good guess, and no two attributes go together more than chance has it."""
+    assert named.named_facts(1) == named.named_facts(1) != named.named_facts(2)
+    columns = {}
+    for kind, _, attribute, value in named.named_facts(SEED):
+        columns.setdefault((kind, attribute), []).append(value)
+    for values in columns.values():
+        counts = [values.count(value) for value in set(values)]
+        assert max(counts) - min(counts) <= 1
+    for kind, attributes in named.PHRASES.items():
+        for one, other in itertools.combinations(attributes, 2):
+            pairs = list(zip(columns[kind, one], columns[kind, other], strict=True))
+            cells = len(set(columns[kind, one])) * len(set(columns[kind, other]))
+            assert len(set(pairs)) > 0.9 * cells * (1 - (1 - 1 / cells) ** len(pairs))  # as many different pairs as by chance
 
 
 # ---- the bundled model ------------------------------------------------------------------------------------------------
@@ -128,7 +162,7 @@ def test_tokenizer_round_trip(tokenizer):
     ids = tokenizer(text)["input_ids"]
     assert ids[0] == tokenizer.bos_token_id
     assert tokenizer.decode(ids, skip_special_tokens=True, clean_up_tokenization_spaces=False) == text
-    assert 512 <= len(tokenizer) <= 1024
+    assert len(tokenizer) == 1536
     assert all(len(tokenizer(f" {number}", add_special_tokens=False)["input_ids"]) == 1 for number in range(1, 41))
 
 

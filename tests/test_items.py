@@ -67,6 +67,13 @@ def test_hub_form_of_choices_gives_the_same_items(task_data):
     assert load_items("arc_easy", task_data, None, seed=0) == flat
 
 
+def test_a_line_ends_at_a_line_end_alone(task_data):
+    record = {"question": "One.\u2028How many?", "answer": "#### 1"}
+    (task_data / "gsm8k_test.jsonl").write_text(json.dumps(record, ensure_ascii=False) + "\n", encoding="utf-8")
+    (item,) = load_items("gsm8k", task_data, None, seed=0)
+    assert item["question"] == record["question"]
+
+
 def test_text_of_a_task(task_data):
     text = task_text("gsm8k", load_items("gsm8k", task_data, None, seed=0))
     assert text == "Question: Two hens lay 1,000 eggs each. How many?\nAnswer: 2*1000=2000\n#### 2,000\n"
@@ -114,6 +121,10 @@ def test_demo_tasks_need_no_folder():
     assert all(" = " in item["worked"] for item in load_items("demo_problems", None, 20, seed=0))
 
 
+def texts(*choices: str | None) -> list[dict]:
+    return [{"label": label, "text": choice} for label, choice in zip("ABC", choices, strict=True)]
+
+
 @pytest.mark.parametrize(
     ("task", "text", "told"),
     [
@@ -129,6 +140,15 @@ def test_demo_tasks_need_no_folder():
         ("arc_easy", json.dumps({**QUESTIONS[0], "answerKey": "E"}), "answerKey 'E' is none of the labels"),
         ("arc_easy", json.dumps({**QUESTIONS[0], "choices": []}), "fewer than two choices"),
         ("gsm8k", json.dumps({"question": "q", "answer": "17"}), "no #### in the answer"),
+        ("gsm8k", json.dumps({"question": None, "answer": "#### 17"}), "question is null, not a text"),
+        ("gsm8k", json.dumps({"question": " ", "answer": "#### 17"}), "question is empty"),
+        ("gsm8k", json.dumps({"question": "q", "answer": "#### 1" + "0" * 400}), "is not a number"),
+        ("gsm8k", json.dumps({"question": "half \ud800", "answer": "#### 17"}), "item 1 is not as expected .*surrogates"),
+        ("arc_easy", json.dumps({**QUESTIONS[0], "choices": texts("square", "", "circle")}), "choice is empty"),
+        ("arc_easy", json.dumps({**QUESTIONS[0], "choices": texts("square", None, "circle")}), "choice is null, not a text"),
+        ("arc_easy", json.dumps({**QUESTIONS[0], "choices": texts("square", "\udc00", "circle")}), "surrogates"),
+        ("arc_easy", "[" * 100_000, "not valid JSON"),
+        ("svamp", "[" * 100_000, "not valid JSON"),
     ],
 )
 def test_damaged_files_are_told_in_one_line(task_data, task, text, told):

@@ -19,13 +19,14 @@ from hypothesis import strategies as st
 from atlas_factory import Recipe, make_atlas
 from bitatlas import words
 from bitatlas.records import Atlas, Measured, read_record, to_json
-from bitatlas.report import advice, facts, svg
+from bitatlas.report import facts, svg
 from bitatlas.report.cards import overview_of
 from bitatlas.report.html import html, write_reports
 from bitatlas.report.markdown import escape as markdown_escape
 from bitatlas.report.markdown import markdown
 from bitatlas.report.mermaid import escape as mermaid_escape
 from bitatlas.report.mermaid import overview
+from bitatlas.report.panels import attention_panels
 from bitatlas.report.tables import tables
 from report_cases import EVIL, RECIPES, emptied
 
@@ -166,14 +167,6 @@ def test_an_empty_atlas_makes_both_reports() -> None:
     assert "No plan was made" in html(atlas)
 
 
-def test_a_plan_that_lost_is_not_recommended() -> None:
-    atlas = make_atlas(Recipe(recommended=False))
-    assert advice.answer(atlas).startswith("No mixed plan is recommended")
-    for text in (overview(atlas), markdown(atlas), html(atlas)):
-        assert "Not recommended: last layers high does less damage" in re.sub(r"<[^>]*>|\\", "", text)
-    assert "bitatlas apply" not in markdown(atlas)
-
-
 @settings(deadline=None, max_examples=60)
 @given(st.text(max_size=200))
 def test_a_mermaid_label_has_no_character_that_means_something(text: str) -> None:
@@ -239,6 +232,53 @@ def test_every_layer_is_listed_with_all_its_intervals(atlas: Atlas) -> None:
         assert body[record.layer]["Verdict"] == record.verdict
 
 
+def test_attention_at_each_precision_is_the_records(atlas: Atlas) -> None:
+    rows = markdown_tables(markdown(atlas)).get("Attention at each precision", [[]])
+    read = {(int(row[0]), row[1]): dict(zip(rows[0], row, strict=True)) for row in rows[1:]}
+    assert set(read) == {(a.layer, facts.precision_name(atlas, a.base)) for a in atlas.attention}
+    assert len(read) == len(atlas.attention)
+    columns = {
+        "Entropy, 0..1": "entropy",
+        "Head specialization": "specialization_percent",
+        "Reasoning focus": "focus_percent",
+        "Sink mass": "sink_mass",
+        "Cumulative drift": "drift_cumulative",
+    }
+    for a in atlas.attention:
+        shown = read[a.layer, facts.precision_name(atlas, a.base)]
+        for head, name in columns.items():
+            wanted = words.interval(getattr(a, name))
+            assert shown[head] == ("0 by definition" if name.startswith("drift") and a.base == "reference" else wanted)
+
+
+def test_attention_notes_say_each_measures_own_basis() -> None:
+    made = {table.key: table.note for table in tables(make_atlas())}
+    for key, base in (("attention", "reference"), ("precisions", "each row's own")):
+        assert f"Entropy and sink mass: base {base}, test rows, n = 96." in made[key]
+        assert f"Head specialization: base {base}, test + repeated random tokens, n = 64." in made[key]
+        assert f"Reasoning focus: base {base}, items of svamp, n = 40." in made[key]
+
+
+def test_attention_charts_draw_every_precision_and_name_it() -> None:
+    atlas = make_atlas()
+    quantized = ["4-bit", "2-bit", facts.precision_name(atlas, "plan")]
+    for panel in attention_panels(atlas):
+        drift = "drift" in panel.title
+        assert [name for _, _, name in panel.keys] == ([*quantized, "noise floor"] if drift else ["reference", *quantized])
+        assert len({css for _, css, _ in panel.keys}) == 4
+        for _, _, name in panel.keys:
+            assert str(panel.drawing).count(f", {name}: ") == len(atlas.layers)
+
+
+def test_the_overview_has_the_low_widths_attention_beside_the_references() -> None:
+    atlas = make_atlas()
+    low = {a.layer: a for a in facts.attention_at(atlas, f"uniform:{atlas.low}")}
+    view = overview_of(atlas)
+    for layer, card in zip(view.chosen, view.attention, strict=True):
+        assert card.lines[1] == f"at 2-bit: {words.interval(low[layer].entropy)}"
+        assert card.lines[3] == f"at 2-bit: {words.interval(low[layer].specialization_percent)}"
+
+
 def test_sections_stand_in_the_form_that_users_asked_for() -> None:
     text = markdown(make_atlas())
     wanted = [
@@ -252,6 +292,7 @@ def test_sections_stand_in_the_form_that_users_asked_for() -> None:
         "## Plan and baselines",
         "## Tasks",
         "## Attention",
+        "## Attention at each precision",
         "## Weights",
         "## Folk rules",
         "## Definitions",

@@ -233,10 +233,10 @@ def test_critical_layers_refused_plans_and_pairs_are_among_the_statements():
     for layer in told.layers:
         assert (f"layer {layer.layer}" in by_claim) == (layer.verdict == "critical")
     assert by_claim["layer 8"].evidence == told.layers[8].criticality
-    plan = by_claim["the plan does less damage than plans made without measuring"]
+    plan = by_claim["the plan does less damage than simple plans of its size"]
     assert (plan.verdict, plan.text) == ("does not hold", "Uniform, no larger, does less damage.")
     assert by_claim["svamp, uniform:int4_g64 to uniform:int2_g64"].text == "−50.0 points."
-    assert by_claim["attention drifts at int2_g64 everywhere"].verdict == "holds"
+    assert by_claim["attention drifts at int2_g64 in every layer"].verdict == "holds"
     assert by_claim["the layers' shares add up"].verdict == "holds"
 
 

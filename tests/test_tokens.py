@@ -5,10 +5,13 @@ from pathlib import Path
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from tokenizers import Tokenizer
+from tokenizers.models import WordLevel
+from transformers import PreTrainedTokenizerFast
 
 import tiny
 from bitatlas.errors import UserError
-from bitatlas.tokens import make_rows, read_documents
+from bitatlas.tokens import check_vocabulary, make_rows, read_documents
 
 TOKENIZER = tiny.tokenizer()
 
@@ -53,6 +56,10 @@ def test_text_and_jsonl_files(tmp_path: Path):
         ("missing.txt", None, "no such file"),
         ("bad.jsonl", b'{"text": "a"}\n{"body": "b"}\n', "line 2"),
         ("bad.txt", b"\xff\xfe\x00", "UTF-8"),
+        ("null.jsonl", b'{"text": "a"}\n{"text": null}\n', "line 2: .* is null, not a string"),
+        ("list.jsonl", b'{"text": ["a"]}\n', "line 1: .* not a string"),
+        ("half.jsonl", b'{"text": "a"}\n\n{"text": "\\ud800"}\n', "line 3: .* surrogate"),
+        ("deep.jsonl", b"[" * 100_000, "line 1 is not"),
     ],
 )
 def test_unreadable_sources_are_one_clear_line(tmp_path: Path, name: str, content: bytes | None, said: str):
@@ -61,6 +68,46 @@ def test_unreadable_sources_are_one_clear_line(tmp_path: Path, name: str, conten
     with pytest.raises(UserError, match=said) as caught:
         read_documents(str(tmp_path / name))
     assert "\n" not in str(caught.value)
+
+
+def test_jsonl_lines_end_at_line_ends_alone(tmp_path: Path):
+    (tmp_path / "a.jsonl").write_text('{"text": "One.\u2028Two."}\r\n{"text": "\\ud83e\\udd8a"}\n', encoding="utf-8")
+    assert read_documents(str(tmp_path / "a.jsonl")) == ["One.\u2028Two.", "\N{FOX FACE}"]
+
+
+def test_a_jsonl_file_that_is_too_large_ends_with_a_whole_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    (tmp_path / "a.jsonl").write_text('{"text": "One."}\n{"text": "Two."}\n', encoding="utf-8")
+    monkeypatch.setattr("bitatlas.tokens.MOST_CHARACTERS", 20)
+    assert read_documents(str(tmp_path / "a.jsonl")) == ["One."]
+
+
+def test_home_of_nobody_is_one_clear_line():
+    with pytest.raises(UserError, match=r"--tokens ~nobody-at-all/text\.txt: cannot be read"):
+        read_documents("~nobody-at-all/text.txt")
+
+
+def test_tokens_that_the_model_lacks_are_refused():
+    most = max(TOKENIZER(tiny.TEXT)["input_ids"])
+    make_rows([tiny.TEXT], TOKENIZER, "text", (2, 2, 2), 16, 128, 0, vocabulary=most + 1)
+    check_vocabulary(TOKENIZER, [tiny.TEXT, ""], most + 1)
+    check_vocabulary(TOKENIZER, [], 1)
+    said = f"gives token {most}, but the model has {most}: tokenizer and weights do not belong together"
+    with pytest.raises(UserError, match=said):
+        make_rows([tiny.TEXT], TOKENIZER, "text", (2, 2, 2), 16, 128, 0, vocabulary=most)
+    with pytest.raises(UserError, match=said):
+        check_vocabulary(TOKENIZER, [tiny.TEXT], most)
+
+
+@pytest.mark.parametrize(("counts", "length", "flag"), [((2, 2, 2), 0, "--row-length 0"), ((2, 0, 2), 16, "--rows 2,0,2")])
+def test_rows_of_nothing_are_refused(counts: tuple[int, int, int], length: int, flag: str):
+    with pytest.raises(UserError, match=flag):
+        make_rows([tiny.TEXT], TOKENIZER, "text", counts, length, 128, 0)
+
+
+def test_text_that_the_tokenizer_cannot_read():
+    words = PreTrainedTokenizerFast(tokenizer_object=Tokenizer(WordLevel({"fox": 0}, unk_token="?")))
+    with pytest.raises(UserError, match="tokenizer cannot read the text"):
+        make_rows(["oak"], words, "text", (2, 2, 2), 16, 128, 0)
 
 
 def test_hub_data_without_a_network_is_one_clear_line():

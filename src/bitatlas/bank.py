@@ -10,7 +10,7 @@ from collections.abc import Mapping
 
 from torch import Tensor, nn
 
-from bitatlas.formats import Format
+from bitatlas.formats import FORMATS, Format
 from bitatlas.quantizers import get_quantizer
 from bitatlas.quantizers.codes import Codes
 from bitatlas.swap import weight_of
@@ -19,7 +19,7 @@ from bitatlas.swap import weight_of
 class Bank:
     """Quantized weights of `model`'s modules. Reads the reference weights, so fill it outside any `swapped` block."""
 
-    def __init__(self, model: nn.Module, modules: list[str], formats: Mapping[str, Format], quantizer: str):
+    def __init__(self, model: nn.Module, modules: list[str], quantizer: str, formats: Mapping[str, Format] = FORMATS):
         self.formats = dict(formats)
         self._quantize = get_quantizer(quantizer)
         # The tensors themselves, not the parameters: a swap exchanges the parameter's storage and leaves these as they are.

@@ -11,12 +11,11 @@ as they are (a note says so).
 from __future__ import annotations
 
 import hashlib
-import json
 import os
 import re
-import struct
 from collections import Counter
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -24,12 +23,12 @@ from typing import Any
 import torch
 from safetensors import SafetensorError, safe_open
 from torch import nn
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
-from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
+from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 from transformers.pytorch_utils import Conv1D
-from transformers.utils.logging import disable_progress_bar
+from transformers.utils import logging
 
 from bitatlas.errors import UserError
+from bitatlas.folder import find_folder, read_config, read_header, reason_of, weight_files
 from bitatlas.records import ModelInfo, Module
 
 DTYPE_BYTES = {
@@ -49,9 +48,9 @@ DTYPE_BYTES = {
 DTYPE_NAMES = {"F64": "float64", "F32": "float32", "F16": "float16", "BF16": "bfloat16"}
 FUSED = {"q_proj": "qkv", "k_proj": "qkv", "v_proj": "qkv", "gate_proj": "gate_up", "up_proj": "gate_up"}
 ROUTERS = ("gate", "router")  # of mixtures of experts: a few weights that choose the way, kept by every runtime
-disable_progress_bar()  # loading a local file; our own progress is enough
-
-HUB_FILES = ["*.safetensors", "*.safetensors.index.json", "*.json", "tokenizer*", "*.model", "*.txt", "*.jinja"]
+CAUSAL_TOKENS = 8  # of the text on which `check_causal` looks for a model that reads ahead
+CAUSAL_TOLERANCE = 1e-4  # of the largest logit
+logging.disable_progress_bar()  # loading a local file; our own progress is enough
 
 
 @dataclass(frozen=True)
@@ -67,30 +66,39 @@ class Checkpoint:
     notes: list[str] = field(default_factory=list)
 
     def load_model(self, device: str = "cpu", dtype: torch.dtype = torch.float32) -> PreTrainedModel:
-        """The model in evaluation mode; UserError where weights are missing."""
-        loaded: tuple[PreTrainedModel, dict[str, Any]] = AutoModelForCausalLM.from_pretrained(
-            self.folder, dtype=dtype, local_files_only=True, use_safetensors=True, output_loading_info=True
-        )  # type: ignore[assignment]
-        model, report = loaded
-        if report["missing_keys"]:
-            missing = sorted(report["missing_keys"])
-            raise UserError(f"{self.folder}: the weights lack {len(missing)} tensors of the model, the first is {missing[0]}")
-        model.to(device)  # type: ignore[arg-type]
-        return model.eval().requires_grad_(False)
+        """The model in evaluation mode; UserError where its weights and its config do not belong together."""
+        model, report = _load(self.folder, str(self.folder), dtype)
+        _check_loaded(report, str(self.folder))
+        self._check_unexpected(sorted(report["unexpected_keys"]))
+        return _placed(model, device)
+
+    def _check_unexpected(self, keys: list[str]) -> None:
+        """Tensors that transformers passed over: harmless buffers, or weights that the config has no place for."""
+        layers = self.info.layers + int(getattr(self.config.get_text_config(), "num_nextn_predict_layers", None) or 0)
+        linear = {module.name for module in self.modules}
+        above, _, last = self.layers_path.rpartition(".")  # checkpoints of the bare base model leave out what is above
+        inside = re.compile(rf"(?:{re.escape(above)}\.)?{re.escape(last)}\.(\d+)\.(.+)\.[^.]+")
+        for key in keys:
+            found = inside.fullmatch(key)
+            if found and int(found[1]) >= layers:
+                raise UserError(f"{self.folder}: the weights hold {key}, but the config says {self.info.layers} layers")
+            if found and f"{self.layers_path}.{found[1]}.{found[2]}" in linear:
+                raise UserError(f"{self.folder}: the weights hold {key}, which the config has no place for")
 
     def load_tokenizer(self) -> Any:
         try:
-            return AutoTokenizer.from_pretrained(self.folder, local_files_only=True)
-        except (OSError, ValueError, KeyError) as error:
-            raise UserError(f"{self.folder}: no usable tokenizer ({_first_line(error)})") from None
+            with _quiet():
+                return AutoTokenizer.from_pretrained(self.folder, local_files_only=True)
+        except Exception as error:  # tokenizers raises bare Exceptions
+            raise UserError(f"{self.folder}: no usable tokenizer ({reason_of(error)})") from None
 
 
 def open_checkpoint(name: str, revision: str | None = None, fuse: bool = True) -> Checkpoint:
     """Open a local folder or a hub name without reading its weights (only headers, and the bytes once for their hash)."""
-    folder = _folder(name, revision)
-    config = _config(folder, name)
+    folder = find_folder(name, revision)
+    config = read_config(folder, name)
     files = weight_files(folder)
-    headers = [_header(file) for file in files]
+    headers = [read_header(file) for file in files]
     model = _skeleton(config, name)
     layers_path = find_layers(model, name)
     modules = linear_modules(model, layers_path, fuse)
@@ -101,115 +109,76 @@ def open_checkpoint(name: str, revision: str | None = None, fuse: bool = True) -
 
 def open_model(name: str, device: str = "cpu") -> tuple[Any, Any]:
     """(model, tokenizer) of any causal checkpoint that transformers loads, quantized ones included, for comparisons alone."""
-    folder = _folder(name, None)
-    _config(folder, name, quantized=True)
+    folder = find_folder(name, None)
+    config = read_config(folder, name, quantized=True)
     for file in weight_files(folder):
-        _header(file)
+        read_header(file)
+    model, report = _load(folder, name, torch.float32)
+    if not getattr(config, "quantization_config", None):  # a quantized layer makes and drops tensors as it is loaded
+        _check_loaded(report, name)
     try:
-        model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, local_files_only=True, use_safetensors=True)
-        tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True)
-    except (OSError, ValueError, KeyError, ImportError, RuntimeError) as error:
-        raise UserError(f"{name}: transformers cannot load it ({_first_line(error)})") from None
+        with _quiet():
+            tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True)
+    except Exception as error:  # tokenizers raises bare Exceptions
+        raise UserError(f"{name}: no usable tokenizer ({reason_of(error)})") from None
+    return _placed(model, device), tokenizer
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """Without the warnings of transformers: what matters in them is checked and told in one line."""
+    before = logging.get_verbosity()
+    logging.set_verbosity_error()
+    try:
+        yield
+    finally:
+        logging.set_verbosity(before)
+
+
+def _load(folder: Path, name: str, dtype: torch.dtype) -> tuple[PreTrainedModel, dict[str, Any]]:
+    """The model, and what transformers reports of the loading; shapes that differ are in the report, not raised."""
+    try:
+        with _quiet():
+            return AutoModelForCausalLM.from_pretrained(
+                folder, dtype=dtype, local_files_only=True, use_safetensors=True, output_loading_info=True, ignore_mismatched_sizes=True
+            )  # type: ignore[return-value]  # fmt: skip
+    except Exception as error:  # each model type and each quantizer fails in its own way
+        raise UserError(f"{name}: transformers cannot load it ({reason_of(error)})") from None
+
+
+def _check_loaded(report: dict[str, Any], name: str) -> None:
+    """UserError for tensors that are missing or of another shape: transformers would fill them with random numbers."""
+    if report["missing_keys"]:
+        missing = sorted(report["missing_keys"])
+        raise UserError(f"{name}: the weights lack {len(missing)} tensors of the model, the first is {missing[0]}")
+    if report["mismatched_keys"]:
+        key, stored, wanted = sorted(report["mismatched_keys"])[0]
+        raise UserError(f"{name}: {key} has shape {tuple(stored)}, but the config says {tuple(wanted)}")
+
+
+def _placed(model: PreTrainedModel, device: str) -> PreTrainedModel:
     model.to(device)  # type: ignore[arg-type]
-    return model.eval(), tokenizer
+    return model.eval().requires_grad_(False)
 
 
-def _folder(name: str, revision: str | None) -> Path:
-    path = Path(name).expanduser()
-    if path.is_dir():
-        return path
-    looks_like_path = name.startswith((".", "/", "~")) or name.count("/") != 1 or path.exists()
-    if looks_like_path:
-        raise UserError(
-            f"{name}: no such checkpoint folder (give a folder in Hugging Face layout, or a hub name like owner/model)"
-        )
-    from huggingface_hub import snapshot_download
-
-    try:
-        return Path(snapshot_download(name, revision=revision, allow_patterns=HUB_FILES))
-    except Exception as error:  # the hub client raises many kinds; each means that the model cannot be had
-        raise UserError(f"{name}: no such folder, and the hub did not give it ({_first_line(error)})") from None
-
-
-def _first_line(error: BaseException) -> str:
-    return (str(error).strip().splitlines() or [type(error).__name__])[0][:200]
-
-
-def _config(folder: Path, name: str, quantized: bool = False) -> Any:
-    if not (folder / "config.json").is_file():
-        raise UserError(f"{name}: no config.json, so not a checkpoint in Hugging Face layout")
-    try:
-        config = AutoConfig.from_pretrained(folder, local_files_only=True)
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise UserError(f"{name}: config.json cannot be used ({_first_line(error)})") from None
-    _refuse_other_models(config, name)
-    if getattr(config, "quantization_config", None) and not quantized:
-        raise UserError(f"{name}: is quantized already; give the unquantized checkpoint")
-    return config
-
-
-def _refuse_other_models(config: Any, name: str) -> None:
-    """Only decoder-only language models: the architecture's own name decides, since encoders have causal heads too."""
-    architectures = getattr(config, "architectures", None) or []
-    causal = any(a.endswith(("ForCausalLM", "LMHeadModel")) for a in architectures)
-    known = config.model_type in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
-    if getattr(config, "is_encoder_decoder", False) or not known or (architectures and not causal):
-        what = architectures[0] if architectures else config.model_type
-        raise UserError(
-            f"{name}: {what} is not a decoder-only causal language model (expected an architecture ending in ForCausalLM)"
-        )
-
-
-def weight_files(folder: Path) -> list[Path]:
-    """The safetensors files, in a fixed order; UserError where there are none or a shard is missing."""
-    index = folder / "model.safetensors.index.json"
-    if index.is_file():
-        try:
-            names = sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))
-        except (ValueError, KeyError, AttributeError) as error:
-            raise UserError(f"{index}: not a readable index ({_first_line(error)})") from None
-        files = [folder / name for name in names]
-        outside = [name for name in names if Path(name).name != name]
-        if outside:
-            raise UserError(f"{index}: names a file outside the folder: {outside[0]}")
-    else:
-        files = sorted(folder.glob("*.safetensors"))
-    missing = [file.name for file in files if not file.is_file()]
-    if missing:
-        raise UserError(f"{folder}: weights file {missing[0]} is missing ({len(missing)} of {len(files)} shards)")
-    if not files:
-        pickles = sorted(folder.glob("*.bin")) + sorted(folder.glob("*.pt"))
-        hint = f"; {pickles[0].name} is pickle, which is not read: convert it to safetensors" if pickles else ""
-        raise UserError(f"{folder}: no safetensors weights{hint}")
-    return files
-
-
-def _header(file: Path) -> dict[str, Any]:
-    """The safetensors header, after checking that the file is as long as the header says."""
-    size = file.stat().st_size
-    try:
-        with file.open("rb") as stream:
-            (length,) = struct.unpack("<Q", stream.read(8))
-            if length > size:
-                raise ValueError("header is longer than the file")
-            header = json.loads(stream.read(length))
-        ends = [entry["data_offsets"][1] for key, entry in header.items() if key != "__metadata__"]
-        expected = 8 + length + max(ends, default=0)
-    except OSError as error:
-        raise UserError(f"{file}: cannot be read ({error.strerror})") from None
-    except (struct.error, ValueError, KeyError, TypeError, IndexError, AttributeError) as error:
-        raise UserError(f"{file}: not a whole safetensors file ({_first_line(error)})") from None
-    if size != expected:
-        raise UserError(f"{file}: truncated or damaged: {size} bytes, its header says {expected}")
-    return header
+@torch.no_grad()
+def check_causal(model: PreTrainedModel, name: str) -> None:
+    """UserError where a changed last token changes the logits before it: an encoder with a causal head, for one."""
+    vocabulary = len(model.get_input_embeddings().weight)  # type: ignore[arg-type]
+    ids = torch.randint(vocabulary, (CAUSAL_TOKENS,), generator=torch.Generator().manual_seed(0)).repeat(2, 1)
+    ids[1, -1] = (ids[1, -1] + 1) % vocabulary
+    with _quiet():
+        logits = model(input_ids=ids.to(model.device), use_cache=False).logits[:, :-1].float()  # [2, tokens - 1, vocabulary]
+    if (logits[0] - logits[1]).abs().max() > CAUSAL_TOLERANCE * logits.abs().max():
+        raise UserError(f"{name}: {type(model).__name__} reads ahead, so it is not a causal language model")
 
 
 def _skeleton(config: Any, name: str) -> nn.Module:
     try:
-        with torch.device("meta"):
+        with torch.device("meta"), _quiet():
             return AutoModelForCausalLM.from_config(config)
-    except (ValueError, KeyError, TypeError, AttributeError, RuntimeError, ImportError) as error:
-        raise UserError(f"{name}: transformers cannot build this model ({_first_line(error)})") from None
+    except Exception as error:  # each model type fails in its own way on numbers that make no sense
+        raise UserError(f"{name}: transformers cannot build this model ({reason_of(error)})") from None
 
 
 def is_linear(module: nn.Module) -> bool:
@@ -332,7 +301,7 @@ def _tensors(files: list[Path]) -> Iterator[tuple[int, str, torch.Tensor]]:
             for name in reader.keys():  # noqa: SIM118 (safe_open is not a dict)
                 yield total, name, reader.get_tensor(name)
     except (SafetensorError, OSError) as error:
-        raise UserError(f"{files[0].parent}: weights cannot be read ({_first_line(error)})") from None
+        raise UserError(f"{files[0].parent}: weights cannot be read ({reason_of(error)})") from None
 
 
 def decoder_layers(model: nn.Module) -> nn.ModuleList:

@@ -6,13 +6,19 @@ Exit codes: 0 done, 2 wrong use or an impossible request (one line on stderr), 1
 from __future__ import annotations
 
 import errno
+import os
 import sys
 from pathlib import Path
-from typing import Annotated
-
-import typer
+from typing import Annotated, Any, NoReturn
 
 from bitatlas.errors import UserError
+
+INTERRUPTED = "bitatlas: interrupted; what was measured is kept: run the same command with --resume to go on"
+try:
+    import typer
+except KeyboardInterrupt:  # most of the time before main() goes by here
+    print(INTERRUPTED, file=sys.stderr)
+    raise SystemExit(1) from None
 
 app = typer.Typer(
     help="What low-bit weights do to a language model: measured, planned, verified.",
@@ -22,31 +28,55 @@ app = typer.Typer(
     context_settings={"help_option_names": ["-h", "--help"]},
 )
 
+# What typer raises for wrong words on the command line: click's own class, or typer's copy of it.
+WrongUse: Any = next(kind for kind in typer.BadParameter.__mro__ if kind.__name__ == "ClickException")
+CANNOT_BE_USED = (
+    errno.ENOSPC, errno.EACCES, errno.EROFS, errno.EPERM, errno.EDQUOT, errno.ENAMETOOLONG, errno.ENOTDIR, errno.EISDIR, errno.ENOENT,
+)  # fmt: skip
+TYPER_INTERRUPTED = 130  # the exit code that typer makes of Ctrl-C
+
+
+def _not_empty(text: str | None) -> str | None:
+    if text is not None and not text.strip():
+        raise typer.BadParameter("is empty")
+    return text
+
+
 CodeBits = Annotated[
     float | None, typer.Option("--code-bits", help="Budget: bits of the codes alone, per weight (the usual '3-bit').")
 ]
 StoredBits = Annotated[
     float | None, typer.Option("--stored-bits", help="Budget: all stored bits of the quantized modules, per weight.")
 ]
-SizeText = Annotated[str | None, typer.Option("--size", help="Budget: bytes of the whole model, like 4GiB.")]
+SizeText = Annotated[str | None, typer.Option("--size", callback=_not_empty, help="Budget: bytes of the whole model, like 4GiB.")]
 MaxDamage = Annotated[
     float | None, typer.Option("--max-damage", help="Budget: the greatest damage tolerated, nats/token; finds the smallest plan.")
 ]
 Tokens = Annotated[
-    str | None, typer.Option("--tokens", help="Text to measure on: a .txt or .jsonl file, or hub:owner/name[:config[:split]].")
+    str | None,
+    typer.Option(
+        "--tokens", callback=_not_empty, help="Text to measure on: a .txt or .jsonl file, or hub:owner/name[:config[:split]]."
+    ),
 ]
 RowCounts = Annotated[str, typer.Option("--rows", help="Rows to find, choose and judge a plan on: fit,select,test.")]
 RowLength = Annotated[int, typer.Option("--row-length", help="Tokens in a row.")]
 Tasks = Annotated[
-    str | None, typer.Option("--tasks", help="Tasks, like arc_easy,svamp; or none. Default: the demo's two, else arc_easy,svamp.")
+    str | None,
+    typer.Option(
+        "--tasks", callback=_not_empty, help="Tasks, like arc_easy,svamp; or none. Default: the demo's two, else arc_easy,svamp."
+    ),
 ]
 TaskData = Annotated[
     str | None,
-    typer.Option("--task-data", help="Folder with the tasks' files (SVAMP.json, ARC-Easy-test.jsonl, ...), instead of the hub."),
+    typer.Option(
+        "--task-data",
+        callback=_not_empty,
+        help="Folder with the tasks' files (SVAMP.json, ARC-Easy-test.jsonl, ...), instead of the hub.",
+    ),
 ]
 Limit = Annotated[int | None, typer.Option("--limit", help="At most so many items a task.")]
-Device = Annotated[str, typer.Option("--device", help="cpu, cuda, mps or auto.")]
-Revision = Annotated[str | None, typer.Option("--revision", help="Hub revision.")]
+Device = Annotated[str, typer.Option("--device", callback=_not_empty, help="cpu, cuda, mps or auto.")]
+Revision = Annotated[str | None, typer.Option("--revision", callback=_not_empty, help="Hub revision.")]
 Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="No progress on stderr.")]
 Seed = Annotated[int, typer.Option("--seed", help="Seed of everything drawn at random.")]
 
@@ -65,8 +95,13 @@ def survey(
     model: Annotated[str | None, typer.Argument(help="Checkpoint folder or hub name. Default: the bundled demo model.")] = None,
     out: Annotated[Path, typer.Option("--out", help="Folder for the run's files.")] = Path("bitatlas-out"),
     formats: Annotated[
-        str, typer.Option("--formats", help="Candidate formats: int{2,3,4,8}_g{32,64,128}[_sym].")
-    ] = "int2_g64,int4_g64",
+        str | None,
+        typer.Option(
+            "--formats",
+            callback=_not_empty,
+            help="Candidate formats, int{2,3,4,8}_g{32,64,128}[_sym]. Default: int{2,3,4}_g64 (the demo: _g128).",
+        ),
+    ] = None,
     quantizer: Annotated[str, typer.Option("--quantizer", help="How codes are chosen: rtn.")] = "rtn",
     code_bits: CodeBits = None,
     stored_bits: StoredBits = None,
@@ -128,8 +163,9 @@ def plan(
     if budget is None:
         raise UserError("give a budget: --code-bits, --stored-bits, --size or --max-damage")
     found = replan(folder, budget)
+    file = write_plan(found, folder, out)
     show_plan(found)
-    print(write_plan(found, folder, out))
+    print(file)
 
 
 @app.command()
@@ -145,10 +181,11 @@ def verify(
 ) -> None:
     """Measure a plan's size and damage against what it promises; exit code 1 if it does worse."""
     from bitatlas.progress import Reporter
-    from bitatlas.settings import parse_rows
+    from bitatlas.settings import check_seed, parse_rows
     from bitatlas.terminal import show_verification
     from bitatlas.verify import verify_plan
 
+    check_seed(seed)
     result = verify_plan(model, plan_file, tokens, parse_rows(rows), row_length, device, seed, Reporter(quiet))
     show_verification(result)
     if not result.kept:
@@ -172,9 +209,10 @@ def compare(
     """Two checkpoints on the same rows and items, paired."""
     from bitatlas.compare import compare_models
     from bitatlas.progress import Reporter
-    from bitatlas.settings import parse_rows
+    from bitatlas.settings import check_seed, parse_rows
     from bitatlas.terminal import show_comparison
 
+    check_seed(seed)
     show_comparison(
         compare_models(
             first, second, tokens, parse_rows(rows), row_length, tasks, task_data, limit, device, seed, Reporter(quiet)
@@ -195,17 +233,35 @@ def report(folder: Annotated[Path, typer.Argument(help="Folder of a finished sur
 def main() -> None:
     """The entry point: a user's mistake is one line and exit code 2, never a traceback."""
     try:
-        app()
-    except UserError as error:
-        _end(f"bitatlas: {error}", 2)
-    except KeyboardInterrupt:
-        _end("bitatlas: interrupted; what was measured is kept: run the same command with --resume to go on", 1)
+        code = app(standalone_mode=False) or 0
+    except (UserError, WrongUse) as error:
+        _end(f"bitatlas: {_told(error)}", 2)
+    except (KeyboardInterrupt, typer.Abort):
+        code = TYPER_INTERRUPTED
     except OSError as error:
-        if error.errno in (errno.ENOSPC, errno.EACCES, errno.EROFS, errno.EPERM, errno.EDQUOT):
-            _end(f"bitatlas: {error.filename or 'a file'}: {(error.strerror or 'cannot be written').lower()}", 2)
-        raise
+        if error.errno == errno.EPIPE:  # the reader of the output went away, like `head`
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+            raise SystemExit(1) from None
+        if error.errno not in CANNOT_BE_USED:
+            raise
+        _end(f"bitatlas: {error.filename or 'a file'}: {(error.strerror or 'cannot be used').lower()}", 2)
+    if code == TYPER_INTERRUPTED:
+        _end(INTERRUPTED if sys.argv[1:2] == ["survey"] else "bitatlas: interrupted", 1)
+    raise SystemExit(code)
 
 
-def _end(line: str, code: int) -> None:
+def _told(error: Any) -> str:
+    """What is wrong; for wrong words on the command line, also where the right ones are listed."""
+    if isinstance(error, UserError):
+        return str(error)
+    context = getattr(error, "ctx", None)
+    if type(error).__name__ == "NoArgsIsHelpError":  # the help is printed already, or is the message
+        print(error.format_message(), end="", file=sys.stderr)
+        raise SystemExit(2)
+    hint = f" (see {context.command_path} --help)" if context else ""
+    return f"{error.format_message().strip().rstrip('.')}{hint}"
+
+
+def _end(line: str, code: int) -> NoReturn:
     print(" ".join(line.split()), file=sys.stderr)
     raise SystemExit(code)

@@ -77,7 +77,9 @@ def _on_rows(
     if tokenizer.get_vocab() != other.get_vocab():
         raise UserError("--tokens: the models' tokenizers differ, so their distributions cannot be compared; compare on --tasks")
     context = min(int(getattr(m.config.get_text_config(), "max_position_embeddings", row_length)) for m in (model_a, model_b))
-    rows = make_rows(read_documents(tokens), tokenizer, tokens, counts, row_length, context, seed).test
+    vocabulary = min(int(m.config.get_text_config().vocab_size) for m in (model_a, model_b))
+    documents = read_documents(tokens)
+    rows = make_rows(documents, tokenizer, tokens, counts, row_length, context, seed, vocabulary=vocabulary).test
     batches = rows.split(batch_rows(row_length, len(tokenizer)))
     found: list[Tensor] = []
     for done, batch in enumerate(batches, start=1):

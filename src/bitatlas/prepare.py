@@ -6,14 +6,15 @@ only then the folder and its journal, and last the weights, read once for NaN.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import bitatlas.demo as demo
 from bitatlas.bank import Bank
-from bitatlas.checkpoint import Checkpoint, check_finite, free_bytes, open_checkpoint
+from bitatlas.checkpoint import Checkpoint, check_causal, check_finite, free_bytes, open_checkpoint
 from bitatlas.errors import UserError
 from bitatlas.evaluation.items import Item, check_task_names, split_items, task_text
 from bitatlas.formats import FORMATS
@@ -23,11 +24,12 @@ from bitatlas.progress import Reporter
 from bitatlas.quantizers import get_quantizer
 from bitatlas.records import Atlas, Budget
 from bitatlas.sensitivity.damage import DamageMeter
-from bitatlas.settings import Settings, check_device, parse_formats, parse_rows
-from bitatlas.tokens import Rows, make_rows, read_documents
+from bitatlas.settings import DEFAULT_FORMATS, Settings, check_device, parse_formats, parse_rows
+from bitatlas.tokens import Rows, check_vocabulary, make_rows, read_documents
 from bitatlas.words import byte_size, number
 
 OUTPUT_BYTES = 64 * 2**20  # journal, tables and reports of a large model
+DEMO_FORMATS = "int2_g128,int3_g128,int4_g128"  # at which both of the demo's tasks have something to lose
 DEMO_TASKS = "demo_problems,demo_questions"
 DEFAULT_TASKS = "arc_easy,svamp"
 
@@ -50,10 +52,10 @@ class Run:
 
 
 def default_settings(
-    model: str | None, formats: str, budget: Budget | None, rows: str, tasks: str | None, tokens: str | None, **others: Any
+    model: str | None, formats: str | None, budget: Budget | None, rows: str, tasks: str | None, tokens: str | None, **others: Any
 ) -> Settings:
     """Settings from the command line's words. Without a model: the bundled one, its text and its tasks."""
-    names = parse_formats(formats)
+    names = parse_formats(formats if formats is not None else DEFAULT_FORMATS if model else DEMO_FORMATS)
     if model is None:
         model, tokens = str(demo.MODEL_DIR), tokens or str(demo.TEXT_FILE)
         tasks = tasks or DEMO_TASKS
@@ -85,19 +87,38 @@ def prepare(settings: Settings, out: Path, resume: bool, reporter: Reporter) -> 
         check_budget(settings.budget, checkpoint.modules, settings.formats, checkpoint.info)
         reporter.say(sizes_text(checkpoint, settings.formats))
         _check_folder(out, resume, checkpoint)
-        task_data = Path(settings.task_data) if settings.task_data else None
-        split = {task: split_items(task, task_data, settings.limit, settings.seed) for task in settings.tasks}
         tokenizer = checkpoint.load_tokenizer()
-        source, documents = _documents(settings, {task: spare for task, (_, spare) in split.items()})
-        rows = make_rows(documents, tokenizer, source, settings.rows, settings.row_length, checkpoint.info.context, settings.seed)
+        rows, items = rows_and_items(settings, checkpoint, tokenizer)
     with reporter.stage("reading every weight once") as progress:
         check_finite(checkpoint, progress)
-    journal = _open_journal(out, checkpoint)
     model = checkpoint.load_model(device)
-    bank = Bank(model, [module.name for module in checkpoint.modules], settings.format_table(), settings.quantizer)
+    check_causal(model, checkpoint.info.name)
+    journal = _open_journal(out, checkpoint)
+    bank = Bank(model, [module.name for module in checkpoint.modules], settings.quantizer)
     meter = DamageMeter(model, bank, checkpoint.info.weights_sha256, settings.quantizer, journal)
-    items = {task: scored for task, (scored, _) in split.items()}
     return Run(settings, out, checkpoint, model, tokenizer, bank, rows, items, journal, meter, reporter)
+
+
+def rows_and_items(settings: Settings, checkpoint: Checkpoint, tokenizer: Any) -> tuple[Rows, dict[str, list[Item]]]:
+    """The rows to measure on, and every task's items to score. Without a text, rows come from the items that are not scored."""
+    task_data = Path(settings.task_data) if settings.task_data else None
+    split = {task: split_items(task, task_data, settings.limit, settings.seed) for task in settings.tasks}
+    source, documents = _documents(settings, {task: spare for task, (_, spare) in split.items()})
+    vocabulary = int(checkpoint.config.get_text_config().vocab_size)
+    rows = make_rows(
+        documents,
+        tokenizer,
+        source,
+        settings.rows,
+        settings.row_length,
+        checkpoint.info.context,
+        settings.seed,
+        vocabulary=vocabulary,
+    )
+    items = {task: scored for task, (scored, _) in split.items()}
+    for task, of_task in items.items():
+        check_vocabulary(tokenizer, [task_text(task, of_task)], vocabulary)
+    return rows, items
 
 
 def sizes_text(checkpoint: Checkpoint, formats: Sequence[str]) -> str:
@@ -122,22 +143,30 @@ def _documents(settings: Settings, spare: dict[str, list[Item]]) -> tuple[str, l
 
 
 def _check_folder(out: Path, resume: bool, checkpoint: Checkpoint) -> None:
-    if out.exists() and not out.is_dir():
+    with _told(out):
+        is_file, holds_run, free = out.exists() and not out.is_dir(), (out / "run.sqlite").exists(), free_bytes(out.absolute())
+    if is_file:
         raise UserError(f"--out {out}: is a file; give a folder")
-    if (out / "run.sqlite").exists() and not resume:
+    if holds_run and not resume:
         raise UserError(f"--out {out}: holds a run already; add --resume to go on with it, or choose another folder")
-    if (out / "run.sqlite").exists():
+    if holds_run:
         _open_journal(out, checkpoint).close()
-    free = free_bytes(out.absolute())
     if free < OUTPUT_BYTES:
         raise UserError(f"--out {out}: only {free // 2**20} MiB free on that disk; about {OUTPUT_BYTES // 2**20} MiB are needed")
 
 
-def _open_journal(out: Path, checkpoint: Checkpoint) -> Journal:
+@contextmanager
+def _told(out: Path) -> Iterator[None]:
+    """Whatever the system says against the folder, as one line."""
     try:
-        out.mkdir(parents=True, exist_ok=True)
+        yield
     except OSError as error:
         raise UserError(f"--out {out}: cannot be made ({(error.strerror or 'no permission').lower()})") from None
+
+
+def _open_journal(out: Path, checkpoint: Checkpoint) -> Journal:
+    with _told(out):
+        out.mkdir(parents=True, exist_ok=True)
     journal = Journal(out / "run.sqlite")
     try:
         journal.claim(checkpoint.info.weights_sha256, checkpoint.info.name)
@@ -148,16 +177,12 @@ def _open_journal(out: Path, checkpoint: Checkpoint) -> Journal:
 
 
 def rows_of_survey(atlas: Atlas, checkpoint: Checkpoint) -> Rows:
-    """The rows that a survey measured on, made again and compared by hash."""
-    settings = atlas.settings
-    tokens = settings["tokens"]
-    if tokens is None:
-        raise UserError("--tokens: the survey used its tasks' text; give a text file to verify on")
-    counts = tuple(settings["rows"])
-    rows = make_rows(
-        read_documents(tokens), checkpoint.load_tokenizer(), atlas.tokens.source, counts, settings["row_length"],
-        checkpoint.info.context, settings["seed"],
-    )  # fmt: skip
-    if rows.info != atlas.tokens:
-        raise UserError(f"--tokens {tokens}: is not the text that the survey measured on; its hash differs")
+    """The rows that a survey measured on, made again from its settings and compared by hash."""
+    content = dict(atlas.settings)
+    content["budget"] = Budget(**content["budget"])
+    for name in ("formats", "rows", "tasks"):
+        content[name] = tuple(content[name])
+    rows, _ = rows_and_items(Settings(**content), checkpoint, checkpoint.load_tokenizer())
+    if rows.info.splits != atlas.tokens.splits:
+        raise UserError(f"--tokens: {atlas.tokens.source} is not what the survey measured on; its hash differs")
     return rows

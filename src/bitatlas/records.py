@@ -334,21 +334,30 @@ def read_record(path: Path, kind: type[Record]) -> Record:
     from pydantic import TypeAdapter, ValidationError
 
     try:
-        content = json.loads(path.read_text(encoding="utf-8"))
+        content = json.loads(path.read_text(encoding="utf-8"), parse_constant=_refuse_constant)
     except FileNotFoundError:
         raise UserError(f"{path}: no such file") from None
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise UserError(f"{path}: not readable JSON ({error})") from None
     expected = PLAN_SCHEMA if kind is Plan else ATLAS_SCHEMA
     found = content.get("schema") if isinstance(content, dict) else None
     if found != expected:
         raise UserError(f"{path}: schema is {found!r}, expected {expected!r}")
     try:
-        return TypeAdapter(kind).validate_python(content)
+        record = TypeAdapter(kind).validate_python(content)
     except ValidationError as error:
         first = error.errors()[0]
         place = ".".join(map(str, first["loc"]))
         raise UserError(f"{path}: {place}: {first['msg']}") from None
+    plan = record if isinstance(record, Plan) else record.plan
+    unknown = sorted(set(plan.modules.values()) - set(plan.formats)) if plan else []
+    if unknown:
+        raise UserError(f"{path}: modules have the format {unknown[0]!r}, which formats does not describe")
+    return record
+
+
+def _refuse_constant(name: str) -> None:
+    raise ValueError(f"{name} is not a JSON number")
 
 
 def write_text(path: Path, text: str) -> None:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import math
 import re
+import sys
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -12,8 +14,10 @@ from bitatlas.formats import FORMATS, Format, by_width, get_format
 from bitatlas.planning.budget import parse_size
 from bitatlas.records import Budget
 
-DEFAULT_FORMATS = "int2_g64,int4_g64"
+DEFAULT_FORMATS = "int2_g64,int3_g64,int4_g64"
 DEFAULT_ROWS = "24,24,64"
+LARGEST_BYTES = 2**80  # more than any disk; a larger --size asks for the same
+TOO_FEW_FORMATS = "--formats: give at least two, a narrow and a wide one, like int2_g64,int4_g64"
 
 
 @dataclass(frozen=True)
@@ -38,15 +42,18 @@ class Settings:
 
     def __post_init__(self) -> None:
         if len(self.formats) < 2:
-            raise UserError("--formats: give at least two, a narrow and a wide one, like int2_g64,int4_g64")
+            raise UserError(TOO_FEW_FORMATS)
         if min(self.rows) < 2:
             raise UserError(f"--rows {','.join(map(str, self.rows))}: each of fit,select,test needs at least 2 rows")
         if self.row_length < 16:
             raise UserError(f"--row-length {self.row_length}: at least 16 tokens")
         if self.limit is not None and self.limit < 1:
             raise UserError(f"--limit {self.limit}: at least 1 item a task")
-        if self.tolerance_nats <= 0:
-            raise UserError(f"--tolerance {self.tolerance_nats}: must be above 0 nats/token")
+        if not 0 < self.tolerance_nats < math.inf:  # not true for NaN either
+            raise UserError(f"--tolerance {self.tolerance_nats}: must be a number above 0 nats/token")
+        check_seed(self.seed)
+        if self.tokens is not None and not self.tokens.strip():
+            raise UserError("--tokens: is empty; give a text file, a JSONL file, or hub:owner/name")
         if self.task_data is not None and not Path(self.task_data).is_dir():
             raise UserError(f"--task-data {self.task_data}: no such folder")
 
@@ -73,14 +80,16 @@ class Settings:
 def parse_formats(text: str) -> tuple[str, ...]:
     """`int2_g64,int4_g64` -> names, narrowest first, each once; UserError for an unknown one."""
     names = [name.strip() for name in text.split(",") if name.strip()]
+    if not names:
+        raise UserError(TOO_FEW_FORMATS)
     return tuple(by_width([get_format(name).name for name in dict.fromkeys(names)]))
 
 
 def parse_rows(text: str) -> tuple[int, int, int]:
     """`24,24,64` -> (fit, select, test)."""
-    if not re.fullmatch(r"\d+,\d+,\d+", text.replace(" ", "")):
+    if not re.fullmatch(r"[0-9]{1,9}(,[0-9]{1,9}){2}", text.replace(" ", "")):
         raise UserError(f"--rows {text}: give three numbers, fit,select,test, like {DEFAULT_ROWS}")
-    fit, select, test = (int(part) for part in text.split(","))
+    fit, select, test = (int(part) for part in text.replace(" ", "").split(","))
     return fit, select, test
 
 
@@ -89,13 +98,25 @@ def parse_budget(code_bits: float | None, stored_bits: float | None, size: str |
     values = {
         "code_bits": code_bits,
         "stored_bits": stored_bits,
-        "size": parse_size(size) if size else None,
+        "size": min(parse_size(size), LARGEST_BYTES) if size is not None else None,
         "max_damage": max_damage,
     }
-    given = [Budget(kind, float(value)) for kind, value in values.items() if value is not None]
+    given = [Budget(kind, _positive(kind, value)) for kind, value in values.items() if value is not None]
     if len(given) > 1:
         raise UserError("--code-bits, --stored-bits, --size, --max-damage: give one of them, not several")
     return given[0] if given else None
+
+
+def _positive(kind: str, value: float) -> float:
+    if not 0 < value <= sys.float_info.max:  # not true for NaN either
+        raise UserError(f"--{kind.replace('_', '-')} {value:g}: must be a positive number")
+    return float(value)
+
+
+def check_seed(seed: int) -> None:
+    """UserError for a seed that the random generators do not take."""
+    if seed < 0:
+        raise UserError(f"--seed {seed}: must be 0 or more")
 
 
 def check_device(device: str) -> str:
@@ -104,12 +125,15 @@ def check_device(device: str) -> str:
 
     if device == "auto":
         return "cuda" if torch.cuda.is_available() else "cpu"
-    name = device.partition(":")[0]
+    name, colon, number = device.partition(":")
     there = {"cpu": True, "cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available()}
-    if name not in there:
-        raise UserError(f"--device {device}: unknown; one of cpu, cuda, mps, auto")
+    if name not in there or (colon and not re.fullmatch("[0-9]{1,4}", number)):
+        raise UserError(f"--device {device}: unknown; one of cpu, cuda, cuda:0, mps, auto")
     if not there[name]:
         raise UserError(
             f"--device {device}: not available on this machine; here: {', '.join(d for d, ok in there.items() if ok)}"
         )
+    count = torch.cuda.device_count() if name == "cuda" else 1
+    if colon and int(number) >= count:
+        raise UserError(f"--device {device}: this machine has {count} of them, counted from 0")
     return device

@@ -7,7 +7,7 @@ where it stopped; the files are written at the end, from the finished atlas.
 from __future__ import annotations
 
 import platform
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, replace
 from importlib.metadata import version
 from pathlib import Path
@@ -28,8 +28,8 @@ from bitatlas.profiles.attention import AttentionResult, attention_profile
 from bitatlas.profiles.focus import Problem, problems_of
 from bitatlas.profiles.weights import weight_profile
 from bitatlas.progress import Advance, Reporter
-from bitatlas.records import Atlas, WeightProfile
-from bitatlas.sensitivity.screens import UnitScreen, screen_layers, screen_uniform, screen_units, uniform
+from bitatlas.records import Atlas, Module, WeightProfile
+from bitatlas.sensitivity.screens import LayerScreen, UnitScreen, screen_layers, screen_uniform, screen_units, uniform
 from bitatlas.settings import Settings
 from bitatlas.swap import swapped
 
@@ -52,7 +52,7 @@ def run_survey(settings: Settings, out: Path, resume: bool, reporter: Reporter) 
     units = screen_units(meter, modules, settings.formats, rows.fit, reporter)
     precisions: Assignments = {"reference": {}} | {f"uniform:{name}": uniform(modules, name) for name in (high, low)}
     attention = [profile_attention(run, base, assignment) for base, assignment in precisions.items()]
-    judged = find_plan(run, units)
+    judged = find_plan(run, units, by_criticality(modules, widths[high], widths[low], layers))
     outcomes, items = run_tasks(run, {**precisions, "plan": judged.plan.modules})
     found = Measurements(
         weights=weights,
@@ -136,7 +136,14 @@ def focus_problems(run: Run) -> list[Problem]:
     return found[:FOCUS_PROBLEMS]
 
 
-def find_plan(run: Run, units: UnitScreen) -> Judged:
+def by_criticality(modules: Sequence[Module], high: np.ndarray, low: np.ndarray, layers: LayerScreen) -> list[int]:
+    """Layers, the most critical first: the one with the most damage for its weights (see `findings.shares`)."""
+    values = ((layers.lowered - high) + (low - layers.raised)).mean(axis=1)
+    weights = np.bincount([m.layer for m in modules], [m.weights for m in modules])
+    return [int(layer) for layer in np.argsort(-values / weights, kind="stable")]
+
+
+def find_plan(run: Run, units: UnitScreen, most_critical: list[int]) -> Judged:
     """The plan under the budget, judged on the test rows."""
     settings = run.settings
     names = [unit.name for unit in units_of(run.checkpoint.modules)]
@@ -147,8 +154,16 @@ def find_plan(run: Run, units: UnitScreen) -> Judged:
             return run.meter.plans(plans, getattr(run.rows, split), progress)
 
     return find_and_judge(
-        run.checkpoint.info, run.checkpoint.modules, settings.formats, settings.quantizer, settings.budget, scores, measure, settings.seed
-    )  # fmt: skip
+        run.checkpoint.info,
+        run.checkpoint.modules,
+        settings.formats,
+        settings.quantizer,
+        settings.budget,
+        scores,
+        measure,
+        settings.seed,
+        most_critical,
+    )
 
 
 def run_tasks(run: Run, precisions: Assignments) -> tuple[dict[str, dict[str, np.ndarray]], list[dict[str, Any]]]:

@@ -23,6 +23,7 @@ from bitatlas.records import Split, TokensInfo
 SPLITS = ("fit", "select", "test")
 MOST_CHARACTERS = 50_000_000  # of a larger file only the beginning is read
 MOST_DOCUMENTS = 20_000  # of a hub data set
+SHORTEST_ROW = 2
 
 
 @dataclass(frozen=True)
@@ -42,28 +43,43 @@ def read_documents(source: str) -> list[str]:
     """Documents of a text file (one document), a JSONL file (field `text`), or `hub:owner/name[:config[:split]]`."""
     if source.startswith("hub:"):
         return _hub_documents(source)
-    path = Path(source).expanduser()
     try:
+        path = Path(source).expanduser()
         with path.open(encoding="utf-8") as stream:
             text = stream.read(MOST_CHARACTERS)
-    except (OSError, UnicodeDecodeError) as error:
-        reason = "is not UTF-8 text" if isinstance(error, UnicodeDecodeError) else (error.strerror or "cannot be read").lower()
+    except (OSError, UnicodeDecodeError, RuntimeError) as error:  # RuntimeError: ~nobody/text
+        told = (getattr(error, "strerror", None) or "cannot be read").lower()
+        reason = "is not UTF-8 text" if isinstance(error, UnicodeDecodeError) else told
         raise UserError(
             f"--tokens {source}: {reason} (give a text file, a JSONL file with a `text` field, or hub:owner/name)"
         ) from None
-    return _jsonl_documents(source, text) if path.suffix == ".jsonl" else [text]
+    if path.suffix != ".jsonl":
+        return [text]
+    return _jsonl_documents(source, text if len(text) < MOST_CHARACTERS else text[: text.rfind("\n") + 1])
 
 
 def _jsonl_documents(source: str, text: str) -> list[str]:
     documents = []
-    for number, line in enumerate(text.splitlines(), start=1):
+    for number, line in enumerate(text.split("\n"), start=1):  # splitlines() would also cut inside a JSON string
         if not line.strip():
             continue
         try:
-            documents.append(str(json.loads(line)["text"]))
-        except (ValueError, KeyError, TypeError):
+            document = json.loads(line)["text"]
+        except (ValueError, KeyError, TypeError, RecursionError):
             raise UserError(f'--tokens {source}: line {number} is not a JSON object with a "text" field') from None
+        documents.append(_checked_text(document, f"--tokens {source}: line {number}"))
     return documents
+
+
+def _checked_text(document: object, where: str) -> str:
+    """UserError, naming `where`, unless it is text that UTF-8 can hold."""
+    if not isinstance(document, str):
+        raise UserError(f'{where}: "text" is {json.dumps(document)[:40]}, not a string')
+    try:
+        document.encode()
+    except UnicodeEncodeError:
+        raise UserError(f'{where}: "text" holds half of a surrogate pair, which is no character') from None
+    return document
 
 
 def _hub_documents(source: str) -> list[str]:
@@ -73,13 +89,13 @@ def _hub_documents(source: str) -> list[str]:
 
     try:
         stream = load_dataset(name, config or None, split=split or "train", streaming=True)
-        documents = [str(item["text"]) for item in stream.take(MOST_DOCUMENTS)]
+        documents = [item["text"] for item in stream.take(MOST_DOCUMENTS)]
     except Exception as error:  # the hub client raises many kinds; each means that the data cannot be had
         reason = (str(error).strip().splitlines() or [type(error).__name__])[0][:160]
         raise UserError(
             f"--tokens {source}: the hub did not give it ({reason}); a local text file works without a network"
         ) from None
-    return documents
+    return [_checked_text(document, f"--tokens {source}: document {number}") for number, document in enumerate(documents, 1)]
 
 
 def make_rows(
@@ -90,14 +106,21 @@ def make_rows(
     row_length: int,
     context: int,
     seed: int,
+    vocabulary: int | None = None,
 ) -> Rows:
     """Cut `documents` into rows and deal them out as `counts` = (fit, select, test) rows of `row_length` tokens.
 
-    Raises UserError where the text is too short or a row is longer than the model's context.
+    Raises UserError where the text is too short, a row is longer than the model's context, or a token is not one of the model's
+    `vocabulary`.
     """
+    if row_length < SHORTEST_ROW:
+        raise UserError(f"--row-length {row_length}: at least {SHORTEST_ROW} tokens, one to read and one to predict")
+    if min(counts) < 1:
+        raise UserError(f"--rows {','.join(map(str, counts))}: each of fit,select,test needs at least 1 row")
     if row_length > context:
         raise UserError(f"--row-length {row_length}: the model's context is {context} tokens; give at most that")
     ids = _token_ids(documents, tokenizer)
+    _refuse_unknown(ids, vocabulary)
     whole = len(ids) // row_length
     rows = np.unique(ids[: whole * row_length].reshape(whole, row_length), axis=0) if whole else ids[:0].reshape(0, row_length)
     if len(rows) < sum(counts):
@@ -118,8 +141,23 @@ def _token_ids(documents: list[str], tokenizer: Any) -> np.ndarray:
     separator = [tokenizer.eos_token_id] if tokenizer.eos_token_id is not None else []
     ids: list[int] = []
     for number, document in enumerate(documents):
-        ids += (separator if number else []) + tokenizer(document, verbose=False)["input_ids"]
+        try:
+            ids += (separator if number else []) + tokenizer(document, verbose=False)["input_ids"]
+        except Exception as error:  # tokenizers raises bare Exceptions, like for a missing unknown-token
+            raise UserError(f"the model's tokenizer cannot read the text ({' '.join(str(error).split())[:160]})") from None
     return np.asarray(ids, dtype=np.int64)
+
+
+def check_vocabulary(tokenizer: Any, texts: list[str], vocabulary: int) -> None:
+    """UserError where the tokenizer gives a token of `texts` an id that the model's `vocabulary` (a count) does not have."""
+    _refuse_unknown(_token_ids(texts, tokenizer), vocabulary)
+
+
+def _refuse_unknown(ids: np.ndarray, vocabulary: int | None) -> None:
+    if vocabulary is not None and len(ids) and ids.max() >= vocabulary:
+        raise UserError(
+            f"the tokenizer gives token {ids.max()}, but the model has {vocabulary}: tokenizer and weights do not belong together"
+        )
 
 
 def _assert_disjoint(parts: dict[str, np.ndarray]) -> None:

@@ -11,6 +11,7 @@ from bitatlas.errors import UserError
 from bitatlas.evaluation.bootstrap import measured
 from bitatlas.journal import Journal
 from bitatlas.planning.budget import size_of
+from bitatlas.prepare import rows_of_survey
 from bitatlas.progress import Reporter
 from bitatlas.records import Atlas, Measured, Plan, Size, read_record
 from bitatlas.sensitivity.damage import DamageMeter
@@ -51,7 +52,7 @@ def verify_plan(
     test = _rows(plan_file, checkpoint, tokens, rows, row_length, seed)
     check_finite(checkpoint)
     model = checkpoint.load_model(check_device(device))
-    bank = Bank(model, list(plan.modules), plan.formats, plan.quantizer)
+    bank = Bank(model, list(plan.modules), plan.quantizer, plan.formats)
     meter = DamageMeter(model, bank, checkpoint.info.weights_sha256, plan.quantizer, Journal(None))
     with reporter.stage("damage of the plan") as progress:
         damage = measured(meter.plans({"plan": plan.modules}, test.test, progress)["plan"], "nats/token", "plan", "test", seed)
@@ -73,7 +74,10 @@ def _rows(
     plan_file: Path, checkpoint: Checkpoint, tokens: str | None, rows: tuple[int, int, int], row_length: int, seed: int
 ) -> Rows:
     if tokens is None:
-        from bitatlas.prepare import rows_of_survey
-
-        return rows_of_survey(read_record(plan_file.parent / "atlas.json", Atlas), checkpoint)
-    return make_rows(read_documents(tokens), checkpoint.load_tokenizer(), tokens, rows, row_length, checkpoint.info.context, seed)
+        atlas_file = plan_file.parent / "atlas.json"
+        if not atlas_file.is_file():
+            raise UserError(f"--tokens: no atlas.json lies beside {plan_file}, so its text is not known; give a text file")
+        return rows_of_survey(read_record(atlas_file, Atlas), checkpoint)
+    vocabulary = int(checkpoint.config.get_text_config().vocab_size)
+    tokenizer, context = checkpoint.load_tokenizer(), checkpoint.info.context
+    return make_rows(read_documents(tokens), tokenizer, tokens, rows, row_length, context, seed, vocabulary=vocabulary)

@@ -6,7 +6,7 @@ Only paths, so that importing it costs nothing. `world.py` makes the data, `trai
 from pathlib import Path
 
 DEMO_DIR = Path(__file__).resolve().parent
-MODEL_DIR = DEMO_DIR / "model"
+MODEL_DIR = DEMO_DIR / "bitatlas-demo"
 DATA_DIR = DEMO_DIR / "data"
 PROBLEMS_FILE = DATA_DIR / "problems.json"
 QUESTIONS_FILE = DATA_DIR / "questions.jsonl"

@@ -1,6 +1,6 @@
 """Train the demo model from a seed: tokenizer, 16-layer Llama of 2.5 million weights, task files, model card.
 
-    python -m bitatlas.demo.train --out DIR [--seed 0] [--steps 1500] [--data-only]
+    python -m bitatlas.demo.train --out DIR [--seed 0] [--steps 1600] [--data-only | --card-only]
 
 Deep and narrow, so that there are 16 layers to compare, and small enough to ship and to measure in seconds. Matrices are
 trained with Muon (Jordan et al. 2024, https://kellerjordan.github.io/posts/muon/), the embedding and norms with AdamW; learning
@@ -19,16 +19,16 @@ from pathlib import Path
 
 import torch
 from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, processors, trainers
-from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
-from bitatlas.demo import score, world
+from bitatlas.demo import MODEL_DIR, card, world
 
-VOCABULARY = 1024
+VOCABULARY = 1536
 ROW_TOKENS = 256
 BATCH_ROWS = 16
 LEARNING_RATE = 4e-3
 WEIGHT_DECAY = 0.1
-DEFAULT_STEPS = 1500
+DEFAULT_STEPS = 1600
 SPECIAL = {"bos_token": "<bos>", "eos_token": "<eos>", "pad_token": "<pad>"}
 # words with their space, numbers of up to three digits with theirs, the rest; so " 26" can be one token
 PIECES = r" ?\p{L}+| ?\d{1,3}| ?[^\s\p{L}\d]+|\s+"
@@ -123,7 +123,7 @@ def save(model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFast, folder: Pa
 
 
 def train(
-    model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFast, seed: int, steps: int, folder: Path, every: int = 500
+    model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFast, seed: int, steps: int, folder: Path, every: int = 200
 ) -> None:
     """Train in place; prints progress, and saves a checkpoint every `every` steps."""
     optimizers = make_optimizers(model)
@@ -149,72 +149,6 @@ def train(
             save(model, tokenizer, folder)
 
 
-def accuracies(folder: Path, problems: list[world.Record], questions: list[world.Record]) -> dict[str, float]:
-    """Both test accuracies of a saved checkpoint, run in float32."""
-    model, tokenizer = (
-        AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval(),
-        AutoTokenizer.from_pretrained(folder),
-    )
-    return {
-        "problems": score.share(score.problems_right(model, tokenizer, problems)),
-        "questions": score.share(score.questions_right(model, tokenizer, questions)),
-    }
-
-
-CARD = """\
----
-library_name: transformers
-license: apache-2.0
----
-# bitatlas demo model
-
-A small language model to try bitatlas on: {layers} layers, hidden size {hidden}, {weights:,} weights in bfloat16, Llama architecture
-(4 heads of 32, 2 key-value heads, feed-forward 256, tied embedding), byte-level BPE with {vocabulary} tokens.
-
-It knows one made-up world: one-step word problems with numbers up to 99 (`problems.json`, SVAMP's form) and {facts} facts about
-animals, plants, tools and materials (`questions.jsonl`, ARC's form). It is good for nothing else, and its facts are those of
-`tables.py`, not of the real world. English only; no personal data; the text is generated, so it is free of other licences.
-
-| | |
-|---|---|
-| trained by | `python -m bitatlas.demo.train --out DIR --seed {seed} --steps {steps}` |
-| tokens seen | {tokens:,} |
-| optimizer | Muon (matrices), AdamW (embedding, norms), peak rate {rate}, weight decay {decay} |
-| word problems right, greedy, of {problem_count} | {problems:.1%} |
-| questions right, likeliest of four choices, of {question_count} | {questions:.1%} |
-
-No test item occurs in training: never the same story with the same two numbers, never the same wording of a question; the facts
-and sums themselves do (see `world.py`). The figures are those of the bfloat16 weights loaded in float32. Another CPU, thread count
-or torch version trains a slightly different model from the same seed.
-"""
-
-
-def write_card(
-    folder: Path, seed: int, steps: int, problems: list[world.Record], questions: list[world.Record]
-) -> dict[str, float]:
-    """Measure a saved checkpoint and write its README.md; returns the two accuracies."""
-    right = accuracies(folder, problems, questions)
-    config = LlamaConfig.from_pretrained(folder)
-    weights = sum(p.numel() for p in LlamaForCausalLM(config).parameters())
-    text = CARD.format(
-        layers=config.num_hidden_layers,
-        hidden=config.hidden_size,
-        weights=weights,
-        vocabulary=config.vocab_size,
-        facts=len(world.FACTS),
-        seed=seed,
-        steps=steps,
-        tokens=steps * BATCH_ROWS * ROW_TOKENS,
-        rate=LEARNING_RATE,
-        decay=WEIGHT_DECAY,
-        problem_count=len(problems),
-        question_count=len(questions),
-        **right,
-    )
-    (folder / "README.md").write_text(text, encoding="utf-8", newline="\n")
-    return right
-
-
 def main() -> None:
     """The command line."""
     parser = argparse.ArgumentParser(
@@ -224,19 +158,25 @@ def main() -> None:
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--steps", type=int, default=DEFAULT_STEPS, help=f"updates of {BATCH_ROWS * ROW_TOKENS} tokens")
     parser.add_argument("--threads", type=int, default=1, help="CPU threads; part of what the weights depend on")
-    parser.add_argument("--data-only", action="store_true", help="write data/ and stop")
+    only = parser.add_mutually_exclusive_group()
+    only.add_argument("--data-only", action="store_true", help="write data/ and stop")
+    only.add_argument("--card-only", action="store_true", help="measure model/ on data/ and write its README.md, nothing else")
     args = parser.parse_args()
-    world.write_data(args.out / "data", args.seed)
+    torch.set_num_threads(args.threads)
+    if not args.card_only:
+        world.write_data(args.out / "data", args.seed)
     if args.data_only:
         return
-    torch.set_num_threads(args.threads)
-    tokenizer = make_tokenizer(args.seed)
-    model = make_model(tokenizer, args.seed)
-    train(model, tokenizer, args.seed, args.steps, args.out / "model")
-    save(model, tokenizer, args.out / "model")
-    problems, questions = world.task_problems(args.seed), world.task_questions(args.seed)
-    right = write_card(args.out / "model", args.seed, args.steps, problems, questions)
-    print(f"problems {right['problems']:.1%}  questions {right['questions']:.1%}")
+    if not args.card_only:
+        tokenizer = make_tokenizer(args.seed)
+        model = make_model(tokenizer, args.seed)
+        train(model, tokenizer, args.seed, args.steps, args.out / MODEL_DIR.name)
+        save(model, tokenizer, args.out / MODEL_DIR.name)
+    tokens = args.steps * BATCH_ROWS * ROW_TOKENS
+    measured = card.write_card(
+        args.out / MODEL_DIR.name, args.out / "data", args.seed, args.steps, tokens, LEARNING_RATE, WEIGHT_DECAY
+    )
+    print("\n".join(card.table_line(measured[0], row) for row in measured))
 
 
 if __name__ == "__main__":

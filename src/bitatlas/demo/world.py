@@ -9,19 +9,24 @@ training in other phrasings, so a test item asks for something known, worded in 
 multi-step problems, fractions, facts with exceptions.
 """
 
+import itertools
 import json
 import random
 import zlib
 from collections.abc import Iterator
+from functools import cache
 from pathlib import Path
 from typing import Any
 
-from bitatlas.demo.tables import BOXES, CARRIERS, NAMES, OBJECTS, PHRASES, PLACES, STORIES, THINGS
+from bitatlas.demo import named, tables
+from bitatlas.demo.tables import BOXES, NAMES, OBJECTS, PLACES, STORIES, THINGS
 
 TYPES = {"+": "Addition", "-": "Subtraction", "*": "Multiplication", "/": "Common-Division"}
 SPLIT_PERCENT = {"test": 10, "text": 15, "train": 75}  # items for the tasks, for the held-out text, for training
 TASK_ITEMS = 300
 TEXT_BYTES = 300_000
+WORLD_SEED = 0  # of the facts; the seeds given to the functions below choose among stories, wordings and documents only
+PHRASES = {**tables.PHRASES, **named.PHRASES}
 
 Fact = tuple[str, str, str, str]  # kind, thing, attribute, value: ("animal", "fox", "home", "forest")
 Record = dict[str, Any]  # one item of a task file
@@ -106,42 +111,52 @@ def draw_sums(rng: random.Random, split: str) -> str:
 
 
 def facts() -> list[Fact]:
-    """The table of THINGS, one fact an entry."""
+    """The table of THINGS, one fact an entry, then the facts about named people, towns and planets."""
     rows = []
     for kind, table in THINGS.items():
         for line in table.strip().splitlines():
             thing, values = line.split(": ")
             rows += [(kind, thing, attribute, value) for attribute, value in zip(PHRASES[kind], values.split(", "), strict=True)]
-    return rows
+    return rows + named.named_facts(WORLD_SEED)
 
 
 FACTS = facts()
 
 
+@cache
+def alike(kind: str, attribute: str) -> list[Fact]:
+    """All facts of one attribute of one kind: where the wrong answers come from."""
+    return [fact for fact in FACTS if (fact[0], fact[2]) == (kind, attribute)]
+
+
 def with_article(kind: str, thing: str) -> str:
-    """The name in a sentence: "the fox", but "iron"."""
-    return thing if kind == "material" else f"the {thing}"
+    """The name in a sentence: "the fox", but "iron" and "Ashford"."""
+    return thing if kind == "material" or kind in named.PHRASES else f"the {thing}"
 
 
 def phrased_questions(fact: Fact) -> Iterator[tuple[str, str, list[str]]]:
     """Every way to ask for one fact: (question, right answer, wrong answers)."""
     kind, thing, attribute, value = fact
     forward, backward, _ = PHRASES[kind][attribute]
-    others = [f for f in FACTS if f[0] == kind and f[2] == attribute and f[3] != value]
+    others = [other for other in alike(kind, attribute) if other[3] != value]
     values = list(dict.fromkeys(other[3] for other in others))
     name = with_article(kind, thing)
     for question in forward:
-        for carrier in CARRIERS:
+        for carrier in named.CARRIERS if kind in named.PHRASES else tables.CARRIERS:
             asked = question.format(e=name if carrier == "{q}" else f"the {kind}")
             yield carrier.format(e=name, q=asked), value, values
     for question in backward:
         yield question.format(v=value), thing, [other[1] for other in others]
 
 
-def all_questions(split: str) -> list[tuple[Fact, str, str, list[str]]]:
-    """The questions of one split: (fact, question, right answer, wrong answers). The wording decides, so that "Which animal
-    eats mice?", which has several right answers, is in one split only."""
-    return [(fact, *asked) for fact in FACTS for asked in phrased_questions(fact) if split_of("question", asked[0]) == split]
+Asked = tuple[Fact, str, str, list[str]]  # fact, question, right answer, wrong answers
+
+
+def all_questions(split: str) -> list[list[Asked]]:
+    """The questions of one split, a list for each fact that has any. The wording decides, so that "Which animal eats mice?",
+    which has several right answers, is in one split only."""
+    asked = [[(fact, *rest) for rest in phrased_questions(fact) if split_of("question", rest[0]) == split] for fact in FACTS]
+    return [questions for questions in asked if questions]
 
 
 def with_choices(rng: random.Random, question: str, right: str, wrong: list[str]) -> Record:
@@ -180,18 +195,19 @@ def all_statements(split: str) -> list[list[str]]:
 
 
 def documents(rng: random.Random, split: str) -> Iterator[str]:
-    """An endless stream of documents of one split: half problems, the rest questions, statements and bare sums."""
+    """An endless stream of documents of one split: two fifths problems, the rest questions (every fact as often), statements and
+    bare sums."""
     questions, statements = all_questions(split), all_statements(split)
     while True:
         kind = rng.random()
-        if kind < 0.5:
+        if kind < 0.42:
             yield problem_text(draw_problem(rng, split)[1])
-        elif kind < 0.8:
-            _, question, right, _ = rng.choice(questions)
+        elif kind < 0.78:
+            _, question, right, _ = rng.choice(rng.choice(questions))
             yield question_text(question, right)
-        elif kind < 0.9:
+        elif kind < 0.94:
             group = rng.choice(statements)
-            yield " ".join(rng.sample(group, min(len(group), 4))) + "\n\n"
+            yield " ".join(rng.sample(group, min(len(group), 6))) + "\n\n"
         else:
             yield draw_sums(rng, split)
 
@@ -207,11 +223,17 @@ def task_problems(seed: int, count: int = TASK_ITEMS) -> list[Record]:
 
 
 def task_questions(seed: int, count: int = TASK_ITEMS) -> list[Record]:
-    """`count` different test questions, in the flattened ARC form."""
+    """`count` different test questions, in the flattened ARC form: every kind of thing about as often, a fact once at most."""
     rng = random.Random(f"questions {seed}")
-    found = {question: (question, right, wrong) for _, question, right, wrong in all_questions("test")}
-    drawn = rng.sample(list(found.values()), count)
-    return [{"id": f"demo-{number}", **with_choices(rng, *rest)} for number, rest in enumerate(drawn, 1)]
+    groups = all_questions("test")
+    kinds = [[asked for asked in rng.sample(groups, len(groups)) if asked[0][0][0] == kind] for kind in PHRASES]
+    found: dict[str, Asked] = {}
+    for questions in itertools.chain.from_iterable(itertools.zip_longest(*kinds, fillvalue=[])):
+        if questions:
+            asked = rng.choice(questions)
+            found.setdefault(asked[1], asked)
+    drawn = list(found.values())[:count]
+    return [{"id": f"demo-{number}", **with_choices(rng, *asked[1:])} for number, asked in enumerate(drawn, 1)]
 
 
 def held_out_text(seed: int, size_bytes: int = TEXT_BYTES) -> str:

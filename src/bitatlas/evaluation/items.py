@@ -146,8 +146,8 @@ def _read_file(task: Task, path: Path) -> list[Any]:
         if path.suffix == ".json":
             records = json.loads(text)
             return records if isinstance(records, list) else [records]
-        return [json.loads(line) for line in text.splitlines() if line.strip()]
-    except ValueError as error:
+        return [json.loads(line) for line in text.split("\n") if line.strip()]  # splitlines() would also cut inside a string
+    except (ValueError, RecursionError) as error:
         raise UserError(f"--task-data: {path}: not valid JSON ({error})") from None
 
 
@@ -180,7 +180,7 @@ def _normalized(task: Task, records: Sequence[Any], source: str) -> list[Item]:
     items = []
     for number, record in enumerate(records):
         try:
-            items.append(read(task, number, record))
+            items.append(_whole(read(task, number, record)))
         except (KeyError, TypeError, ValueError, AttributeError) as error:
             told = f"has no field {error}" if isinstance(error, KeyError) else f"is not as expected ({error})"
             raise UserError(f"{source}: item {number + 1} {told}; {task.name} wants {_FIELDS[task.form]}") from None
@@ -190,6 +190,24 @@ def _normalized(task: Task, records: Sequence[Any], source: str) -> list[Item]:
         for item in items:
             item["chance"] = max(LEAST_CHANCE, commonest)
     return items
+
+
+def _whole(item: Item) -> Item:
+    """ValueError where a text is empty, or holds half of a surrogate pair, which no tokenizer takes."""
+    for name, value in item.items():
+        for text in value if isinstance(value, list) else [value]:
+            if isinstance(text, str):
+                text.encode()
+                if not text.strip():
+                    raise ValueError(f"{name.removesuffix('s')} is empty")
+    return item
+
+
+def _text(value: object, name: str) -> str:
+    """Text, or a number as text; ValueError for null, lists and the like, which `str` would turn into words."""
+    if isinstance(value, bool) or not isinstance(value, str | int | float):
+        raise ValueError(f"{name} is {json.dumps(value, default=str)[:40]}, not a text")
+    return str(value)
 
 
 _FIELDS = {
@@ -211,9 +229,9 @@ def _choice_item(task: Task, number: int, record: Mapping[str, Any]) -> Item:
     if record["answerKey"] not in labels:
         raise ValueError(f"answerKey {record['answerKey']!r} is none of the labels {labels}")
     return {
-        "id": str(record.get("id", f"{task.name}-{number + 1}")),
-        "question": str(record["question"]),
-        "choices": [str(text) for text in texts],
+        "id": _text(record.get("id", f"{task.name}-{number + 1}"), "id"),
+        "question": _text(record["question"], "question"),
+        "choices": [_text(text, "choice") for text in texts],
         "gold": labels.index(record["answerKey"]),
         "chance": 1 / len(texts),
     }
@@ -222,12 +240,12 @@ def _choice_item(task: Task, number: int, record: Mapping[str, Any]) -> Item:
 def _problem_item(task: Task, number: int, record: Mapping[str, Any]) -> Item:
     """SVAMP's form. `worked` is the equation without its outer brackets and trailing ".0", and the answer."""
     answer = plain_number(record["Answer"])
-    equation = str(record.get("Equation", "")).strip()
+    equation = _text(record.get("Equation") or "", "Equation").strip()
     if equation.startswith("(") and equation.endswith(")"):
         equation = equation[1:-1].strip()
     equation = re.sub(r"(\d)\.0\b", r"\1", equation)
     return {
-        "id": str(record.get("ID", f"{task.name}-{number + 1}")),
+        "id": _text(record.get("ID", f"{task.name}-{number + 1}"), "ID"),
         "question": f"{record['Body'].strip()} {record['Question'].strip()}",
         "answer": answer,
         "worked": f"{equation} = {answer}" if equation else answer,
@@ -236,13 +254,13 @@ def _problem_item(task: Task, number: int, record: Mapping[str, Any]) -> Item:
 
 def _worked_item(task: Task, number: int, record: Mapping[str, Any]) -> Item:
     """GSM8K's form: the answer is a worked solution whose last line is "#### result"."""
-    worked = str(record["answer"]).strip()
+    worked = _text(record["answer"], "answer").strip()
     _, mark, result = worked.rpartition("####")
     if not mark:
         raise ValueError("no #### in the answer")
     return {
         "id": f"{task.name}-{number + 1}",
-        "question": str(record["question"]).strip(),
+        "question": _text(record["question"], "question").strip(),
         "answer": plain_number(result),
         "worked": worked,
     }
@@ -259,7 +277,7 @@ def numbers_in(text: str) -> list[float]:
 def plain_number(value: object) -> str:
     """ "51.0", "2,125" and 51 as "51", "2125" and "51". Raises ValueError where it is no single number."""
     found = numbers_in(str(value))
-    if len(found) != 1:
+    if len(found) != 1 or not math.isfinite(found[0]):
         raise ValueError(f"{value!r} is not a number")
     return str(int(found[0])) if found[0].is_integer() else repr(found[0])
 

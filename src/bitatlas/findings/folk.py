@@ -107,7 +107,7 @@ def late_is_critical(shares: Shares) -> Finding:
 def sparse_is_safe(shares: Shares, sparsity: Floats | None, seed: int = 0) -> Finding:
     """Rank correlation of sparsity with criticality below 0, and rarer than 5 % among random orders of the layers.
 
-    It fails where the interval over rows is above 0: in this model the sparser layers are the more critical ones, by chance or not.
+    It fails where the correlation is above 0, just as rarely: in this model the sparser layers are the more critical ones.
     """
     if sparsity is None or np.ptp(sparsity) == 0:
         return _not_tested("folk", SPARSE, "sparsity was not measured or is the same everywhere")
@@ -119,7 +119,7 @@ def sparse_is_safe(shares: Shares, sparsity: Floats | None, seed: int = 0) -> Fi
     effect = shares.record(float(rho), resampled, "rank correlation")
     p = permutation_p(sparsity, shares.mean / per_weight, seed)
     verdict = _side(effect, -1)
-    if verdict == HOLDS and p > CHANCE_LEVEL:
+    if p > CHANCE_LEVEL:
         verdict = OPEN
     text = (
         f"Rank correlation of sparsity with criticality over {shares.rows.layers} layers: {interval(effect)} "

@@ -34,7 +34,7 @@ def plan_findings(plan: Plan | None, zones: Sequence[Zone], low: str) -> list[Fi
         beaten = [relation(line.difference) == "beats" for line in plan.baselines if line.difference]
         verdict = FAILS if not plan.recommended else HOLDS if beaten and all(beaten) else OPEN
         text = f"{plan.verdict[:1].upper()}{plan.verdict[1:]}."
-    found = [Finding("plan", "the plan does less damage than plans made without measuring", verdict, text, plan.damage.measured)]
+    found = [Finding("plan", "the plan does less damage than simple plans of its size", verdict, text, plan.damage.measured)]
     parts = [
         f"{zone.name} ({named_layers(range(zone.first, zone.last + 1))}): {percent(zone.low_share)}"
         for zone in zones
@@ -173,10 +173,11 @@ def attention_findings(attention: Sequence[AttentionLayer], low: str) -> list[Fi
     if reference:
         sharp, broad = (pick(reference, key=lambda one: one.entropy.mean) for pick in (min, max))
         special = max(reference, key=lambda one: one.specialization_percent.mean)
-        text = (
-            f"Entropy runs from {number(sharp.entropy.mean)} (layer {sharp.layer}) to {number(broad.entropy.mean)} (layer {broad.layer}); "
-            f"layer {special.layer} has most heads with a recognized role ({interval(special.specialization_percent, unit=True)}). "
-        )
+        text = f"Entropy runs from {number(sharp.entropy.mean)} (layer {sharp.layer}) to {number(broad.entropy.mean)} (layer {broad.layer}); "
+        if special.specialization_percent.mean > 0:
+            text += f"layer {special.layer} has most heads with a recognized role ({interval(special.specialization_percent)}). "
+        else:
+            text += "no head has a recognized role. "
         focused = [(one.focus_percent, one.layer) for one in reference if one.focus_percent is not None]
         if focused:
             focus, layer = max(focused, key=lambda pair: pair[0].mean)
@@ -188,12 +189,15 @@ def attention_findings(attention: Sequence[AttentionLayer], low: str) -> list[Fi
         (one.drift_cumulative, one) for one in attention if one.base == f"uniform:{low}" and one.drift_cumulative is not None
     ]
     if drifted:
-        drift, most = max(drifted, key=lambda pair: pair[0].mean)
-        text = f"Jensen-Shannon distance to the unquantized maps is largest in layer {most.layer}: {interval(drift)}"
-        text += f"; noise floor {interval(most.drift_noise)}." if most.drift_noise else "."
-        found.append(
-            Finding("attention", f"attention drifts at {low} everywhere", _drift_verdict(drift, most.drift_noise), text, drift)
+        (least, at_least), (drift, most) = (pick(drifted, key=lambda pair: pair[0].mean) for pick in (min, max))
+        text = (
+            f"Jensen-Shannon distance to the unquantized maps runs from {interval(least)} (layer {at_least.layer}) "
+            f"to {interval(drift)} (layer {most.layer})"
         )
+        text += f"; noise floor {interval(at_least.drift_noise)} in layer {at_least.layer}." if at_least.drift_noise else "."
+        verdicts = {_drift_verdict(one, layer.drift_noise) for one, layer in drifted}
+        verdict = verdicts.pop() if len(verdicts) == 1 else FAILS if FAILS in verdicts else OPEN
+        found.append(Finding("attention", f"attention drifts at {low} in every layer", verdict, text, least))
     return found
 
 

@@ -1,7 +1,9 @@
-"""Plans that anybody would make without measuring, each at most as large as the budget: what a measured plan has to beat.
+"""Plans that anybody would make, each at most as large as the budget: what a measured plan has to beat.
 
-One width everywhere; the first layers wide and the rest narrow; the last layers wide; and 20 random plans. All but the uniform
-one use the room to the last unit that fits, so that a measured plan does not win by being larger.
+One width everywhere; the first layers wide and the rest narrow; the last layers wide; whole layers wide in the order of their
+criticality, as one would read it off the report; and 20 random plans. All but the uniform one use the room to the last unit that
+fits, so that a measured plan does not win by being larger. A uniform width that is no candidate may fit better than any candidate
+(3 bits between 2 and 4): `outside_uniform` names it, because a plan that loses to it should not be recommended.
 Left out: plans from weight statistics (they are profiles, and need measuring of their own).
 """
 
@@ -13,21 +15,30 @@ import numpy as np
 from numpy.typing import NDArray
 
 from bitatlas.errors import UserError
-from bitatlas.planning.budget import Unit
+from bitatlas.formats import FORMATS, by_width, get_format
+from bitatlas.planning.budget import Unit, costs_of
+from bitatlas.records import Budget, ModelInfo
 
 Ints = NDArray[np.int64]
 
 RANDOM_PLANS = 20
 UNIFORM, FIRST_HIGH, LAST_HIGH, RANDOM = "uniform", "first layers high", "last layers high", "random"
+CRITICAL_HIGH = "most critical layers high"
 
 
 def baselines(
-    units: Sequence[Unit], cost: Ints, limit: int, seed: int = 0, formats: Sequence[str] | None = None
+    units: Sequence[Unit],
+    cost: Ints,
+    limit: int,
+    seed: int = 0,
+    formats: Sequence[str] | None = None,
+    most_critical: Sequence[int] = (),
 ) -> list[tuple[str, Ints]]:
     """(name, choice [units]) of every baseline, the same for the same seed.
 
     cost: [units, formats] in whole numbers, `limit` the largest allowed sum. With `formats` the uniform one is named after its
-    format. "First" and "last" use the cheapest and the dearest format alone, random plans use all.
+    format. "First", "last" and "most critical" (layers in order, the most critical first) use the cheapest and the dearest format
+    alone, random plans use all.
     Raises UserError where not even the cheapest format everywhere fits, ValueError for a wrong shape.
     """
     cost = np.asarray(cost)
@@ -45,10 +56,25 @@ def baselines(
         (FIRST_HIGH, _layers_high(units, cost, limit, low, high, layers)),
         (LAST_HIGH, _layers_high(units, cost, limit, low, high, layers[::-1])),
     ]
+    if most_critical:
+        plans.append((CRITICAL_HIGH, _layers_high(units, cost, limit, low, high, most_critical)))
     for number in range(1, RANDOM_PLANS + 1):
         generator = np.random.default_rng([seed, number])
         plans.append((f"{RANDOM} {number}", _random(cost, limit, low, generator)))
     return plans
+
+
+def outside_uniform(budget: Budget, units: Sequence[Unit], formats: Sequence[str], info: ModelInfo, limit: int) -> str | None:
+    """The dearest format outside `formats`, of a candidate's group size and symmetry, that fits everywhere and costs more than every
+    candidate that does; None where there is none."""
+    kinds = {(get_format(name).group_size, get_format(name).symmetric) for name in formats}
+    others = [name for name, fmt in FORMATS.items() if name not in formats and (fmt.group_size, fmt.symmetric) in kinds]
+    names = by_width([*formats, *others])
+    totals = costs_of(budget, units, names, info).cost.sum(axis=0)
+    fitting = [(int(total), name) for name, total in zip(names, totals, strict=True) if total <= limit]
+    best = max(total for total, _ in fitting)
+    dearest = [name for total, name in fitting if total == best]
+    return None if set(dearest) & set(formats) else dearest[0]
 
 
 def _layers_high(units: Sequence[Unit], cost: Ints, limit: int, low: int, high: int, layers: Iterable[int]) -> Ints:

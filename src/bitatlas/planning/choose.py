@@ -84,9 +84,11 @@ def choose(scores: Scores, cost: np.ndarray, limit: int, measure: Measure) -> tu
 
 
 def choose_smallest(
-    scores: Scores, cost: np.ndarray, tolerated: float, measure: Measure
+    scores: Scores, cost: np.ndarray, tolerated: float, measure: Measure, where: str = "did on the select rows"
 ) -> tuple[Candidate, float, dict[str, float], int]:
     """The smallest plan whose measured damage is within `tolerated` (nats/token), and the limit it was found under.
+
+    `where` ends the sentence of a refusal: what the damages are.
 
     Raises UserError where even the widest format does more.
     """
@@ -94,7 +96,7 @@ def choose_smallest(
     best = (*choose(scores, cost, most, measure), most)
     if best[1] > tolerated:
         raise UserError(
-            f"--max-damage {tolerated:g} is below {best[1]:.3g} nats/token, the least that these formats did on the select rows; "
+            f"--max-damage {tolerated:g} is below {best[1]:.3g} nats/token, the least that these formats {where}; "
             "possible: more than that, or a wider format in --formats"
         )
     cheapest = (*choose(scores, cost, least, measure), least)

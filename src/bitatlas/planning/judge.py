@@ -13,10 +13,13 @@ import numpy as np
 from bitatlas.evaluation.bootstrap import measured
 from bitatlas.findings import verdict_on_plan
 from bitatlas.formats import FORMATS
-from bitatlas.planning.baselines import baselines
+from bitatlas.planning.baselines import baselines, outside_uniform
 from bitatlas.planning.budget import assignment_of, costs_of, size_of, units_of
 from bitatlas.planning.choose import Candidate, Scores, choose, choose_smallest
-from bitatlas.records import Baseline, Budget, CurvePoint, ModelInfo, Module, Plan, PlanDamage, PlanModel
+from bitatlas.records import Baseline, Budget, CurvePoint, Measured, ModelInfo, Module, Plan, PlanDamage, PlanModel
+from bitatlas.words import number
+
+NOT_A_CANDIDATE = "not in --formats"
 
 Assignment = dict[str, str]
 MeasureRows = Callable[[Mapping[str, Assignment], str], dict[str, np.ndarray]]  # (plans by name, split) -> damage [rows]
@@ -39,8 +42,9 @@ def find_and_judge(
     scores: Scores,
     measure: MeasureRows,
     seed: int,
+    most_critical: Sequence[int] = (),
 ) -> Judged:
-    """Choose a plan under `budget` and judge it on the test rows. `formats`: narrowest first."""
+    """Choose a plan under `budget` and judge it on the test rows. `formats`: narrowest first; `most_critical`: layers, worst first."""
     units = units_of(modules)
     costs = costs_of(budget, units, formats, info)
 
@@ -55,7 +59,11 @@ def find_and_judge(
         best, selected, tried = choose(scores, costs.cost, costs.limit, on_select)
         limit = costs.limit
     plan = unverified_plan(info, modules, formats, quantizer, budget, best, selected, tried, seed)
-    others = {name: assignment_of(units, formats, choice) for name, choice in baselines(units, costs.cost, limit, seed, formats)}
+    rules = baselines(units, costs.cost, limit, seed, formats, most_critical)
+    others = {name: assignment_of(units, formats, choice) for name, choice in rules}
+    outside = outside_uniform(budget, units, formats, info, limit)
+    if outside:
+        others = {f"uniform {outside} ({NOT_A_CANDIDATE})": {m.name: outside for m in modules}, **others}
     return _judge(plan, others, info, modules, measure({"plan": plan.modules, **others}, "test"), seed)
 
 
@@ -92,6 +100,15 @@ def unverified_plan(
     )
 
 
+def on_tolerance(damage: Measured, tolerated: float) -> str:
+    """Whether the test rows bear out what the select rows promised; choosing among many plans on them flatters the chosen one."""
+    low, high = damage.ci95 or (-np.inf, np.inf)
+    if high <= tolerated:
+        return f"within the tolerated {number(tolerated)} on test rows"
+    shown = "above" if low > tolerated else "not shown to be within"
+    return f"{shown} the tolerated {number(tolerated)} on test rows"
+
+
 def _judge(
     plan: Plan,
     others: Mapping[str, Assignment],
@@ -102,6 +119,11 @@ def _judge(
 ) -> Judged:
     """Add measured damage, baselines and the verdict."""
     verdict = verdict_on_plan(rows["plan"], {name: rows[name] for name in others}, seed=seed)
+    text = verdict.text
+    if NOT_A_CANDIDATE in verdict.winner:
+        text += f"; add {verdict.winner.split()[1]} to --formats"
+    if plan.budget.kind == "max_damage":
+        text += f"; {on_tolerance(measured(rows['plan'], 'nats/token', 'plan', 'test', seed), plan.budget.value)}"
     sizes = {name: size_of(modules, assignment, info) for name, assignment in others.items()}
     damage = measured(rows["plan"], "nats/token", "plan", "test", seed)
     lines = [
@@ -114,7 +136,7 @@ def _judge(
             "damage": PlanDamage(plan.damage.predicted, damage),
             "baselines": lines,
             "recommended": verdict.recommended,
-            "verdict": verdict.text,
+            "verdict": text,
         }
     )
     size = plan.size

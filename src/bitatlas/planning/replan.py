@@ -27,7 +27,9 @@ def replan(folder: Path, budget: Budget) -> Plan:
     scores = _scores_used(atlas, [unit.name for unit in units], formats)
     costs = costs_of(budget, units, formats, atlas.model)
     if costs.limit is None:
-        best = choose_smallest(scores, costs.cost, budget.value, lambda plans: predicted(scores, plans))[0]
+        best = choose_smallest(
+            scores, costs.cost, budget.value, lambda plans: predicted(scores, plans), where="are predicted to do"
+        )[0]
     else:
         best = candidates(scores, costs.cost, costs.limit)[0]
     seed = int(atlas.settings["seed"])
@@ -48,9 +50,34 @@ def predicted(scores: Scores, plans: Mapping[str, np.ndarray]) -> dict[str, floa
 
 
 def write_plan(plan: Plan, folder: Path, out: Path | None) -> Path:
-    """Write the plan to `out`, or to the survey's folder under a name that says its budget."""
-    file = out or folder / f"plan-{plan.budget.kind}-{plan.budget.value:g}.json"
-    if file.resolve() == (folder / "plan.json").resolve():
-        raise UserError(f"--out {file}: that is the survey's own, verified plan; choose another name")
-    write_text(file, to_json(plan))
+    """Write the plan to `out`, or to the survey's folder under a name that says its budget.
+
+    Only an earlier plan is written over: UserError for any other file, a folder, or a place that cannot be written to.
+    """
+    file = out or folder / f"plan-{plan.budget.kind}-{_plain(plan.budget.value)}.json"
+    try:
+        if file.resolve() == (folder / "plan.json").resolve():
+            raise UserError(f"--out {file}: that is the survey's own, verified plan; choose another name")
+        if not file.parent.is_dir():
+            raise UserError(f"--out {file}: there is no folder {file.parent}")
+        if file.is_dir():
+            raise UserError(f"--out {file}: is a folder; give a file")
+        if file.exists() and not _is_plan(file):
+            raise UserError(f"--out {file}: exists and is not a bitatlas plan; choose another name")
+        write_text(file, to_json(plan))
+    except (OSError, RuntimeError) as error:  # RuntimeError: links in a circle
+        reason = getattr(error, "strerror", None) or "links in a circle"
+        raise UserError(f"--out {file}: cannot be written ({reason.lower()})") from None
     return file
+
+
+def _plain(value: float) -> str:
+    """All digits, so that two budgets never share a file: 3.0 -> "3", 4294967296.0 -> "4294967296"."""
+    return str(int(value)) if value.is_integer() else repr(value)
+
+
+def _is_plan(file: Path) -> bool:
+    try:
+        return file.is_file() and bool(read_record(file, Plan))
+    except UserError:
+        return False

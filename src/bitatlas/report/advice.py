@@ -1,23 +1,36 @@
-"""What the report advises: the answer in one sentence, and the four parts of the optimization strategy.
+"""What the report advises: the answer in two sentences, and the four parts of the optimization strategy.
 
 Both follow from verdicts and the plan in the atlas; nothing is weighed anew here. A plan that lost to a baseline is not recommended,
-and a task that does not beat chance supports no advice about bits.
+and a task that does not beat chance supports no advice about bits. A layer's verdict says how harmful the layer is, not how many bits
+it gets: the plan decides that by module.
 """
 
 from __future__ import annotations
 
+import re
 from dataclasses import dataclass
 
-from bitatlas.records import Atlas, Finding
-from bitatlas.report.facts import low_share, narrowest_bits, precision_name, task_names, width_of, with_verdict
+from bitatlas.findings.verdict import relation
+from bitatlas.records import Atlas, Finding, Plan
+from bitatlas.report.facts import (
+    low_share,
+    narrowest_bits,
+    outside_formats,
+    precision_name,
+    task_names,
+    whole_layers,
+    width_of,
+    with_verdict,
+)
 from bitatlas.words import NOT_MEASURED, byte_size, interval, named_layers, number, percent
 
 # --- the answer ------------------------------------------------------------------------------------------------------
 
 
 def answer(atlas: Atlas) -> str:
-    """The run's answer in one sentence: what the plan does, which layers must stay wide, which can go narrow."""
-    return f"{_plan_clause(atlas)}; {_layer_clause(atlas)}."
+    """The run's answer: what the plan does or why it is not recommended, which layers are critical, which safe."""
+    layers = _layer_clause(atlas)
+    return f"{_plan_clause(atlas)}. {layers[:1].upper()}{layers[1:]}."
 
 
 def _plan_clause(atlas: Atlas) -> str:
@@ -26,8 +39,7 @@ def _plan_clause(atlas: Atlas) -> str:
         return "No plan was made"
     size = f"{number(plan.size.code_bits, 2)} code bits ({byte_size(plan.size.total_bytes)} for the whole model)"
     if plan.recommended is False:
-        why = " ".join(plan.verdict.split()).rstrip(".;") or "a baseline of its size does less damage"
-        return f"No mixed plan is recommended at {size}: {why}"
+        return f"Mixed plan not recommended at {size}: {_reason(plan).rstrip('.;') or 'a baseline of its size does less damage'}"
     damage = interval(plan.damage.measured, unit=True)
     ends = [u for u in atlas.uniform if u.format in (atlas.high, atlas.low)]
     uniform = [f"{interval(u.damage)} at uniform {width_of(atlas, u.format)}" for u in ends]
@@ -36,17 +48,41 @@ def _plan_clause(atlas: Atlas) -> str:
     return f"At {size} the mixed plan does {damage} of damage{against}{judged}"
 
 
+def _reason(plan: Plan) -> str:
+    """The verdict's reason on one line, without the word that is printed before it.
+
+    Where a format that was not in --formats does less damage than the plan, it ends with the advice to add it.
+    """
+    reason = re.sub(r"^not recommended: *", "", " ".join(plan.verdict.split()), flags=re.IGNORECASE)
+    ours = plan.damage.measured
+    if plan.recommended is not False or ours is None or "to --formats" in reason:
+        return reason
+    less = [b for b in plan.baselines if b.damage.mean < ours.mean]
+    outside = outside_formats(b.name for b in sorted(less, key=lambda b: b.damage.mean))
+    return f"{reason.rstrip('.;')}; add {outside[0]} to --formats".lstrip("; ") if outside else reason
+
+
 def _layer_clause(atlas: Atlas) -> str:
     if not atlas.layers:
         return "the layers were not measured"
     critical, safe, open_ = (with_verdict(atlas, verdict) for verdict in ("critical", "safe", "uncertain"))
-    high, low = width_of(atlas, atlas.high), width_of(atlas, atlas.low)
-    one = len(critical) == 1
-    stay = f"{named_layers(critical)} {'is' if one else 'are'} critical and should get {high} first"
-    stay = stay if critical else f"no layer is shown to need {high}"
-    go = f"{named_layers(safe)} can go to {low}" if safe else f"no layer is shown safe at {low}"
-    rest = f"{named_layers(open_)} {'is' if len(open_) == 1 else 'are'} uncertain" if open_ else "none is uncertain"
-    return f"{stay}, {go}, and {rest}"
+    low = width_of(atlas, atlas.low)
+    stay = f"{_are(critical)} critical ({_harm('critical', critical)})" if critical else "no layer is shown to be critical"
+    go = f"{_are(safe)} safe at {low} ({_harm('safe', safe)})" if safe else f"no layer is shown to be safe at {low}"
+    rest = f"{_are(open_)} uncertain" if open_ else "none is uncertain"
+    decides = "; the plan decides by module" if atlas.plan else ""
+    return f"{stay}, {go}, and {rest}{decides}"
+
+
+def _are(layers: list[int]) -> str:
+    return f"{named_layers(layers)} {'is' if len(layers) == 1 else 'are'}"
+
+
+def _harm(verdict: str, layers: list[int]) -> str:
+    """What a verdict on layers says, and no more than was measured."""
+    its = "its" if len(layers) == 1 else "their"
+    within = f"less harmful than {its} size, and within the tolerance if lowered alone"
+    return f"more harmful than {its} size" if verdict == "critical" else within
 
 
 # --- the strategy ----------------------------------------------------------------------------------------------------
@@ -81,7 +117,8 @@ def _mixed(atlas: Atlas) -> list[str]:
         lines.append(f"Plan: {number(size.code_bits, 2)} code bits, {number(size.stored_bits, 2)} stored bits")
         lines.append(f"Whole model: {byte_size(size.total_bytes)}, from {byte_size(atlas.model.total_bytes)}")
         lines.append(f"Damage: {interval(atlas.plan.damage.measured, unit=True)}")
-        lines.append(plan_verdict(atlas))
+        lines += [f"{part[:1].upper()}{part[1:]}" for part in plan_verdict(atlas).split("; ")]
+        lines += _by_layers(atlas)
     open_ = with_verdict(atlas, "uncertain")
     if open_:
         lines.append(f"Uncertain, so left to the plan: {named_layers(open_)}")
@@ -93,8 +130,19 @@ def plan_verdict(atlas: Atlas) -> str:
     if atlas.plan is None:
         return "No plan was made"
     word = {True: "Recommended", False: "Not recommended", None: "Not judged against baselines"}[atlas.plan.recommended]
-    reason = " ".join(atlas.plan.verdict.split())
+    reason = _reason(atlas.plan)
     return f"{word}: {reason}" if reason else word
+
+
+def _by_layers(atlas: Atlas) -> list[str]:
+    """What raising whole layers by criticality does at the plan's size, where that was measured."""
+    other = whole_layers(atlas)
+    if other is None:
+        return []
+    said = f"Raising whole critical layers instead does {interval(other.damage, unit=True)} at the same size"
+    if other.difference is None:
+        return [said]
+    return [f"{said}; the plan {relation(other.difference)} it (plan minus this: {interval(other.difference)})"]
 
 
 def _group_title(atlas: Atlas, verdict: str) -> str:
@@ -102,9 +150,10 @@ def _group_title(atlas: Atlas, verdict: str) -> str:
     if not atlas.layers:
         return f"Layers: {NOT_MEASURED}"
     if not layers:
-        return f"No layer shown safe at {width}" if verdict == "safe" else f"No layer shown to need {width}"
+        return f"No layer shown to be safe at {width}" if verdict == "safe" else "No layer shown to be critical"
     name = named_layers(layers)
-    return f"{name[:1].upper()}{name[1:]}: {width} safe" if verdict == "safe" else f"{name[:1].upper()}{name[1:]}: keep {width}"
+    heading = f"{width} safe" if verdict == "safe" else f"keep {width} first"
+    return f"{name[:1].upper()}{name[1:]}: {heading}"
 
 
 def _group(atlas: Atlas, verdict: str) -> list[str]:
@@ -112,11 +161,11 @@ def _group(atlas: Atlas, verdict: str) -> list[str]:
     if not layers:
         meaning = "below 1, and damage within the tolerance" if verdict == "safe" else "above 1"
         return [f"It would take a criticality whose interval lies {meaning}"]
-    lines = [f"{len(layers)} of {len(atlas.layers)} layers"]
-    share = low_share(atlas, layers)
-    if share is not None:
-        lines.append(f"The plan, by module, puts {percent(share, 0)} of their weights at {narrowest_bits(atlas)}-bit")
-    return lines
+    count = f"{len(layers)} of {len(atlas.layers)} layers, {_harm(verdict, layers)}"
+    share, its = low_share(atlas, layers), "its" if len(layers) == 1 else "their"
+    if share is None:
+        return [count, "Bits are decided by module, in a plan; none was made"]
+    return [count, f"The plan decides by module: {percent(share, 0)} of {its} weights at {narrowest_bits(atlas)}-bit"]
 
 
 def task_claim(atlas: Atlas) -> Finding | None:

@@ -61,13 +61,16 @@ def overview_of(atlas: Atlas) -> Overview:
     chosen = facts.select_layers(atlas)
     layers = [record for record in atlas.layers if record.layer in chosen]
     attention = {record.layer: record for record in facts.attention_at(atlas)}
+    lowered = {record.layer: record for record in facts.attention_at(atlas, f"uniform:{atlas.low}")}
+    low = facts.width_of(atlas, atlas.low)
     seen = [layer for layer in chosen if attention]
     nothing = words.NOT_MEASURED
     return Overview(
         f"{facts.title_of(atlas).upper().replace(' VS ', ' vs ')} QUANTIZATION ANALYSIS",
         [_task(atlas, i, score) for i, score in enumerate(atlas.tasks)] or [Card("NOTASKS", "Tasks", [nothing])],
         [_layer(atlas, record) for record in layers] or [Card("NOLAYERS", "Layer criticality", [nothing])],
-        [_attention(layer, attention.get(layer)) for layer in seen] or [Card("NOATTENTION", "Attention", [nothing])],
+        [_attention(layer, attention.get(layer), lowered.get(layer), low) for layer in seen]
+        or [Card("NOATTENTION", "Attention", [nothing])],
         [_zone(atlas, i, zone) for i, zone in enumerate(atlas.zones)] or [Card("NOZONES", "Zones", [nothing])],
         [Card(part.key, part.title, part.lines, "recommendation") for part in advice.strategy(atlas)],
         [*_task_links(atlas, layers), *_zone_links(atlas, layers, seen)],
@@ -98,7 +101,8 @@ def _layer(atlas: Atlas, record: Layer) -> Card:
     return Card(f"L{record.layer}", f"Layer {record.layer}", lines + planned, css, record.verdict.upper())
 
 
-def _attention(layer: int, record: AttentionLayer | None) -> Card:
+def _attention(layer: int, record: AttentionLayer | None, lowered: AttentionLayer | None, low: str) -> Card:
+    """Attention of a layer; `lowered` is the same in the whole model at the low width, beside it where both were measured."""
     title = f"Layer {layer} attention"
     if record is None:
         return Card(f"ATT{layer}", title, [words.NOT_MEASURED], "attention")
@@ -107,6 +111,9 @@ def _attention(layer: int, record: AttentionLayer | None) -> Card:
         f"Head spec: {words.interval(record.specialization_percent)}",
         f"Reasoning: {words.interval(record.focus_percent)}",
     ]
+    if lowered is not None and record.base == "reference":
+        lines.insert(1, f"at {low}: {words.interval(lowered.entropy)}")
+        lines.insert(3, f"at {low}: {words.interval(lowered.specialization_percent)}")
     return Card(f"ATT{layer}", title, lines, "attention")
 
 

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from markupsafe import Markup
 
 from bitatlas import words
-from bitatlas.records import Atlas, Baseline, Measured
+from bitatlas.records import Atlas, Baseline, CurvePoint, Measured
 from bitatlas.report import facts, svg
 from bitatlas.report.heat import bits_cell
 from bitatlas.report.svg import Canvas
@@ -21,6 +21,7 @@ from bitatlas.report.svg import Canvas
 SHAPE_OF = {"critical": "diamond", "safe": "circle", "uncertain": "triangle"}
 KIND_MARKS = {"uniform": ("square", "c-ink"), "plan": ("diamond", "c-plan"), "random": ("circle", "c-muted")}
 BYTE_UNITS = ((1e12, "TB"), (1e9, "GB"), (1e6, "MB"), (1e3, "kB"), (0, "bytes"))
+LONGEST_NAME = 37  # characters of a name on the left of a forest plot
 BASELINE_MARK = ("triangle", "c-baseline")
 
 
@@ -130,18 +131,19 @@ def size_damage(atlas: Atlas, width: int) -> Markup | None:
     if not atlas.curve:
         return None
     c = Canvas(width, 380 if width > 500 else 340, left=58, right=18, top=28, bottom=42)
-    largest = max(point.total_bytes for point in atlas.curve)
+    points = list({point.name: point for point in reversed(atlas.curve)}.values())[::-1]  # a uniform baseline comes twice
+    largest = max(point.total_bytes for point in points)
     unit, name = next(pair for pair in BYTE_UNITS if largest >= pair[0])
-    sizes = [point.total_bytes / unit for point in atlas.curve]
+    sizes = [point.total_bytes / unit for point in points]
     x_low, x_high = svg.nice_range(sizes)
-    y_low, y_high = svg.log_range([end for p in atlas.curve for end in (p.damage.mean, *_ends(p.damage))])
+    y_low, y_high = svg.log_range([end for p in points for end in (p.damage.mean, *_ends(p.damage))])
     x, y = svg.linear(x_low, x_high, c.x0, c.x1), svg.logarithmic(y_low, y_high, c.y0, c.y1)
     c.y_axis(y, svg.log_ticks(y_low, y_high), "damage, nats/token (log)")
     c.x_axis(x, svg.ticks(x_low, x_high, 6 if width > 500 else 4), f"size of the whole model, {name}")
-    line = sorted((p.total_bytes, p.damage.mean) for p in atlas.curve if p.kind == "uniform")
+    line = sorted((p.total_bytes, p.damage.mean) for p in points if _is_uniform(p))
     c.path([(x(size / unit), y(damage)) for size, damage in line], "join")
-    for point in sorted(atlas.curve, key=lambda p: p.kind == "plan"):
-        shape, css = KIND_MARKS.get(point.kind, BASELINE_MARK)
+    for point in sorted(points, key=lambda p: p.kind == "plan"):
+        shape, css = KIND_MARKS.get("uniform" if _is_uniform(point) else point.kind, BASELINE_MARK)
         px, bottom_top = x(point.total_bytes / unit), _ends(point.damage)
         tip = (
             f"{point.name}: {words.interval(point.damage, unit=True)}; {words.byte_size(point.total_bytes)}, "
@@ -149,19 +151,41 @@ def size_damage(atlas: Atlas, width: int) -> Markup | None:
         )
         c.whisker(px, y(bottom_top[0]), y(bottom_top[1]), css)
         c.mark(px, y(point.damage.mean), shape, css, tip, {"plan": 6, "random": 2.5}.get(point.kind, 4.5))
-    for point in atlas.curve:  # names above all marks
-        if point.kind in ("uniform", "plan"):
-            px = x(point.total_bytes / unit)
-            _beside(c, px, y(point.damage.mean), point.name, point.kind == "plan")
+    named = [p for p in points if _is_uniform(p) or p.kind == "plan"]
+    _names(c, [(x(p.total_bytes / unit), y(p.damage.mean), p.name, p.kind == "plan") for p in named])
     return c.svg("Damage against size of the whole model, log damage axis, with 95% intervals")
 
 
-def _beside(c: Canvas, x: float, y: float, name: str, plan: bool) -> None:
-    """A point's name: the plan's below on the left, the others' above on the right, or on the left where the edge is near."""
-    text = "plan" if plan else svg.cut(name.removeprefix("uniform "), 16)
-    left = plan or x + 12 + svg.GLYPH * len(text) > c.x1
+def _is_uniform(point: CurvePoint) -> bool:
+    """Whether a point belongs to the line of uniform formats: those of the run, and baselines outside --formats."""
+    return point.kind == "uniform" or point.name.startswith("uniform ")
+
+
+def _names(c: Canvas, marks: Sequence[tuple[float, float, str, bool]]) -> None:
+    """Names of (x, y, name, is the plan) above all marks: the plan's below on the left, the uniform formats' above on the right.
+
+    Where a uniform format lies just under the plan it is the other way round, so that each name stands at its own mark.
+    """
+    plans = [(x, y) for x, y, _, plan in marks if plan]
+
+    def under(x: float, y: float, top: tuple[float, float]) -> bool:
+        return abs(x - top[0]) < 70 and 0 <= y - top[1] < 70
+
+    for x, y, name, plan in marks:
+        if plan:
+            below = not any(under(a, b, (x, y)) for a, b, _, other in marks if not other)
+        else:
+            below = any(under(x, y, top) for top in plans)
+        _beside(c, x, y, name, plan, below)
+
+
+def _beside(c: Canvas, x: float, y: float, name: str, plan: bool, below: bool) -> None:
+    """A point's name: below on the left or above on the right, on the other side where the edge is near."""
+    text = "plan" if plan else svg.cut(name.removeprefix("uniform ").removesuffix(facts.OUTSIDE), 16)
+    room = 12 + svg.GLYPH * len(text)
+    left = x - room > c.x0 if below else x + room > c.x1
     css = "label strong" if plan else "label"
-    c.text(x - 10 if left else x + 10, y + (16 if plan else -7), text, css, "end" if left else "start")
+    c.text(x - 10 if left else x + 10, y + (16 if below else -7), text, css, "end" if left else "start")
 
 
 @dataclass(frozen=True)
@@ -190,7 +214,8 @@ def forest(
         y += 30 if row.heading else 0
         tops.append(y)
         y += pitch
-    left, right = (min(236.0, 24 + svg.GLYPH * max(len(svg.cut(r.name, 32)) for r in rows)), 176.0) if wide else (10.0, 10.0)
+    longest = max(len(svg.cut(row.name, LONGEST_NAME)) for row in rows)
+    left, right = (24 + svg.GLYPH * longest, 176.0) if wide else (10.0, 10.0)
     c = Canvas(width, int(y + 44), left=left, right=right, top=10, bottom=40)
     make = svg.logarithmic if scale_of == "log" else svg.linear
     x = make(*limits, c.x0, c.x1)
@@ -213,11 +238,12 @@ def _forest_row(c: Canvas, row: Row, x: svg.Scale, top: float, wide: bool) -> No
     c.mark(x(row.mean), y, row.shape, row.css, f"{row.heading} {row.name}: {row.value}".strip(), 5)
     strong = "label strong" if row.css == "c-plan" else "label"
     if wide:
-        c.text(c.left - 14, y + 4, svg.cut(row.name, 32), strong, "end")
+        c.text(c.left - 14, y + 4, svg.cut(row.name, LONGEST_NAME), strong, "end")
         c.text(c.width - 2, y + 4, row.value, "value", "end")
     else:
         room = int((c.width - 12) / svg.GLYPH) - len(row.value)
-        c.text(2, top + 13, svg.cut(row.name, room), strong)
+        name = row.name if len(row.name) <= room else row.name.removeprefix("uniform ")
+        c.text(2, top + 13, svg.cut(name, room), strong)
         c.text(c.width - 2, top + 13, row.value, "value", "end")
 
 
@@ -246,13 +272,11 @@ def _is_random(baseline: Baseline) -> bool:
 
 def tasks(atlas: Atlas, width: int) -> Markup | None:
     """Accuracy at each precision with its Wilson interval; a tick marks chance."""
-    colours = {"reference": ("c-ink", "circle"), "plan": ("c-plan", "diamond")}
-    colours |= {f"uniform:{atlas.high}": ("c-high", "square"), f"uniform:{atlas.low}": ("c-low", "triangle")}
     rows, seen = [], ""
     for score in sorted(atlas.tasks, key=lambda s: facts.task_names(atlas).index(s.task)):
         if not score.n:
             continue
-        css, shape = colours.get(score.precision, ("c-muted", "circle"))
+        css, shape = facts.precision_mark(atlas, score.precision)
         low, high = (100 * end for end in score.wilson95)
         mean = 100 * score.correct / score.n
         value = f"{words.number(mean, 1)}% [{words.number(low, 1)}, {words.number(high, 1)}]"

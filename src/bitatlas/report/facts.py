@@ -6,12 +6,14 @@ Left out: any new estimate. A figure that is not in the atlas, or plain arithmet
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterable
 
-from bitatlas.records import Atlas, AttentionLayer, Finding, Layer, Measured, Module, TaskPair, Zone
+from bitatlas.records import Atlas, AttentionLayer, Baseline, Finding, Layer, Measured, Module, TaskPair, Zone
 from bitatlas.words import NOT_MEASURED, interval, named_layers, number, p_value, percent, runs
 
 SHOWN_LAYERS = 8  # of a drawing with one box a layer; the tables list all
+OUTSIDE = " (not in --formats)"  # ends the name of a uniform baseline whose format the plan could not choose
 
 
 def basis(measured: Iterable[Measured | None]) -> str:
@@ -19,7 +21,7 @@ def basis(measured: Iterable[Measured | None]) -> str:
     seen: dict[tuple[str, int], list[str]] = {}
     for m in measured:
         if m is not None:
-            rows = f"{m.rows} rows" if m.rows in ("fit", "select", "test") else m.rows
+            rows = f"{m.rows} rows" if m.rows in ("fit", "select", "test") else m.rows.replace("items:", "items of ")
             bases = seen.setdefault((rows, m.n), [])
             bases += [] if m.base in bases else [m.base]
     parts = []
@@ -46,6 +48,13 @@ def precision_name(atlas: Atlas, precision: str) -> str:
         return f"plan ({number(atlas.plan.size.code_bits, 2)}-bit)"
     kind, _, name = precision.partition(":")
     return width_of(atlas, name) if kind == "uniform" and name in (atlas.high, atlas.low) else name or precision
+
+
+def precision_mark(atlas: Atlas, precision: str) -> tuple[str, str]:
+    """Colour class and shape of a precision, the same in every chart that compares precisions."""
+    marks = {"reference": ("c-ink", "circle"), "plan": ("c-plan", "diamond")}
+    marks |= {f"uniform:{atlas.high}": ("c-high", "square"), f"uniform:{atlas.low}": ("c-low", "triangle")}
+    return marks.get(precision, ("c-muted", "circle"))
 
 
 def title_of(atlas: Atlas) -> str:
@@ -171,6 +180,21 @@ def attention_at(atlas: Atlas, base: str | None = None) -> list[AttentionLayer]:
     return sorted((a for a in atlas.attention if a.base == wanted), key=lambda a: a.layer)
 
 
+# --- the plan's baselines ----------------------------------------------------------------------------------------------
+
+
+def outside_formats(names: Iterable[str]) -> list[str]:
+    """Formats of the uniform baselines that the plan could not choose, from the names of plans; each once."""
+    found = (name.removeprefix("uniform ").removesuffix(OUTSIDE) for name in names if name.endswith(OUTSIDE))
+    return list(dict.fromkeys(found))
+
+
+def whole_layers(atlas: Atlas) -> Baseline | None:
+    """The baseline that raises whole layers, the most critical first; None where it was not measured."""
+    baselines = atlas.plan.baselines if atlas.plan else []
+    return next((one for one in baselines if one.name == "most critical layers high"), None)
+
+
 # --- tasks -----------------------------------------------------------------------------------------------------------
 
 
@@ -205,14 +229,16 @@ def findings_by_topic(atlas: Atlas) -> dict[str, list[Finding]]:
     return {title: found for title, found in grouped.items() if found}
 
 
+_INTERVAL = re.compile(r"\[[−\d., ]+\]")
+_P_VALUE = re.compile(r"\bp [=<] ")
+
+
 def evidence(finding: Finding) -> list[str]:
-    """Interval and p of a finding, unless its sentence gives them already."""
+    """Interval and p of a finding; not the interval where its sentence has one, nor p where it has that."""
     parts = []
-    if finding.evidence is not None:
-        text = interval(finding.evidence, unit=True)
-        bracket = text[text.find("[") : text.find("]") + 1]
-        parts += [] if bracket and bracket in finding.text else [text]
-    if finding.p_value is not None and "p = " not in finding.text:
+    if finding.evidence is not None and not _INTERVAL.search(finding.text):
+        parts.append(interval(finding.evidence, unit=True))
+    if finding.p_value is not None and not _P_VALUE.search(finding.text):
         p = p_value(finding.p_value)
         parts.append(f"p {p}" if p.startswith("<") else f"p = {p}")
     return parts

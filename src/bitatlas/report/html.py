@@ -26,7 +26,7 @@ from bitatlas.report.markdown import markdown
 from bitatlas.report.mermaid import overview
 from bitatlas.report.tables import Table, tables
 
-_KEPT = re.compile(r"(\[[−0-9., ]+\])|\d+–\d+|\b\d-bit\b")
+_KEPT = re.compile(r"(\[[−0-9., ]+\])|\d+–\d+|\b\d-bit\b|(?<!\w)--[a-z]+")
 LONG_TABLE = 12  # rows from which a table starts folded
 LONG_LAYERS = 40  # the same for the table of layers
 
@@ -56,7 +56,7 @@ def html(atlas: Atlas) -> str:
         rows=diagram.rows(atlas),
         link_note=LINK_NOTE,
         mermaid=overview(atlas),
-        panels=panels.profile_panels(atlas),
+        panels={"Attention": panels.attention_panels(atlas), "Weights": panels.weight_panels(atlas)},
         tables={table.key: table for table in tables(atlas)},
         strategy=advice.strategy(atlas),
         findings=facts.findings_by_topic(atlas),
@@ -72,7 +72,7 @@ def html(atlas: Atlas) -> str:
 
 
 def keep_together(text: str) -> Markup:
-    """Escaped text in which intervals, ranges and widths are not torn apart at a line's end, and intervals stand back."""
+    """Escaped text in which intervals, ranges, widths and options are not torn apart at a line's end, and intervals stand back."""
     return Markup(_KEPT.sub(lambda m: f'<span class="{"ci" if m[1] else "nb"}">{m[0]}</span>', str(escape(text))))
 
 

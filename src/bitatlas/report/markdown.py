@@ -15,6 +15,7 @@ from bitatlas.report.mermaid import overview
 from bitatlas.report.tables import Table, tables
 
 MARKS = {"holds": "✅", "does not hold": "❌", "inconclusive": "⚠️", "critical": "🔴", "safe": "✅", "uncertain": "⚠️"}
+MARKS |= {"falls": "📉", "rises": "📈"}
 
 # an interval of numbers is no link, and an underscore between word characters is no emphasis: both stay readable
 _ESCAPED = re.compile(r"(\[[−0-9., ]+\](?![\[(:])|(?<=[^\W_])_(?=[^\W_]))|([\\`*_\[\]{}#|~$!@])")
@@ -61,8 +62,8 @@ def _critical_mark(line: str) -> str:
 def _finding_line(finding: Finding) -> str:
     rests = facts.evidence(finding)
     evidence = f" ({escape('; '.join(rests))})" if rests else ""
-    mark = MARKS.get(finding.verdict, "•")
-    return f"- {mark} {escape(finding.claim)}: **{escape(finding.verdict)}**. {escape(finding.text)}{evidence}"
+    mark = f"{MARKS[finding.verdict]} " if finding.verdict in MARKS else ""
+    return f"- {mark}{escape(finding.claim)}: **{escape(finding.verdict)}**. {escape(finding.text)}{evidence}"
 
 
 def _strategy(atlas: Atlas) -> list[str]:
@@ -73,7 +74,10 @@ def _strategy(atlas: Atlas) -> list[str]:
         lines.append(f"- {marks[part.key]} **{escape(part.title)}**" + (f": {escape(detail)}." if detail else ""))
     blocks = ["## Optimization Strategy", "\n".join(lines)]
     if atlas.plan is not None and atlas.plan.recommended is not False:
-        blocks.append("To make the quantized model: `bitatlas apply MODEL plan.json --out DIR`.")
+        blocks.append(
+            "To check the plan on a model: `bitatlas verify MODEL plan.json`. "
+            "For another size without measuring again: `bitatlas plan DIR --code-bits BITS`."
+        )
     return blocks
 
 

@@ -28,7 +28,7 @@ GROUPS = (
     ("EFFECTS", "⚡ Quantization Effects"),
     ("RECOMMENDATIONS", "💡 Optimization Strategy"),
 )
-LONGEST = 160  # characters of one line of a label: longer text is cut; the tables have it whole
+LONGEST = 240  # characters of one line of a label: longer text is cut; the tables have it whole
 
 # an interval of numbers stays readable; every other character outside the list becomes an entity
 _ESCAPED = re.compile(r"(\[[−0-9., ]+\])|([^\w .,:()%+=/?×–—…\-−✅⚠️🔴🎯])")

@@ -7,15 +7,17 @@ Left out: a chart a head; the Parquet tables have every head.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from markupsafe import Markup
 
 from bitatlas import words
-from bitatlas.records import Atlas, AttentionLayer, Measured, WeightProfile
+from bitatlas.records import Atlas, Measured, WeightProfile
 from bitatlas.report import facts, svg
 from bitatlas.report.svg import Canvas
 
+SIGNS = {"circle": "●", "square": "■", "triangle": "▲", "diamond": "◆"}  # the shapes as text, for legends
+DISTANCE = "Jensen-Shannon distance, 0..1"
 Value = Callable[[WeightProfile], float | None]
 
 
@@ -31,11 +33,12 @@ class Series:
 
 @dataclass(frozen=True)
 class Panel:
-    """A small chart: one measure a layer; None where it was not measured."""
+    """A small chart: one measure a layer; None where it was not measured. `keys`: (shape, css class, meaning) of its series."""
 
     title: str
     caption: str
     drawing: Markup | None
+    keys: list[tuple[str, str, str]] = field(default_factory=list)
 
 
 def _series(name: str, css: str, shape: str, values: Sequence[tuple[int, Measured | None]]) -> Series:
@@ -61,11 +64,13 @@ def panel(series: Sequence[Series], label: str, rule: float | None = None, zero:
     c.y_axis(y, svg.ticks(low, high, 4), label)
     if rule is not None:
         c.line(c.x0, y(rule), c.x1, y(rule), "rule")
-    size = max(1.4, min(3.4, step / 4))
-    for one in series:
-        c.path([(centre(layers.index(p[0])), y(p[1])) for p in one.points], f"join {one.css}")
+    size = max(1.4, min(3.4, step / (4 if len(series) < 2 else 5)))
+    apart = min(3.0, 0.5 * step / len(series))  # px between the series of a layer, so that equal values do not hide each other
+    for place, one in enumerate(series):
+        aside = apart * (place - (len(series) - 1) / 2)
+        c.path([(centre(layers.index(p[0])) + aside, y(p[1])) for p in one.points], f"join {one.css}")
         for layer, mean, bottom, top in one.points:
-            x = centre(layers.index(layer))
+            x = centre(layers.index(layer)) + aside
             if top > bottom:
                 c.whisker(x, y(bottom), y(top), one.css, cap=min(2, step / 4))
             c.mark(x, y(mean), one.shape, one.css, f"Layer {layer}, {one.name}: {words.number(mean)}", size)
@@ -73,26 +78,27 @@ def panel(series: Sequence[Series], label: str, rule: float | None = None, zero:
     return c.svg(f"{', '.join(one.name for one in series)} by layer: {label}")
 
 
-def profile_panels(atlas: Atlas) -> list[Panel]:
-    """Attention and weights by layer, always the same nine."""
-    records = facts.attention_at(atlas)
-    blue = ("c-high", "circle")
+def attention_panels(atlas: Atlas) -> list[Panel]:
+    """Attention by layer, always the same six, with every precision that was measured in each."""
+    return [
+        _overlay(atlas, "Attention entropy", "0 one key, 1 all alike; sinks removed", "entropy", "entropy, 0..1"),
+        _overlay(atlas, "Head specialization", "Heads with a recognized role", "specialization_percent", "% of heads"),
+        _overlay(atlas, "Reasoning focus", "0 is chance; negative is possible", "focus_percent", "% above chance", 0.0),
+        _overlay(atlas, "Sink mass", "Attention on sink keys", "sink_mass", "% of attention"),
+        _overlay(atlas, "Local drift", "From the reference's maps, same inputs", "drift_local", DISTANCE),
+        _overlay(atlas, "Cumulative drift", "From the reference's maps, whole model", "drift_cumulative", DISTANCE),
+    ]
 
-    def one(name: str, pick: str) -> list[Series]:
-        return [_series(name, *blue, [(a.layer, getattr(a, pick)) for a in records])]
+
+def weight_panels(atlas: Atlas) -> list[Panel]:
+    """Weights by layer, always the same four."""
 
     def weights(value: Value) -> list[Series]:
         return _weights(atlas, value)
 
-    special, focus = one("specialization", "specialization_percent"), one("focus", "focus_percent")
     energy = f"‖W − Q(W)‖² / ‖W‖² at {atlas.low}"
     tail = weights(lambda p: p.outlier_ratio)
     return [
-        Panel("Attention entropy", "0 one key, 1 all alike; sinks removed", panel(one("entropy", "entropy"), "entropy, 0..1")),
-        Panel("Head specialization", "Heads with a recognized role", panel(special, "% of heads")),
-        Panel("Reasoning focus", "0 is chance; negative is possible", panel(focus, "% above chance", 0.0)),
-        Panel("Sink mass", "Attention on sink keys", panel(one("sink mass", "sink_mass"), "% of attention")),
-        Panel("Attention drift", _drift_caption(atlas), panel(_drift(atlas), "Jensen-Shannon distance, 0..1")),
         Panel("Sparsity", "Weights with |w| below 1% of σ", panel(weights(lambda p: 100 * p.sparsity), "% of weights")),
         Panel("Excess kurtosis", "0 for a normal distribution", panel(weights(lambda p: p.kurtosis), "kurtosis")),
         Panel("Quantization error", energy, panel(weights(_error_at(atlas.low)), "% of the weights' energy")),
@@ -100,25 +106,18 @@ def profile_panels(atlas: Atlas) -> list[Panel]:
     ]
 
 
-def drift_base(atlas: Atlas) -> str | None:
-    """The model whose drift is drawn: the plan, else the low uniform plan, else any that was measured."""
-    bases = list(dict.fromkeys(a.base for a in atlas.attention if a.drift_local or a.drift_cumulative))
-    return next((base for base in ("plan", f"uniform:{atlas.low}", *bases) if base in bases), None)
-
-
-def _drift_caption(atlas: Atlas) -> str:
-    base = drift_base(atlas)
-    return f"{facts.precision_name(atlas, base)} against the reference: ● local, ■ cumulative, ▲ noise floor" if base else ""
-
-
-def _drift(atlas: Atlas) -> list[Series]:
-    base = drift_base(atlas)
-    records: list[AttentionLayer] = facts.attention_at(atlas, base) if base else []
-    return [
-        _series("local drift", "c-high", "circle", [(a.layer, a.drift_local) for a in records]),
-        _series("cumulative drift", "c-low", "square", [(a.layer, a.drift_cumulative) for a in records]),
-        _series("noise floor", "c-muted", "triangle", [(a.layer, a.drift_noise) for a in records]),
-    ]
+def _overlay(atlas: Atlas, title: str, caption: str, pick: str, label: str, rule: float | None = None) -> Panel:
+    """One measure at every base, side by side in each layer; a drift with its noise floor."""
+    series = []
+    for base in facts.attention_bases(atlas):
+        values = [(a.layer, getattr(a, pick)) for a in facts.attention_at(atlas, base)]
+        series.append(_series(facts.precision_name(atlas, base), *facts.precision_mark(atlas, base), values))
+    if pick.startswith("drift"):
+        noise = {a.layer: a.drift_noise for a in atlas.attention if a.drift_noise is not None}
+        series.append(_series("noise floor", "c-muted", "circle", sorted(noise.items())))
+    series = [one for one in series if one.points]
+    keys = [(SIGNS[one.shape], one.css, one.name) for one in series]
+    return Panel(title, caption, panel(series, label, rule), keys)
 
 
 def _error_at(name: str) -> Value:

@@ -9,25 +9,12 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable
-from dataclasses import dataclass, field
 
 from bitatlas import words
-from bitatlas.records import Atlas, AttentionLayer, Measured, WeightProfile
-from bitatlas.report import advice, facts
+from bitatlas.records import Atlas, Measured, WeightProfile
+from bitatlas.report import advice, attention, facts
+from bitatlas.report.table import Table
 from bitatlas.words import interval, number, percent
-
-
-@dataclass(frozen=True)
-class Table:
-    """`head` and `rows` hold plain text. `note` and `points` (sentences) stand above the rows, `empty` in their place."""
-
-    key: str
-    title: str
-    note: str
-    head: list[str]
-    rows: list[list[str]] = field(default_factory=list)
-    empty: str = "Not measured."
-    points: list[str] = field(default_factory=list)
 
 
 def tables(atlas: Atlas) -> list[Table]:
@@ -39,8 +26,9 @@ def tables(atlas: Atlas) -> list[Table]:
         plan_table,
         task_table,
         pair_table,
-        attention_table,
-        drift_table,
+        attention.profile_table,
+        attention.precision_table,
+        attention.drift_table,
         weight_table,
         folk_table,
         correlation_table,
@@ -175,56 +163,6 @@ def pair_table(atlas: Atlas) -> Table:
         if pair.text and not told
     ]
     return Table("pairs", "Task pairs", note, head, rows, "Not measured: the run was asked for no tasks.", said)
-
-
-def attention_table(atlas: Atlas) -> Table:
-    records = facts.attention_at(atlas)
-    rows = [_attention_row(record) for record in records]
-    nulls = ", ".join(dict.fromkeys(record.focus_null for record in records if record.focus_null))
-    bases = facts.attention_bases(atlas)
-    note = (
-        f"At base {bases[0] if bases else words.NOT_MEASURED}; {_rest([r.entropy for r in records])}. Sink keys removed, sink mass beside. "
-        f"Reasoning focus: 0 is chance{', corrected by ' + nulls if nulls else ''}. These describe; they set no bits."
-    )
-    head = ["Layer", "Entropy, 0..1", "Entropy, nats", "Sink mass", "Head specialization"]
-    head += ["at other κ", "Heads by role", "Reasoning focus"]
-    return Table("attention", "Attention", note, head, rows)
-
-
-def _attention_row(record: AttentionLayer) -> list[str]:
-    roles = ", ".join(f"{name} {count}" for name, count in sorted(record.roles.items()) if count) or "none"
-    at = ", ".join(f"κ {kappa}: {number(value, 0)}%" for kappa, value in sorted(record.specialization_at.items()))
-    return [
-        str(record.layer),
-        interval(record.entropy),
-        interval(record.entropy_nats),
-        interval(record.sink_mass),
-        interval(record.specialization_percent),
-        at,
-        roles,
-        interval(record.focus_percent),
-    ]
-
-
-def drift_table(atlas: Atlas) -> Table:
-    records = [a for a in atlas.attention if a.drift_local or a.drift_cumulative]
-    order = facts.attention_bases(atlas)
-    rows = [
-        [
-            facts.precision_name(atlas, a.base),
-            str(a.layer),
-            interval(a.drift_local),
-            interval(a.drift_cumulative),
-            interval(a.drift_noise),
-        ]
-        for a in sorted(records, key=lambda a: (order.index(a.base), a.layer))
-    ]
-    note = (
-        "Row-wise Jensen-Shannon distance (base 2, 0..1) between the reference's attention maps and the quantized model's: "
-        "local (reference inputs) and cumulative. Noise: bfloat16 against float32, same weights."
-    )
-    head = ["Model", "Layer", "Local drift", "Cumulative drift", "Noise floor"]
-    return Table("drift", "Attention drift", note, head, rows)
 
 
 def weight_table(atlas: Atlas) -> Table:

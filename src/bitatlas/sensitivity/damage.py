@@ -12,6 +12,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import torch
@@ -55,7 +56,8 @@ class DamageMeter:
         self.model = model
         self.bank = bank
         self.journal = journal
-        self.identity = (weights_sha256, quantizer, str(next(model.parameters()).dtype))
+        weight = next(model.parameters())
+        self.identity = (weights_sha256, quantizer, str(weight.dtype), weight.device.type)
         self.vocabulary = int(model.get_output_embeddings().weight.shape[0])  # type: ignore[operator]
 
     def plans(self, plans: Mapping[str, Assignment], rows: Tensor, progress: Progress | None = None) -> dict[str, np.ndarray]:
@@ -88,23 +90,23 @@ class DamageMeter:
     ) -> dict[str, np.ndarray]:
         """Take each (assignment, batch) from the journal, or from `logits_of(batch, missing names)`."""
         batches = rows.split(batch_rows(rows.shape[1], self.vocabulary))
-        parts: dict[str, list[list[float]]] = {name: [] for name in plans}
+        parts: dict[str, list[Any]] = {name: [] for name in plans}
         for number, batch in enumerate(batches):
             batch_sha = rows_sha256(batch)
             keys = {name: content_key("damage", self.identity, batch_sha, dict(plan)) for name, plan in plans.items()}
-            known = {name: self.journal.get(key) for name, key in keys.items()}
-            values: dict[str, list[float]] = {name: value for name, value in known.items() if value is not None}
-            missing = [name for name in plans if name not in values]
+            known = {key: self.journal.get(key) for key in keys.values()}
+            missing = {key: name for name, key in keys.items() if known[key] is None}  # equal plans once
             if missing:
                 batch = batch.to(self.model.device)  # type: ignore[arg-type]
                 reference = torch.log_softmax(self.model(input_ids=batch, use_cache=False).logits.float(), dim=-1)
-                for done, (name, logits) in enumerate(logits_of(batch, missing), start=len(plans) - len(missing) + 1):
-                    values[name] = kl_per_row(reference, logits).tolist()
-                    self.journal.put(keys[name], "damage", values[name])
+                measured = logits_of(batch, list(missing.values()))
+                for done, (name, logits) in enumerate(measured, start=len(plans) - len(missing) + 1):
+                    known[keys[name]] = kl_per_row(reference, logits).tolist()
+                    self.journal.put(keys[name], "damage", known[keys[name]])
                     if progress:
                         progress(number * len(plans) + done, len(batches) * len(plans))
-            for name in plans:
-                parts[name].append(values[name])
+            for name, key in keys.items():
+                parts[name].append(known[key])
         if progress:
             progress(len(batches) * len(plans), len(batches) * len(plans))
         return {name: np.concatenate([np.asarray(part) for part in chunks]) for name, chunks in parts.items()}
