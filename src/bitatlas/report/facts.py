@@ -9,8 +9,9 @@ from __future__ import annotations
 import re
 from collections.abc import Iterable
 
+from bitatlas.formats import by_width
 from bitatlas.records import Atlas, AttentionLayer, Baseline, Finding, Layer, Measured, Module, TaskPair, Zone
-from bitatlas.words import NOT_MEASURED, interval, named_layers, number, p_value, percent, runs
+from bitatlas.words import NOT_MEASURED, interval, listed, named_layers, number, p_value, percent, runs
 
 SHOWN_LAYERS = 8  # of a drawing with one box a layer; the tables list all
 OUTSIDE = " (not in --formats)"  # ends the name of a uniform baseline whose format the plan could not choose
@@ -202,6 +203,11 @@ def comparison(atlas: Atlas, task: str, precision: str) -> TaskPair | None:
     """How a precision compares with the reference on a task, else with the high uniform plan; None where it was not compared."""
     pairs = {(pair.first, pair.second): pair for pair in atlas.task_pairs if pair.task == task}
     return pairs.get(("reference", precision)) or pairs.get((f"uniform:{atlas.high}", precision))
+
+
+def formats_text(atlas: Atlas) -> str:
+    """The candidate formats, narrowest first: `int2_g64, int3_g64 and int4_g64`."""
+    return listed(by_width(list(atlas.formats)))
 
 
 def task_names(atlas: Atlas) -> list[str]:

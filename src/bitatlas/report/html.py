@@ -50,6 +50,7 @@ def html(atlas: Atlas) -> str:
     page = template.render(
         atlas=atlas,
         title=facts.title_of(atlas),
+        formats=facts.formats_text(atlas),
         answer=advice.answer(atlas),
         tiles=_tiles(atlas),
         figures=figures(atlas),

@@ -33,8 +33,7 @@ def markdown(atlas: Atlas) -> str:
     blocks = [
         "# Quantization Analysis Overview",
         f"## {escape(facts.title_of(atlas))} Strategic Analysis",
-        f"Model: {escape(atlas.model.name)}, quantizer {escape(atlas.quantizer)}, "
-        f"formats {escape(atlas.high)} and {escape(atlas.low)}.",
+        f"Model: {escape(atlas.model.name)}, quantizer {escape(atlas.quantizer)}, formats {escape(facts.formats_text(atlas))}.",
         f"**{escape(advice.answer(atlas))}**",
         f"```mermaid\n{overview(atlas)}```",
         escape(LINK_NOTE),
