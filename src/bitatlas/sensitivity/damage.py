@@ -27,6 +27,7 @@ Assignment = Mapping[str, str]
 Progress = Callable[[int, int], None]
 LogitsOf = Callable[[Tensor, list[str]], Iterator[tuple[str, Tensor]]]
 LOGIT_BYTES = 2**26  # of one batch's float32 logits: a few such arrays are alive at a time
+REFERENCE_BYTES = 2**28  # of the reference's log-probabilities that are kept: a search asks for the same rows again and again
 
 
 def batch_rows(row_length: int, vocabulary: int) -> int:
@@ -57,6 +58,19 @@ class DamageMeter:
         self.journal = journal
         self.identity = (weights_sha256, quantizer, str(next(model.parameters()).dtype))
         self.vocabulary = int(model.get_output_embeddings().weight.shape[0])  # type: ignore[operator]
+        self._references: dict[str, Tensor] = {}
+
+    @torch.no_grad()
+    def reference(self, batch: Tensor) -> Tensor:
+        """The reference's log-probabilities [rows, tokens, vocabulary] on a batch; call it outside any `swapped` block."""
+        key = rows_sha256(batch)
+        if key in self._references:
+            return self._references[key]
+        found = torch.log_softmax(self.model(input_ids=batch, use_cache=False).logits.float(), dim=-1)
+        kept = sum(4 * other.numel() for other in self._references.values())
+        if kept + 4 * found.numel() <= REFERENCE_BYTES:
+            self._references[key] = found
+        return found
 
     def plans(self, plans: Mapping[str, Assignment], rows: Tensor, progress: Progress | None = None) -> dict[str, np.ndarray]:
         """Damage of whole assignments, by name: float64 [rows] each, nats/token."""
@@ -94,17 +108,18 @@ class DamageMeter:
             keys = {name: content_key("damage", self.identity, batch_sha, dict(plan)) for name, plan in plans.items()}
             known = {name: self.journal.get(key) for name, key in keys.items()}
             values: dict[str, list[float]] = {name: value for name, value in known.items() if value is not None}
-            missing = [name for name in plans if name not in values]
+            missing = list({keys[name]: name for name in plans if name not in values}.values())  # equal plans once
             if missing:
                 batch = batch.to(self.model.device)  # type: ignore[arg-type]
-                reference = torch.log_softmax(self.model(input_ids=batch, use_cache=False).logits.float(), dim=-1)
+                reference = self.reference(batch)
                 for done, (name, logits) in enumerate(logits_of(batch, missing), start=len(plans) - len(missing) + 1):
                     values[name] = kl_per_row(reference, logits).tolist()
                     self.journal.put(keys[name], "damage", values[name])
                     if progress:
                         progress(number * len(plans) + done, len(batches) * len(plans))
+            by_key = {keys[name]: value for name, value in values.items()}
             for name in plans:
-                parts[name].append(values[name])
+                parts[name].append(by_key[keys[name]])
         if progress:
             progress(len(batches) * len(plans), len(batches) * len(plans))
         return {name: np.concatenate([np.asarray(part) for part in chunks]) for name, chunks in parts.items()}
