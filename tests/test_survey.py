@@ -81,7 +81,7 @@ class Interrupted(KeyboardInterrupt):
     pass
 
 
-@pytest.mark.parametrize("after", [0, 3, 40, 77])
+@pytest.mark.parametrize("after", [0, 3, 40, 77, 110])
 def test_an_interrupted_run_resumes_to_the_same_bytes(
     after: int, surveyed: Path, tiny_llama: Path, text: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ):
