@@ -209,6 +209,13 @@ def promising(moves: Moves, slack: int) -> Ints:
     return np.sort(np.concatenate(kept))
 
 
+def single_changes(problem: Quadratic, cost: NDArray, choice: NDArray) -> Moves:
+    """All single changes of `choice`, with what each adds."""
+    cost, choice = np.asarray(cost, dtype=np.int64), np.asarray(choice, dtype=np.int64)
+    search = _Search(problem, cost, 0, None, None)
+    return search.moves(choice, search._field(choice))
+
+
 def nearest_plans(problem: Quadratic, cost: NDArray, limit: int, choice: NDArray, count: int) -> list[Ints]:
     """The `count` plans one change or one pair of changes away from `choice`, within `limit`, that are predicted best, best first."""
     cost, choice = np.asarray(cost, dtype=np.int64), np.asarray(choice, dtype=np.int64)

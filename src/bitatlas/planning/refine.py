@@ -22,7 +22,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from bitatlas.planning.expansion import Expansion, Quadratic, quadratic
-from bitatlas.planning.quadratic import nearest_plans, solve_quadratic
+from bitatlas.planning.quadratic import nearest_plans, single_changes, solve_quadratic
 
 Ints = NDArray[np.int64]
 Change = tuple[int, int]  # unit, format
@@ -31,6 +31,8 @@ Step = dict[str, Any]
 REBASES = 6
 ROUNDS = 8  # of measured swaps
 SWAPS = 64  # changes measured around a base, at most
+LATER = 0.6  # of them are measured again: the others are too far from the budget's price to be part of a better plan
+FEW = 16  # changes are always measured
 PAIRS = 6  # plans measured when the solver's step failed
 LEAST_GAIN = 1e-3  # of the damage: a step that promises less is not measured
 FORBIDDEN = 1e3  # nats/token, for changes that were not measured
@@ -73,6 +75,9 @@ class _Search:
     limit: int
     told: Callable[[Step], None] | None = None
     base: Ints = field(default_factory=lambda: np.zeros(0, dtype=np.int64))
+    model: Quadratic = field(
+        default_factory=lambda: Quadratic(np.zeros((0, 0)), np.zeros((0, 0)), 1.0)
+    )  # the last from curvature
     damage: float = float("inf")
     predicted: float = float("nan")
     steps: list[Step] = field(default_factory=list)
@@ -145,8 +150,8 @@ def _rebase(search: _Search) -> None:
     """Steps of the quadratic model at the base, from curvature; the trust region halves where one fails."""
     radius = max(1, len(search.base) // 2)
     for _ in range(REBASES):
-        problem = quadratic(search.probe.curvature(search.base))
-        radius, accepted = _steps(search, "re-base", problem, radius, kept=_short(problem.kept))
+        search.model = quadratic(search.probe.curvature(search.base))
+        radius, accepted = _steps(search, "re-base", search.model, radius, kept=_short(search.model.kept))
         if not accepted:
             return
 
@@ -169,19 +174,26 @@ def _steps(search: _Search, kind: str, problem: Quadratic, radius: int, **more: 
 
 def _swap(search: _Search) -> str:
     """Rounds of measured swaps. Returns why they ended."""
-    units = len(search.base)
+    radius = max(4, len(search.base) // 4)
+    guide, share = search.model, 1.0
     for _ in range(ROUNDS):
-        changes = _changes(search)
-        found = [search.probe.swaps(search.base, changes, "fit")]
-        problem = _measured_problem(search, changes, found)
-        _, accepted = _steps(search, "swaps", problem, max(4, units // 4))
-        if accepted:
-            continue
-        found.append(search.probe.swaps(search.base, changes, "select"))
-        problem = _measured_problem(search, changes, found)
-        _, accepted = _steps(search, "swaps", problem, max(4, units // 4), rows="fit and select")
-        if not accepted and not _try_pairs(search, problem):
-            return "no change and no pair of changes that looked promising was measured better"
+        changes = _changes(search, guide, share)
+        fit = search.probe.swaps(search.base, changes, "fit")
+        problem = _measured_problem(search, changes, fit.added, fit.together)
+        _, accepted = _steps(search, "swaps", problem, radius)
+        if not accepted:
+            fewer = _changes(search, problem, LATER)
+            at = [changes.index(change) for change in fewer]
+            select = search.probe.swaps(search.base, fewer, "select")
+            added, together = (fit.added[at] + select.added) / 2, (fit.together[np.ix_(at, at)] + select.together) / 2
+            problem = _measured_problem(search, fewer, added, together)
+            _, accepted = _steps(search, "swaps", problem, radius, rows="fit and select")
+            if not accepted and not _try_pairs(search, problem):
+                return "no change and no pair of changes that looked promising was measured better"
+        if (
+            search.cost.size - len(search.base) <= SWAPS
+        ):  # all were measured: they tell better than the curvature who may be left out
+            guide, share = problem, LATER
     return f"{ROUNDS} rounds of measured swaps"
 
 
@@ -199,22 +211,19 @@ def _try_pairs(search: _Search, problem: Quadratic) -> bool:
     return search.offer("nearest plans", plans[best], predicted, damage[best], tried=len(plans))
 
 
-def _changes(search: _Search) -> list[Change]:
-    """The single changes to measure: all, or those most promising in the quadratic model at the base."""
-    units, formats = search.cost.shape
-    every = [(unit, f) for unit in range(units) for f in range(formats) if f != search.base[unit]]
-    if len(every) <= SWAPS:
-        return every
-    problem = quadratic(search.probe.curvature(search.base))
-    raised = np.array([search.cost[u, f] > search.cost[u, search.base[u]] for u, f in every])
-    damage = np.array([problem.first[u, f] + problem.matrix[u * formats + f, u * formats + f] for u, f in every])
-    extra = np.array([search.cost[u, f] - search.cost[u, search.base[u]] for u, f in every])
-    price = _price(damage, extra)
+def _changes(search: _Search, guide: Quadratic, share: float) -> list[Change]:
+    """The single changes to measure: those most promising in the model `guide`, up and down alike."""
+    moves = single_changes(guide, search.cost, search.base)
+    known = np.flatnonzero(moves.damage < FORBIDDEN / 2)
+    count = min(SWAPS, max(FEW, round(share * len(known))))
+    damage, extra = moves.damage[known], moves.cost[known]
+    ranks = damage + _price(damage, extra) * extra
     kept: list[int] = []
-    for side in (raised, ~raised):
+    for side, other in ((extra > 0, extra <= 0), (extra <= 0, extra > 0)):
+        room = max(count // 2, count - int(other.sum()))
         index = np.flatnonzero(side)
-        kept += index[np.argsort((damage + price * extra)[index], kind="stable")[: SWAPS // 2]].tolist()
-    return [every[i] for i in sorted(kept)]
+        kept += known[index[np.argsort(ranks[index], kind="stable")[:room]]].tolist()
+    return [(int(moves.unit[i]), int(moves.format[i])) for i in sorted(kept)]
 
 
 def _price(damage: np.ndarray, extra: np.ndarray) -> float:
@@ -223,11 +232,9 @@ def _price(damage: np.ndarray, extra: np.ndarray) -> float:
     return float(np.median(-damage[trading] / extra[trading])) if trading.any() else 0.0
 
 
-def _measured_problem(search: _Search, changes: Sequence[Change], found: Sequence[Together]) -> Quadratic:
-    """The quadratic model of measured changes alone; equal weight for each set of rows."""
+def _measured_problem(search: _Search, changes: Sequence[Change], added: np.ndarray, together: np.ndarray) -> Quadratic:
+    """The quadratic model of measured changes alone."""
     units, formats = search.cost.shape
-    added = np.mean([one.added for one in found], axis=0)
-    together = np.mean([one.together for one in found], axis=0)
     at = np.array([unit * formats + f for unit, f in changes])
     matrix = np.zeros((units * formats, units * formats))
     matrix[np.ix_(at, at)] = together
