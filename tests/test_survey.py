@@ -30,7 +30,7 @@ QUIET = Reporter(quiet=True)
 def settings_for(model: Path, text: Path, **changes: object) -> Settings:
     words = {
         "model": str(model), "formats": "int2_g32,int4_g32", "budget": Budget("code_bits", 3.0), "rows": "8,8,8", "tasks": "none",
-        "tokens": str(text), "quantizer": "rtn", "row_length": 24, "task_data": None, "limit": 20, "tolerance": 0.05, "fuse": False,
+        "tokens": str(text), "quantizer": "rtn", "row_length": 24, "task_data": None, "limit": 20, "tolerance": 0.05, "fuse": False, "refine": True,
         "device": "cpu", "revision": None, "seed": 0,
     }  # fmt: skip
     return default_settings(**{**words, **changes})
@@ -81,7 +81,7 @@ class Interrupted(KeyboardInterrupt):
     pass
 
 
-@pytest.mark.parametrize("after", [0, 3, 40, 77])
+@pytest.mark.parametrize("after", [0, 3, 40, 77, 110])
 def test_an_interrupted_run_resumes_to_the_same_bytes(
     after: int, surveyed: Path, tiny_llama: Path, text: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ):
@@ -164,4 +164,4 @@ def test_a_trained_checkpoint_meets_the_bars(babyllama: Path, tmp_path: Path):
     assert found["quantized_bytes"] == atlas.plan.size.quantized_bytes
     assert found["code_bits"] == pytest.approx(atlas.plan.size.code_bits, abs=1e-12)
     assert found["covered"] == 1.0
-    assert found["damage_nats"] <= 0.60
+    assert found["damage_nats"] <= 0.358

@@ -119,6 +119,12 @@ def survey(
     fuse: Annotated[
         bool, typer.Option("--fuse/--no-fuse", help="q/k/v share a format, and gate/up (vLLM needs it; GGUF and MLX do not).")
     ] = True,
+    refine: Annotated[
+        bool | None,
+        typer.Option(
+            "--refine/--no-refine", help="Search on from the first plans with measurements. Default: on (the demo: off)."
+        ),
+    ] = None,
     device: Device = "cpu",
     revision: Revision = None,
     seed: Seed = 0,
@@ -133,7 +139,7 @@ def survey(
 
     budget = parse_budget(code_bits, stored_bits, size, max_damage)
     settings = default_settings(
-        model=model, formats=formats, quantizer=quantizer, budget=budget, tokens=tokens, rows=rows, row_length=row_length, tasks=tasks, task_data=task_data, limit=limit, tolerance=tolerance, fuse=fuse, device=device,
+        model=model, formats=formats, quantizer=quantizer, budget=budget, tokens=tokens, rows=rows, row_length=row_length, tasks=tasks, task_data=task_data, limit=limit, tolerance=tolerance, fuse=fuse, refine=refine, device=device,
         revision=revision, seed=seed,
     )  # fmt: skip
     reporter = Reporter(quiet)

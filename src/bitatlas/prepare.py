@@ -54,8 +54,10 @@ class Run:
 def default_settings(
     model: str | None, formats: str | None, budget: Budget | None, rows: str, tasks: str | None, tokens: str | None, **others: Any
 ) -> Settings:
-    """Settings from the command line's words. Without a model: the bundled one, its text and its tasks."""
+    """Settings from the command line's words. Without a model: the bundled one, its text and its tasks, and no refinement."""
     names = parse_formats(formats if formats is not None else DEFAULT_FORMATS if model else DEMO_FORMATS)
+    if others["refine"] is None:
+        others["refine"] = model is not None
     if model is None:
         model, tokens = str(demo.MODEL_DIR), tokens or str(demo.TEXT_FILE)
         tasks = tasks or DEMO_TASKS

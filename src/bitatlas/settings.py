@@ -36,6 +36,7 @@ class Settings:
     limit: int | None
     tolerance_nats: float
     fuse: bool = True
+    refine: bool = True
     device: str = "cpu"
     revision: str | None = None
     seed: int = 0

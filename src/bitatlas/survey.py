@@ -23,12 +23,14 @@ from bitatlas.journal import content_key
 from bitatlas.planning.budget import units_of
 from bitatlas.planning.choose import damage_tables
 from bitatlas.planning.judge import Judged, find_and_judge
+from bitatlas.planning.refine import step_text
 from bitatlas.prepare import Run, prepare
 from bitatlas.profiles.attention import AttentionResult, attention_profile
 from bitatlas.profiles.focus import Problem, problems_of
 from bitatlas.profiles.weights import weight_profile
 from bitatlas.progress import Advance, Reporter
 from bitatlas.records import Atlas, Module, WeightProfile
+from bitatlas.sensitivity.probe import probe_of
 from bitatlas.sensitivity.screens import LayerScreen, UnitScreen, screen_layers, screen_uniform, screen_units, uniform
 from bitatlas.settings import Settings
 from bitatlas.swap import swapped
@@ -153,9 +155,11 @@ def find_plan(run: Run, units: UnitScreen, most_critical: list[int]) -> Judged:
         with run.reporter.stage(f"plans on {split} rows") as progress:
             return run.meter.plans(plans, getattr(run.rows, split), progress)
 
+    info, modules = run.checkpoint.info, run.checkpoint.modules
+    probe = probe_of(run.meter, run.rows, modules, settings.formats, settings.seed, run.reporter) if settings.refine else None
     return find_and_judge(
-        run.checkpoint.info,
-        run.checkpoint.modules,
+        info,
+        modules,
         settings.formats,
         settings.quantizer,
         settings.budget,
@@ -163,6 +167,8 @@ def find_plan(run: Run, units: UnitScreen, most_critical: list[int]) -> Judged:
         measure,
         settings.seed,
         most_critical,
+        probe,
+        lambda step: run.reporter.say(step_text(step)),
     )
 
 

@@ -6,7 +6,7 @@ which is the exact Shapley value of a quadratic damage model. Scores taken aroun
 damages interact; which of the three misleads least differs from model to model, so all three plans are measured.
 
 For `--max-damage` the size is bisected: the smallest limit whose best plan, *measured* on the select rows, is within the tolerance.
-The interaction matrix and the search around it (design: "how a plan is found") are not here yet.
+These plans are where the search with interactions starts (`refine`), and what it has to beat.
 """
 
 from __future__ import annotations

@@ -1,12 +1,15 @@
 """From scores to a judged plan: chosen on the select rows, measured once on the test rows beside what anybody could have done.
 
+The knapsack plans of the scores are the starts of the refinement and its fallback: the least damage on the select rows wins.
+A tolerated damage is met by knapsack plans alone (a bisection would refine a dozen times).
 `measure` is the only way to the model; it is handed in, so nothing here needs torch.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from typing import Any
 
 import numpy as np
 
@@ -15,12 +18,14 @@ from bitatlas.findings import verdict_on_plan
 from bitatlas.formats import FORMATS
 from bitatlas.planning.baselines import baselines, outside_uniform
 from bitatlas.planning.budget import assignment_of, costs_of, size_of, units_of
-from bitatlas.planning.choose import Candidate, Scores, choose, choose_smallest
+from bitatlas.planning.choose import Candidate, Measure, Scores, candidates, choose, choose_smallest
+from bitatlas.planning.refine import Probe, Step, refine
 from bitatlas.records import Baseline, Budget, CurvePoint, Measured, ModelInfo, Module, Plan, PlanDamage, PlanModel
 from bitatlas.words import number
 
 NOT_A_CANDIDATE = "not in --formats"
 
+REFINED = "quadratic model re-based at measured plans, then measured swaps"
 Assignment = dict[str, str]
 MeasureRows = Callable[[Mapping[str, Assignment], str], dict[str, np.ndarray]]  # (plans by name, split) -> damage [rows]
 
@@ -43,8 +48,13 @@ def find_and_judge(
     measure: MeasureRows,
     seed: int,
     most_critical: Sequence[int] = (),
+    probe: Probe | None = None,
+    told: Callable[[Step], None] | None = None,
 ) -> Judged:
-    """Choose a plan under `budget` and judge it on the test rows. `formats`: narrowest first; `most_critical`: layers, worst first."""
+    """Choose a plan under `budget` and judge it on the test rows. `formats`: narrowest first; `most_critical`: layers, worst first.
+
+    Without `probe` the knapsack plans stand as they are. `told` gets every step of the refinement.
+    """
     units = units_of(modules)
     costs = costs_of(budget, units, formats, info)
 
@@ -52,19 +62,40 @@ def find_and_judge(
         found = measure({name: assignment_of(units, formats, choice) for name, choice in plans.items()}, "select")
         return {name: float(rows.mean()) for name, rows in found.items()}
 
-    if costs.limit is None:
+    more: dict[str, Any] = {}
+    if costs.limit is not None and probe is not None:
+        best, selected, tried, more = choose_refined(probe, scores, costs.cost, costs.limit, on_select, told)
+        limit = costs.limit
+    elif costs.limit is None:
         best, selected, tried, _ = choose_smallest(scores, costs.cost, budget.value, on_select)
         limit = int(costs.cost[np.arange(len(units)), best.choice].sum())
     else:
         best, selected, tried = choose(scores, costs.cost, costs.limit, on_select)
         limit = costs.limit
     plan = unverified_plan(info, modules, formats, quantizer, budget, best, selected, tried, seed)
+    plan = replace(plan, solver={**plan.solver, **more})
     rules = baselines(units, costs.cost, limit, seed, formats, most_critical)
     others = {name: assignment_of(units, formats, choice) for name, choice in rules}
     outside = outside_uniform(budget, units, formats, info, limit)
     if outside:
         others = {f"uniform {outside} ({NOT_A_CANDIDATE})": {m.name: outside for m in modules}, **others}
     return _judge(plan, others, info, modules, measure({"plan": plan.modules, **others}, "test"), seed)
+
+
+def choose_refined(
+    probe: Probe, scores: Scores, cost: np.ndarray, limit: int, measure: Measure, told: Callable[[Step], None] | None
+) -> tuple[Candidate, float, dict[str, float], dict[str, Any]]:
+    """The refined plan, or the knapsack plan that beats it on the select rows; its damage, all damages, and what goes into `solver`."""
+    found = {candidate.scores: candidate for candidate in candidates(scores, cost, limit)}
+    refined = refine(probe, cost, limit, {name: candidate.choice for name, candidate in found.items()}, told)
+    measured = measure({"refined": refined.choice, **{name: candidate.choice for name, candidate in found.items()}})
+    knapsack = found[min(found, key=lambda name: measured[name])]
+    more = {"reason": refined.reason, "steps": refined.steps}
+    if measured[knapsack.scores] < measured["refined"]:
+        return knapsack, measured[knapsack.scores], measured, more
+    predicted = refined.predicted if np.isfinite(refined.predicted) else knapsack.predicted
+    best = Candidate(knapsack.scores, refined.choice, predicted, refined.gap)
+    return best, measured["refined"], measured, {**more, "method": REFINED}
 
 
 def unverified_plan(

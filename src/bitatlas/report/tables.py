@@ -249,7 +249,7 @@ def provenance_table(atlas: Atlas) -> Table:
         rows.append([f"{name} rows", f"{split.rows:,} rows, {split.tokens:,} tokens, sha256 {split.sha256}"])
     rows += [[f"setting {key}", _plain(value)] for key, value in sorted(atlas.settings.items())]
     if atlas.plan:
-        rows += [[f"solver {key}", _plain(value)] for key, value in sorted(atlas.plan.solver.items())]
+        rows += [[f"solver {key}", _plain(value)] for key, value in sorted(atlas.plan.solver.items()) if key != "steps"]
     rows += [[f"version {key}", value] for key, value in sorted(atlas.versions.items())]
     rows += [["not done", note] for note in atlas.notes]
     return Table("provenance", "Provenance", "", ["What", "Value"], rows)

@@ -28,6 +28,7 @@ Assignment = Mapping[str, str]
 Progress = Callable[[int, int], None]
 LogitsOf = Callable[[Tensor, list[str]], Iterator[tuple[str, Tensor]]]
 LOGIT_BYTES = 2**26  # of one batch's float32 logits: a few such arrays are alive at a time
+REFERENCE_BYTES = 2**28  # of the reference's log-probabilities that are kept: a search asks for the same rows again and again
 
 
 def batch_rows(row_length: int, vocabulary: int) -> int:
@@ -59,6 +60,19 @@ class DamageMeter:
         weight = next(model.parameters())
         self.identity = (weights_sha256, quantizer, str(weight.dtype), weight.device.type)
         self.vocabulary = int(model.get_output_embeddings().weight.shape[0])  # type: ignore[operator]
+        self._references: dict[str, Tensor] = {}
+
+    @torch.no_grad()
+    def reference(self, batch: Tensor) -> Tensor:
+        """The reference's log-probabilities [rows, tokens, vocabulary] on a batch; call it outside any `swapped` block."""
+        key = rows_sha256(batch)
+        if key in self._references:
+            return self._references[key]
+        found = torch.log_softmax(self.model(input_ids=batch, use_cache=False).logits.float(), dim=-1)
+        kept = sum(4 * other.numel() for other in self._references.values())
+        if kept + 4 * found.numel() <= REFERENCE_BYTES:
+            self._references[key] = found
+        return found
 
     def plans(self, plans: Mapping[str, Assignment], rows: Tensor, progress: Progress | None = None) -> dict[str, np.ndarray]:
         """Damage of whole assignments, by name: float64 [rows] each, nats/token."""
@@ -98,7 +112,7 @@ class DamageMeter:
             missing = {key: name for name, key in keys.items() if known[key] is None}  # equal plans once
             if missing:
                 batch = batch.to(self.model.device)  # type: ignore[arg-type]
-                reference = torch.log_softmax(self.model(input_ids=batch, use_cache=False).logits.float(), dim=-1)
+                reference = self.reference(batch)
                 measured = logits_of(batch, list(missing.values()))
                 for done, (name, logits) in enumerate(measured, start=len(plans) - len(missing) + 1):
                     known[keys[name]] = kl_per_row(reference, logits).tolist()
