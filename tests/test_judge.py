@@ -5,8 +5,10 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
+from bitatlas.planning.budget import assignment_of
 from bitatlas.planning.choose import Scores
-from bitatlas.planning.judge import find_and_judge, on_tolerance
+from bitatlas.planning.judge import judge, on_tolerance
+from bitatlas.planning.search import Subject, Tools, search
 from bitatlas.records import Budget, Measured, ModelInfo, Module
 
 MODULES = [Module(f"layers.{i}.up_proj", i, "up_proj", (64, 64), f"layers.{i}.up_proj") for i in range(4)]
@@ -29,7 +31,15 @@ def judged(harm: dict[str, float]):
     def measure(plans, split):
         return {name: damage(plan, harm) for name, plan in plans.items()}
 
-    return find_and_judge(INFO, MODULES, formats, "rtn", Budget("code_bits", 3.0), scores, measure, 0, [0, 1, 2, 3]).plan
+    subject = Subject(INFO, MODULES, formats, "rtn")
+    units, budget = subject.units, Budget("code_bits", 3.0)
+
+    def on_select(plans):
+        found = measure({name: assignment_of(units, formats, choice) for name, choice in plans.items()}, "select")
+        return {name: float(rows.mean()) for name, rows in found.items()}
+
+    found = search(subject, budget, Tools(scores, on_select))
+    return judge(subject, budget, found, measure, [0, 1, 2, 3]).plan
 
 
 def test_a_plan_that_loses_to_a_width_outside_the_candidates_is_not_recommended():

@@ -1,41 +1,171 @@
-"""Every module in every candidate format, so that any plan is assembled without quantizing again.
+"""Every module in every candidate format, on disk, so that any plan is assembled without quantizing again.
 
-Codes are kept (one byte a weight and format, in memory) and turned into weights on demand; a module is quantized the first time it
-is asked for. Left out for now: the bank on disk, which a plan for a model larger than memory needs.
+One safetensors file a module and format: packed codes, scales, zero-points, in exactly the bytes that `formats.stored_bytes` counts.
+A bank belongs to the weights, the quantizer and, where the quantizer uses them, the rows it was fitted on; its folder is named after
+these, so banks of several quantizers lie side by side and none is taken for another. Each file is written beside and renamed: an
+interrupted run goes on with the next module, and a damaged file is made again.
+
+Unpacked codes of the last used modules are kept in memory. Without a folder everything stays in memory.
+Left out: weights for runtimes (their layouts differ; see `export`), and more than one process writing at a time.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import json
+import os
+from collections import OrderedDict
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from pathlib import Path
 
-from torch import Tensor, nn
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import Tensor, full_like, nn, uint8
 
-from bitatlas.formats import FORMATS, Format
+from bitatlas.formats import FORMATS, Format, stored_bytes
+from bitatlas.journal import content_key
+from bitatlas.packing import pack, unpack
 from bitatlas.quantizers import get_quantizer
 from bitatlas.quantizers.codes import Codes
-from bitatlas.swap import weight_of
+from bitatlas.records import Module
+from bitatlas.swap import swapped, weight_of
+from bitatlas.tokens import rows_sha256
+
+KEPT_BYTES = 2**31  # of unpacked codes in memory
+HEADER_BYTES = 1024  # of one file, at most
+Key = tuple[str, str]  # module, format
 
 
 class Bank:
-    """Quantized weights of `model`'s modules. Reads the reference weights, so fill it outside any `swapped` block."""
+    """Quantized weights of `model`'s modules."""
 
-    def __init__(self, model: nn.Module, modules: list[str], quantizer: str, formats: Mapping[str, Format] = FORMATS):
+    def __init__(
+        self,
+        model: nn.Module,
+        modules: Sequence[str],
+        quantizer: str,
+        formats: Mapping[str, Format] = FORMATS,
+        rows: Tensor | None = None,
+        folder: Path | None = None,
+        weights_sha256: str = "",
+        identity: str | None = None,
+    ):
+        """rows: int64 [rows, tokens], for quantizers that are fitted on inputs. `folder`: where banks lie; None: in memory.
+
+        `identity`: of a bank made earlier, whose rows are not at hand.
+        """
         self.formats = dict(formats)
-        self._quantize = get_quantizer(quantizer)
+        self.model = model
+        self.quantizer = get_quantizer(quantizer)
+        self.rows = rows if self.quantizer.uses_rows else None
+        fitted = [] if self.rows is None else [rows_sha256(self.rows)]
+        self.identity = identity or "-".join([quantizer, str(self.quantizer.version), *fitted])
         # The tensors themselves, not the parameters: a swap exchanges the parameter's storage and leaves these as they are.
         self._reference = {name: weight_of(model, name) for name in modules}
-        self._codes: dict[tuple[str, str], Codes] = {}
+        self.folder = folder / f"{quantizer}-{content_key(weights_sha256, self.identity)[:12]}" if folder else None
+        self._kept: OrderedDict[Key, Codes] = OrderedDict()
+        self._kept_bytes = 0
+
+    def fill(self, formats: Sequence[str], progress: Callable[[int, int], None] | None = None) -> None:
+        """Quantize whatever is missing of all modules in `formats`."""
+        self._make([(module, name) for module in self._reference for name in formats], progress)
+
+    def holds(self, assignment: Mapping[str, str]) -> bool:
+        """Is all of it there already?"""
+        return all(key in self._kept or self._readable(key) for key in assignment.items())
 
     def codes(self, module: str, format_name: str) -> Codes:
+        """Codes of one module in one format; made now if they are missing."""
         key = (module, format_name)
-        if key not in self._codes:
-            self._codes[key] = self._quantize(self._reference[module], self.formats[format_name])
-        return self._codes[key]
+        if key not in self._kept:
+            self._make([key])
+        self._kept.move_to_end(key)
+        return self._kept[key]
 
     def reference(self, module: str) -> Tensor:
         """The unquantized weight [out, in]."""
         return self._reference[module]
 
     def weights(self, assignment: Mapping[str, str]) -> dict[str, Tensor]:
-        """Module name -> weight [out, in] in its assigned format, in the reference's dtype."""
-        return {module: self.codes(module, name).weight(self._reference[module].dtype) for module, name in assignment.items()}
+        """Module name -> weight [out, in] in its assigned format, in the reference's dtype and on its device."""
+        self._make(list(assignment.items()))
+        return {module: self._weight(module, name) for module, name in assignment.items()}
+
+    def _weight(self, module: str, format_name: str) -> Tensor:
+        reference = self._reference[module]
+        return self.codes(module, format_name).weight(reference.dtype).to(reference.device)
+
+    # --- making what is missing ------------------------------------------------------------------------------------------
+
+    def _make(self, keys: Iterable[Key], progress: Callable[[int, int], None] | None = None) -> None:
+        missing: dict[str, list[str]] = {}
+        for module, name in keys:
+            if (module, name) not in self._kept and not self._readable((module, name)):
+                missing.setdefault(module, []).append(name)
+        for wanted in dict.fromkeys(tuple(names) for names in missing.values()):
+            self._quantize([module for module, names in missing.items() if tuple(names) == wanted], wanted, progress)
+
+    def _quantize(self, modules: list[str], names: Sequence[str], progress: Callable[[int, int], None] | None) -> None:
+        table = [self.formats[name] for name in names]
+        with swapped(self.model, self._reference):  # whatever swap is going on around us
+            for done, (module, found) in enumerate(self.quantizer.quantize(self.model, modules, table, self.rows), start=1):
+                for name, codes in zip(names, found, strict=True):
+                    if self.folder:
+                        self._write((module, name), codes)
+                    self._keep((module, name), codes)
+                if progress:
+                    progress(done, len(modules))
+
+    def _keep(self, key: Key, codes: Codes) -> None:
+        """In memory; the least recently used give way, if they can be read again."""
+        self._kept[key] = codes
+        self._kept_bytes += codes.codes.numel()
+        while self.folder and self._kept_bytes > KEPT_BYTES and len(self._kept) > 1:
+            self._kept_bytes -= self._kept.popitem(last=False)[1].codes.numel()
+
+    # --- files -----------------------------------------------------------------------------------------------------------
+
+    def _file(self, key: Key) -> Path:
+        assert self.folder is not None
+        return self.folder / key[1] / f"{key[0]}.safetensors"
+
+    def _readable(self, key: Key) -> bool:
+        """Is there a whole file? What is there is read, and kept, so that a damaged one is found out now."""
+        if self.folder is None or not self._file(key).is_file():
+            return False
+        try:
+            self._keep(key, self._read(key))
+        except (SafetensorError, KeyError, ValueError, OSError):
+            return False
+        return True
+
+    def _read(self, key: Key) -> Codes:
+        fmt, shape = self.formats[key[1]], tuple(self._reference[key[0]].shape)
+        stored = load_file(self._file(key))
+        zero = stored["zero"] if "zero" in stored else full_like(stored["scale"], 2 ** (fmt.bits - 1), dtype=uint8)
+        return Codes(unpack(stored["codes"], fmt.bits, shape), stored["scale"], zero, fmt.group_size)
+
+    def _write(self, key: Key, codes: Codes) -> None:
+        fmt, file = self.formats[key[1]], self._file(key)
+        file.parent.mkdir(parents=True, exist_ok=True)
+        self._describe()
+        tensors = {"codes": pack(codes.codes.cpu(), fmt.bits), "scale": codes.scale.cpu().contiguous()}
+        if not fmt.symmetric:
+            tensors["zero"] = codes.zero.cpu().contiguous()
+        beside = file.with_name(f".{file.name}.{os.getpid()}")
+        try:
+            save_file(tensors, beside)
+            os.replace(beside, file)
+        finally:
+            beside.unlink(missing_ok=True)
+
+    def _describe(self) -> None:
+        """For people who look into the folder."""
+        assert self.folder is not None
+        note = self.folder / "bank.json"
+        if not note.exists():
+            note.write_text(json.dumps({"schema": "bitatlas.bank/1", "codes_are_of": self.identity}, indent=1) + "\n")
+
+
+def disk_bytes(modules: Sequence[Module], formats: Sequence[str]) -> int:
+    """What a bank of these modules in these formats takes on disk, at most."""
+    return sum(stored_bytes(m.shape, FORMATS[name]) + HEADER_BYTES for m in modules for name in formats)

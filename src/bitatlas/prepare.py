@@ -6,29 +6,36 @@ only then the folder and its journal, and last the weights, read once for NaN.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 import bitatlas.demo as demo
-from bitatlas.bank import Bank
+from bitatlas.bank import Bank, disk_bytes
 from bitatlas.checkpoint import Checkpoint, check_causal, check_finite, free_bytes, open_checkpoint
 from bitatlas.errors import UserError
 from bitatlas.evaluation.items import Item, check_task_names, split_items, task_text
 from bitatlas.formats import FORMATS
 from bitatlas.journal import Journal
-from bitatlas.planning.budget import check_budget, size_of
+from bitatlas.planning.budget import assignment_of, check_budget, size_of
+from bitatlas.planning.choose import Scores
+from bitatlas.planning.refine import step_text
+from bitatlas.planning.search import Subject, Tools
 from bitatlas.progress import Reporter
 from bitatlas.quantizers import get_quantizer
 from bitatlas.records import Atlas, Budget
 from bitatlas.sensitivity.damage import DamageMeter
+from bitatlas.sensitivity.probe import probe_of
 from bitatlas.settings import DEFAULT_FORMATS, Settings, check_device, parse_formats, parse_rows
 from bitatlas.tokens import Rows, check_vocabulary, make_rows, read_documents
 from bitatlas.words import byte_size, number
 
 OUTPUT_BYTES = 64 * 2**20  # journal, tables and reports of a large model
+BANK = "bank"  # folder of quantized weights, in the run's folder
 DEMO_FORMATS = "int2_g128,int3_g128,int4_g128"  # at which both of the demo's tasks have something to lose
 DEMO_TASKS = "demo_problems,demo_questions"
 DEFAULT_TASKS = "arc_easy,svamp"
@@ -49,6 +56,33 @@ class Run:
     journal: Journal
     meter: DamageMeter
     reporter: Reporter
+
+    @property
+    def subject(self) -> Subject:
+        """What plans are for."""
+        settings, checkpoint = self.settings, self.checkpoint
+        return Subject(
+            checkpoint.info, checkpoint.modules, settings.formats, settings.quantizer, self.bank.identity, settings.seed
+        )
+
+    def measure(self, plans: Mapping[str, Mapping[str, str]], split: str) -> dict[str, np.ndarray]:
+        """Damage of plans by name on the rows of a split: float64 [rows] each, nats/token."""
+        with self.reporter.stage(f"plans on {split} rows") as progress:
+            return self.meter.plans(plans, getattr(self.rows, split), progress)
+
+
+def tools_of(run: Run, scores: Scores) -> Tools:
+    """The planner's ways to the model: fit and select rows, never the test rows."""
+    subject, units = run.subject, run.subject.units
+
+    def on_select(plans: Mapping[str, np.ndarray]) -> dict[str, float]:
+        found = run.measure({name: assignment_of(units, subject.formats, choice) for name, choice in plans.items()}, "select")
+        return {name: float(rows.mean()) for name, rows in found.items()}
+
+    if not run.settings.refine:
+        return Tools(scores, on_select)
+    probe = probe_of(run.meter, run.rows, subject.modules, subject.formats, subject.seed, run.reporter)
+    return Tools(scores, on_select, probe, lambda step: run.reporter.say(step_text(step)))
 
 
 def default_settings(
@@ -88,7 +122,7 @@ def prepare(settings: Settings, out: Path, resume: bool, reporter: Reporter) -> 
         checkpoint = open_checkpoint(settings.model, settings.revision, settings.fuse)
         check_budget(settings.budget, checkpoint.modules, settings.formats, checkpoint.info)
         reporter.say(sizes_text(checkpoint, settings.formats))
-        _check_folder(out, resume, checkpoint)
+        _check_folder(out, resume, checkpoint, settings.formats)
         tokenizer = checkpoint.load_tokenizer()
         rows, items = rows_and_items(settings, checkpoint, tokenizer)
     with reporter.stage("reading every weight once") as progress:
@@ -96,9 +130,16 @@ def prepare(settings: Settings, out: Path, resume: bool, reporter: Reporter) -> 
     model = checkpoint.load_model(device)
     check_causal(model, checkpoint.info.name)
     journal = _open_journal(out, checkpoint)
-    bank = Bank(model, [module.name for module in checkpoint.modules], settings.quantizer)
-    meter = DamageMeter(model, bank, checkpoint.info.weights_sha256, settings.quantizer, journal)
+    bank = bank_of(settings.quantizer, checkpoint, model, rows, out)
+    meter = DamageMeter(model, bank, checkpoint.info.weights_sha256, bank.identity, journal)
     return Run(settings, out, checkpoint, model, tokenizer, bank, rows, items, journal, meter, reporter)
+
+
+def bank_of(quantizer: str, checkpoint: Checkpoint, model: Any, rows: Rows, out: Path) -> Bank:
+    """The run's bank, in its folder; what is there already is used."""
+    names = [module.name for module in checkpoint.modules]
+    sha = checkpoint.info.weights_sha256
+    return Bank(model, names, quantizer, rows=rows.fit, folder=out / BANK, weights_sha256=sha)
 
 
 def rows_and_items(settings: Settings, checkpoint: Checkpoint, tokenizer: Any) -> tuple[Rows, dict[str, list[Item]]]:
@@ -130,7 +171,8 @@ def sizes_text(checkpoint: Checkpoint, formats: Sequence[str]) -> str:
     told = [f"{name} {byte_size(size.total_bytes)} ({number(size.stored_bits)} stored bits)" for name, size in sizes.items()]
     return (
         f"{info.name}: {info.layers} layers, {len(modules)} modules in {len({m.unit for m in modules})} units, "
-        f"{info.quantizable_weights:,} weights; {byte_size(info.total_bytes)} as it is, {'; '.join(told)}"
+        f"{info.quantizable_weights:,} weights; {byte_size(info.total_bytes)} as it is, {'; '.join(told)}; "
+        f"quantized weights on disk: up to {byte_size(disk_bytes(modules, formats))}"
     )
 
 
@@ -144,7 +186,7 @@ def _documents(settings: Settings, spare: dict[str, list[Item]]) -> tuple[str, l
     return f"items of {', '.join(spare)} that are not scored", [task_text(task, items) for task, items in spare.items()]
 
 
-def _check_folder(out: Path, resume: bool, checkpoint: Checkpoint) -> None:
+def _check_folder(out: Path, resume: bool, checkpoint: Checkpoint, formats: Sequence[str]) -> None:
     with _told(out):
         is_file, holds_run, free = out.exists() and not out.is_dir(), (out / "run.sqlite").exists(), free_bytes(out.absolute())
     if is_file:
@@ -153,8 +195,9 @@ def _check_folder(out: Path, resume: bool, checkpoint: Checkpoint) -> None:
         raise UserError(f"--out {out}: holds a run already; add --resume to go on with it, or choose another folder")
     if holds_run:
         _open_journal(out, checkpoint).close()
-    if free < OUTPUT_BYTES:
-        raise UserError(f"--out {out}: only {free // 2**20} MiB free on that disk; about {OUTPUT_BYTES // 2**20} MiB are needed")
+    needed = OUTPUT_BYTES + disk_bytes(checkpoint.modules, [*formats, formats[-1]])  # a uniform width outside may be asked for
+    if free < needed:
+        raise UserError(f"--out {out}: only {free // 2**20} MiB free on that disk; about {needed // 2**20} MiB are needed")
 
 
 @contextmanager

@@ -124,6 +124,7 @@ class Plan:
     recommended: bool | None = None  # False: a baseline of the same size does less damage on test rows
     verdict: str = ""
     solver: dict[str, Any] = field(default_factory=dict)
+    codes: str = ""  # whose quantized weights were measured: quantizer, its version, and the hash of the rows it was fitted on
     schema: str = PLAN_SCHEMA
 
 

@@ -20,17 +20,15 @@ from bitatlas.assemble import Lines, Measurements, assemble, damage_lines, write
 from bitatlas.evaluation.items import TASKS, chance_level, items_sha256, load_items
 from bitatlas.evaluation.run import score_items
 from bitatlas.journal import content_key
-from bitatlas.planning.budget import units_of
 from bitatlas.planning.choose import damage_tables
-from bitatlas.planning.judge import Judged, find_and_judge
-from bitatlas.planning.refine import step_text
-from bitatlas.prepare import Run, prepare
+from bitatlas.planning.judge import Judged, judge
+from bitatlas.planning.search import search
+from bitatlas.prepare import Run, prepare, tools_of
 from bitatlas.profiles.attention import AttentionResult, attention_profile
 from bitatlas.profiles.focus import Problem, problems_of
 from bitatlas.profiles.weights import weight_profile
 from bitatlas.progress import Advance, Reporter
 from bitatlas.records import Atlas, Module, WeightProfile
-from bitatlas.sensitivity.probe import probe_of
 from bitatlas.sensitivity.screens import LayerScreen, UnitScreen, screen_layers, screen_uniform, screen_units, uniform
 from bitatlas.settings import Settings
 from bitatlas.swap import swapped
@@ -48,6 +46,8 @@ def run_survey(settings: Settings, out: Path, resume: bool, reporter: Reporter) 
     run = prepare(settings, out, resume, reporter)
     low, high = settings.low, settings.high
     modules, rows, meter = run.checkpoint.modules, run.rows, run.meter
+    with reporter.stage(f"quantizing ({settings.quantizer})") as progress:
+        run.bank.fill(settings.formats, progress)
     weights = profile_weights(run)
     widths = screen_uniform(meter, modules, settings.formats, rows.test, reporter)
     layers = screen_layers(meter, modules, low, high, rows.test, reporter)
@@ -93,7 +93,7 @@ def tables_of(atlas: Atlas, found: Measurements) -> dict[str, Lines]:
 
 
 def profile_weights(run: Run) -> list[WeightProfile]:
-    """Every module's weights, one at a time; the bank is filled on the way."""
+    """Every module's weights, one at a time."""
     found = []
     adapter = TypeAdapter(WeightProfile)
     modules = run.checkpoint.modules
@@ -147,29 +147,10 @@ def by_criticality(modules: Sequence[Module], high: np.ndarray, low: np.ndarray,
 
 def find_plan(run: Run, units: UnitScreen, most_critical: list[int]) -> Judged:
     """The plan under the budget, judged on the test rows."""
-    settings = run.settings
-    names = [unit.name for unit in units_of(run.checkpoint.modules)]
-    scores = damage_tables(names, settings.formats, units.damage, units.base)
-
-    def measure(plans: Mapping[str, Mapping[str, str]], split: str) -> dict[str, np.ndarray]:
-        with run.reporter.stage(f"plans on {split} rows") as progress:
-            return run.meter.plans(plans, getattr(run.rows, split), progress)
-
-    info, modules = run.checkpoint.info, run.checkpoint.modules
-    probe = probe_of(run.meter, run.rows, modules, settings.formats, settings.seed, run.reporter) if settings.refine else None
-    return find_and_judge(
-        info,
-        modules,
-        settings.formats,
-        settings.quantizer,
-        settings.budget,
-        scores,
-        measure,
-        settings.seed,
-        most_critical,
-        probe,
-        lambda step: run.reporter.say(step_text(step)),
-    )
+    subject = run.subject
+    scores = damage_tables([unit.name for unit in subject.units], subject.formats, units.damage, units.base)
+    found = search(subject, run.settings.budget, tools_of(run, scores))
+    return judge(subject, run.settings.budget, found, run.measure, most_critical)
 
 
 def run_tasks(run: Run, precisions: Assignments) -> tuple[dict[str, dict[str, np.ndarray]], list[dict[str, Any]]]:

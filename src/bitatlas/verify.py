@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from bitatlas.bank import Bank
 from bitatlas.checkpoint import Checkpoint, check_finite, open_checkpoint
@@ -11,7 +12,7 @@ from bitatlas.errors import UserError
 from bitatlas.evaluation.bootstrap import measured
 from bitatlas.journal import Journal
 from bitatlas.planning.budget import size_of
-from bitatlas.prepare import rows_of_survey
+from bitatlas.prepare import BANK, rows_of_survey
 from bitatlas.progress import Reporter
 from bitatlas.records import Atlas, Measured, Plan, Size, read_record
 from bitatlas.sensitivity.damage import DamageMeter
@@ -52,14 +53,34 @@ def verify_plan(
     test = _rows(plan_file, checkpoint, tokens, rows, row_length, seed)
     check_finite(checkpoint)
     model = checkpoint.load_model(check_device(device))
-    bank = Bank(model, list(plan.modules), plan.quantizer, plan.formats)
-    meter = DamageMeter(model, bank, checkpoint.info.weights_sha256, plan.quantizer, Journal(None))
+    bank = _bank(plan, plan_file, model)
+    meter = DamageMeter(model, bank, checkpoint.info.weights_sha256, bank.identity, Journal(None))
     with reporter.stage("damage of the plan") as progress:
         damage = measured(meter.plans({"plan": plan.modules}, test.test, progress)["plan"], "nats/token", "plan", "test", seed)
     size = size_of(checkpoint.modules, plan.modules, checkpoint.info)
     promise = plan.damage.measured.mean if plan.damage.measured else plan.damage.predicted
     lowest = damage.ci95[0] if damage.ci95 else damage.mean
     return Verification(plan, size, damage, promise, size == plan.size, promise is None or lowest <= promise)
+
+
+def _bank(plan: Plan, plan_file: Path, model: Any) -> Bank:
+    """The weights that the plan is about: from the bank of its survey, or quantized again where they depend on the model alone."""
+    places = [folder / BANK for folder in (plan_file.parent, plan_file.parent.parent) if (folder / BANK).is_dir()]
+    bank = Bank(
+        model,
+        list(plan.modules),
+        plan.quantizer,
+        plan.formats,
+        folder=places[0] if places else None,
+        weights_sha256=plan.model.weights_sha256,
+        identity=plan.codes or None,
+    )
+    if bank.quantizer.uses_rows and not bank.holds(plan.modules):
+        raise UserError(
+            f"{plan_file}: {plan.quantizer} weights depend on the text they were fitted on, so the survey's folder {BANK!r} must lie "
+            "beside the plan, whole; or run the survey again with --resume"
+        )
+    return bank
 
 
 def _check_fits(plan: Plan, checkpoint: Checkpoint) -> None:

@@ -6,34 +6,37 @@ Solved on the scores whose plan was the best one measured in the survey. The dam
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 
 from bitatlas.errors import UserError
 from bitatlas.formats import by_width
-from bitatlas.planning.budget import check_budget, costs_of, units_of
-from bitatlas.planning.choose import Scores, candidates, choose_smallest, damage_tables
+from bitatlas.planning.budget import check_budget
+from bitatlas.planning.choose import Scores, damage_tables
 from bitatlas.planning.judge import unverified_plan
+from bitatlas.planning.search import Subject, Tools, search
 from bitatlas.records import Atlas, Budget, Plan, read_record, to_json, write_text
 
 
 def replan(folder: Path, budget: Budget) -> Plan:
     """The plan under `budget`; UserError where no plan can be that small, or the tolerated damage cannot be met."""
     atlas = read_record(folder / "atlas.json", Atlas)
-    formats = by_width(list(atlas.formats))
-    check_budget(budget, atlas.modules, formats, atlas.model)
-    units = units_of(atlas.modules)
-    scores = _scores_used(atlas, [unit.name for unit in units], formats)
-    costs = costs_of(budget, units, formats, atlas.model)
-    if costs.limit is None:
-        best = choose_smallest(
-            scores, costs.cost, budget.value, lambda plans: predicted(scores, plans), where="are predicted to do"
-        )[0]
-    else:
-        best = candidates(scores, costs.cost, costs.limit)[0]
+    subject = subject_of(atlas)
+    check_budget(budget, atlas.modules, subject.formats, atlas.model)
+    scores = _scores_used(atlas, [unit.name for unit in subject.units], list(subject.formats))
+    tools = Tools(scores, lambda plans: predicted(scores, plans), where="are predicted to do")
+    found = search(subject, budget, tools)
+    only_predicted = {name: found.solver[name] for name in ("method", "scores", "gap")}
+    return unverified_plan(subject, budget, replace(found, solver=only_predicted))
+
+
+def subject_of(atlas: Atlas) -> Subject:
+    """What the survey planned for."""
+    codes = atlas.plan.codes if atlas.plan else ""
     seed = int(atlas.settings["seed"])
-    return unverified_plan(atlas.model, atlas.modules, formats, atlas.quantizer, budget, best, None, {}, seed)
+    return Subject(atlas.model, atlas.modules, by_width(list(atlas.formats)), atlas.quantizer, codes, seed)
 
 
 def _scores_used(atlas: Atlas, units: list[str], formats: list[str]) -> Scores:
