@@ -11,7 +11,6 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors.torch import load_file
-from tests.tiny import make_checkpoint
 
 from bitatlas import bank as bank_file
 from bitatlas.bank import Bank, disk_bytes
@@ -20,6 +19,7 @@ from bitatlas.formats import FORMATS, stored_bytes
 from bitatlas.packing import pack, packed_bytes, unpack
 from bitatlas.quantizers import QUANTIZERS
 from bitatlas.swap import swapped
+from tiny import make_checkpoint
 
 NAMES = ["int2_g32", "int3_g64", "int4_g32_sym", "int8_g128"]
 

@@ -51,7 +51,9 @@ def surveyed(tiny_llama: Path, text: Path, tmp_path_factory: pytest.TempPathFact
 
 
 def test_every_output_is_there_and_nothing_else(surveyed: Path):
-    assert sorted(p.name for p in surveyed.iterdir() if not p.name.startswith("run.sqlite")) == sorted([*OUTPUTS, "bank", "tables"])
+    assert sorted(p.name for p in surveyed.iterdir() if not p.name.startswith("run.sqlite")) == sorted(
+        [*OUTPUTS, "bank", "tables"]
+    )
     atlas = read_record(surveyed / "atlas.json", Atlas)
     assert [layer.layer for layer in atlas.layers] == [0, 1, 2]
     assert {profile.module for profile in atlas.weights} == {module.name for module in atlas.modules}

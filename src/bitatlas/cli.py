@@ -159,19 +159,44 @@ def plan(
     size: SizeText = None,
     max_damage: MaxDamage = None,
     out: Annotated[Path | None, typer.Option("--out", help="File for the plan. Default: FOLDER/plan-<budget>.json.")] = None,
+    curve: Annotated[
+        bool, typer.Option("--curve", help="Verified plans at sizes from the smallest to the largest; needs the model.")
+    ] = False,
+    points: Annotated[int | None, typer.Option("--points", help="Plans on the curve. Default: 7.")] = None,
+    model: Annotated[
+        str | None, typer.Option("--model", callback=_not_empty, help="Where the model is now, for --curve.")
+    ] = None,
+    device: Annotated[str | None, typer.Option("--device", callback=_not_empty, help="For --curve; cpu, cuda, ...")] = None,
+    quiet: Quiet = False,
 ) -> None:
-    """Another budget, from the atlas alone, in seconds. Its damage is predicted; `verify` measures it."""
+    """Another budget, from the atlas alone, in seconds: its damage is predicted, `verify` measures it. Or the whole --curve, measured."""
     from bitatlas.planning.replan import replan, write_plan
     from bitatlas.settings import parse_budget
     from bitatlas.terminal import show_plan
 
     budget = parse_budget(code_bits, stored_bits, size, max_damage)
+    if curve:
+        _plan_curve(folder, budget or out, points, model, device, quiet)
+        return
+    if points is not None or model is not None or device is not None:
+        raise UserError("--points, --model, --device: belong to --curve")
     if budget is None:
-        raise UserError("give a budget: --code-bits, --stored-bits, --size or --max-damage")
+        raise UserError("give a budget: --code-bits, --stored-bits, --size or --max-damage; or --curve for all sizes")
     found = replan(folder, budget)
     file = write_plan(found, folder, out)
     show_plan(found)
     print(file)
+
+
+def _plan_curve(folder: Path, other: Any, points: int | None, model: str | None, device: str | None, quiet: bool) -> None:
+    from bitatlas.curve import FOLDER, trace_curve
+    from bitatlas.progress import Reporter
+    from bitatlas.terminal import show_curve
+
+    if other is not None:
+        raise UserError("--curve: covers all sizes and writes its own files; give no budget and no --out beside it")
+    show_curve(trace_curve(folder, points if points is not None else 7, model, device, Reporter(quiet)))
+    print(folder / FOLDER)
 
 
 @app.command()

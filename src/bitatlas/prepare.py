@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -221,13 +221,39 @@ def _open_journal(out: Path, checkpoint: Checkpoint) -> Journal:
     return journal
 
 
-def rows_of_survey(atlas: Atlas, checkpoint: Checkpoint) -> Rows:
-    """The rows that a survey measured on, made again from its settings and compared by hash."""
+def settings_of(atlas: Atlas) -> Settings:
+    """The settings that a survey was made with."""
     content = dict(atlas.settings)
     content["budget"] = Budget(**content["budget"])
     for name in ("formats", "rows", "tasks"):
         content[name] = tuple(content[name])
-    rows, _ = rows_and_items(Settings(**content), checkpoint, checkpoint.load_tokenizer())
+    return Settings(**content)
+
+
+def rows_of_survey(atlas: Atlas, checkpoint: Checkpoint) -> Rows:
+    """The rows that a survey measured on, made again from its settings and compared by hash."""
+    rows, _ = rows_and_items(settings_of(atlas), checkpoint, checkpoint.load_tokenizer())
     if rows.info.splits != atlas.tokens.splits:
         raise UserError(f"--tokens: {atlas.tokens.source} is not what the survey measured on; its hash differs")
     return rows
+
+
+def reopen(folder: Path, atlas: Atlas, model_name: str | None, device: str | None, reporter: Reporter) -> Run:
+    """A finished survey, opened again to measure more plans: same rows, same journal, same bank. No tasks.
+
+    `model_name`, `device`: where they are no longer what they were.
+    """
+    settings = settings_of(atlas)
+    settings = replace(settings, model=model_name or settings.model, device=device or settings.device)
+    place = check_device(settings.device)
+    with reporter.stage("opening the checkpoint"):
+        checkpoint = open_checkpoint(settings.model, settings.revision, settings.fuse)
+        if checkpoint.info.weights_sha256 != atlas.model.weights_sha256:
+            raise UserError(f"{settings.model}: these are not the weights that {folder} is a survey of ({atlas.model.name})")
+        rows = rows_of_survey(atlas, checkpoint)
+        check_finite(checkpoint)
+        model = checkpoint.load_model(place)
+    journal = _open_journal(folder, checkpoint)
+    bank = bank_of(settings.quantizer, checkpoint, model, rows, folder)
+    meter = DamageMeter(model, bank, checkpoint.info.weights_sha256, bank.identity, journal)
+    return Run(settings, folder, checkpoint, model, checkpoint.load_tokenizer(), bank, rows, {}, journal, meter, reporter)

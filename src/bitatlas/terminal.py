@@ -9,6 +9,7 @@ from rich.table import Table
 from rich.text import Text
 
 from bitatlas.compare import Comparison
+from bitatlas.curve import Curve
 from bitatlas.records import Atlas, Measured, Plan, Size, TaskScore
 from bitatlas.verify import Verification
 from bitatlas.words import byte_size, interval, number
@@ -63,6 +64,19 @@ def show_plan(plan: Plan) -> None:
         best = min(random, key=lambda baseline: baseline.damage.mean)
         table.add_row(f"best of {len(random)} random plans", "", number(best.code_bits), _nats(best.damage))
     console.print(table)
+
+
+def show_curve(curve: Curve) -> None:
+    """The uniform widths and the plans between them, by size."""
+    table = _table("Damage by size, test rows", ["", "size", "code bits", "damage", ""])
+    lines: list[tuple[Size, str, Measured | None, str]] = [
+        (u.size, f"uniform {u.format}", u.damage, "") for u in curve.atlas.uniform
+    ]
+    for plan, file in curve.plans:
+        lines.append((plan.size, file.name, plan.damage.measured, "" if plan.recommended else "not recommended"))
+    for size, name, damage, word in sorted(lines, key=lambda line: line[0].total_bytes):
+        table.add_row(name, byte_size(size.total_bytes), number(size.code_bits), _nats(damage), word)
+    _console().print(table)
 
 
 def show_verification(result: Verification) -> None:

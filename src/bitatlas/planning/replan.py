@@ -25,7 +25,7 @@ def replan(folder: Path, budget: Budget) -> Plan:
     atlas = read_record(folder / "atlas.json", Atlas)
     subject = subject_of(atlas)
     check_budget(budget, atlas.modules, subject.formats, atlas.model)
-    scores = _scores_used(atlas, [unit.name for unit in subject.units], list(subject.formats))
+    scores = _scores_used(atlas, scores_of(atlas))
     tools = Tools(scores, lambda plans: predicted(scores, plans), where="are predicted to do")
     found = search(subject, budget, tools)
     only_predicted = {name: found.solver[name] for name in ("method", "scores", "gap")}
@@ -39,8 +39,14 @@ def subject_of(atlas: Atlas) -> Subject:
     return Subject(atlas.model, atlas.modules, by_width(list(atlas.formats)), atlas.quantizer, codes, seed)
 
 
-def _scores_used(atlas: Atlas, units: list[str], formats: list[str]) -> Scores:
-    scores = damage_tables(units, formats, atlas.unit_damage, atlas.base_damage)
+def scores_of(atlas: Atlas) -> Scores:
+    """The three score tables of the survey's screens."""
+    subject = subject_of(atlas)
+    return damage_tables([unit.name for unit in subject.units], subject.formats, atlas.unit_damage, atlas.base_damage)
+
+
+def _scores_used(atlas: Atlas, scores: Scores) -> Scores:
+    """The one table whose plan was the best of the knapsacks in the survey."""
     used = atlas.plan.solver.get("scores") if atlas.plan else None
     name = used if used in scores.tables else "mean of both"
     return Scores({name: scores.tables[name]}, scores.at_high)

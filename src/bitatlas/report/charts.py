@@ -19,7 +19,12 @@ from bitatlas.report.heat import bits_cell
 from bitatlas.report.svg import Canvas
 
 SHAPE_OF = {"critical": "diamond", "safe": "circle", "uncertain": "triangle"}
-KIND_MARKS = {"uniform": ("square", "c-ink"), "plan": ("diamond", "c-plan"), "random": ("circle", "c-muted")}
+KIND_MARKS = {
+    "uniform": ("square", "c-ink"),
+    "plan": ("diamond", "c-plan"),
+    "curve": ("diamond", "c-plan"),
+    "random": ("circle", "c-muted"),
+}
 BYTE_UNITS = ((1e12, "TB"), (1e9, "GB"), (1e6, "MB"), (1e3, "kB"), (0, "bytes"))
 LONGEST_NAME = 37  # characters of a name on the left of a forest plot
 BASELINE_MARK = ("triangle", "c-baseline")
@@ -127,7 +132,7 @@ def raised(atlas: Atlas, width: int) -> Markup | None:
 
 
 def size_damage(atlas: Atlas, width: int) -> Markup | None:
-    """Damage (log) against the whole model's size: uniform formats joined, the plan, its baselines."""
+    """Damage (log) against the whole model's size: uniform formats joined, plans of other sizes joined, the plan, its baselines."""
     if not atlas.curve:
         return None
     c = Canvas(width, 380 if width > 500 else 340, left=58, right=18, top=28, bottom=42)
@@ -142,6 +147,9 @@ def size_damage(atlas: Atlas, width: int) -> Markup | None:
     c.x_axis(x, svg.ticks(x_low, x_high, 6 if width > 500 else 4), f"size of the whole model, {name}")
     line = sorted((p.total_bytes, p.damage.mean) for p in points if _is_uniform(p))
     c.path([(x(size / unit), y(damage)) for size, damage in line], "join")
+    if any(point.kind == "curve" for point in points):  # `bitatlas plan --curve` was run
+        plans = sorted((p.total_bytes, p.damage.mean) for p in points if p.kind in ("curve", "plan"))
+        c.path([(x(size / unit), y(damage)) for size, damage in plans], "join c-plan")
     for point in sorted(points, key=lambda p: p.kind == "plan"):
         shape, css = KIND_MARKS.get("uniform" if _is_uniform(point) else point.kind, BASELINE_MARK)
         px, bottom_top = x(point.total_bytes / unit), _ends(point.damage)
@@ -150,7 +158,7 @@ def size_damage(atlas: Atlas, width: int) -> Markup | None:
             f"{words.number(point.code_bits, 2)} code bits, {words.number(point.stored_bits, 2)} stored bits"
         )
         c.whisker(px, y(bottom_top[0]), y(bottom_top[1]), css)
-        c.mark(px, y(point.damage.mean), shape, css, tip, {"plan": 6, "random": 2.5}.get(point.kind, 4.5))
+        c.mark(px, y(point.damage.mean), shape, css, tip, {"plan": 6, "random": 2.5, "curve": 3.5}.get(point.kind, 4.5))
     named = [p for p in points if _is_uniform(p) or p.kind == "plan"]
     _names(c, [(x(p.total_bytes / unit), y(p.damage.mean), p.name, p.kind == "plan") for p in named])
     return c.svg("Damage against size of the whole model, log damage axis, with 95% intervals")

@@ -86,7 +86,10 @@ def _costs(atlas: Atlas) -> str:
 def _plan(atlas: Atlas) -> dict[str, Sketch]:
     outside = facts.outside_formats(point.name for point in atlas.curve)
     added = f" Not in --formats, so not open to the plan: {words.listed(outside)}." if outside else ""
-    size = f"Lower left is better. Bars: 95% intervals; the line joins the uniform formats.{added}"
+    lines = "the line joins the uniform formats"
+    if any(point.kind == "curve" for point in atlas.curve):
+        lines = "one line joins the uniform formats, the other the plans found at each size"
+    size = f"Lower left is better. Bars: 95% intervals; {lines}.{added}"
     others = "None of them is larger than the plan. Bars: 95% intervals."
     bits = "Layers and kinds of module; the stronger the colour, the more bits."
     return {

@@ -1,0 +1,81 @@
+"""`plan --curve` on a small model: verified plans at every size, none above it, written whole, and the report shows them."""
+
+from __future__ import annotations
+
+import shutil
+from pathlib import Path
+
+import pytest
+
+import tiny
+from bitatlas.curve import trace_curve
+from bitatlas.errors import UserError
+from bitatlas.prepare import default_settings
+from bitatlas.progress import Reporter
+from bitatlas.records import Atlas, Budget, Plan, read_record
+from bitatlas.survey import run_survey
+from bitatlas.verify import verify_plan
+
+QUIET = Reporter(quiet=True)
+
+
+@pytest.fixture(scope="module")
+def surveyed(tiny_llama: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("curve")
+    (folder / "text.txt").write_text(tiny.TEXT, encoding="utf-8")
+    settings = default_settings(
+        model=str(tiny_llama), formats="int2_g32,int4_g32", budget=Budget("code_bits", 3.0), rows="4,4,4", tasks="none",
+        tokens=str(folder / "text.txt"), quantizer="rtn", row_length=24, task_data=None, limit=20, tolerance=0.05, fuse=False,
+        refine=False, device="cpu", revision=None, seed=0,
+    )  # fmt: skip
+    run_survey(settings, folder / "out", False, QUIET)
+    return folder / "out"
+
+
+@pytest.fixture(scope="module")
+def curve(surveyed: Path):
+    return trace_curve(surveyed, 3, None, None, QUIET)
+
+
+def test_every_plan_is_measured_within_its_size_and_larger_ones_do_less(surveyed: Path, curve):
+    assert len(curve.plans) == 3
+    budgets = [plan.budget.value for plan, _ in curve.plans]
+    assert budgets == sorted(budgets)
+    ends = {u.format: u.size.total_bytes for u in curve.atlas.uniform}
+    assert ends["int2_g32"] < budgets[0] < budgets[-1] < ends["int4_g32"]
+    for plan, file in curve.plans:
+        assert plan.size.total_bytes <= plan.budget.value
+        assert plan.damage.measured is not None and plan.damage.measured.rows == "test"
+        assert plan.recommended is not None and plan.baselines
+        assert read_record(file, Plan) == plan
+    selected = [plan.solver["select_damage"] for plan, _ in curve.plans]
+    assert selected == sorted(selected, reverse=True)
+
+
+def test_the_atlas_and_the_report_hold_the_curve_and_a_second_run_changes_nothing(surveyed: Path, curve):
+    atlas = read_record(surveyed / "atlas.json", Atlas)
+    points = [point for point in atlas.curve if point.kind == "curve"]
+    assert [point.damage for point in points] == [plan.damage.measured for plan, _ in curve.plans]
+    assert points[0].name in (surveyed / "report.html").read_text(encoding="utf-8")
+    before = (surveyed / "atlas.json").read_bytes()
+    trace_curve(surveyed, 3, None, None, QUIET)
+    assert (surveyed / "atlas.json").read_bytes() == before
+    assert read_record(surveyed / "plan.json", Plan) == atlas.plan
+
+
+def test_a_plan_of_the_curve_is_verified_with_the_surveys_bank(surveyed: Path, tiny_llama: Path, curve):
+    plan, file = curve.plans[1]
+    result = verify_plan(str(tiny_llama), file, str(surveyed.parent / "text.txt"), (4, 4, 4), 24, "cpu", 0, QUIET)
+    assert result.size_kept and result.damage.mean == pytest.approx(plan.damage.measured.mean, rel=1e-6)
+
+
+def test_wrong_use_is_one_line(surveyed: Path, tmp_path: Path):
+    with pytest.raises(UserError, match="--points 0: give 1 to 99"):
+        trace_curve(surveyed, 0, None, None, QUIET)
+    other = tiny.make_checkpoint(tmp_path / "other", seed=5)
+    with pytest.raises(UserError, match="not the weights"):
+        trace_curve(surveyed, 2, str(other), None, QUIET)
+    moved = tmp_path / "moved"
+    shutil.copytree(surveyed, moved)
+    with pytest.raises(UserError, match="nowhere"):
+        trace_curve(moved, 2, str(tmp_path / "nowhere"), None, QUIET)
