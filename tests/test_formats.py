@@ -7,7 +7,7 @@ from hypothesis import strategies as st
 
 from bitatlas.errors import UserError
 from bitatlas.formats import FORMATS, Format, by_width, get_format, group_count, stored_bytes
-from bitatlas.quantizers import QUANTIZERS
+from bitatlas.quantizers import rtn
 
 
 def test_names_say_what_a_format_is():
@@ -24,7 +24,7 @@ def test_bytes_of_a_known_module():
 @given(st.integers(1, 9), st.integers(1, 200), st.sampled_from(sorted(FORMATS)))
 def test_bytes_equal_what_the_quantizer_stores(out_features: int, in_features: int, name: str):
     fmt = FORMATS[name]
-    codes = QUANTIZERS["rtn"](torch.randn(out_features, in_features), fmt)
+    codes = rtn.quantize(torch.randn(out_features, in_features), fmt)
     assert codes.scale.shape == codes.zero.shape == (out_features, group_count((1, in_features), fmt.group_size))
     bits = codes.codes.numel() * fmt.bits
     extra = codes.scale.numel() * (fmt.scale_bits + fmt.zero_bits) // 8

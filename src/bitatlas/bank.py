@@ -13,15 +13,23 @@ from torch import Tensor, nn
 from bitatlas.formats import FORMATS, Format
 from bitatlas.quantizers import get_quantizer
 from bitatlas.quantizers.codes import Codes
-from bitatlas.swap import weight_of
+from bitatlas.swap import swapped, weight_of
 
 
 class Bank:
-    """Quantized weights of `model`'s modules. Reads the reference weights, so fill it outside any `swapped` block."""
+    """Quantized weights of `model`'s modules; `rows` int64 [rows, tokens] are what a quantizer that needs data is fitted on."""
 
-    def __init__(self, model: nn.Module, modules: list[str], quantizer: str, formats: Mapping[str, Format] = FORMATS):
+    def __init__(
+        self,
+        model: nn.Module,
+        modules: list[str],
+        quantizer: str,
+        formats: Mapping[str, Format] = FORMATS,
+        rows: Tensor | None = None,
+    ):
         self.formats = dict(formats)
-        self._quantize = get_quantizer(quantizer)
+        self._quantizer = get_quantizer(quantizer)
+        self._model, self._rows = model, rows
         # The tensors themselves, not the parameters: a swap exchanges the parameter's storage and leaves these as they are.
         self._reference = {name: weight_of(model, name) for name in modules}
         self._codes: dict[tuple[str, str], Codes] = {}
@@ -29,7 +37,10 @@ class Bank:
     def codes(self, module: str, format_name: str) -> Codes:
         key = (module, format_name)
         if key not in self._codes:
-            self._codes[key] = self._quantize(self._reference[module], self.formats[format_name])
+            modules = list(self._reference) if self._quantizer.uses_rows else [module]
+            with swapped(self._model, self._reference):
+                for name, (codes,) in self._quantizer.quantize(self._model, modules, [self.formats[format_name]], self._rows):
+                    self._codes[name, format_name] = codes
         return self._codes[key]
 
     def reference(self, module: str) -> Tensor:
