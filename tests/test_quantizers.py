@@ -1,15 +1,19 @@
 """rtn against a brute-force float64 search, and the properties any quantizer must have."""
 
+from pathlib import Path
+
 import numpy as np
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from bitatlas.checkpoint import open_checkpoint
 from bitatlas.errors import UserError
 from bitatlas.formats import FORMATS, Format
-from bitatlas.quantizers import get_quantizer
-from bitatlas.quantizers.rtn import STEPS, quantize
+from bitatlas.quantizers import QUANTIZERS, Quantizer, get_quantizer
+from bitatlas.quantizers.rtn import STEPS, grid, quantize
+from bitatlas.swap import weight_of
 
 
 def brute_force_group(group: np.ndarray, fmt: Format) -> float:
@@ -72,3 +76,45 @@ def test_more_bits_never_hurt():
 def test_unknown_quantizer_lists_the_valid_ones():
     with pytest.raises(UserError, match=r"--quantizer.*'rnt'.*'rtn'"):
         get_quantizer("rnt")
+
+
+def test_what_a_quantizer_cannot_do_is_refused_beforehand():
+    for quantizer in QUANTIZERS.values():
+        assert get_quantizer(quantizer.name) is quantizer
+    QUANTIZERS["rtn"].check(list(FORMATS.values()))
+    QUANTIZERS["gptq"].check(list(FORMATS.values()))
+    missing = Quantizer("odd", QUANTIZERS["rtn"].quantize, uses_rows=False, version=1, package="no_such_package_at_all")
+    with pytest.raises(UserError, match=r"--quantizer odd.*pip install 'bitatlas\[odd\]'"):
+        missing.check([FORMATS["int4_g32"]])
+    picky = Quantizer("odd", QUANTIZERS["rtn"].quantize, uses_rows=False, version=1, symmetric=False)
+    picky.check([FORMATS["int4_g32"]])
+    with pytest.raises(UserError, match=r"--quantizer odd.*int4_g32_sym.*give int4_g32$"):
+        picky.check([FORMATS["int2_g32"], FORMATS["int4_g32_sym"]])
+
+
+def test_rtn_gives_every_module_in_every_format_without_rows(tiny_llama: Path):
+    checkpoint = open_checkpoint(str(tiny_llama), fuse=False)
+    model, names = checkpoint.load_model(), [module.name for module in checkpoint.modules]
+    formats = [FORMATS["int2_g32"], FORMATS["int8_g128_sym"]]
+    found = dict(QUANTIZERS["rtn"].quantize(model, names, formats, None))
+    assert list(found) == names
+    for name, codes in found.items():
+        assert all(
+            torch.equal(c.weight(), quantize(weight_of(model, name), f).weight()) for c, f in zip(codes, formats, strict=True)
+        )
+
+
+def test_importance_picks_the_clipping_step_by_weighted_squares():
+    weight = torch.randn(3, 70, generator=torch.Generator().manual_seed(5))
+    counts = torch.rand(70, generator=torch.Generator().manual_seed(6)) ** 4
+    for name in ("int2_g32", "int3_g32_sym"):
+        fmt = FORMATS[name]
+        errors = []
+        for importance in (None, torch.ones(70), counts):
+            scale, zero = (part.repeat_interleave(32, 1)[:, :70] for part in grid(weight, fmt, importance))
+            codes = ((weight / scale).round() + zero).clamp(0, 2**fmt.bits - 1)
+            errors.append((((codes - zero) * scale - weight).square() * counts).split(32, dim=1))
+        for plain, same, weighted in zip(*errors, strict=True):
+            assert torch.equal(plain, same)
+            assert bool((weighted.sum(1) <= plain.sum(1) * (1 + 1e-6)).all())
+        assert sum(float(part.sum()) for part in errors[2]) < 0.99 * sum(float(part.sum()) for part in errors[0])

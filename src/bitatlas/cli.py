@@ -102,7 +102,9 @@ def survey(
             help="Candidate formats, int{2,3,4,8}_g{32,64,128}[_sym]. Default: int{2,3,4}_g64 (the demo: _g128).",
         ),
     ] = None,
-    quantizer: Annotated[str, typer.Option("--quantizer", help="How codes are chosen: rtn.")] = "rtn",
+    quantizer: Annotated[
+        str, typer.Option("--quantizer", help="How codes are chosen: rtn, gptq (fitted on the fit rows), or hqq (an extra).")
+    ] = "rtn",
     code_bits: CodeBits = None,
     stored_bits: StoredBits = None,
     size: SizeText = None,

@@ -116,7 +116,7 @@ def default_budget(formats: Sequence[str]) -> Budget:
 
 def prepare(settings: Settings, out: Path, resume: bool, reporter: Reporter) -> Run:
     """Open and check everything; UserError at the first thing that is wrong, with nothing written."""
-    get_quantizer(settings.quantizer)
+    get_quantizer(settings.quantizer).check(list(settings.format_table().values()))
     device = check_device(settings.device)
     with reporter.stage("opening the checkpoint"):
         checkpoint = open_checkpoint(settings.model, settings.revision, settings.fuse)

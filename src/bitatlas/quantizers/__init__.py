@@ -1,12 +1,9 @@
-"""Quantizers by name: how the stored numbers are chosen.
-
-A quantizer gets the model with its reference weights, the modules, the formats and the fit rows, and yields each module with one
-`Codes` a format, so that whoever stores them loses one module at most.
-"""
+"""Quantizers by name: how the stored numbers are chosen, for every module of a model in every format that is asked for."""
 
 from __future__ import annotations
 
 import difflib
+import importlib.util
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
@@ -14,29 +11,46 @@ from torch import Tensor, nn
 
 from bitatlas.errors import UserError
 from bitatlas.formats import Format
-from bitatlas.quantizers import rtn
+from bitatlas.quantizers import gptq, hqq, rtn
 from bitatlas.quantizers.codes import Codes
-from bitatlas.swap import weight_of
 
 Quantize = Callable[[nn.Module, Sequence[str], Sequence[Format], Tensor | None], Iterator[tuple[str, list[Codes]]]]
 
 
 @dataclass(frozen=True)
 class Quantizer:
+    """How the stored numbers are chosen.
+
+    `quantize(model, modules, formats, rows)` gives every module's codes, one a format, module by module in any order, each as soon
+    as it is known. `model` holds the reference weights until the last one has come. `rows` are the fit rows, int64 [rows, tokens].
+    """
+
     name: str
     quantize: Quantize
-    uses_rows: bool
-    version: int
+    uses_rows: bool  # the codes depend on the rows
+    version: int  # raised whenever the codes change: codes that were stored by another version are not used again
+    package: str | None = None  # what the optional extra of the quantizer's own name installs
+    symmetric: bool = True  # it can do formats without a zero-point
+
+    def check(self, formats: Sequence[Format]) -> None:
+        """UserError where its package is missing, or where it cannot do one of `formats`."""
+        if self.package and importlib.util.find_spec(self.package) is None:
+            raise UserError(f"--quantizer {self.name}: needs a package that is not here: pip install 'bitatlas[{self.name}]'")
+        refused = [fmt.name for fmt in formats if fmt.symmetric and not self.symmetric]
+        if refused:
+            raise UserError(
+                f"--quantizer {self.name}: no symmetric formats ({refused[0]}); give {refused[0].removesuffix('_sym')}"
+            )
 
 
-def _each(
-    model: nn.Module, modules: Sequence[str], formats: Sequence[Format], rows: Tensor | None
-) -> Iterator[tuple[str, list[Codes]]]:
-    for name in modules:
-        yield name, [rtn.quantize(weight_of(model, name), fmt) for fmt in formats]
-
-
-QUANTIZERS: dict[str, Quantizer] = {"rtn": Quantizer("rtn", _each, False, 1)}
+QUANTIZERS: dict[str, Quantizer] = {
+    quantizer.name: quantizer
+    for quantizer in (
+        Quantizer("rtn", rtn.quantize_modules, uses_rows=False, version=1),
+        Quantizer("gptq", gptq.quantize, uses_rows=True, version=1),
+        Quantizer("hqq", hqq.quantize_modules, uses_rows=False, version=1, package="hqq", symmetric=False),
+    )
+}
 
 
 def get_quantizer(name: str) -> Quantizer:

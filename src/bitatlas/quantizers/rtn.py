@@ -4,42 +4,72 @@ For every group the range [min, max] (asymmetric, widened to include 0 so that t
 (symmetric) is shrunk in 20 steps from 1 down to 0.525; the step with the smallest sum of squared errors wins. The scale is rounded
 to float16 *before* the codes are chosen, because float16 is what gets stored. No data is needed.
 
+`grid` is the search alone, with an optional weight for every input's squared error: gptq starts from it.
+
 Left out: separate shrinking of the two ends, and any use of input statistics (that is what gptq is for).
 """
 
 from __future__ import annotations
 
+from collections.abc import Iterator, Sequence
+
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from bitatlas.formats import Format
 from bitatlas.quantizers.codes import Codes
+from bitatlas.swap import weight_of
 
 STEPS = 20
 SMALLEST_SCALE = 2.0**-24  # smallest positive float16
 
 
+def quantize_modules(
+    model: nn.Module, modules: Sequence[str], formats: Sequence[Format], rows: Tensor | None
+) -> Iterator[tuple[str, list[Codes]]]:
+    """Every module in every format; `rows` are not looked at."""
+    for name in modules:
+        weight = weight_of(model, name)
+        yield name, [quantize(weight, fmt) for fmt in formats]
+
+
 def quantize(weight: Tensor, fmt: Format) -> Codes:
     """Codes of `weight` [out, in]; the last group of a row may be short."""
     weight = weight.detach().float()
-    whole = weight.shape[1] // fmt.group_size * fmt.group_size
+    scale, zero = grid(weight, fmt)
+    codes = [_encode(part, scale[:, at], zero[:, at], _top(fmt)).flatten(1) for part, at in _groups(weight, fmt.group_size)]
+    return Codes(torch.cat(codes, dim=1).to(torch.uint8), scale.half(), zero.to(torch.uint8), fmt.group_size)
+
+
+def grid(weight: Tensor, fmt: Format, importance: Tensor | None = None) -> tuple[Tensor, Tensor]:
+    """Scale and zero-point, float32 [out, groups] each, of the best clipping step of every group of `weight` [out, in], float32.
+
+    `importance` [in]: what an input's squared error counts; without it all count the same. The scale is a float16's value.
+    """
     parts = []
-    if whole:
-        parts.append(_nearest(weight[:, :whole].reshape(len(weight), -1, fmt.group_size), fmt))
-    if whole < weight.shape[1]:
-        parts.append(_nearest(weight[:, whole:].unsqueeze(1), fmt))
-    codes = torch.cat([part.codes for part in parts], dim=1)
-    return Codes(
-        codes,
-        torch.cat([part.scale for part in parts], dim=1),
-        torch.cat([part.zero for part in parts], dim=1),
-        fmt.group_size,
-    )
+    for groups, at in _groups(weight, fmt.group_size):
+        counts = None if importance is None else _groups_like(importance, groups, at, fmt.group_size)
+        parts.append(_search(groups, fmt, counts))
+    return torch.cat([scale for scale, _ in parts], dim=1), torch.cat([zero for _, zero in parts], dim=1)
 
 
-def _nearest(groups: Tensor, fmt: Format) -> Codes:
-    """groups [out, groups, size] -> codes of the clipping step with the least squared error, chosen group by group."""
-    top = 2**fmt.bits - 1
+def _groups(weight: Tensor, size: int) -> list[tuple[Tensor, slice]]:
+    """The whole groups [out, groups, size] and the short one [out, 1, rest], each with its place among the groups."""
+    count = weight.shape[1] // size
+    whole, rest = weight[:, : count * size], weight[:, count * size :]
+    parts = [(whole.reshape(len(weight), count, size), slice(0, count)), (rest.unsqueeze(1), slice(count, count + 1))]
+    return [(groups, at) for groups, at in parts if groups.numel()]
+
+
+def _groups_like(importance: Tensor, groups: Tensor, at: slice, size: int) -> Tensor:
+    """`importance` [in] -> [groups, size] of the inputs that `groups` holds."""
+    start = at.start * size
+    return importance[start : start + groups.shape[1] * groups.shape[2]].reshape(groups.shape[1:])
+
+
+def _search(groups: Tensor, fmt: Format, importance: Tensor | None) -> tuple[Tensor, Tensor]:
+    """groups [out, groups, size] -> scale and zero-point of the clipping step with the least squared error, group by group."""
+    top = _top(fmt)
     low = groups.amin(-1).clamp(max=0)  # [out, groups]
     high = groups.amax(-1).clamp(min=0)
     if fmt.symmetric:
@@ -51,13 +81,18 @@ def _nearest(groups: Tensor, fmt: Format) -> Codes:
         keep = 1 - 0.5 * step / STEPS
         scale = ((high - low) * keep / top).clamp(min=SMALLEST_SCALE).half().float()
         zero = torch.full_like(low, 2.0 ** (fmt.bits - 1)) if fmt.symmetric else (-low * keep / scale).round().clamp(0, top)
-        error = (_decode(_encode(groups, scale, zero, top), scale, zero) - groups).square().sum(-1)
+        squares = (_decode(_encode(groups, scale, zero, top), scale, zero) - groups).square()
+        error = (squares if importance is None else squares * importance).sum(-1)
         better = error < best
         best = torch.where(better, error, best)
         best_scale = torch.where(better, scale, best_scale)
         best_zero = torch.where(better, zero, best_zero)
-    codes = _encode(groups, best_scale, best_zero, top).to(torch.uint8).flatten(1)
-    return Codes(codes, best_scale.half(), best_zero.to(torch.uint8), fmt.group_size)
+    return best_scale, best_zero
+
+
+def _top(fmt: Format) -> int:
+    """The greatest code."""
+    return 2**fmt.bits - 1
 
 
 def _encode(groups: Tensor, scale: Tensor, zero: Tensor, top: int) -> Tensor:

@@ -1,0 +1,57 @@
+"""Half-quadratic quantization through its authors' package, `hqq` (`pip install 'bitatlas[hqq]'`). No data is needed.
+
+The package takes every group's scale from its range and moves the zero-point, which need not be a whole number, so that few weights
+have a large error (the p = 0.7 norm of the errors, which minds outliers less than their squares). Groups run along the inputs
+(`axis=1`), as in every format here; the short group at the end of a row is a call of its own.
+
+The codes are the package's, the scale and zero-point its own rounded to float16, as its runtimes keep them. Left out: symmetric
+formats, since a zero-point that is free is what the method is about.
+Source: Badri and Shaji, Half-Quadratic Quantization of Large Machine Learning Models (2023); hqq 0.2.8.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+
+import torch
+from torch import Tensor, nn
+
+from bitatlas.formats import Format
+from bitatlas.quantizers.codes import Codes
+from bitatlas.swap import weight_of
+
+LARGEST = 65504.0  # float16
+SMALLEST = 2.0**-24
+
+
+def quantize_modules(
+    model: nn.Module, modules: Sequence[str], formats: Sequence[Format], rows: Tensor | None
+) -> Iterator[tuple[str, list[Codes]]]:
+    """Every module in every format; `rows` are not looked at."""
+    for name in modules:
+        weight = weight_of(model, name)
+        yield name, [quantize(weight, fmt) for fmt in formats]
+
+
+def quantize(weight: Tensor, fmt: Format) -> Codes:
+    """Codes of `weight` [out, in], zero-points float16; the last group of a row may be short."""
+    whole = weight.shape[1] // fmt.group_size * fmt.group_size
+    pieces = [piece for piece in (weight[:, :whole], weight[:, whole:]) if piece.numel()]
+    parts = [_quantize(piece.detach().float(), fmt.bits, min(fmt.group_size, piece.shape[1])) for piece in pieces]
+    codes, scale, zero = (torch.cat(part, dim=1) for part in zip(*parts, strict=True))
+    # A group far from 0 beside its range has a zero-point beyond float16: the nearest that can be stored.
+    return Codes(
+        codes.to(torch.uint8), scale.clamp(SMALLEST, LARGEST).half(), zero.clamp(-LARGEST, LARGEST).half(), fmt.group_size
+    )
+
+
+def _quantize(weight: Tensor, bits: int, size: int) -> tuple[Tensor, Tensor, Tensor]:
+    """`weight` [out, in], whole groups of `size` -> the package's codes [out, in], scale and zero-point [out, groups]."""
+    from hqq.core.quantize import Quantizer
+
+    codes, meta = Quantizer.quantize(
+        weight, nbits=bits, group_size=size, axis=1, optimize=True, bitpack=False, device=str(weight.device)
+    )
+    shape = (len(weight), -1)
+    # Copies: the package works in inference mode, whose tensors nothing can be learned through.
+    return codes.reshape(weight.shape).clone(), meta["scale"].reshape(shape).clone(), meta["zero"].reshape(shape).clone()

@@ -1,0 +1,113 @@
+"""What goes into the modules: the mean of x xᵀ over all tokens of some rows, for every distinct input of a decoder.
+
+A quantizer that looks at the data needs no more than this matrix: the squared error of an output row with weight error e is
+e H eᵀ. The decoder runs layer by layer, with one layer's matrices in memory; every layer's hidden state is computed once, from
+the reference weights, since which formats the other modules will get is not known yet. Modules that are called with the same
+tensor (q, k and v; gate and up) share one matrix.
+
+Source of the streaming sum: the `add_batch` of the GPTQ authors' code (IST-DASLab/gptq). Left out: inputs of modules outside the
+decoder layers, which bitatlas never quantizes.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+from torch import Tensor, nn
+
+from bitatlas.checkpoint import decoder_layers
+from bitatlas.layerwise import run_layer, trace
+from bitatlas.swap import weight_of
+
+
+def input_moments(model: nn.Module, modules: Sequence[str], rows: Tensor) -> Iterator[tuple[list[str], Tensor]]:
+    """For every distinct input: the modules that it goes into, and the mean of x xᵀ over the tokens of `rows` [rows, tokens].
+
+    The matrix is float64 [in, in], on the model's device where that has float64. An input that no token reached (an expert that
+    was never chosen) has a matrix of zeros. Lazy, layer by layer; `model` must hold the reference weights all the while.
+    Raises ValueError for a module outside the decoder layers.
+    """
+    from bitatlas.sensitivity.damage import batch_rows  # not above: it imports the bank, which imports the quantizers
+
+    layers = [_inside(model, layer, modules) for layer in decoder_layers(model)]
+    if sum(map(len, layers)) < len(set(modules)):
+        raise ValueError("a module outside the decoder layers has no recorded input")
+    vocabulary = int(model.get_output_embeddings().weight.shape[0])  # type: ignore[operator, union-attr]
+    batches = rows.split(batch_rows(rows.shape[1], vocabulary))
+    traces = [trace(model, batch.to(model.device), keep_outputs=False) for batch in batches]  # type: ignore[arg-type]
+    hidden = [recorded.embedded for recorded in traces]
+    for number, named in enumerate(layers):
+        if not any(layers[number:]):
+            return
+        sums = _Sums()
+        with sums.watching(named):
+            for batch, recorded in enumerate(traces):
+                sums.next_batch()
+                hidden[batch] = run_layer(model, number, hidden[batch], recorded.calls[number])
+        for name in named:
+            if name not in sums.owner:
+                weight = weight_of(model, name)
+                sums.add(name, weight.new_zeros(1, weight.shape[1]))
+        yield from sums.means()
+
+
+def precise(values: Tensor) -> Tensor:
+    """`values` as float64, on the same device where that has float64."""
+    return (values.cpu() if values.device.type == "mps" else values).double()
+
+
+def _inside(model: nn.Module, layer: nn.Module, modules: Sequence[str]) -> dict[str, nn.Module]:
+    """Those of `modules` that are in `layer`."""
+    inner = {id(module) for module in layer.modules()}
+    found = {name: model.get_submodule(name) for name in modules}
+    return {name: module for name, module in found.items() if id(module) in inner}
+
+
+class _Sums:
+    """The running sums of one layer's inputs. The first module that a tensor goes into *owns* the sum; the others share it."""
+
+    def __init__(self) -> None:
+        self.owner: dict[str, str] = {}
+        self._total: dict[str, Tensor] = {}
+        self._tokens: dict[str, int] = {}
+        self._latest: dict[str, Tensor] = {}  # by owner, of this batch: kept alive, so that `is` means the same tensor
+
+    def next_batch(self) -> None:
+        self._latest = {}
+
+    @contextmanager
+    def watching(self, modules: Mapping[str, nn.Module]) -> Iterator[None]:
+        """Within the block, what goes into `modules` is added up."""
+
+        def hook_of(name: str) -> Any:
+            return lambda module, args: self.add(name, args[0])
+
+        hooks = [module.register_forward_pre_hook(hook_of(name)) for name, module in modules.items()]
+        try:
+            yield
+        finally:
+            for hook in hooks:
+                hook.remove()
+
+    def add(self, name: str, inputs: Tensor) -> None:
+        """`inputs` [..., in] goes into module `name`."""
+        if name not in self.owner:
+            self.owner[name] = next((owner for owner, tensor in self._latest.items() if tensor is inputs), name)
+        owner = self.owner[name]
+        if owner != name:
+            if self._latest.get(owner) is not inputs:
+                raise RuntimeError(f"{name} and {owner} had the same input in one batch and not in another")
+            return
+        self._latest[name] = inputs
+        flat = inputs.detach().reshape(-1, inputs.shape[-1]).float()
+        product = precise(flat.T @ flat)
+        self._total[name] = self._total[name] + product if name in self._total else product
+        self._tokens[name] = self._tokens.get(name, 0) + len(flat)
+
+    def means(self) -> Iterator[tuple[list[str], Tensor]]:
+        """The modules that share an input, and its matrix; each is forgotten once handed out."""
+        for owner in list(self._total):
+            sharing = [name for name, own in self.owner.items() if own == owner]
+            yield sharing, self._total.pop(owner) / max(1, self._tokens[owner])
