@@ -1,0 +1,149 @@
+"""What the candidates are worth: more formats at equal stored bits, and better quantizers at equal code bits, each as a whole survey.
+
+    python benchmarks/choices.py MODEL TEXT [--formats | --quantizers] [--rows 24,24,64]
+
+*Formats*: the plan from {2, 3, 4, 8} bits in two group sizes, against plans from {2, 4} bits in either group size, under the same limit of
+stored bits. *Quantizers*: rtn, gptq and (where it is installed) hqq, the same formats and code bits; every plan is found for the quantizer
+that it is measured with, and rtn's own plan is also measured with the other codes, to tell better codes from a better plan.
+Damage on the survey's test rows, nats/token, with 95 % intervals and paired differences by row. Appends to benchmarks/results/choices.json.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import platform
+import tempfile
+import time
+from dataclasses import asdict
+from datetime import date
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from bitatlas.errors import UserError
+from bitatlas.evaluation.bootstrap import measured
+from bitatlas.prepare import Run, default_settings, reopen
+from bitatlas.progress import Reporter
+from bitatlas.quantizers import QUANTIZERS
+from bitatlas.records import Atlas, Budget
+from bitatlas.survey import run_survey
+
+RESULTS = Path(__file__).parent / "results" / "choices.json"
+GROUPS = ("g32", "g64")
+FEW = {f"2, 4 bits, {group}": f"int2_{group},int4_{group}" for group in GROUPS}
+MANY = {"2, 3, 4, 8 bits, g32 and g64": ",".join(f"int{bits}_{group}" for bits in (2, 3, 4, 8) for group in GROUPS)}
+STORED_BITS = (3.5, 4.0)
+CODE_BITS = (2.5, 3.0)
+QUANTIZED_FORMATS = "int2_g32,int4_g32"
+
+
+class Bench:
+    """Surveys of one model in a temporary folder."""
+
+    def __init__(self, model: str, text: str, rows: str, folder: Path):
+        self.model, self.text, self.rows, self.folder = model, text, rows, folder
+        self.reporter = Reporter(quiet=True)
+
+    def survey(self, name: str, formats: str, budget: Budget, quantizer: str = "rtn") -> tuple[Atlas, Path, float]:
+        """The finished survey, its folder, and the seconds it took."""
+        out = self.folder / name.replace(" ", "_").replace(",", "")
+        settings = default_settings(
+            model=self.model, formats=formats, quantizer=quantizer, budget=budget, tokens=self.text, rows=self.rows, row_length=192,
+            tasks="none", task_data=None, limit=None, tolerance=0.05, fuse=False, refine=True, device="cpu", revision=None, seed=0,
+        )  # fmt: skip
+        start = time.monotonic()
+        return run_survey(settings, out, False, self.reporter), out, time.monotonic() - start
+
+    def damage(self, run: Run, plan: dict[str, str]) -> np.ndarray:
+        return run.meter.plans({"plan": plan}, run.rows.test)["plan"]
+
+
+def told(name: str, rows: np.ndarray, other: np.ndarray | None, **more: Any) -> dict[str, Any]:
+    """One line: damage, and its paired difference and ratio to `other` [rows]."""
+    line: dict[str, Any] = {"name": name, "damage": asdict(measured(rows, "nats/token", "plan", "test", 0)), **more}
+    if other is not None:
+        line["difference"] = asdict(measured(rows - other, "nats/token", "plan", "test", 0))
+        line["ratio"] = float(rows.mean() / other.mean())
+    difference = f", {line['ratio']:.3f} of the first" if other is not None else ""
+    print(f"  {name}: {line['damage']['mean']:.4f} {line['damage']['ci95']}{difference}", flush=True)
+    return line
+
+
+def compare_formats(bench: Bench) -> list[dict[str, Any]]:
+    found = []
+    for limit in STORED_BITS:
+        print(f"stored bits <= {limit}")
+        lines: list[dict[str, Any]] = []
+        first = None
+        for name, formats in {**MANY, **FEW}.items():
+            try:
+                atlas, out, seconds = bench.survey(f"formats {limit} {name}", formats, Budget("stored_bits", limit))
+            except UserError as error:
+                print(f"  {name}: not possible: {error}")
+                continue
+            assert atlas.plan is not None
+            rows = bench.damage(reopen(out, atlas, None, None, bench.reporter), atlas.plan.modules)
+            lines.append(told(name, rows, first, stored_bits=atlas.plan.size.stored_bits, seconds=round(seconds, 1)))
+            first = rows if first is None else first
+        found.append({"stored_bits": limit, "plans": lines})
+    return found
+
+
+def compare_quantizers(bench: Bench) -> list[dict[str, Any]]:
+    found = []
+    for limit in CODE_BITS:
+        print(f"code bits <= {limit}, {QUANTIZED_FORMATS}")
+        lines: list[dict[str, Any]] = []
+        first, rtn_plan = None, {}
+        for name in QUANTIZERS:
+            try:
+                budget = Budget("code_bits", limit)
+                atlas, out, seconds = bench.survey(f"quantizer {limit} {name}", QUANTIZED_FORMATS, budget, name)
+            except UserError as error:
+                print(f"  {name}: not run: {error}")
+                continue
+            assert atlas.plan is not None
+            run = reopen(out, atlas, None, None, bench.reporter)
+            rows = bench.damage(run, atlas.plan.modules)
+            bits = {"code_bits": atlas.plan.size.code_bits, "quantized_bytes": atlas.plan.size.quantized_bytes}
+            lines.append(told(name, rows, first, **bits, seconds=round(seconds, 1)))
+            if first is None:
+                first, rtn_plan = rows, atlas.plan.modules
+            else:
+                lines.append(told(f"{name} codes in rtn's plan", bench.damage(run, rtn_plan), first))
+        found.append({"code_bits": limit, "formats": QUANTIZED_FORMATS, "plans": lines})
+    return found
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("model")
+    parser.add_argument("text")
+    parser.add_argument("--rows", default="24,24,64")
+    parser.add_argument("--formats", action="store_true", help="only this comparison")
+    parser.add_argument("--quantizers", action="store_true", help="only this comparison")
+    args = parser.parse_args()
+    both = args.formats == args.quantizers
+    content = json.loads(RESULTS.read_text(encoding="utf-8")) if RESULTS.exists() else {}
+    own = content.setdefault(Path(args.model).name, {})
+    with tempfile.TemporaryDirectory() as folder:
+        bench = Bench(args.model, args.text, args.rows, Path(folder))
+        if args.formats or both:
+            own["formats"] = compare_formats(bench)
+        if args.quantizers or both:
+            own["quantizers"] = compare_quantizers(bench)
+    own["text"], own["rows"] = Path(args.text).name, args.rows
+    content["made"] = {
+        "date": date.today().isoformat(),
+        "versions": {name: version(name) for name in ("bitatlas", "torch", "transformers")},
+        "machine": platform.machine(),
+    }
+    RESULTS.parent.mkdir(exist_ok=True)
+    RESULTS.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
+
+
+if __name__ == "__main__":
+    main()
