@@ -52,6 +52,22 @@ SizeText = Annotated[str | None, typer.Option("--size", callback=_not_empty, hel
 MaxDamage = Annotated[
     float | None, typer.Option("--max-damage", help="Budget: the greatest damage tolerated, nats/token; finds the smallest plan.")
 ]
+Vram = Annotated[
+    str | None,
+    typer.Option("--vram", callback=_not_empty, help="Budget: device memory for weights, cache and activations, like 8GiB."),
+]
+Context = Annotated[int | None, typer.Option("--context", help="With --vram: tokens in the cache. Default: the model's own.")]
+CacheDtype = Annotated[
+    str | None,
+    typer.Option(
+        "--cache-dtype",
+        callback=_not_empty,
+        help="With --vram: float16, bfloat16, float32, float8_e4m3fn or float8_e5m2. Default: the checkpoint's if 16 bit, else float16.",
+    ),
+]
+Batch = Annotated[
+    int | None, typer.Option("--batch", help="With --vram: sequences at once, each with the whole context. Default: 1.")
+]
 Tokens = Annotated[
     str | None,
     typer.Option(
@@ -106,6 +122,10 @@ def survey(
     code_bits: CodeBits = None,
     stored_bits: StoredBits = None,
     size: SizeText = None,
+    vram: Vram = None,
+    context: Context = None,
+    cache_dtype: CacheDtype = None,
+    batch: Batch = None,
     max_damage: MaxDamage = None,
     tokens: Tokens = None,
     rows: RowCounts = "24,24,64",
@@ -137,7 +157,7 @@ def survey(
     from bitatlas.settings import parse_budget
     from bitatlas.survey import run_survey
 
-    budget = parse_budget(code_bits, stored_bits, size, max_damage)
+    budget = parse_budget(code_bits, stored_bits, size, max_damage, vram, context, cache_dtype, batch)
     settings = default_settings(
         model=model, formats=formats, quantizer=quantizer, budget=budget, tokens=tokens, rows=rows, row_length=row_length, tasks=tasks, task_data=task_data, limit=limit, tolerance=tolerance, fuse=fuse, refine=refine, device=device,
         revision=revision, seed=seed,
@@ -157,19 +177,26 @@ def plan(
     code_bits: CodeBits = None,
     stored_bits: StoredBits = None,
     size: SizeText = None,
+    vram: Vram = None,
+    context: Context = None,
+    cache_dtype: CacheDtype = None,
+    batch: Batch = None,
     max_damage: MaxDamage = None,
     out: Annotated[Path | None, typer.Option("--out", help="File for the plan. Default: FOLDER/plan-<budget>.json.")] = None,
 ) -> None:
     """Another budget, from the atlas alone, in seconds. Its damage is predicted; `verify` measures it."""
+    from bitatlas.planning.memory import own_context_text
     from bitatlas.planning.replan import replan, write_plan
     from bitatlas.settings import parse_budget
     from bitatlas.terminal import show_plan
 
-    budget = parse_budget(code_bits, stored_bits, size, max_damage)
+    budget = parse_budget(code_bits, stored_bits, size, max_damage, vram, context, cache_dtype, batch)
     if budget is None:
-        raise UserError("give a budget: --code-bits, --stored-bits, --size or --max-damage")
+        raise UserError("give a budget: --code-bits, --stored-bits, --size, --vram or --max-damage")
     found = replan(folder, budget)
     file = write_plan(found, folder, out)
+    if found.budget.workload and context is None:
+        print(own_context_text(found.budget.workload))
     show_plan(found)
     print(file)
 

@@ -8,9 +8,11 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
+
+from pydantic import TypeAdapter
 
 import bitatlas.demo as demo
 from bitatlas.bank import Bank
@@ -20,6 +22,7 @@ from bitatlas.evaluation.items import Item, check_task_names, split_items, task_
 from bitatlas.formats import FORMATS
 from bitatlas.journal import Journal
 from bitatlas.planning.budget import check_budget, size_of
+from bitatlas.planning.memory import own_context_text, settled
 from bitatlas.progress import Reporter
 from bitatlas.quantizers import get_quantizer
 from bitatlas.records import Atlas, Budget
@@ -86,7 +89,11 @@ def prepare(settings: Settings, out: Path, resume: bool, reporter: Reporter) -> 
     device = check_device(settings.device)
     with reporter.stage("opening the checkpoint"):
         checkpoint = open_checkpoint(settings.model, settings.revision, settings.fuse)
+        asked = settings.budget.workload
+        settings = replace(settings, budget=settled(settings.budget, checkpoint.info))
         check_budget(settings.budget, checkpoint.modules, settings.formats, checkpoint.info)
+        if asked and asked.context is None and settings.budget.workload:
+            reporter.say(own_context_text(settings.budget.workload))
         reporter.say(sizes_text(checkpoint, settings.formats))
         _check_folder(out, resume, checkpoint)
         tokenizer = checkpoint.load_tokenizer()
@@ -181,7 +188,7 @@ def _open_journal(out: Path, checkpoint: Checkpoint) -> Journal:
 def rows_of_survey(atlas: Atlas, checkpoint: Checkpoint) -> Rows:
     """The rows that a survey measured on, made again from its settings and compared by hash."""
     content = dict(atlas.settings)
-    content["budget"] = Budget(**content["budget"])
+    content["budget"] = TypeAdapter(Budget).validate_python(content["budget"])
     for name in ("formats", "rows", "tasks"):
         content[name] = tuple(content[name])
     rows, _ = rows_and_items(Settings(**content), checkpoint, checkpoint.load_tokenizer())

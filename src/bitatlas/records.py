@@ -52,6 +52,28 @@ class Module:
 
 
 @dataclass(frozen=True)
+class CacheLayers:
+    """Decoder layers whose keys and values take equally much room. `window`: tokens kept by sliding attention; None: all."""
+
+    layers: int  # how many
+    kv_heads: int
+    head_dim: int
+    window: int | None
+
+
+@dataclass(frozen=True)
+class MemoryShape:
+    """What the memory of a running model depends on besides its weights (`planning/memory.py` has the formula)."""
+
+    hidden: int
+    inner: int  # widest input of a linear module: the inner width of the MLP
+    heads: int
+    vocabulary: int
+    fused: bool  # attention without the whole matrix of scores in memory
+    layers: list[CacheLayers]
+
+
+@dataclass(frozen=True)
 class ModelInfo:
     name: str
     revision: str | None
@@ -64,6 +86,7 @@ class ModelInfo:
     quantizable_weights: int
     other_bytes: int  # embeddings, norms, head, biases: they keep the checkpoint's dtype
     total_bytes: int  # the checkpoint as it is
+    memory: MemoryShape | str | None = None  # text: why it cannot be told; None: an atlas from before it was recorded
 
 
 @dataclass(frozen=True)
@@ -77,9 +100,25 @@ class Size:
 
 
 @dataclass(frozen=True)
+class Workload:
+    """What a budget of device memory has to hold besides the weights. None, "" and 0 stand until the model is known."""
+
+    context: int | None  # tokens of a sequence, all of them in the cache
+    batch: int  # sequences at once
+    chunk: int  # tokens of each sequence that one pass reads
+    cache_dtype: str | None
+    activation_dtype: str = ""
+    cache_bytes: int = 0
+    activation_bytes: int = 0
+
+
+@dataclass(frozen=True)
 class Budget:
-    kind: str  # "code_bits", "stored_bits", "size" (bytes of the whole model) or "max_damage" (nats/token)
+    """`value` in bits, nats/token, or bytes: of the whole model, or with `workload` of the device."""
+
+    kind: str  # "code_bits", "stored_bits", "size" (the whole model), "vram" (with cache and activations) or "max_damage"
     value: float
+    workload: Workload | None = None  # of "vram" alone
 
 
 # --- the plan ----------------------------------------------------------------------------------------------------------

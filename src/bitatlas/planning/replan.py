@@ -15,13 +15,15 @@ from bitatlas.formats import by_width
 from bitatlas.planning.budget import check_budget, costs_of, units_of
 from bitatlas.planning.choose import Scores, candidates, choose_smallest, damage_tables
 from bitatlas.planning.judge import unverified_plan
-from bitatlas.records import Atlas, Budget, Plan, read_record, to_json, write_text
+from bitatlas.planning.memory import settled
+from bitatlas.records import Atlas, Budget, Plan, Workload, read_record, to_json, write_text
 
 
 def replan(folder: Path, budget: Budget) -> Plan:
     """The plan under `budget`; UserError where no plan can be that small, or the tolerated damage cannot be met."""
     atlas = read_record(folder / "atlas.json", Atlas)
     formats = by_width(list(atlas.formats))
+    budget = settled(budget, atlas.model)
     check_budget(budget, atlas.modules, formats, atlas.model)
     units = units_of(atlas.modules)
     scores = _scores_used(atlas, [unit.name for unit in units], formats)
@@ -54,7 +56,7 @@ def write_plan(plan: Plan, folder: Path, out: Path | None) -> Path:
 
     Only an earlier plan is written over: UserError for any other file, a folder, or a place that cannot be written to.
     """
-    file = out or folder / f"plan-{plan.budget.kind}-{_plain(plan.budget.value)}.json"
+    file = out or folder / f"plan-{plan.budget.kind}-{_plain(plan.budget.value)}{_named(plan.budget.workload)}.json"
     try:
         if file.resolve() == (folder / "plan.json").resolve():
             raise UserError(f"--out {file}: that is the survey's own, verified plan; choose another name")
@@ -74,6 +76,11 @@ def write_plan(plan: Plan, folder: Path, out: Path | None) -> Path:
 def _plain(value: float) -> str:
     """All digits, so that two budgets never share a file: 3.0 -> "3", 4294967296.0 -> "4294967296"."""
     return str(int(value)) if value.is_integer() else repr(value)
+
+
+def _named(load: Workload | None) -> str:
+    """What else tells budgets of memory apart: "-context-8192-float16-batch-1"."""
+    return f"-context-{load.context}-{load.cache_dtype}-batch-{load.batch}" if load else ""
 
 
 def _is_plan(file: Path) -> bool:
