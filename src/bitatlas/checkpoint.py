@@ -30,8 +30,9 @@ from transformers.utils import logging
 from bitatlas.errors import UserError
 from bitatlas.folder import find_folder, read_config, read_header, reason_of, weight_files
 from bitatlas.planning.memory import dtype_bytes
-from bitatlas.records import MemoryShape, ModelInfo, Module
+from bitatlas.records import ModelInfo, Module
 from bitatlas.shape import memory_shape
+from bitatlas.workload import MemoryShape
 
 DTYPE_NAMES = {"F64": "float64", "F32": "float32", "F16": "float16", "BF16": "bfloat16"}
 FUSED = {"q_proj": "qkv", "k_proj": "qkv", "v_proj": "qkv", "gate_proj": "gate_up", "up_proj": "gate_up"}

@@ -68,6 +68,7 @@ CacheDtype = Annotated[
 Batch = Annotated[
     int | None, typer.Option("--batch", help="With --vram: sequences at once, each with the whole context. Default: 1.")
 ]
+Chunk = Annotated[int | None, typer.Option("--chunk", help="With --vram: tokens of a prompt read in one pass. Default: 512.")]
 Tokens = Annotated[
     str | None,
     typer.Option(
@@ -126,6 +127,7 @@ def survey(
     context: Context = None,
     cache_dtype: CacheDtype = None,
     batch: Batch = None,
+    chunk: Chunk = None,
     max_damage: MaxDamage = None,
     tokens: Tokens = None,
     rows: RowCounts = "24,24,64",
@@ -157,7 +159,7 @@ def survey(
     from bitatlas.settings import parse_budget
     from bitatlas.survey import run_survey
 
-    budget = parse_budget(code_bits, stored_bits, size, max_damage, vram, context, cache_dtype, batch)
+    budget = parse_budget(code_bits, stored_bits, size, max_damage, vram, context, cache_dtype, batch, chunk)
     settings = default_settings(
         model=model, formats=formats, quantizer=quantizer, budget=budget, tokens=tokens, rows=rows, row_length=row_length, tasks=tasks, task_data=task_data, limit=limit, tolerance=tolerance, fuse=fuse, refine=refine, device=device,
         revision=revision, seed=seed,
@@ -181,6 +183,7 @@ def plan(
     context: Context = None,
     cache_dtype: CacheDtype = None,
     batch: Batch = None,
+    chunk: Chunk = None,
     max_damage: MaxDamage = None,
     out: Annotated[Path | None, typer.Option("--out", help="File for the plan. Default: FOLDER/plan-<budget>.json.")] = None,
 ) -> None:
@@ -190,7 +193,7 @@ def plan(
     from bitatlas.settings import parse_budget
     from bitatlas.terminal import show_plan
 
-    budget = parse_budget(code_bits, stored_bits, size, max_damage, vram, context, cache_dtype, batch)
+    budget = parse_budget(code_bits, stored_bits, size, max_damage, vram, context, cache_dtype, batch, chunk)
     if budget is None:
         raise UserError("give a budget: --code-bits, --stored-bits, --size, --vram or --max-damage")
     found = replan(folder, budget)

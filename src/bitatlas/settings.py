@@ -104,8 +104,9 @@ def parse_budget(
     context: int | None = None,
     cache_dtype: str | None = None,
     batch: int | None = None,
+    chunk: int | None = None,
 ) -> Budget | None:
-    """The one budget that was given, or None; UserError for two. Context, cache dtype and batch belong to `vram`."""
+    """The one budget that was given, or None; UserError for two. Context, cache dtype, batch and chunk belong to `vram`."""
     values = {
         "code_bits": code_bits,
         "stored_bits": stored_bits,
@@ -113,14 +114,14 @@ def parse_budget(
         "vram": min(parse_size(vram, "--vram"), LARGEST_BYTES) if vram is not None else None,
         "max_damage": max_damage,
     }
-    for flag, value in (("--context", context), ("--cache-dtype", cache_dtype), ("--batch", batch)):
+    for flag, value in (("--context", context), ("--cache-dtype", cache_dtype), ("--batch", batch), ("--chunk", chunk)):
         if value is not None and vram is None:
             raise UserError(f"{flag} {value}: belongs to --vram, like --vram 8GiB --context 8192")
     given = [Budget(kind, _positive(kind, value)) for kind, value in values.items() if value is not None]
     if len(given) > 1:
         raise UserError("--code-bits, --stored-bits, --size, --vram, --max-damage: give one of them, not several")
     if vram is not None:
-        return replace(given[0], workload=workload_of(context, cache_dtype, 1 if batch is None else batch))
+        return replace(given[0], workload=workload_of(context, cache_dtype, batch, chunk))
     return given[0] if given else None
 
 

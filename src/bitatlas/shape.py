@@ -16,7 +16,8 @@ import torch
 from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
 
 from bitatlas.folder import reason_of
-from bitatlas.records import CacheLayers, MemoryShape, Module
+from bitatlas.records import Module
+from bitatlas.workload import CacheLayers, MemoryShape
 
 PROBE_TOKENS = 3  # that the skeleton reads
 EXPERTS = ("num_experts", "num_local_experts", "n_routed_experts", "moe_num_experts")
@@ -56,8 +57,9 @@ class UnknownStateError(Exception):
 @torch.no_grad()
 def _cache_of(model: Any) -> Any:
     tokens = torch.zeros((1, PROBE_TOKENS), dtype=torch.int64, device="meta")
-    cache = getattr(model(tokens, use_cache=True), "past_key_values", None)
-    if cache is None or not hasattr(cache, "layers"):
+    out = model(tokens, use_cache=True)
+    cache = getattr(out, "past_key_values", None) or getattr(out, "cache", None)  # the older and the newer name
+    if not hasattr(cache, "layers"):
         raise UnknownStateError("it keeps a state that is not a cache of keys and values")
     return cache
 

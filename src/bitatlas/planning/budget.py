@@ -234,7 +234,8 @@ def check_budget(budget: Budget, modules: Sequence[Module], formats: Sequence[st
     given = f"{flag} {_show_given(budget)}"
     if budget.value < float(least):
         who = _named(cost.sum(axis=0), ends[0], formats)
-        alone = f"; the cache and the activations alone take {show_bytes(beside)}" if beside else ""
+        load = budget.workload
+        alone = f"; the cache of {load.context} tokens and the activations alone take {show_bytes(beside)}" if load else ""
         raise UserError(f"{given} is below {shown_least}, the least that {who}{alone}; {possible}")
     if Fraction(budget.value) > max(most, _typed(kind, shown_most)):
         who = _named(cost.sum(axis=0), ends[1], formats)

@@ -35,11 +35,12 @@ from __future__ import annotations
 from dataclasses import replace
 
 from bitatlas.errors import UserError
-from bitatlas.records import Budget, CacheLayers, MemoryShape, ModelInfo, Workload
+from bitatlas.records import Budget, ModelInfo
+from bitatlas.workload import CacheLayers, MemoryShape, Workload
 
 DTYPE_BYTES = {"float64": 8, "float32": 4, "float16": 2, "bfloat16": 2, "float8_e4m3fn": 1, "float8_e5m2": 1}
 CACHE_DTYPES = ("float32", "bfloat16", "float16", "float8_e4m3fn", "float8_e5m2")
-CHUNK = 512  # tokens of a pass over the prompt
+CHUNK = 512  # tokens of a pass over the prompt, unless told otherwise
 LARGEST = 10**9  # tokens, sequences: more is a slip of the hand
 FLOAT32_BYTES = 4
 
@@ -52,14 +53,14 @@ def dtype_bytes(dtype: str) -> int:
     return DTYPE_BYTES[name]
 
 
-def workload_of(context: int | None, cache_dtype: str | None, batch: int) -> Workload:
+def workload_of(context: int | None, cache_dtype: str | None, batch: int | None, chunk: int | None) -> Workload:
     """What was asked for, checked as far as that goes without a model; UserError naming the flag."""
-    for flag, value in (("--context", context), ("--batch", batch)):
+    for flag, value in (("--context", context), ("--batch", batch), ("--chunk", chunk)):
         if value is not None and not 1 <= value <= LARGEST:
             raise UserError(f"{flag} {value}: must be 1 or more, and at most {LARGEST:,}")
     if cache_dtype is not None and cache_dtype not in CACHE_DTYPES:
         raise UserError(f"--cache-dtype {cache_dtype}: unknown; one of {', '.join(CACHE_DTYPES)}")
-    return Workload(context, batch, CHUNK, cache_dtype)
+    return Workload(context, 1 if batch is None else batch, CHUNK if chunk is None else chunk, cache_dtype)
 
 
 def settled(budget: Budget, info: ModelInfo) -> Budget:

@@ -16,7 +16,8 @@ from bitatlas.planning.budget import check_budget, costs_of, units_of
 from bitatlas.planning.choose import Scores, candidates, choose_smallest, damage_tables
 from bitatlas.planning.judge import unverified_plan
 from bitatlas.planning.memory import settled
-from bitatlas.records import Atlas, Budget, Plan, Workload, read_record, to_json, write_text
+from bitatlas.records import Atlas, Budget, Plan, read_record, to_json, write_text
+from bitatlas.workload import Workload
 
 
 def replan(folder: Path, budget: Budget) -> Plan:
@@ -79,8 +80,8 @@ def _plain(value: float) -> str:
 
 
 def _named(load: Workload | None) -> str:
-    """What else tells budgets of memory apart: "-context-8192-float16-batch-1"."""
-    return f"-context-{load.context}-{load.cache_dtype}-batch-{load.batch}" if load else ""
+    """What else tells budgets of memory apart: "-context-8192-float16-batch-1-chunk-512"."""
+    return f"-context-{load.context}-{load.cache_dtype}-batch-{load.batch}-chunk-{load.chunk}" if load else ""
 
 
 def _is_plan(file: Path) -> bool:
