@@ -126,7 +126,7 @@ def test_shapes_read_off_the_config(family: str, config: dict, layers: list[Cach
         ("mixtral", {**GATED, "num_local_experts": 2}, "experts"),
         ("lfm2", {**GATED, "layer_types": ["conv", "full_attention", "conv"]}, "more than keys and values"),
         ("falcon_h1", {**GATED, "mamba_d_ssm": 64, "mamba_n_heads": 4, "mamba_d_head": 16}, "more than keys and values"),
-        ("mamba", {"hidden_size": 64, "num_hidden_layers": 2, "vocab_size": 300, "state_size": 4}, "state"),
+        ("mamba", {"hidden_size": 64, "num_hidden_layers": 2, "vocab_size": 300, "state_size": 4}, "more than keys and values"),
     ],
 )  # fmt: skip
 def test_what_is_not_known_is_said_in_a_few_words(family: str, config: dict, said: str):
