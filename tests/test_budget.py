@@ -21,6 +21,7 @@ from bitatlas.planning.budget import (
     size_range,
     units_of,
 )
+from bitatlas.planning.memory import beside_weights
 from bitatlas.planning.solve import solve_knapsack
 from bitatlas.records import Budget, ModelInfo, Module
 from bitatlas.workload import Workload
@@ -104,7 +105,7 @@ def test_a_unit_over_two_layers_is_an_error():
 def test_a_plan_at_the_limit_keeps_the_budget_and_one_more_breaks_it(kind, place, formats, shapes):
     modules = modules_of(2, shapes={f"kind{i}": shape for i, shape in enumerate(shapes)})
     info, units = info_of(modules), units_of(modules)
-    least, most = size_range(budget_of(kind, 1), modules, formats, info)
+    least, most = size_range(kind, modules, formats, info, beside_weights(budget_of(kind, 1)))
     budget = budget_of(kind, least + place * (most - least))
     check_budget(budget, modules, formats, info)
     costs = costs_of(budget, units, formats, info)
@@ -194,7 +195,7 @@ def test_a_checkpoint_without_linear_weights_and_a_kind_unheard_of():
     with pytest.raises(UserError, match="no linear weights"):
         check_budget(Budget("code_bits", 3), [], PAIR, info_of([]))
     with pytest.raises(ValueError, match="known are code_bits, stored_bits, size, vram and max_damage"):
-        size_range(Budget("watts", 1), modules_of(), PAIR, info_of(modules_of()))
+        size_range("watts", modules_of(), PAIR, info_of(modules_of()))
 
 
 @pytest.mark.parametrize(

@@ -230,7 +230,7 @@ def test_a_budget_of_memory_is_never_exceeded(place, layers, width, kind, contex
         ["int2_g64", "int4_g64"],
     )
     asked = settled(Budget("vram", 1.0, workload_of(context, cache_dtype, batch, chunk)), info)
-    least, most = size_range(asked, modules, formats, info)
+    least, most = size_range("vram", modules, formats, info, beside_weights(asked))
     budget = replace(asked, value=float(int(least + place * (most - least))))
     check_budget(budget, modules, formats, info)
     costs = costs_of(budget, units, formats, info)

@@ -198,11 +198,13 @@ def _cost_table(kind: Kind, units: Sequence[Unit], formats: Sequence[str]) -> In
     return np.array(costs, dtype=np.int64).reshape(len(units), len(table))  # [units, formats]
 
 
-def size_range(budget: Budget, modules: Sequence[Module], formats: Sequence[str], info: ModelInfo) -> tuple[float, float]:
-    """(least, most) that these formats can give, in the unit of the budget's kind: bits a weight, or bytes. Its value is not read."""
-    counted, units = _kind(budget.kind), units_of(modules)
+def size_range(
+    kind: str, modules: Sequence[Module], formats: Sequence[str], info: ModelInfo, beside: int = 0
+) -> tuple[float, float]:
+    """(least, most) that these formats can give, in the unit of the budget's kind: bits a weight, or bytes with `beside` of them."""
+    counted, units = _kind(kind), units_of(modules)
     least, most = _extremes(_cost_table(counted, units, formats))
-    weights, other = sum(unit.weights for unit in units), info.other_bytes + beside_weights(budget)
+    weights, other = sum(unit.weights for unit in units), info.other_bytes + beside
     return float(counted.worth(least, weights, other)), float(counted.worth(most, weights, other))
 
 
