@@ -21,11 +21,14 @@ from bitatlas.planning.budget import (
     size_range,
     units_of,
 )
+from bitatlas.planning.memory import beside_weights
 from bitatlas.planning.solve import solve_knapsack
 from bitatlas.records import Budget, ModelInfo, Module
+from bitatlas.workload import Workload
 
 SHAPES = {"q_proj": (64, 64), "k_proj": (32, 64), "up_proj": (172, 64), "down_proj": (64, 172)}
 PAIR = ["int2_g64", "int4_g64"]
+LOAD = Workload(64, 1, 16, "float16", "bfloat16", cache_bytes=5000, activation_bytes=3001)
 
 
 def modules_of(layers: int = 3, fuse: bool = False, shapes: dict[str, tuple[int, int]] = SHAPES) -> list[Module]:
@@ -42,6 +45,10 @@ def modules_of(layers: int = 3, fuse: bool = False, shapes: dict[str, tuple[int,
 def info_of(modules: list[Module], dtype: str = "bfloat16", other: int = 12345) -> ModelInfo:
     weights = sum(module.weights for module in modules)
     return ModelInfo("tiny", None, "0" * 64, "Tiny", 3, 4, 128, dtype, weights, other, other + 2 * weights)
+
+
+def budget_of(kind: str, value: float) -> Budget:
+    return Budget(kind, value, LOAD if kind == "vram" else None)
 
 
 def test_size_counts_codes_scales_zeros_padding_and_what_stays():
@@ -98,20 +105,22 @@ def test_a_unit_over_two_layers_is_an_error():
 def test_a_plan_at_the_limit_keeps_the_budget_and_one_more_breaks_it(kind, place, formats, shapes):
     modules = modules_of(2, shapes={f"kind{i}": shape for i, shape in enumerate(shapes)})
     info, units = info_of(modules), units_of(modules)
-    least, most = size_range(kind, modules, formats, info)
-    budget = Budget(kind, least + place * (most - least))
+    least, most = size_range(kind, modules, formats, info, beside_weights(budget_of(kind, 1)))
+    budget = budget_of(kind, least + place * (most - least))
     check_budget(budget, modules, formats, info)
     costs = costs_of(budget, units, formats, info)
     # the limit is exact: its worth is within the budget, one more is not
     weights = sum(unit.weights for unit in units)
-    assert float(KINDS[kind].worth(costs.limit, weights, info.other_bytes)) <= budget.value
-    assert float(KINDS[kind].worth(costs.limit + 1, weights, info.other_bytes)) > budget.value
+    beside = 8001 if kind == "vram" else 0
+    assert float(KINDS[kind].worth(costs.limit, weights, info.other_bytes + beside)) <= budget.value
+    assert float(KINDS[kind].worth(costs.limit + 1, weights, info.other_bytes + beside)) > budget.value
     # and the size of a plan, computed module by module, says the same as the sum of costs
     plan = solve_knapsack(-costs.cost.astype(float), costs.cost, costs.limit)
     size = size_of(modules, assignment_of(units, formats, plan.choice), info)
-    shown = {"code_bits": size.code_bits, "stored_bits": size.stored_bits, "size": size.total_bytes}[kind]
+    sizes = {"code_bits": size.code_bits, "stored_bits": size.stored_bits, "size": size.total_bytes}
+    shown = (sizes | {"vram": size.total_bytes + beside})[kind]
     assert shown <= budget.value
-    assert shown == float(KINDS[kind].worth(-int(plan.value), weights, info.other_bytes))
+    assert shown == float(KINDS[kind].worth(-int(plan.value), weights, info.other_bytes + beside))
 
 
 @pytest.mark.parametrize(("value", "weights", "limit"), [(2.9, 10, 29), (2.1, 10, 21), (7 / 3, 3, 7), (3.0, 7, 21)])
@@ -146,6 +155,12 @@ refusals = [
     (Budget("stored_bits", 2), "--stored-bits 2 is below 2.523, the least that int2_g64 gives; possible: 2.523 to 4.523"),
     (Budget("size", 4 * 2**30), "--size 4GiB is above 60.11kB, the most that int4_g64 gives; possible: 38.99kB to 60.11kB"),
     (Budget("size", 20000), "--size 20kB is below 38.99kB, the least that int2_g64 gives; possible: 38.99kB to 60.11kB"),
+    (
+        Budget("vram", 2**14, LOAD),
+        "--vram 16.384kB is below 46.99kB, the least that int2_g64 gives; the cache of 64 tokens and the activations alone take "
+        "8.001kB; possible: 46.99kB to 68.11kB",
+    ),
+    (Budget("vram", 2**30, LOAD), "--vram 1GiB is above 68.11kB, the most that int4_g64 gives; possible: 46.99kB to 68.11kB"),
     (Budget("max_damage", 0), "--max-damage 0 must be a positive number"),
     (Budget("code_bits", math.nan), "--code-bits nan must be a positive number"),
 ]
@@ -163,10 +178,10 @@ def test_impossible_budgets_are_refused_with_the_possible_range(budget, line):
 def test_both_ends_of_the_printed_range_are_accepted(kind):
     modules = modules_of()
     with pytest.raises(UserError) as caught:
-        check_budget(Budget(kind, 1), modules, PAIR, info_of(modules))
+        check_budget(budget_of(kind, 1), modules, PAIR, info_of(modules))
     for end in str(caught.value).split("possible: ")[1].split(" to "):
-        value = parse_size(end) if kind == "size" else float(end)
-        check_budget(Budget(kind, value), modules, PAIR, info_of(modules))
+        value = parse_size(end) if kind in ("size", "vram") else float(end)
+        check_budget(budget_of(kind, value), modules, PAIR, info_of(modules))
 
 
 def test_one_format_leaves_one_budget():
@@ -179,7 +194,7 @@ def test_one_format_leaves_one_budget():
 def test_a_checkpoint_without_linear_weights_and_a_kind_unheard_of():
     with pytest.raises(UserError, match="no linear weights"):
         check_budget(Budget("code_bits", 3), [], PAIR, info_of([]))
-    with pytest.raises(ValueError, match="known are code_bits, stored_bits, size and max_damage"):
+    with pytest.raises(ValueError, match="known are code_bits, stored_bits, size, vram and max_damage"):
         size_range("watts", modules_of(), PAIR, info_of(modules_of()))
 
 

@@ -23,6 +23,8 @@ from bitatlas.formats import FORMATS
 from bitatlas.journal import Journal
 from bitatlas.planning.replan import write_plan
 from bitatlas.records import Budget, Plan, PlanDamage, PlanModel, Size, read_record, to_json
+from bitatlas.terminal import show_plan
+from bitatlas.workload import Workload
 from tiny import make_checkpoint
 
 SMALL = ["--formats", "int2_g32,int4_g32", "--rows", "8,8,8", "--row-length", "16", "--tasks", "none", "--quiet"]
@@ -89,6 +91,17 @@ def test_wrong_checkpoints(capsys, monkeypatch, tmp_path: Path, text: Path, tiny
         (["--size", "1kB"], "--size"),
         (["--size", "lots"], "'lots' is not a size"),
         (["--code-bits", "3", "--size", "1GB"], "give one of them"),
+        (["--vram", "1kB", "--context", "64"], "the cache of 64 tokens and the activations alone take"),
+        (["--vram", "8GiB", "--context", "64"], "--vram 8GiB is above"),
+        (["--vram", "8GiB", "--context", "129"], "--context 129: the model's own is 128 tokens"),
+        (["--vram", "8GiB", "--context", "0"], "--context 0: must be 1 or more"),
+        (["--vram", "8 gigs"], "--vram '8 gigs' is not a size"),
+        (["--vram", "8GiB", "--size", "1GB"], "give one of them"),
+        (["--vram", "8GiB", "--cache-dtype", "q4"], "--cache-dtype q4: unknown; one of float32"),
+        (["--vram", "8GiB", "--batch", "0"], "--batch 0"),
+        (["--vram", ""], "--vram"),
+        (["--context", "64"], "--context 64: belongs to --vram"),
+        (["--size", "1GB", "--cache-dtype", "float16"], "--cache-dtype float16: belongs to --vram"),
         (["--formats", "int2_g32,int4_g33"], "nearest is 'int4_g32'"),
         (["--formats", "int4_g32"], "at least two"),
         (["--quantizer", "rnt"], "nearest is 'rtn'"),
@@ -265,6 +278,22 @@ def test_budgets_that_differ_have_files_that_differ(tmp_path: Path):
     assert names == ["plan-size-4294967296.json", "plan-size-4294967297.json"]
     assert write_plan(written(3.0), tmp_path, None).name == "plan-code_bits-3.json"
     assert write_plan(written(3.0000001), tmp_path, None).name == "plan-code_bits-3.0000001.json"
+
+
+def test_budgets_of_memory_have_files_of_their_own_and_say_what_they_are_made_of(capsys, tmp_path: Path):
+    load = Workload(8192, 1, 512, "float16", "bfloat16", 1_000_000, 200_000)
+    plan = replace(written(1_500_000.0, "vram"), budget=Budget("vram", 1_500_000.0, load))
+    loads = [load, replace(load, context=4096), replace(load, cache_dtype="float8_e5m2"), replace(load, batch=2)]
+    files = [write_plan(replace(plan, budget=replace(plan.budget, workload=one)), tmp_path, None) for one in loads]
+    assert files[0].name == "plan-vram-1500000-context-8192-float16-batch-1-chunk-512.json"
+    assert len({file.name for file in files}) == 4
+    assert [read_record(file, Plan).budget.workload for file in files] == loads
+    show_plan(plan)
+    said = " ".join(capsys.readouterr().out.split())
+    assert (
+        "Device memory 1.20 MB of 1.50 MB: weights 0 bytes, KV cache 1.00 MB, activations 200 kB (1 sequence of 8,192 tokens"
+        in said
+    )
 
 
 def test_a_broken_promise_ends_with_code_1(capsys, monkeypatch, tmp_path: Path, text: Path, tiny_llama: Path):

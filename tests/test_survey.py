@@ -12,10 +12,12 @@ import pytest
 
 import tiny
 from bitatlas.checkpoint import open_checkpoint
+from bitatlas.errors import UserError
 from bitatlas.journal import Journal
 from bitatlas.planning.budget import size_of
+from bitatlas.planning.memory import workload_of
 from bitatlas.planning.replan import replan
-from bitatlas.prepare import default_settings
+from bitatlas.prepare import default_settings, rows_of_survey
 from bitatlas.progress import Reporter
 from bitatlas.records import Atlas, Budget, Plan, read_record
 from bitatlas.settings import Settings
@@ -48,6 +50,34 @@ def surveyed(tiny_llama: Path, text: Path, tmp_path_factory: pytest.TempPathFact
     out = tmp_path_factory.mktemp("survey") / "out"
     run_survey(settings_for(tiny_llama, text), out, False, QUIET)
     return out
+
+
+def test_a_budget_of_memory_from_the_checkpoint_and_from_the_atlas(tiny_llama: Path, text: Path, surveyed: Path, tmp_path: Path):
+    """Both say the same of cache and activations; the plan's bytes and theirs keep the budget; the report shows them."""
+    budget = Budget("vram", 262_000.0, workload_of(64, None, None, 16))
+    atlas = run_survey(settings_for(tiny_llama, text, budget=budget, refine=False), tmp_path / "out", False, QUIET)
+    again = replan(surveyed, budget)
+    assert atlas.plan
+    load = atlas.plan.budget.workload
+    assert load == again.budget.workload
+    assert load
+    assert (load.context, load.cache_dtype, load.cache_bytes) == (64, "float16", 2 * 3 * 2 * 16 * 64 * 2)
+    for plan in (atlas.plan, again):
+        assert plan.size.total_bytes + load.cache_bytes + load.activation_bytes <= 262_000
+        assert len(set(plan.modules.values())) == 2  # the budget is felt
+    assert "Device memory 26" in (tmp_path / "out" / "report.md").read_text(encoding="utf-8")
+    assert rows_of_survey(read_record(tmp_path / "out" / "atlas.json", Atlas), open_checkpoint(str(tiny_llama)))
+
+
+def test_an_atlas_from_before_memory_was_recorded(surveyed: Path, tmp_path: Path):
+    content = json.loads((surveyed / "atlas.json").read_text(encoding="utf-8"))
+    del content["model"]["memory"]
+    for record in (content["settings"], content["plan"]):
+        del record["budget"]["workload"]
+    (tmp_path / "atlas.json").write_text(json.dumps(content), encoding="utf-8")
+    assert replan(tmp_path, Budget("code_bits", 3.0)).budget == Budget("code_bits", 3.0)
+    with pytest.raises(UserError, match="--vram: this survey does not hold"):
+        replan(tmp_path, Budget("vram", 262_000.0, workload_of(64, None, None, None)))
 
 
 def test_every_output_is_there_and_nothing_else(surveyed: Path):

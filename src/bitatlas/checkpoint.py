@@ -29,22 +29,11 @@ from transformers.utils import logging
 
 from bitatlas.errors import UserError
 from bitatlas.folder import find_folder, read_config, read_header, reason_of, weight_files
+from bitatlas.planning.memory import dtype_bytes
 from bitatlas.records import ModelInfo, Module
+from bitatlas.shape import memory_shape
+from bitatlas.workload import MemoryShape
 
-DTYPE_BYTES = {
-    "F64": 8,
-    "F32": 4,
-    "F16": 2,
-    "BF16": 2,
-    "I64": 8,
-    "I32": 4,
-    "I16": 2,
-    "I8": 1,
-    "U8": 1,
-    "BOOL": 1,
-    "F8_E4M3": 1,
-    "F8_E5M2": 1,
-}
 DTYPE_NAMES = {"F64": "float64", "F32": "float32", "F16": "float16", "BF16": "bfloat16"}
 FUSED = {"q_proj": "qkv", "k_proj": "qkv", "v_proj": "qkv", "gate_proj": "gate_up", "up_proj": "gate_up"}
 ROUTERS = ("gate", "router")  # of mixtures of experts: a few weights that choose the way, kept by every runtime
@@ -103,7 +92,10 @@ def open_checkpoint(name: str, revision: str | None = None, fuse: bool = True) -
     layers_path = find_layers(model, name)
     modules = linear_modules(model, layers_path, fuse)
     tensors = {key: entry for header in headers for key, entry in header.items() if key != "__metadata__"}
-    info = _describe(name, revision, config, files, tensors, modules, len(_layer_list(model, layers_path)))
+    layers = len(_layer_list(model, layers_path))
+    with _quiet():
+        memory = memory_shape(model, modules, layers)
+    info = _describe(name, revision, config, files, tensors, modules, layers, memory)
     return Checkpoint(folder, config, info, modules, layers_path, files, _notes(model, layers_path, modules))
 
 
@@ -247,6 +239,7 @@ def _describe(
     tensors: dict[str, Any],
     modules: list[Module],
     layers: int,
+    memory: MemoryShape | str,
 ) -> ModelInfo:
     by_dtype: Counter[str] = Counter()
     for entry in tensors.values():
@@ -269,8 +262,9 @@ def _describe(
         context=int(context),
         dtype=DTYPE_NAMES[dtype],
         quantizable_weights=weights,
-        other_bytes=total - weights * DTYPE_BYTES[dtype],
+        other_bytes=total - weights * dtype_bytes(DTYPE_NAMES[dtype]),
         total_bytes=total,
+        memory=memory,
     )
 
 

@@ -52,6 +52,23 @@ SizeText = Annotated[str | None, typer.Option("--size", callback=_not_empty, hel
 MaxDamage = Annotated[
     float | None, typer.Option("--max-damage", help="Budget: the greatest damage tolerated, nats/token; finds the smallest plan.")
 ]
+Vram = Annotated[
+    str | None,
+    typer.Option("--vram", callback=_not_empty, help="Budget: device memory for weights, cache and activations, like 8GiB."),
+]
+Context = Annotated[int | None, typer.Option("--context", help="With --vram: tokens in the cache. Default: the model's own.")]
+CacheDtype = Annotated[
+    str | None,
+    typer.Option(
+        "--cache-dtype",
+        callback=_not_empty,
+        help="With --vram: float16, bfloat16, float32, float8_e4m3fn or float8_e5m2. Default: the checkpoint's if 16 bit, else float16.",
+    ),
+]
+Batch = Annotated[
+    int | None, typer.Option("--batch", help="With --vram: sequences at once, each with the whole context. Default: 1.")
+]
+Chunk = Annotated[int | None, typer.Option("--chunk", help="With --vram: tokens of a prompt read in one pass. Default: 512.")]
 Tokens = Annotated[
     str | None,
     typer.Option(
@@ -108,6 +125,11 @@ def survey(
     code_bits: CodeBits = None,
     stored_bits: StoredBits = None,
     size: SizeText = None,
+    vram: Vram = None,
+    context: Context = None,
+    cache_dtype: CacheDtype = None,
+    batch: Batch = None,
+    chunk: Chunk = None,
     max_damage: MaxDamage = None,
     tokens: Tokens = None,
     rows: RowCounts = "24,24,64",
@@ -139,7 +161,7 @@ def survey(
     from bitatlas.settings import parse_budget
     from bitatlas.survey import run_survey
 
-    budget = parse_budget(code_bits, stored_bits, size, max_damage)
+    budget = parse_budget(code_bits, stored_bits, size, max_damage, vram, context, cache_dtype, batch, chunk)
     settings = default_settings(
         model=model, formats=formats, quantizer=quantizer, budget=budget, tokens=tokens, rows=rows, row_length=row_length, tasks=tasks, task_data=task_data, limit=limit, tolerance=tolerance, fuse=fuse, refine=refine, device=device,
         revision=revision, seed=seed,
@@ -159,6 +181,11 @@ def plan(
     code_bits: CodeBits = None,
     stored_bits: StoredBits = None,
     size: SizeText = None,
+    vram: Vram = None,
+    context: Context = None,
+    cache_dtype: CacheDtype = None,
+    batch: Batch = None,
+    chunk: Chunk = None,
     max_damage: MaxDamage = None,
     out: Annotated[Path | None, typer.Option("--out", help="File for the plan. Default: FOLDER/plan-<budget>.json.")] = None,
     curve: Annotated[
@@ -172,20 +199,23 @@ def plan(
     quiet: Quiet = False,
 ) -> None:
     """Another budget, from the atlas alone, in seconds: its damage is predicted, `verify` measures it. Or the whole --curve, measured."""
+    from bitatlas.planning.memory import own_context_text
     from bitatlas.planning.replan import replan, write_plan
     from bitatlas.settings import parse_budget
     from bitatlas.terminal import show_plan
 
-    budget = parse_budget(code_bits, stored_bits, size, max_damage)
+    budget = parse_budget(code_bits, stored_bits, size, max_damage, vram, context, cache_dtype, batch, chunk)
     if curve:
         _plan_curve(folder, budget or out, points, model, device, quiet)
         return
     if points is not None or model is not None or device is not None:
         raise UserError("--points, --model, --device: belong to --curve")
     if budget is None:
-        raise UserError("give a budget: --code-bits, --stored-bits, --size or --max-damage; or --curve for all sizes")
+        raise UserError("give a budget: --code-bits, --stored-bits, --size, --vram or --max-damage; or --curve for all sizes")
     found = replan(folder, budget)
     file = write_plan(found, folder, out)
+    if found.budget.workload and context is None:
+        print(own_context_text(found.budget.workload))
     show_plan(found)
     print(file)
 

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from pydantic import TypeAdapter
 
 import bitatlas.demo as demo
 from bitatlas.bank import Bank, disk_bytes
@@ -23,6 +24,7 @@ from bitatlas.formats import FORMATS
 from bitatlas.journal import Journal
 from bitatlas.planning.budget import assignment_of, check_budget, size_of
 from bitatlas.planning.choose import Scores
+from bitatlas.planning.memory import own_context_text, settled
 from bitatlas.planning.refine import step_text
 from bitatlas.planning.search import Subject, Tools
 from bitatlas.progress import Reporter
@@ -120,7 +122,11 @@ def prepare(settings: Settings, out: Path, resume: bool, reporter: Reporter) -> 
     device = check_device(settings.device)
     with reporter.stage("opening the checkpoint"):
         checkpoint = open_checkpoint(settings.model, settings.revision, settings.fuse)
+        asked = settings.budget.workload
+        settings = replace(settings, budget=settled(settings.budget, checkpoint.info))
         check_budget(settings.budget, checkpoint.modules, settings.formats, checkpoint.info)
+        if asked and asked.context is None and settings.budget.workload:
+            reporter.say(own_context_text(settings.budget.workload))
         reporter.say(sizes_text(checkpoint, settings.formats))
         _check_folder(out, resume, checkpoint, settings.formats)
         tokenizer = checkpoint.load_tokenizer()
@@ -224,7 +230,7 @@ def _open_journal(out: Path, checkpoint: Checkpoint) -> Journal:
 def settings_of(atlas: Atlas) -> Settings:
     """The settings that a survey was made with."""
     content = dict(atlas.settings)
-    content["budget"] = Budget(**content["budget"])
+    content["budget"] = TypeAdapter(Budget).validate_python(content["budget"])
     for name in ("formats", "rows", "tasks"):
         content[name] = tuple(content[name])
     return Settings(**content)

@@ -16,6 +16,7 @@ from typing import Any, TypeVar
 
 from bitatlas.errors import UserError
 from bitatlas.formats import Format
+from bitatlas.workload import MemoryShape, Workload
 
 PLAN_SCHEMA = "bitatlas.plan/1"
 ATLAS_SCHEMA = "bitatlas.atlas/1"
@@ -64,6 +65,7 @@ class ModelInfo:
     quantizable_weights: int
     other_bytes: int  # embeddings, norms, head, biases: they keep the checkpoint's dtype
     total_bytes: int  # the checkpoint as it is
+    memory: MemoryShape | str | None = None  # text: why it cannot be told; None: an atlas from before it was recorded
 
 
 @dataclass(frozen=True)
@@ -78,8 +80,11 @@ class Size:
 
 @dataclass(frozen=True)
 class Budget:
-    kind: str  # "code_bits", "stored_bits", "size" (bytes of the whole model) or "max_damage" (nats/token)
+    """`value` in bits, nats/token, or bytes: of the whole model, or with `workload` of the device."""
+
+    kind: str  # "code_bits", "stored_bits", "size" (the whole model), "vram" (with cache and activations) or "max_damage"
     value: float
+    workload: Workload | None = None  # of "vram" alone
 
 
 # --- the plan ----------------------------------------------------------------------------------------------------------

@@ -5,18 +5,19 @@ from __future__ import annotations
 import math
 import re
 import sys
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from bitatlas.errors import UserError
 from bitatlas.formats import FORMATS, Format, by_width, get_format
 from bitatlas.planning.budget import parse_size
+from bitatlas.planning.memory import workload_of
 from bitatlas.records import Budget
 
 DEFAULT_FORMATS = "int2_g64,int3_g64,int4_g64"
 DEFAULT_ROWS = "24,24,64"
-LARGEST_BYTES = 2**80  # more than any disk; a larger --size asks for the same
+LARGEST_BYTES = 2**80  # more than any disk; a larger --size or --vram asks for the same
 TOO_FEW_FORMATS = "--formats: give at least two, a narrow and a wide one, like int2_g64,int4_g64"
 
 
@@ -94,17 +95,33 @@ def parse_rows(text: str) -> tuple[int, int, int]:
     return fit, select, test
 
 
-def parse_budget(code_bits: float | None, stored_bits: float | None, size: str | None, max_damage: float | None) -> Budget | None:
-    """The one budget that was given, or None; UserError for two."""
+def parse_budget(
+    code_bits: float | None,
+    stored_bits: float | None,
+    size: str | None,
+    max_damage: float | None,
+    vram: str | None = None,
+    context: int | None = None,
+    cache_dtype: str | None = None,
+    batch: int | None = None,
+    chunk: int | None = None,
+) -> Budget | None:
+    """The one budget that was given, or None; UserError for two. Context, cache dtype, batch and chunk belong to `vram`."""
     values = {
         "code_bits": code_bits,
         "stored_bits": stored_bits,
         "size": min(parse_size(size), LARGEST_BYTES) if size is not None else None,
+        "vram": min(parse_size(vram, "--vram"), LARGEST_BYTES) if vram is not None else None,
         "max_damage": max_damage,
     }
+    for flag, value in (("--context", context), ("--cache-dtype", cache_dtype), ("--batch", batch), ("--chunk", chunk)):
+        if value is not None and vram is None:
+            raise UserError(f"{flag} {value}: belongs to --vram, like --vram 8GiB --context 8192")
     given = [Budget(kind, _positive(kind, value)) for kind, value in values.items() if value is not None]
     if len(given) > 1:
-        raise UserError("--code-bits, --stored-bits, --size, --max-damage: give one of them, not several")
+        raise UserError("--code-bits, --stored-bits, --size, --vram, --max-damage: give one of them, not several")
+    if vram is not None:
+        return replace(given[0], workload=workload_of(context, cache_dtype, batch, chunk))
     return given[0] if given else None
 
 

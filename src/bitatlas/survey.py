@@ -44,6 +44,7 @@ Assignments = dict[str, dict[str, str]]  # precision -> module -> format
 def run_survey(settings: Settings, out: Path, resume: bool, reporter: Reporter) -> Atlas:
     """Measure, plan, verify and write; returns the finished atlas."""
     run = prepare(settings, out, resume, reporter)
+    settings = run.settings  # the budget in full
     low, high = settings.low, settings.high
     modules, rows, meter = run.checkpoint.modules, run.rows, run.meter
     with reporter.stage(f"quantizing ({settings.quantizer})") as progress:

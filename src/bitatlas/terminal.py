@@ -12,7 +12,7 @@ from bitatlas.compare import Comparison
 from bitatlas.curve import Curve
 from bitatlas.records import Atlas, Measured, Plan, Size, TaskScore
 from bitatlas.verify import Verification
-from bitatlas.words import byte_size, interval, number
+from bitatlas.words import byte_size, interval, memory_text, number
 
 STYLES = {"critical": "red", "safe": "green", "uncertain": "yellow"}
 
@@ -52,7 +52,9 @@ def show_summary(atlas: Atlas) -> None:
 def show_plan(plan: Plan) -> None:
     """Size, damage and, where it was verified, its baselines."""
     console = _console()
-    table = _table(f"Plan ({plan.budget.kind} {plan.budget.value:g})", ["", "size", "code bits", "damage"])
+    memory = memory_text(plan)
+    asked = byte_size(int(plan.budget.value)) if memory else f"{plan.budget.value:g}"
+    table = _table(f"Plan ({plan.budget.kind} {asked})", ["", "size", "code bits", "damage"])
     predicted = f"{number(plan.damage.predicted)} (predicted)" if plan.damage.predicted is not None else "not predicted"
     damage = _nats(plan.damage.measured) if plan.damage.measured else predicted
     table.add_row("this plan", byte_size(plan.size.total_bytes), number(plan.size.code_bits), damage)
@@ -64,6 +66,8 @@ def show_plan(plan: Plan) -> None:
         best = min(random, key=lambda baseline: baseline.damage.mean)
         table.add_row(f"best of {len(random)} random plans", "", number(best.code_bits), _nats(best.damage))
     console.print(table)
+    if memory:
+        console.print(memory, markup=False, soft_wrap=True)
 
 
 def show_curve(curve: Curve) -> None:

@@ -8,7 +8,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable, Sequence
 
-from bitatlas.records import Measured
+from bitatlas.records import Measured, Plan
 
 MINUS = "−"
 NOT_MEASURED = "not measured"
@@ -66,6 +66,21 @@ def byte_size(count: int) -> str:
     while value >= 1000 and len(units) > 1:
         value, units = value / 1000, units[1:]
     return f"{number(value, 0 if units[0] == 'bytes' else None)} {units[0]}"
+
+
+def memory_text(plan: Plan) -> str:
+    """What the plan's device memory is made of; "" where its budget is another."""
+    load = plan.budget.workload
+    if load is None:
+        return ""
+    parts = {"weights": plan.size.total_bytes, "KV cache": load.cache_bytes, "activations": load.activation_bytes}
+    sequences = "1 sequence" if load.batch == 1 else f"{load.batch:,} sequences"
+    return (
+        f"Device memory {byte_size(sum(parts.values()))} of {byte_size(int(plan.budget.value))}: "
+        f"{', '.join(f'{name} {byte_size(count)}' for name, count in parts.items())} "
+        f"({sequences} of {load.context:,} tokens, cache {load.cache_dtype}, activations {load.activation_dtype}, "
+        f"passes of at most {load.chunk:,} tokens)"
+    )
 
 
 def p_value(p: float | None) -> str:

@@ -1,7 +1,7 @@
 """What a budget allows, in whole bits and bytes, and whether it is possible at all: asked before anything slow runs.
 
 Every kind of budget becomes the same thing: an integer cost per unit and format, and an integer limit that a plan must not
-exceed by one. `KINDS` is that table; a budget by memory (weights plus a cache) is one more row in it.
+exceed by one. `KINDS` is that table; a budget by device memory is one by size with less room (`memory.py` says how much less).
 Average code bits price the codes alone, so two formats of the same width cost the same there; their bytes differ.
 Left out: leaving single modules unquantized as an option (a unit always gets one of the candidate formats).
 """
@@ -11,7 +11,7 @@ from __future__ import annotations
 import math
 import re
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from fractions import Fraction
 
 import numpy as np
@@ -19,11 +19,11 @@ from numpy.typing import NDArray
 
 from bitatlas.errors import UserError
 from bitatlas.formats import Format, get_format, stored_bytes
+from bitatlas.planning.memory import beside_weights, dtype_bytes
 from bitatlas.records import Budget, ModelInfo, Module, Size
 
 Ints = NDArray[np.int64]
 
-DTYPE_BYTES = {"float64": 8, "float32": 4, "float16": 2, "bfloat16": 2, "float8_e4m3fn": 1, "float8_e5m2": 1}
 SIZE_UNITS = {"": 1, "b": 1} | {
     f"{letter}{infix}b": base**power for power, letter in enumerate("kmgt", start=1) for infix, base in (("", 1000), ("i", 1024))
 }
@@ -106,14 +106,6 @@ def size_of(modules: Sequence[Module], assignment: dict[str, str], info: ModelIn
     return Size(code_bits / weights, 8 * quantized_bytes / weights, quantized_bytes, total)
 
 
-def dtype_bytes(dtype: str) -> int:
-    """Bytes of one number of a dtype ("bfloat16", "torch.float32"); UserError for a dtype that is not known."""
-    name = dtype.removeprefix("torch.")
-    if name not in DTYPE_BYTES:
-        raise UserError(f"the checkpoint's dtype {dtype!r} is not supported (known: {', '.join(DTYPE_BYTES)})")
-    return DTYPE_BYTES[name]
-
-
 # --- sizes as people write them ----------------------------------------------------------------------------------------
 
 
@@ -173,6 +165,7 @@ KINDS: dict[str, Kind] = {
         show=show_bytes,
     ),
 }
+KINDS["vram"] = replace(KINDS["size"], flag="--vram")  # its other bytes hold the cache and the activations too
 
 
 def _kind(name: str) -> Kind:
@@ -182,7 +175,7 @@ def _kind(name: str) -> Kind:
 
 
 def costs_of(budget: Budget, units: Sequence[Unit], formats: Sequence[str], info: ModelInfo) -> Costs:
-    """The budget in whole numbers, cost: [units, formats].
+    """The budget (`memory.settled`, where it has a workload) in whole numbers, cost: [units, formats].
 
     The limit is the largest sum whose value, as `size_of` prints it, is not above the budget's; it can be negative where
     the budget is impossible. A tolerated damage has no limit: its costs are bytes.
@@ -191,9 +184,10 @@ def costs_of(budget: Budget, units: Sequence[Unit], formats: Sequence[str], info
         return Costs(_cost_table(KINDS["size"], units, formats), None, KINDS["size"].what)
     kind = _kind(budget.kind)
     weights = sum(unit.weights for unit in units)
-    limit = math.floor(kind.allows(Fraction(budget.value), weights, info.other_bytes))
+    other = info.other_bytes + beside_weights(budget)
+    limit = math.floor(kind.allows(Fraction(budget.value), weights, other))
     # 2.9 as a float is a little below 29/10: the printed average of one more bit may still be 2.9
-    if float(kind.worth(limit + 1, weights, info.other_bytes)) <= budget.value:
+    if float(kind.worth(limit + 1, weights, other)) <= budget.value:
         limit += 1
     return Costs(_cost_table(kind, units, formats), limit, kind.what)
 
@@ -204,12 +198,14 @@ def _cost_table(kind: Kind, units: Sequence[Unit], formats: Sequence[str]) -> In
     return np.array(costs, dtype=np.int64).reshape(len(units), len(table))  # [units, formats]
 
 
-def size_range(kind: str, modules: Sequence[Module], formats: Sequence[str], info: ModelInfo) -> tuple[float, float]:
-    """(least, most) that these formats can give, in the unit of the budget's kind: bits a weight, or bytes of the whole model."""
+def size_range(
+    kind: str, modules: Sequence[Module], formats: Sequence[str], info: ModelInfo, beside: int = 0
+) -> tuple[float, float]:
+    """(least, most) that these formats can give, in the unit of the budget's kind: bits a weight, or bytes with `beside` of them."""
     counted, units = _kind(kind), units_of(modules)
     least, most = _extremes(_cost_table(counted, units, formats))
-    weights = sum(unit.weights for unit in units)
-    return float(counted.worth(least, weights, info.other_bytes)), float(counted.worth(most, weights, info.other_bytes))
+    weights, other = sum(unit.weights for unit in units), info.other_bytes + beside
+    return float(counted.worth(least, weights, other)), float(counted.worth(most, weights, other))
 
 
 def _extremes(cost: Ints) -> tuple[int, int]:
@@ -233,13 +229,16 @@ def check_budget(budget: Budget, modules: Sequence[Module], formats: Sequence[st
         raise UserError("the checkpoint has no linear weights that can be quantized")
     cost, weights = _cost_table(kind, units, formats), sum(unit.weights for unit in units)
     ends = _extremes(cost)
-    least, most = (kind.worth(total, weights, info.other_bytes) for total in ends)
+    beside = beside_weights(budget)
+    least, most = (kind.worth(total, weights, info.other_bytes + beside) for total in ends)
     shown_least, shown_most = (kind.show(value, RANGE_DIGITS) for value in (least, most))
     possible = f"possible: {shown_least} to {shown_most}" if least < most else f"possible: {shown_least}"
     given = f"{flag} {_show_given(budget)}"
     if budget.value < float(least):
         who = _named(cost.sum(axis=0), ends[0], formats)
-        raise UserError(f"{given} is below {shown_least}, the least that {who}; {possible}")
+        load = budget.workload
+        alone = f"; the cache of {load.context} tokens and the activations alone take {show_bytes(beside)}" if load else ""
+        raise UserError(f"{given} is below {shown_least}, the least that {who}{alone}; {possible}")
     if Fraction(budget.value) > max(most, _typed(kind, shown_most)):
         who = _named(cost.sum(axis=0), ends[1], formats)
         raise UserError(f"{given} is above {shown_most}, the most that {who}; {possible}")
@@ -256,7 +255,7 @@ def _typed(kind: Kind, text: str) -> Fraction:
 
 
 def _show_given(budget: Budget) -> str:
-    if budget.kind != "size":
+    if KINDS[budget.kind].show is not show_bytes:
         return f"{budget.value:g}"
     whole = math.floor(budget.value)
     for name, size in (("TiB", 2**40), ("GiB", 2**30), ("MiB", 2**20)):

@@ -16,14 +16,17 @@ from bitatlas.formats import by_width
 from bitatlas.planning.budget import check_budget
 from bitatlas.planning.choose import Scores, damage_tables
 from bitatlas.planning.judge import unverified_plan
+from bitatlas.planning.memory import settled
 from bitatlas.planning.search import Subject, Tools, search
 from bitatlas.records import Atlas, Budget, Plan, read_record, to_json, write_text
+from bitatlas.workload import Workload
 
 
 def replan(folder: Path, budget: Budget) -> Plan:
     """The plan under `budget`; UserError where no plan can be that small, or the tolerated damage cannot be met."""
     atlas = read_record(folder / "atlas.json", Atlas)
     subject = subject_of(atlas)
+    budget = settled(budget, atlas.model)
     check_budget(budget, atlas.modules, subject.formats, atlas.model)
     scores = _scores_used(atlas, scores_of(atlas))
     tools = Tools(scores, lambda plans: predicted(scores, plans), where="are predicted to do")
@@ -63,7 +66,7 @@ def write_plan(plan: Plan, folder: Path, out: Path | None) -> Path:
 
     Only an earlier plan is written over: UserError for any other file, a folder, or a place that cannot be written to.
     """
-    file = out or folder / f"plan-{plan.budget.kind}-{_plain(plan.budget.value)}.json"
+    file = out or folder / f"plan-{plan.budget.kind}-{_plain(plan.budget.value)}{_named(plan.budget.workload)}.json"
     try:
         if file.resolve() == (folder / "plan.json").resolve():
             raise UserError(f"--out {file}: that is the survey's own, verified plan; choose another name")
@@ -83,6 +86,11 @@ def write_plan(plan: Plan, folder: Path, out: Path | None) -> Path:
 def _plain(value: float) -> str:
     """All digits, so that two budgets never share a file: 3.0 -> "3", 4294967296.0 -> "4294967296"."""
     return str(int(value)) if value.is_integer() else repr(value)
+
+
+def _named(load: Workload | None) -> str:
+    """What else tells budgets of memory apart: "-context-8192-float16-batch-1-chunk-512"."""
+    return f"-context-{load.context}-{load.cache_dtype}-batch-{load.batch}-chunk-{load.chunk}" if load else ""
 
 
 def _is_plan(file: Path) -> bool:

@@ -11,7 +11,7 @@ import json
 from collections.abc import Callable
 
 from bitatlas import words
-from bitatlas.records import Atlas, Measured, WeightProfile
+from bitatlas.records import Atlas, Measured, Plan, WeightProfile
 from bitatlas.report import advice, attention, facts
 from bitatlas.report.table import Table
 from bitatlas.words import interval, number, percent
@@ -118,7 +118,7 @@ def plan_table(atlas: Atlas) -> Table:
     rest = _rest([plan.damage.measured, *(b.damage for b in plan.baselines)])
     note = (
         f"Plans that anybody could have made, at most as large as ours; differences paired by row. Damage: {rest}.{predicted} "
-        f"Budget: {plan.budget.kind} {number(plan.budget.value)}. {advice.plan_verdict(atlas)}"
+        f"Budget: {_budget_text(plan)}. {advice.plan_verdict(atlas)}"
     )
     return Table("plan", "Plan and baselines", note, head, rows)
 
@@ -264,6 +264,11 @@ def _rest(measured: list[Measured] | list[Measured | None]) -> str:
 
 def _plain(value: object) -> str:
     return value if isinstance(value, str) else json.dumps(value, ensure_ascii=False, sort_keys=True)
+
+
+def _budget_text(plan: Plan) -> str:
+    memory = words.memory_text(plan)
+    return f"vram. {memory}" if memory else f"{plan.budget.kind} {number(plan.budget.value)}"
 
 
 def _bits(bits: float | None) -> str:
