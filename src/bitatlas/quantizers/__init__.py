@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from bitatlas.errors import UserError
 from bitatlas.formats import Format
-from bitatlas.quantizers import gptq, hqq, rtn
+from bitatlas.quantizers import autoround, gptq, hqq, rtn
 from bitatlas.quantizers.codes import Codes
 
 Quantize = Callable[[nn.Module, Sequence[str], Sequence[Format], Tensor | None], Iterator[tuple[str, list[Codes]]]]
@@ -49,6 +49,7 @@ QUANTIZERS: dict[str, Quantizer] = {
         Quantizer("rtn", rtn.quantize_modules, uses_rows=False, version=1),
         Quantizer("gptq", gptq.quantize, uses_rows=True, version=1),
         Quantizer("hqq", hqq.quantize_modules, uses_rows=False, version=1, package="hqq", symmetric=False),
+        Quantizer("autoround", autoround.quantize, uses_rows=True, version=1, package="auto_round"),
     )
 }
 

@@ -93,13 +93,7 @@ def fit(weight: Tensor, fmt: Format, factor: Factor) -> Codes:
     again = _refitted(weight, round_inputs(weight, best.scale, best.zero, fmt, factor), fmt, factor)
     best = _best(_Rows(*map(torch.cat, zip(best, again, strict=True))), 2)
     found = Codes(best.codes.to(torch.uint8), best.scale.half(), best.zero.to(torch.uint8), fmt.group_size)
-    return _no_worse(found, rtn.quantize(weight, fmt), weight, factor.moment)
-
-
-def output_errors(weight: Tensor, codes: Codes, moment: Tensor) -> Tensor:
-    """Mean squared error of every output over the tokens that `moment` [in, in] was taken from: float64 [out]."""
-    error = precise(weight) - precise(codes.weight())
-    return ((error @ moment) * error).sum(1)
+    return _no_worse(found, rtn.on_grid(weight, *grids[0], fmt), weight, factor.moment)
 
 
 class _Rows(NamedTuple):
@@ -174,7 +168,7 @@ def _refitted(weight: Tensor, rows: _Rows, fmt: Format, factor: Factor) -> _Rows
         change = torch.where(better, new - old, 0)
         scale[:, group] += change
         cost -= torch.where(better, gain, 0)
-        slope -= (step * change.unsqueeze(1)) @ factor.damped[own]
+        slope[:, own.stop :] -= (step * change.unsqueeze(1)) @ factor.damped[own, own.stop :]
     return _Rows(rows.codes, scale, rows.zero, cost)
 
 
@@ -186,7 +180,9 @@ def _best(rows: _Rows, count: int) -> _Rows:
 
 
 def _no_worse(found: Codes, other: Codes, weight: Tensor, moment: Tensor) -> Codes:
-    """`found`, with `other`'s rows where theirs have the smaller output error."""
-    worse = (output_errors(weight, found, moment) > output_errors(weight, other, moment)).unsqueeze(1)
+    """`found`, with `other`'s rows where theirs have the smaller output error on the tokens that `moment` was taken from."""
+    ours, theirs = (precise(codes.weight()) - precise(weight) for codes in (found, other))
+    # a H aᵀ - b H bᵀ = (a - b) H (a + b)ᵀ: one product, and no difference of two large numbers
+    worse = (((ours - theirs) @ moment) * (ours + theirs)).sum(1, keepdim=True) > 0
     codes, scale, zero = (torch.where(worse, getattr(other, part), getattr(found, part)) for part in ("codes", "scale", "zero"))
     return Codes(codes, scale, zero, found.group_size)

@@ -21,6 +21,7 @@ from bitatlas.quantizers.codes import Codes
 from bitatlas.swap import weight_of
 
 STEPS = 20
+SEARCHED = 2**18  # weights at a time: what 20 steps over them read and write stays in a processor's cache
 SMALLEST_SCALE = 2.0**-24  # smallest positive float16
 
 
@@ -36,7 +37,11 @@ def quantize_modules(
 def quantize(weight: Tensor, fmt: Format) -> Codes:
     """Codes of `weight` [out, in]; the last group of a row may be short."""
     weight = weight.detach().float()
-    scale, zero = grid(weight, fmt)
+    return on_grid(weight, *grid(weight, fmt), fmt)
+
+
+def on_grid(weight: Tensor, scale: Tensor, zero: Tensor, fmt: Format) -> Codes:
+    """`weight` float32 [out, in] rounded to the nearest codes of a grid (scale and zero-point [out, groups])."""
     codes = [_encode(part, scale[:, at], zero[:, at], _top(fmt)).flatten(1) for part, at in _groups(weight, fmt.group_size)]
     return Codes(torch.cat(codes, dim=1).to(torch.uint8), scale.half(), zero.to(torch.uint8), fmt.group_size)
 
@@ -46,6 +51,12 @@ def grid(weight: Tensor, fmt: Format, importance: Tensor | None = None) -> tuple
 
     `importance` [in]: what an input's squared error counts; without it all count the same. The scale is a float16's value.
     """
+    rows = max(1, SEARCHED // max(1, weight.shape[1]))
+    found = [_grid(part, fmt, importance) for part in weight.split(rows)]
+    return torch.cat([scale for scale, _ in found]), torch.cat([zero for _, zero in found])
+
+
+def _grid(weight: Tensor, fmt: Format, importance: Tensor | None) -> tuple[Tensor, Tensor]:
     parts = []
     for groups, at in _groups(weight, fmt.group_size):
         counts = None if importance is None else _groups_like(importance, groups, at, fmt.group_size)
