@@ -20,7 +20,8 @@ from bitatlas.assemble import Lines, Measurements, assemble, damage_lines, write
 from bitatlas.evaluation.items import TASKS, chance_level, items_sha256, load_items
 from bitatlas.evaluation.run import score_items
 from bitatlas.journal import content_key
-from bitatlas.planning.budget import units_of
+from bitatlas.planning.budget import assignment_of, units_of
+from bitatlas.planning.calibration import calibrate
 from bitatlas.planning.choose import damage_tables
 from bitatlas.planning.judge import Judged, find_and_judge
 from bitatlas.planning.refine import step_text
@@ -29,7 +30,7 @@ from bitatlas.profiles.attention import AttentionResult, attention_profile
 from bitatlas.profiles.focus import Problem, problems_of
 from bitatlas.profiles.weights import weight_profile
 from bitatlas.progress import Advance, Reporter
-from bitatlas.records import Atlas, Module, WeightProfile
+from bitatlas.records import Atlas, Calibration, Module, WeightProfile
 from bitatlas.sensitivity.probe import probe_of
 from bitatlas.sensitivity.screens import LayerScreen, UnitScreen, screen_layers, screen_uniform, screen_units, uniform
 from bitatlas.settings import Settings
@@ -55,6 +56,7 @@ def run_survey(settings: Settings, out: Path, resume: bool, reporter: Reporter) 
     precisions: Assignments = {"reference": {}} | {f"uniform:{name}": uniform(modules, name) for name in (high, low)}
     attention = [profile_attention(run, base, assignment) for base, assignment in precisions.items()]
     judged = find_plan(run, units, by_criticality(modules, widths[high], widths[low], layers))
+    calibration = check_prediction(run, units, judged.plan.modules) if settings.refine else None
     outcomes, items = run_tasks(run, {**precisions, "plan": judged.plan.modules})
     found = Measurements(
         weights=weights,
@@ -70,6 +72,7 @@ def run_survey(settings: Settings, out: Path, resume: bool, reporter: Reporter) 
         chance={task: chance_level(of_task) for task, of_task in run.items.items()},
         items=items,
         notes=list(dict.fromkeys([*run.checkpoint.notes, *(note for result in attention for note in result.notes)])),
+        calibration=calibration,
     )
     atlas = assemble(run.checkpoint.info, modules, rows.info, settings, versions(), found)
     with reporter.stage("writing the report"):
@@ -170,6 +173,22 @@ def find_plan(run: Run, units: UnitScreen, most_critical: list[int]) -> Judged:
         probe,
         lambda step: run.reporter.say(step_text(step)),
     )
+
+
+def check_prediction(run: Run, screen: UnitScreen, assignment: Mapping[str, str]) -> Calibration | None:
+    """Predicted against measured damage of random plans around the plan; None where the units are too few for that."""
+    settings, modules = run.settings, run.checkpoint.modules
+    units, formats = units_of(modules), settings.formats
+    scores = damage_tables([unit.name for unit in units], formats, screen.damage, screen.base)
+
+    def measure(plans: Mapping[str, np.ndarray], split: str) -> dict[str, np.ndarray]:
+        named = {name: assignment_of(units, formats, choice) for name, choice in plans.items()}
+        with run.reporter.stage(f"{len(named)} random plans around the plan ({split} rows)") as progress:
+            return run.meter.plans(named, getattr(run.rows, split), progress)
+
+    base = np.array([formats.index(assignment[unit.modules[0].name]) for unit in units])
+    probe = probe_of(run.meter, run.rows, modules, formats, settings.seed, run.reporter)
+    return calibrate(base, len(formats), probe, scores, measure, settings.seed)
 
 
 def run_tasks(run: Run, precisions: Assignments) -> tuple[dict[str, dict[str, np.ndarray]], list[dict[str, Any]]]:
