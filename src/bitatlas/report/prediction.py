@@ -26,13 +26,13 @@ def scatter(atlas: Atlas, width: int) -> Markup | None:
     y_low, y_high = svg.nice_range([end for p in points for end in (p.measured.mean, *(p.measured.ci95 or ()))])
     low, high = min(x_low, y_low), max(x_high, y_high)
     x, y = svg.linear(low, high, c.x0, c.x1), svg.linear(low, high, c.y0, c.y1)
-    c.y_axis(y, svg.ticks(low, high), "measured damage, nats/token")
-    c.x_axis(x, svg.ticks(low, high, 6 if width > 500 else 4), "predicted damage, nats/token", grid=True)
+    c.y_axis(y, svg.ticks(low, high, 6), "measured damage, nats/token")
+    c.x_axis(x, svg.ticks(low, high, 6), "predicted damage, nats/token", grid=True)
     c.line(x(low), y(low), x(high), y(high), "rule")
     for point in found.points:
         _point(c, x, y, point, "circle", "c-high", 3.5)
     ends = (min(p.predicted for p in found.points), max(p.predicted for p in found.points))
-    c.path([(x(end), y(found.slope.mean * end + found.intercept.mean)) for end in ends], "join c-ink")
+    c.path([(x(end), y(found.slope.mean * end + found.intercept.mean)) for end in ends], "fitted")
     _point(c, x, y, found.centre, "diamond", "c-plan", 6)
     rho = words.interval(as_measured(found.prediction))
     return c.svg(
