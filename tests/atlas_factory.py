@@ -18,6 +18,8 @@ from bitatlas.records import (
     AttentionLayer,
     Baseline,
     Budget,
+    Calibration,
+    CalibrationPoint,
     Correlation,
     CurvePoint,
     Finding,
@@ -117,6 +119,7 @@ def make_atlas(recipe: Recipe | None = None) -> Atlas:
         ],
         findings=_findings(recipe, layers, pairs),
         notes=recipe.notes,
+        calibration=_calibration(recipe) if recipe.plan else None,
     )
 
 
@@ -218,6 +221,30 @@ def _plan(recipe: Recipe, modules: list[Module], info: ModelInfo, layers: list[L
         recipe.recommended and not recipe.outside,
         verdict,
         {"gap": 0.012, "rounds": 5, "seed": recipe.seed},
+    )
+
+
+def _calibration(recipe: Recipe) -> Calibration:
+    """Points that lie about the line that is given with them."""
+    rng = np.random.default_rng([recipe.seed, 7])
+    about = "plans around it"
+    points = []
+    for changed in range(1, 51):
+        value = float(0.214 * np.exp(0.06 * rng.standard_normal() * changed**0.5))
+        m = 1.04 * value - 0.006 + 0.004 * float(rng.standard_normal())
+        points.append(
+            CalibrationPoint(1 + changed // 5, value, Measured(m, (0.94 * m, 1.07 * m), "nats/token", "plan", "select", 24))
+        )
+    return Calibration(
+        prediction=Correlation("prediction", 0.972, (0.947, 0.986), 50),
+        others=[Correlation("scores added up", 0.81, (0.68, 0.9), 50)],
+        slope=Measured(1.04, (0.99, 1.09), "ratio", "plan", about, 50),
+        intercept=Measured(-0.006, (-0.017, 0.004), "nats/token", "plan", about, 50),
+        relative_error=Measured(0.021, (0.017, 0.026), "share", "plan", about, 50),
+        kept=0.52,
+        training=16,
+        centre=CalibrationPoint(0, 0.19, Measured(0.2, (0.18, 0.22), "nats/token", "plan", "select", 24)),
+        points=points,
     )
 
 

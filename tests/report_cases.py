@@ -23,4 +23,4 @@ def emptied(atlas: Atlas) -> Atlas:
     """An atlas of which nothing but the model is left: what an interrupted run could hand over."""
     lists = ["uniform", "layers", "zones", "weights", "attention", "heads", "tasks", "task_pairs", "curve"]
     nothing = {name: [] for name in [*lists, "correlations", "findings"]}
-    return dataclasses.replace(atlas, plan=None, unit_damage={}, base_damage={}, **nothing)
+    return dataclasses.replace(atlas, plan=None, calibration=None, unit_damage={}, base_damage={}, **nothing)

@@ -197,3 +197,6 @@ def test_a_trained_checkpoint_meets_the_bars(babyllama: Path, tmp_path: Path):
     assert found["code_bits"] == pytest.approx(atlas.plan.size.code_bits, abs=1e-12)
     assert found["covered"] == 1.0
     assert found["damage_nats"] <= 0.358
+    assert atlas.calibration is not None
+    assert len(atlas.calibration.points) == 50
+    assert atlas.calibration.prediction.rho >= 0.95

@@ -20,6 +20,7 @@ from bitatlas.records import (
     Atlas,
     AttentionHead,
     AttentionLayer,
+    Calibration,
     CurvePoint,
     ModelInfo,
     Module,
@@ -52,6 +53,7 @@ class Measurements:
     chance: dict[str, float]  # task -> 0..1
     items: Lines  # one line a task, precision and item
     notes: list[str]
+    calibration: Calibration | None = None
 
 
 def assemble(
@@ -68,6 +70,7 @@ def assemble(
         weights=found.weights,
         attention=found.attention,
         plan=found.judged.plan,
+        calibration=found.calibration,
         tested=TaskEvidence(scores, pairs, found.outcomes, math_tasks),
         seed=settings.seed,
     )
@@ -100,6 +103,7 @@ def assemble(
         correlations=conclusions.correlations,
         findings=conclusions.findings,
         notes=found.notes,
+        calibration=found.calibration,
     )
 
 

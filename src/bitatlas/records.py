@@ -283,12 +283,36 @@ class Finding:
 
 @dataclass(frozen=True)
 class Correlation:
-    """Spearman's rank correlation of a cheap measure with measured damage, over layers."""
+    """Spearman's rank correlation of a cheap measure with measured damage, over layers (of a prediction: over plans)."""
 
     measure: str
     rho: float
     ci95: tuple[float, float] | None
     n: int
+
+
+@dataclass(frozen=True)
+class CalibrationPoint:
+    """One random plan around the base."""
+
+    changed: int  # units
+    predicted: float  # nats/token, without these rows
+    measured: Measured
+
+
+@dataclass(frozen=True)
+class Calibration:
+    """Damage of random plans around the plan: predicted from fit rows, measured on select rows; intervals over plans."""
+
+    prediction: Correlation
+    others: list[Correlation]  # of cheaper predictions, on the same plans
+    slope: Measured  # of measured on predicted
+    intercept: Measured
+    relative_error: Measured  # mean of |predicted - measured| / measured
+    kept: float  # share of the curvature between changes that the prediction keeps, 0..1
+    training: int  # other plans that `kept` was fitted on
+    centre: CalibrationPoint  # the base itself
+    points: list[CalibrationPoint]
 
 
 @dataclass(frozen=True)
@@ -320,11 +344,11 @@ class Atlas:
     correlations: list[Correlation]
     findings: list[Finding]
     notes: list[str] = field(default_factory=list)  # what was not done, and why
+    calibration: Calibration | None = None
     schema: str = ATLAS_SCHEMA
 
 
 # --- reading and writing ------------------------------------------------------------------------------------------------
-
 Record = TypeVar("Record", Plan, Atlas)
 
 

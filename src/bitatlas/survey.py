@@ -20,16 +20,18 @@ from bitatlas.assemble import Lines, Measurements, assemble, damage_lines, write
 from bitatlas.evaluation.items import TASKS, chance_level, items_sha256, load_items
 from bitatlas.evaluation.run import score_items
 from bitatlas.journal import content_key
+from bitatlas.planning.budget import assignment_of
+from bitatlas.planning.calibration import calibrate
 from bitatlas.planning.choose import damage_tables
 from bitatlas.planning.judge import Judged, judge
-from bitatlas.planning.search import search
+from bitatlas.planning.search import Tools, search
 from bitatlas.prepare import Run, prepare, tools_of
 from bitatlas.profiles.attention import AttentionResult, attention_profile
 from bitatlas.profiles.focus import Problem, problems_of
 from bitatlas.profiles.weights import weight_profile
 from bitatlas.progress import Advance, Reporter
-from bitatlas.records import Atlas, Module, WeightProfile
-from bitatlas.sensitivity.screens import LayerScreen, UnitScreen, screen_layers, screen_uniform, screen_units, uniform
+from bitatlas.records import Atlas, Calibration, Module, WeightProfile
+from bitatlas.sensitivity.screens import LayerScreen, screen_layers, screen_uniform, screen_units, uniform
 from bitatlas.settings import Settings
 from bitatlas.swap import swapped
 
@@ -55,7 +57,10 @@ def run_survey(settings: Settings, out: Path, resume: bool, reporter: Reporter) 
     units = screen_units(meter, modules, settings.formats, rows.fit, reporter)
     precisions: Assignments = {"reference": {}} | {f"uniform:{name}": uniform(modules, name) for name in (high, low)}
     attention = [profile_attention(run, base, assignment) for base, assignment in precisions.items()]
-    judged = find_plan(run, units, by_criticality(modules, widths[high], widths[low], layers))
+    names = [unit.name for unit in run.subject.units]
+    tools = tools_of(run, damage_tables(names, settings.formats, units.damage, units.base))
+    judged = find_plan(run, tools, by_criticality(modules, widths[high], widths[low], layers))
+    calibration = check_prediction(run, tools, judged.plan.modules)
     outcomes, items = run_tasks(run, {**precisions, "plan": judged.plan.modules})
     found = Measurements(
         weights=weights,
@@ -71,6 +76,7 @@ def run_survey(settings: Settings, out: Path, resume: bool, reporter: Reporter) 
         chance={task: chance_level(of_task) for task, of_task in run.items.items()},
         items=items,
         notes=list(dict.fromkeys([*run.checkpoint.notes, *(note for result in attention for note in result.notes)])),
+        calibration=calibration,
     )
     atlas = assemble(run.checkpoint.info, modules, rows.info, settings, versions(), found)
     with reporter.stage("writing the report"):
@@ -146,12 +152,23 @@ def by_criticality(modules: Sequence[Module], high: np.ndarray, low: np.ndarray,
     return [int(layer) for layer in np.argsort(-values / weights, kind="stable")]
 
 
-def find_plan(run: Run, units: UnitScreen, most_critical: list[int]) -> Judged:
+def find_plan(run: Run, tools: Tools, most_critical: list[int]) -> Judged:
     """The plan under the budget, judged on the test rows."""
-    subject = run.subject
-    scores = damage_tables([unit.name for unit in subject.units], subject.formats, units.damage, units.base)
-    found = search(subject, run.settings.budget, tools_of(run, scores))
-    return judge(subject, run.settings.budget, found, run.measure, most_critical)
+    found = search(run.subject, run.settings.budget, tools)
+    return judge(run.subject, run.settings.budget, found, run.measure, most_critical)
+
+
+def check_prediction(run: Run, tools: Tools, assignment: Mapping[str, str]) -> Calibration | None:
+    """Predicted against measured damage of random plans around a refined plan; None where the units are too few for that."""
+    units, formats = run.subject.units, run.settings.formats
+    if tools.probe is None:
+        return None
+
+    def measure(plans: Mapping[str, np.ndarray], split: str) -> dict[str, np.ndarray]:
+        return run.measure({name: assignment_of(units, formats, choice) for name, choice in plans.items()}, split)
+
+    base = np.array([formats.index(assignment[unit.modules[0].name]) for unit in units])
+    return calibrate(base, len(formats), tools.probe, tools.scores, measure, run.settings.seed)
 
 
 def run_tasks(run: Run, precisions: Assignments) -> tuple[dict[str, dict[str, np.ndarray]], list[dict[str, Any]]]:

@@ -5,6 +5,7 @@
     correlations.py  do cheap measures tell where the damage is?
     folk.py          rules of thumb, each tested on this checkpoint
     verdict.py       the plan against its baselines
+    prediction.py    predicted against measured damage around the plan
     statements.py    the sentences, from records
 
 Everything measured comes in as arrays with one value a test row; nothing here needs the model. Every statement carries its
@@ -20,6 +21,7 @@ from numpy.typing import ArrayLike
 
 from bitatlas.findings.correlations import correlations, layer_measures, permutation_p, spearman
 from bitatlas.findings.folk import folk_findings, math_needs_more
+from bitatlas.findings.prediction import calibration_findings
 from bitatlas.findings.shares import LayerRows, Shares, layer_records, misfit, shares_of
 from bitatlas.findings.statements import (
     attention_findings,
@@ -33,6 +35,7 @@ from bitatlas.findings.verdict import PlanVerdict, verdict_on_plan
 from bitatlas.findings.zones import number_of_zones, segmentations, with_low_share, zones
 from bitatlas.records import (
     AttentionLayer,
+    Calibration,
     Correlation,
     Finding,
     Layer,
@@ -96,6 +99,7 @@ def conclude(
     weights: Sequence[WeightProfile] = (),
     attention: Sequence[AttentionLayer] = (),
     plan: Plan | None = None,
+    calibration: Calibration | None = None,
     tested: TaskEvidence | None = None,
     seed: int = 0,
 ) -> Conclusions:
@@ -111,6 +115,7 @@ def conclude(
     about_measures = measure_findings(correlated, measures, shares, seed)
     findings = [
         *plan_findings(plan, found_zones, rows.low_name),
+        *calibration_findings(calibration),
         *layer_findings(layers, misfit(rows, seed), tolerance),
         *(finding for finding in about_measures if finding.topic == "layers"),
         *zone_findings(found_zones),

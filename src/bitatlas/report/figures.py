@@ -12,7 +12,7 @@ from markupsafe import Markup
 
 from bitatlas import words
 from bitatlas.records import Atlas
-from bitatlas.report import charts, facts, heat
+from bitatlas.report import charts, facts, heat, prediction
 
 WIDE, HALF, NARROW = 960, 460, 350  # px of a chart across the page, of one of two, and on a phone
 
@@ -24,6 +24,7 @@ PLANS: Keys = [
     ("▲", "c-baseline", "baseline"),
     ("●", "c-muted", "random plans"),
 ]
+AROUND: Keys = [("●", "c-high", "random plan"), ("◆", "c-plan", "the plan")]
 
 
 @dataclass(frozen=True)
@@ -95,6 +96,7 @@ def _plan(atlas: Atlas) -> dict[str, Sketch]:
     return {
         "size": Sketch(charts.size_damage, "Damage against size", size, PLANS),
         "baselines": Sketch(charts.baselines, "The plan and plans that anybody could have made", others),
+        "prediction": Sketch(prediction.scatter, prediction.TITLE, prediction.caption(atlas), AROUND, HALF),
         "plan": Sketch(heat.plan_map, "Bits of each module", bits),
     }
 

@@ -12,7 +12,7 @@ from collections.abc import Callable
 
 from bitatlas import words
 from bitatlas.records import Atlas, Measured, Plan, WeightProfile
-from bitatlas.report import advice, attention, facts
+from bitatlas.report import advice, attention, facts, prediction
 from bitatlas.report.table import Table
 from bitatlas.words import interval, number, percent
 
@@ -24,6 +24,7 @@ def tables(atlas: Atlas) -> list[Table]:
         layer_table,
         zone_table,
         plan_table,
+        prediction.table,
         task_table,
         pair_table,
         attention.profile_table,
