@@ -51,11 +51,17 @@ class QuadraticSolution:
 
 
 def solve_quadratic(
-    problem: Quadratic, cost: NDArray, limit: int, centre: NDArray | None = None, radius: int | None = None
+    problem: Quadratic,
+    cost: NDArray,
+    limit: int,
+    centre: NDArray | None = None,
+    radius: int | None = None,
+    bounded: bool = True,
 ) -> QuadraticSolution:
     """The plan of least predicted damage within `limit`, and with `radius` at most that many units away from `centre`.
 
     cost: [units, formats], whole numbers. `centre` [units] must itself fit the budget. Deterministic; never above the limit by one.
+    The bound is valid for a positive semidefinite matrix; without `bounded` it is -inf.
     Raises UserError where nothing is that small, ValueError for a centre that is not.
     """
     cost = np.asarray(cost, dtype=np.int64)
@@ -77,7 +83,7 @@ def solve_quadratic(
         found.append(search.run(search.shaken(min(found, key=problem.value), generator)))
     choice = min(found, key=lambda plan: (problem.value(plan), _spent(cost, plan), tuple(plan)))
     value = problem.value(choice)
-    bound = min(value, lower_bound(problem, cost, limit))
+    bound = min(value, lower_bound(problem, cost, limit)) if bounded else -np.inf
     return QuadraticSolution(choice, value, bound, value - bound)
 
 
@@ -216,6 +222,20 @@ def single_changes(problem: Quadratic, cost: NDArray, choice: NDArray) -> Moves:
     return search.moves(choice, search._field(choice))
 
 
+def recentred(problem: Quadratic, choice: NDArray) -> Quadratic:
+    """The same model with its values relative to `choice` [units]: each change from there adds `first` + its diagonal, pairs interact beyond."""
+    choice = np.asarray(choice, dtype=np.int64)
+    units, formats = problem.first.shape
+    old = np.repeat(np.arange(units) * formats + choice, formats)  # the entry that each change leaves
+    half = problem.matrix - problem.matrix[old]
+    matrix = half - half[:, old]
+    search = _Search(problem, np.zeros((units, formats), dtype=np.int64), 0, None, None)
+    moves = search.moves(choice, search._field(choice))
+    added = np.zeros((units, formats))
+    added[moves.unit, moves.format] = moves.damage
+    return Quadratic(added - np.diag(matrix).reshape(units, formats), matrix, problem.kept)
+
+
 def nearest_plans(problem: Quadratic, cost: NDArray, limit: int, choice: NDArray, count: int) -> list[Ints]:
     """The `count` plans one change or one pair of changes away from `choice`, within `limit`, that are predicted best, best first."""
     cost, choice = np.asarray(cost, dtype=np.int64), np.asarray(choice, dtype=np.int64)
@@ -245,21 +265,27 @@ def lower_bound(problem: Quadratic, cost: Ints, limit: int) -> float:
     units, formats = problem.first.shape
     # Q is a mixture: kept x (samples' second moment) + (1 - kept) x (its diagonal). The latter is linear in 0/1 variables.
     spare = (1 - problem.kept) * np.diag(problem.matrix)
-    convex = problem.matrix - np.diag(spare)
+
+    def push(shares: Floats) -> Floats:
+        """The convex part times shares [units * formats], few of which are not 0."""
+        some = np.flatnonzero(shares)
+        return shares[some] @ problem.matrix[some] - spare * shares
+
     linear = problem.first.ravel() + spare
     z = relaxed_knapsack(linear.reshape(units, formats), cost, limit).ravel()
+    pushed = push(z)
     best = -np.inf
     for _ in range(BOUND_STEPS):
-        pushed = convex @ z
         gradient = linear + 2 * pushed
         corner = relaxed_knapsack(gradient.reshape(units, formats), cost, limit).ravel()
         best = max(best, float(gradient @ corner - z @ pushed))
-        step = corner - z
-        curved = float(step @ convex @ step)
+        step, more = corner - z, push(corner) - pushed
+        curved = float(step @ more)
         slope = float(gradient @ step)
         if slope >= 0:
             break
-        z = z + (min(1.0, -slope / (2 * curved)) if curved > 0 else 1.0) * step
+        share = min(1.0, -slope / (2 * curved)) if curved > 0 else 1.0
+        z, pushed = z + share * step, pushed + share * more
     return best - 1e-9 * max(1.0, abs(best))
 
 

@@ -31,7 +31,7 @@ Ints = NDArray[np.int64]
 Floats = NDArray[np.float64]
 
 WIDTHS = (64, 2048, 32768)  # states kept per unit: the narrow passes are only there to find a good plan quickly
-STATES_IN_ALL = 4_000_000  # units x states of one pass: bounds its time (seconds) and its memory (16 MB)
+STATES_IN_ALL = 3_000_000  # units x states of one pass: bounds its time (seconds) and its memory (12 MB)
 DAMAGE_BITS = 60  # sums of the integer damages stay below 2**60
 FLOAT_BITS = 53
 ROUND_OFF = 1e-12  # of the magnitudes in a bound: many times the float error, so that nothing is dropped by rounding

@@ -4,7 +4,10 @@ A swap changes the logits at one token by d_u; with q the base's next-token dist
 is the mean over tokens of d_u' (diag(q) - q q') d_v, half of which is what the pair adds beyond its two single damages. It is computed
 from K labels drawn from q at each token, e_u = d_u[y] - q . d_u, whose products have that mean: memory does not grow with the
 vocabulary. Against `curvature` this costs a (resumed) pass for each swap, but the noise is that of rows x tokens x K samples instead
-of rows x draws, and the swaps themselves are measured, not expanded: the better instrument near the end of a search.
+of rows x draws, and the swaps themselves are measured, not expanded.
+
+Every swap is journaled by itself, with its scores e_u: the same swap around the same base is never run again, whichever others it is
+asked for together with. The screens of units measure this way, so a search has the interactions at both ends for nothing.
 
 Left out: third-order terms, and how a swap changes q itself.
 """
@@ -12,8 +15,9 @@ Left out: third-order terms, and how a swap changes q itself.
 from __future__ import annotations
 
 import base64
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import torch
@@ -27,6 +31,7 @@ from bitatlas.swap import swapped
 from bitatlas.tokens import rows_sha256
 
 LABELS = 2  # drawn at each token
+LARGEST_SCORE = 60000.0  # nats; scores are journaled as float16
 
 
 @dataclass(frozen=True)
@@ -40,43 +45,60 @@ class Interactions:
 def swap_interactions(
     meter: DamageMeter, base: Assignment, swaps: Sequence[Swap], rows: Tensor, seed: int = 0, progress: Progress | None = None
 ) -> Interactions:
-    """Every swap alone, around `base`; means over rows, batch by batch through the journal. rows: int64 [rows, tokens]"""
-    key = ("interactions", meter.identity, dict(base), [[swap.layer, dict(swap.assignment)] for swap in swaps], seed)
+    """Every swap alone, around `base`; means over rows. rows: int64 [rows, tokens]"""
     batches = rows.split(batch_rows(rows.shape[1], meter.vocabulary))
-    total = np.zeros((len(swaps) + 1, len(swaps)))
+    added, together = np.zeros(len(swaps)), np.zeros((len(swaps), len(swaps)))
     for number, batch in enumerate(batches):
-        own = content_key(*key, rows_sha256(batch))
-        value = meter.journal.get(own)
-        if value is None:
-            sums = _batch(meter, base, swaps, batch, seed)
-            meter.journal.put(own, "interactions", base64.b64encode(sums.astype("<f8").tobytes()).decode())
-        else:
-            sums = np.frombuffer(base64.b64decode(value), dtype="<f8").reshape(total.shape)
-        total += sums
+        found = _batch(meter, base, swaps, batch, seed, progress, (number, len(batches)))
+        scores = np.stack([_unpacked(value["scores"]) for value in found]) if found else np.zeros((0, 1))
+        added += [value["added"] for value in found]
+        together += scores @ scores.T
+    return Interactions(added / rows.numel(), together / (2 * LABELS * rows.numel()))
+
+
+def _batch(
+    meter: DamageMeter, base: Assignment, swaps: Sequence[Swap], batch: Tensor, seed: int, progress: Progress | None, at: tuple[int, int]
+) -> list[dict[str, Any]]:
+    """Each swap on one batch, from the journal or measured: sum of added damage over tokens, and scores."""
+    key = ("swap", meter.identity, rows_sha256(batch), dict(base), seed)
+    keys = [content_key(*key, swap.layer, dict(swap.assignment)) for swap in swaps]
+    known = {key: meter.journal.get(key) for key in keys}
+    missing = {key: swap for key, swap in zip(keys, swaps, strict=True) if known[key] is None}
+    measured = _measured(meter, base, list(missing.values()), batch, seed) if missing else ()
+    number, batches = at
+    for done, (own, value) in enumerate(zip(missing, measured, strict=True), start=len(swaps) - len(missing) + 1):
+        known[own] = value
+        meter.journal.put(own, "interactions", value)
         if progress:
-            progress((number + 1) * len(swaps), len(batches) * len(swaps))
-    total /= rows.numel()
-    return Interactions(total[0], total[1:])
+            progress(number * len(swaps) + done, batches * len(swaps))
+    if progress:
+        progress((number + 1) * len(swaps), batches * len(swaps))
+    return [known[own] for own in keys]
 
 
 @torch.no_grad()
-def _batch(meter: DamageMeter, base: Assignment, swaps: Sequence[Swap], batch: Tensor, seed: int) -> np.ndarray:
-    """Sums over one batch's tokens: row 0 the damage added, rows 1.. the products of scores. float64 [1 + swaps, swaps]"""
+def _measured(meter: DamageMeter, base: Assignment, swaps: Sequence[Swap], batch: Tensor, seed: int) -> Iterator[dict[str, Any]]:
     own = batch.to(meter.model.device)  # type: ignore[arg-type]
     p = meter.reference(own).exp()
-    added = np.zeros(len(swaps))
-    scores = np.zeros((len(swaps), LABELS * batch.numel()), dtype=np.float32)
     with swapped(meter.model, meter.bank.weights(base)):
         recorded = trace(meter.model, own)
         logits = recorded.logits.float()
         level = logits.logsumexp(-1)  # [rows, tokens]
         q = torch.softmax(logits, dim=-1)
         labels = torch.stack([draw_labels(q, batch, seed, draw) for draw in range(LABELS)], dim=-1)
-        for index, swap in enumerate(swaps):
+        for swap in swaps:
             with swapped(meter.model, meter.bank.weights(swap.assignment)):
                 changed = resume(meter.model, own, swap.layer, recorded.outputs).float()
             moved = changed - logits
-            added[index] = float((changed.logsumexp(-1) - level - (p * moved).sum(-1)).double().sum())
-            scores[index] = (moved.gather(-1, labels) - (q * moved).sum(-1, keepdim=True)).flatten().cpu().numpy()
-    products = scores.astype(np.float64) @ scores.T.astype(np.float64)
-    return np.vstack([added, products / (2 * LABELS)])
+            added = (changed.logsumexp(-1) - level - (p * moved).sum(-1)).double().sum()
+            yield {"added": float(added), "scores": _packed(moved.gather(-1, labels) - (q * moved).sum(-1, keepdim=True))}
+
+
+def _packed(scores: Tensor) -> str:
+    numbers = scores.flatten().clamp(-LARGEST_SCORE, LARGEST_SCORE).cpu().numpy()
+    return base64.b64encode(numbers.astype("<f2").tobytes()).decode()
+
+
+def _unpacked(text: str) -> np.ndarray:
+    """[rows * tokens * labels], nats"""
+    return np.frombuffer(base64.b64decode(text), dtype="<f2").astype(np.float64)

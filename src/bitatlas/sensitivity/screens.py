@@ -12,9 +12,11 @@ from dataclasses import dataclass
 import numpy as np
 from torch import Tensor
 
+from bitatlas.planning.budget import units_of
 from bitatlas.progress import Reporter
 from bitatlas.records import Module
 from bitatlas.sensitivity.damage import DamageMeter, Swap
+from bitatlas.sensitivity.interactions import swap_interactions
 
 
 @dataclass(frozen=True)
@@ -61,26 +63,29 @@ def screen_layers(
 
 
 def screen_units(
-    meter: DamageMeter, modules: list[Module], formats: tuple[str, ...], rows: Tensor, reporter: Reporter
+    meter: DamageMeter,
+    modules: list[Module],
+    formats: tuple[str, ...],
+    rows: Tensor,
+    reporter: Reporter,
+    seed: int = 0,
 ) -> UnitScreen:
-    """Every unit in every other format, around uniform high and around uniform low. `formats`: narrowest first."""
-    units: dict[str, list[Module]] = {}
-    for module in modules:
-        units.setdefault(module.unit, []).append(module)
+    """Every unit in every other format, around uniform high and around uniform low. `formats`: narrowest first.
+
+    Measured as swaps with interactions: a search that asks for the same swaps (`planning.refine`) finds them in the journal.
+    """
+    units = units_of(modules)
     damage: dict[str, dict[str, dict[str, float]]] = {}
     bases: dict[str, float] = {}
     for base in (formats[-1], formats[0]):
         whole = uniform(modules, base)
-        bases[f"uniform:{base}"] = float(meter.plans({base: whole}, rows)[base].mean())
-        swaps = {
-            f"{unit}|{name}": Swap(members[0].layer, {m.name: name for m in members})
-            for unit, members in units.items()
-            for name in formats
-            if name != base
-        }
+        level = float(meter.plans({base: whole}, rows)[base].mean())
+        changes = [(unit, name) for unit in units for name in formats if name != base]
+        swaps = [Swap(unit.layer, {module.name: name for module in unit.modules}) for unit, name in changes]
         with reporter.stage(f"units, one at a time (base uniform:{base})") as progress:
-            rows_of = meter.swaps(whole, swaps, rows, progress)
-        damage[f"uniform:{base}"] = {
-            unit: {name: float(rows_of[f"{unit}|{name}"].mean()) for name in formats if name != base} for unit in units
-        }
+            added = swap_interactions(meter, whole, swaps, rows, seed, progress).added
+        bases[f"uniform:{base}"] = level
+        own = damage[f"uniform:{base}"] = {unit.name: {} for unit in units}
+        for (unit, name), more in zip(changes, added.tolist(), strict=True):
+            own[unit.name][name] = level + more
     return UnitScreen(damage, bases)
