@@ -134,6 +134,7 @@ def test_an_exact_quadratic_is_predicted_exactly(formats: int) -> None:
     assert found.intercept.mean == pytest.approx(0.0, abs=1e-9)
     assert found.relative_error.mean < 1e-9
     assert {one.measure: one.rho for one in found.others}[CURVATURE] == pytest.approx(1.0, abs=1e-12)
+    assert found.on_fit.rho == pytest.approx(1.0, abs=1e-12)
     assert verdict_on(found) == "holds"
     assert found.centre.predicted == found.centre.measured.mean == 1.0
 
@@ -151,6 +152,7 @@ def test_noise_of_the_rows_lowers_the_agreement_as_it_should() -> None:
     for m in (as_measured(found.prediction), found.slope, found.intercept, found.relative_error):
         assert m.ci95 is not None
         assert m.ci95[0] < m.mean < m.ci95[1]
+    assert abs(found.on_fit.rho - found.prediction.rho) < 1e-9, "the game is exact, so noise is all that is missing"
     half = 1.96 * fitted.stderr  # the bootstrap's interval of the slope is about the normal one
     assert found.slope.ci95 == pytest.approx((fitted.slope - half, fitted.slope + half), abs=0.5 * half)
 
@@ -164,7 +166,7 @@ def test_saturation_keeps_less_of_the_curvature_and_still_ranks() -> None:
 def test_the_prediction_sees_no_select_row_and_not_the_plans_that_judge_it() -> None:
     game = Game(noise=0.5)
     found = game.calibrated()
-    assert game.asked == [("fit", TRAINING + 1), ("select", PLANS + 1)]
+    assert game.asked == [("fit", TRAINING + 1), ("fit", PLANS), ("select", PLANS + 1)]
     assert (len(found.points), found.training, found.prediction.n) == (PLANS, TRAINING, PLANS)
     quiet = Game(noise=0.0).calibrated()
     assert [point.predicted for point in found.points] == [point.predicted for point in quiet.points]
@@ -235,6 +237,10 @@ def test_the_word_follows_from_the_number_and_its_interval(
     assert finding.verdict == verdict_on(found) == word
     assert finding.text.endswith("of the damage." if not why else ".")
     assert why in finding.text
+    assert "--rows" not in finding.text
+    rough = Correlation("same plans measured on fit rows", 0.96, (0.88, 0.98), 50)
+    (finding,) = calibration_findings(dataclasses.replace(found, on_fit=rough))
+    assert ("0.96 [0.88, 0.98]" in finding.text) == ("more rows (--rows)" in finding.text) == (word == "inconclusive")
 
 
 def test_records_go_through_the_file(tmp_path: Path) -> None:
@@ -263,6 +269,7 @@ def test_both_reports_show_the_line_and_every_point() -> None:
     for shown in (
         "0.972 [0.947, 0.986]",
         "0.81 [0.68, 0.90]",
+        "0.991 [0.980, 0.996]",
         "1.04 [0.99, 1.09]",
         "−0.006 [−0.017, 0.004]",
         "2.10% [1.70, 2.60]",

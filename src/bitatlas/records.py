@@ -22,9 +22,6 @@ PLAN_SCHEMA = "bitatlas.plan/1"
 ATLAS_SCHEMA = "bitatlas.atlas/1"
 
 
-# --- the atoms ---------------------------------------------------------------------------------------------------------
-
-
 @dataclass(frozen=True)
 class Measured:
     """A number with what it rests on. `n` counts the units that were resampled (rows, problems or heads' sequences)."""
@@ -306,6 +303,7 @@ class Calibration:
 
     prediction: Correlation
     others: list[Correlation]  # of cheaper predictions, on the same plans
+    on_fit: Correlation  # of the same plans, measured on the fit rows: no prediction from those can be expected to rank better
     slope: Measured  # of measured on predicted
     intercept: Measured
     relative_error: Measured  # mean of |predicted - measured| / measured

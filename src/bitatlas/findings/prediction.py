@@ -38,7 +38,7 @@ def sentence(calibration: Calibration) -> str:
     beside = f" ({'; '.join(others)})" if others else ""
     return (
         f"Of {len(changed)} random plans with {_span(changed)} units changed, damage predicted from fit rows and measured on "
-        f"{calibration.centre.measured.rows} rows agree in rank with ρ = {interval(as_measured(calibration.prediction))}{beside}. "
+        f"{_rows(calibration)} rows agree in rank with ρ = {interval(as_measured(calibration.prediction))}{beside}. "
         f"The line of measured on predicted has {line_text(calibration)}; the mean error is "
         f"{interval(calibration.relative_error)} of the damage.{_doubt(calibration)}"
     )
@@ -63,7 +63,20 @@ def _doubt(calibration: Calibration) -> str:
     low = rho.ci95[0] if rho.ci95 else -1.0
     reasons = [f"ρ is below {number(GOOD, 2)}"] if rho.rho < GOOD else []
     reasons += [f"its interval reaches below {number(SURE, 2)}"] if low < SURE else []
-    return f" That is not settled: {listed(reasons)}."
+    return f" That is not settled: {listed(reasons)}.{_ceiling(calibration)}"
+
+
+def _ceiling(calibration: Calibration) -> str:
+    """Whether the rows are what is missing: the plans themselves, measured on the fit rows, do not clearly rank better."""
+    of_rows = calibration.on_fit
+    if of_rows.rho >= GOOD and (of_rows.ci95 or (-1.0, 1.0))[0] >= SURE:
+        return ""
+    shown = interval(as_measured(of_rows))
+    return f" Even the same plans measured on fit rows are not sure to rank as they do on {_rows(calibration)} rows ({shown}): more rows (--rows) would tell."
+
+
+def _rows(calibration: Calibration) -> str:
+    return calibration.centre.measured.rows
 
 
 def as_measured(one: Correlation) -> Measured:

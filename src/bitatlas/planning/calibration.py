@@ -12,7 +12,8 @@ from one swap to about as far as one step of the refinement goes.
 base model's own predictions (Gauss-Newton); at a base that is far from the reference, and for steps this long, it overstates how changes add
 to each other, because damage saturates. Neither the select rows nor the plans that judge it are seen by the prediction.
 
-*Beside it*, on the same plans: scores measured around the two uniform widths and added up (`choose`), and the second-order expansion alone
+*Beside it*, on the same plans: their damage measured on the fit rows, which no prediction from those rows can be expected to beat (where it ranks
+badly too, the rows are too few, not the prediction too poor); scores measured around the two uniform widths and added up (`choose`), and the second-order expansion alone
 (`expansion`), with single changes expanded instead of measured.
 
 Intervals are by bootstrap over the plans, all statistics from the same draws; a point's own interval is over rows.
@@ -46,6 +47,7 @@ FEWEST = 10  # plans that a rank correlation is worth something of
 PREDICTION = "prediction"
 CURVATURE = "second-order expansion"
 ADDED = "scores added up"
+MEASURED = "same plans measured on fit rows"
 
 
 def draw_plans(base: Ints, formats: int, count: int = PLANS, seed: int = 0) -> list[Ints]:
@@ -124,6 +126,8 @@ def calibrate(base: Ints, formats: int, probe: Probe, scores: Scores, measure: M
         CURVATURE: np.array([model.level + expanded.value(plan) for plan in plans]),
         ADDED: np.array([scores.at_high + float(table[np.arange(len(plan)), plan].sum()) for plan in plans]),
     }
+    again = measure(_named(plans), "fit")
+    predicted[MEASURED] = np.array([again[str(i)].mean() for i in range(len(plans))])
     found = measure({"": base, **_named(plans)}, "select")
     points = [
         _point(int((plan != base).sum()), value, found[name], seed)
@@ -155,7 +159,7 @@ def calibration(
     training: int,
     seed: int,
 ) -> Calibration:
-    """The record. predicted: name -> [plans], nats/token, with `PREDICTION` among the names; points: of the same plans."""
+    """The record. predicted: name -> [plans], nats/token, `PREDICTION` and `MEASURED` among them; points: of the same plans."""
     true = np.array([point.measured.mean for point in points])
     draws = resampled_plans(len(true), seed)  # [resamples, plans]
     rhos = {name: rank_correlation(values[draws], true[draws]) for name, values in predicted.items()}
@@ -174,7 +178,8 @@ def calibration(
 
     return Calibration(
         prediction=correlation(PREDICTION),
-        others=[correlation(name) for name in predicted if name != PREDICTION],
+        others=[correlation(name) for name in predicted if name not in (PREDICTION, MEASURED)],
+        on_fit=correlation(MEASURED),
         slope=number(slope[0], slopes, "ratio"),
         intercept=number(intercept[0], intercepts, "nats/token"),
         relative_error=number(float(errors.mean()), errors[draws].mean(axis=1), "share"),

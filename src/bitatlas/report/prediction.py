@@ -69,6 +69,7 @@ def table(atlas: Atlas) -> Table:
     if found is None:
         return Table("prediction", TITLE, "", head, empty=NOT_TESTED)
     named = [("ρ of the prediction", found.prediction), *((f"ρ of the {one.measure}", one) for one in found.others)]
+    named.append(("ρ of the same plans measured on fit rows", found.on_fit))
     rows = [[name, words.interval(as_measured(one)), str(one.n)] for name, one in named]
     rows += [
         ["slope of measured on predicted", words.interval(found.slope), str(found.slope.n)],

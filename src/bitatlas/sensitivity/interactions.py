@@ -57,7 +57,13 @@ def swap_interactions(
 
 
 def _batch(
-    meter: DamageMeter, base: Assignment, swaps: Sequence[Swap], batch: Tensor, seed: int, progress: Progress | None, at: tuple[int, int]
+    meter: DamageMeter,
+    base: Assignment,
+    swaps: Sequence[Swap],
+    batch: Tensor,
+    seed: int,
+    progress: Progress | None,
+    at: tuple[int, int],
 ) -> list[dict[str, Any]]:
     """Each swap on one batch, from the journal or measured: sum of added damage over tokens, and scores."""
     key = ("swap", meter.identity, rows_sha256(batch), dict(base), seed)
@@ -73,7 +79,7 @@ def _batch(
             progress(number * len(swaps) + done, batches * len(swaps))
     if progress:
         progress((number + 1) * len(swaps), batches * len(swaps))
-    return [known[own] for own in keys]
+    return [known[own] for own in keys]  # type: ignore[misc]
 
 
 @torch.no_grad()
