@@ -277,6 +277,13 @@ def test_bits_become_a_plan_or_a_reason(problem: Problem) -> None:
         outside.plan_of_bits(problem, bits)
 
 
+def test_an_answer_without_scores_is_no_plan(problem: Problem) -> None:
+    low = uniform(problem.modules, problem.low)
+    with pytest.raises(outside.NotRunError, match="scored nothing"):
+        outside.refuse_unscored(problem, low)
+    outside.refuse_unscored(problem, {**low, problem.modules[0].name: problem.high})
+
+
 def test_autoscheme_is_fed_the_very_rows() -> None:
     """Its window is the row's length; the text must be longer, and its first tokens the row's."""
     row = [7, 0, 299, 12, 12, 45]
@@ -432,7 +439,7 @@ def test_rows_are_disjoint() -> None:
 def texts(folder: Path) -> list[str]:
     """Two texts that share no row: --fit-text and --test-text."""
     for name, words in (("fit", TEXT.split()), ("test", TEXT.split()[::-1])):
-        (folder / f"{name}.txt").write_text(" ".join(words) + " " + " ".join(words[::3]))
+        (folder / f"{name}.txt").write_text(" ".join(" ".join(words[::step]) for step in (1, 3, 7, 9, 11, 13, 17)))
     return ["--fit-text", str(folder / "fit.txt"), "--test-text", str(folder / "test.txt")]
 
 

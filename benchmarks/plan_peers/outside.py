@@ -72,10 +72,10 @@ def python_of(name: str, folder: Path, say: Callable[[str], None]) -> Path:
 
 
 def last_line(text: str) -> str:
-    """The last line that says something, without paths of this machine."""
+    """The last line that says something, without folders and addresses."""
     lines = [line.strip() for line in text.splitlines() if line.strip()]
-    found = lines[-1] if lines else "no message"
-    return " ".join(Path(word).name if word.startswith("/") else word for word in found.split())[:REASON_CHARACTERS]
+    found = re.sub(r"https?://\S+", "(address)", lines[-1] if lines else "no message")
+    return re.sub(r"/[^\s'\"]*/", "", found)[:REASON_CHARACTERS]
 
 
 def run_measured(command: list[str], work: Path, name: str, extra: dict[str, str]) -> dict[str, Any]:
@@ -198,6 +198,12 @@ def plan_of_bits(problem: Problem, bits: dict[str, int]) -> dict[str, str]:
     return plan
 
 
+def refuse_unscored(problem: Problem, plan: dict[str, str]) -> None:
+    """NotRunError for a plan that raises nothing although there is room: what AutoScheme answers when it has dropped every text."""
+    if problem.high not in plan.values() and int(problem.extra.min()) <= problem.room:
+        raise NotRunError("it raised no module although there is room, as it does when it has scored nothing")
+
+
 def run_peer(name: str, problem: Problem, work: Path, folder: Path, say: Callable[[str], None], scoring: str = "") -> Answer:
     """AutoScheme ("autoround") or auto_quantize ("modelopt", with its scoring); its target is lowered while its plan is above the budget."""
     python = python_of(name, folder, say)
@@ -218,6 +224,8 @@ def run_peer(name: str, problem: Problem, work: Path, folder: Path, say: Callabl
         seconds, process_seconds = seconds + content["seconds"], process_seconds + figures["seconds"]
         peak = max(peak, figures["peak_bytes"])
         plan = plan_of_bits(problem, read(content))
+        if name == "autoround":
+            refuse_unscored(problem, plan)
         if problem.spent(problem.choice(plan)) <= problem.limit:
             remarks = (
                 [f"its target was lowered from {first:.3f} to {target:.3f} bits to stay within the budget"]

@@ -56,7 +56,7 @@ def swap_search(start: Ints, extra: Ints, room: int, damage: Damage, seconds: fl
 def neighbours(choice: Ints, extra: Ints, room: int, generator: np.random.Generator) -> Iterator[Ints]:
     """Every plan within `room` that one unit's change or an exchange of two reaches, in random order."""
     slack = room - int(extra[choice == 1].sum())
-    low, high = np.flatnonzero(choice == 0), np.flatnonzero(choice == 1)
+    low, high = np.flatnonzero(choice == 0).tolist(), np.flatnonzero(choice == 1).tolist()
     moves = [(up, -1) for up in low if extra[up] <= slack] + [(-1, down) for down in high]
     moves += [(up, down) for up in low for down in high if extra[up] - extra[down] <= slack]
     for index in generator.permutation(len(moves)):

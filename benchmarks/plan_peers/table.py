@@ -20,7 +20,8 @@ same rows: below 1, bitatlas's plan does less damage.
 WHAT = """
 ## What each method is
 
-Everybody may fit on the same {fit} rows (bitatlas's {fit_only} fit and {select} select rows) of the same text.
+Everybody may fit on the same {fit} rows (bitatlas's {fit_only} fit and {select} select rows) of the same text. The survey has further rows of
+that text for its own verdict; they choose no plan.
 
 | method | what it does | source |
 |---|---|---|
@@ -128,7 +129,7 @@ def method_line(label: str, entry: dict[str, Any]) -> str:
         return f"| {name} | not run: {escaped(entry['not_run'])} |" + " |" * 8
     more, ratio = entry.get("more_than_ours_nats"), entry.get("ours_to_it")
     compared = ["", ""]
-    if more and label != OURS:
+    if more and ratio and label != OURS:
         compared = [f"{more['mean']:+.4f} ({interval(more['ci95'], 4)})", f"{ratio['ratio']:.3f} ({interval(ratio['ci95'])})"]
     return (
         f"| {name} | {entry['damage_nats']:.4f} | {interval(entry['ci95'], 4)} | {compared[0]} | {compared[1]} "
