@@ -226,6 +226,7 @@ def main(arguments: list[str] | None = None) -> None:
         with tempfile.TemporaryDirectory(prefix="peers-") as work:
             for place in places(args.checkpoints, Path(work), args.fit_text, args.test_text):
                 run_place(place, args, content, Path(work))
+        save_results(args.results, content)
     args.table.write_text(render(content, ORDER, args.results.name))
     print(args.table)
 

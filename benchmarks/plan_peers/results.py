@@ -11,6 +11,7 @@ import json
 import math
 import os
 import platform
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -21,11 +22,12 @@ from bitatlas.evaluation.bootstrap import percentile_interval, resample_means
 
 SCHEMA = "bitatlas.peers/1"
 OURS = "bitatlas"
+LIBRARIES = ("bitatlas", "torch", "transformers", "numpy", "scipy")
 
 
 def open_results(path: Path, settings: dict[str, Any], fresh: bool) -> dict[str, Any]:
     """The file's content, or an empty one. UserError where it was made with other settings."""
-    empty = {"schema": SCHEMA, "settings": settings, "machine": {}, "cells": {}, "together": {}}
+    empty = {"schema": SCHEMA, "settings": settings, "machine": {}, "versions": {}, "cells": {}, "together": {}}
     if fresh or not path.is_file():
         return empty
     content: dict[str, Any] = json.loads(path.read_text())
@@ -39,7 +41,8 @@ def open_results(path: Path, settings: dict[str, Any], fresh: bool) -> dict[str,
 
 def save_results(path: Path, content: dict[str, Any]) -> None:
     """Written beside, then renamed; comparisons are made anew."""
-    content["machine"] = {"cores": os.cpu_count(), "architecture": platform.machine(), "python": platform.python_version()}
+    content["machine"] = {"cores": os.cpu_count(), "architecture": platform.machine()}
+    content["versions"] = {"python": platform.python_version()} | {name: version(name) for name in LIBRARIES}
     for cell in content["cells"].values():
         compare(cell["methods"])
     content["together"] = together(content["cells"])

@@ -42,8 +42,8 @@ that text for its own verdict; they choose no plan.
 How the peers were fed and kept to the budget:
 
 - AutoScheme reads texts only and drops those shorter than its window without a word. It gets each row as a text of token numbers, longer than the
-  window, with a tokenizer that reads numbers, so it sees the very same tokens. It counts the output head at 16 bits, so its
-  target is raised by the head's share; the plan's own bits are counted here.
+  window, with a tokenizer that reads numbers, so it sees the very same tokens. Its formats are spelled `int_asym`: with plain `int` AutoRound
+  keeps modules at 16 bits whose sides 32 does not divide and counts them, the output head too; the codes are the same.
 - ModelOpt's integer formats are symmetric with "mse" calibration; only its choice of widths is taken. A disabled head is taken out of its
   cost model, "no quantization" is not offered, and its grouping of q/k/v and gate/up is switched off: the others have that freedom too.
 - A tool whose plan is above the budget by our count is run again with its target lowered by 0.02 bits until it fits. mlx-lm's bisection may
@@ -51,7 +51,8 @@ How the peers were fed and kept to the budget:
 - What a rule leaves unspent stays unspent.
 
 Times are those of one run on {cores} cores: *search* is the rule alone with the model loaded and quantized (for the tools: their call), *process* the whole
-process with imports and loading; bitatlas's is the whole survey with its screens, profiles and report. Peak memory is the process's.
+process with imports and loading. bitatlas's process is the whole survey with its screens, profiles and report; its search is the stages that the
+survey's log says look for the plan. Peak memory is the process's. Versions: {versions}.
 
 ## Running it again
 
@@ -86,9 +87,20 @@ def render(content: dict[str, Any], order: list[str], file: str) -> str:
             fit_only=rows["fit"],
             select=rows["select"],
             cores=content["machine"].get("cores", "?"),
+            versions=versions(content),
         )
     )
     return "\n".join(parts)
+
+
+def versions(content: dict[str, Any]) -> str:
+    """Of this project's environment, and of the tools that ran in their own."""
+    found = dict(content.get("versions", {}))
+    for cell in content["cells"].values():
+        for entry in cell["methods"].values():
+            own = entry.get("versions", {})
+            found |= {name: text for name, text in own.items() if name not in found}
+    return ", ".join(f"{name} {text}" for name, text in found.items())
 
 
 def together_table(content: dict[str, Any], order: list[str]) -> str:
