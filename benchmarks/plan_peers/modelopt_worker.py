@@ -47,9 +47,8 @@ def search(request: dict[str, Any]) -> dict[str, Any]:
     model = AutoModelForCausalLM.from_pretrained(request["model"], dtype=torch.float32).eval()
     rows = torch.tensor(request["ids"])  # [rows, tokens]
     batches = [{"input_ids": part, "labels": part} for part in rows.split(BATCH_ROWS)]
-    for searcher in (AutoQuantizeGradientSearcher, AutoQuantizeKLDivSearcher):
-        searcher.quant_grouping_rules = []
-    scoring = request["scoring"]
+    AutoQuantizeGradientSearcher.quant_grouping_rules = AutoQuantizeKLDivSearcher.quant_grouping_rules = []
+    scoring, formats = request["scoring"], formats_of(request)
 
     def forward_step(model: Any, batch: dict[str, Any]) -> Any:
         output = model(**batch)
@@ -59,9 +58,9 @@ def search(request: dict[str, Any]) -> dict[str, Any]:
     _, state = mtq.auto_quantize(
         model,
         constraints={"effective_bits": request["code_bits"], "cost": {"excluded_module_name_patterns": ["*lm_head*"]}},
-        quantization_formats=formats_of(request),
+        quantization_formats=formats,
         module_search_spaces=[
-            {"module_name_patterns": request["modules"], "quantization_formats": formats_of(request), "allow_no_quant": False}
+            {"module_name_patterns": request["modules"], "quantization_formats": formats, "allow_no_quant": False}
         ],
         data_loader=batches,
         forward_step=forward_step,

@@ -51,8 +51,8 @@ How the peers were fed and kept to the budget:
 - What a rule leaves unspent stays unspent.
 
 Times are those of one run on {cores} cores: *search* is the rule alone with the model loaded and quantized (for the tools: their call), *process* the whole
-process with imports and loading. bitatlas's process is the whole survey with its screens, profiles and report; its search is the stages that the
-survey's log says look for the plan. Peak memory is the process's. Versions: {versions}.
+process with imports and loading. bitatlas's process is the whole survey with its screens, profiles and report; its search is that less
+the stages that the survey's log names and that look for no plan: imports and loading are in it. Peak memory is the process's. Versions: {versions}.
 
 ## Running it again
 
