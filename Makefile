@@ -1,13 +1,14 @@
 # make demo   set everything up, survey the bundled model, end with the path of its report
 # make test   set everything up, run the tests
 # make lint   ruff and mypy
-# make bench  the benchmarks, into benchmarks/results/
+# make bench  the benchmarks, into benchmarks/results/ and docs/peers.md (two peers get environments of their own: .venv-autoround, .venv-modelopt)
 
 PYTHON ?= python3
 VENV   ?= .venv
 BIN    := $(VENV)/bin
 OUT    ?= demo-out
 TORCH  ?= torch==2.13.0
+PEERS  ?=
 
 .PHONY: demo test lint bench clean
 
@@ -24,9 +25,10 @@ lint: $(VENV)/.ready
 
 bench: $(VENV)/.ready
 	$(BIN)/python benchmarks/resume.py
+	$(BIN)/python benchmarks/peers.py $(PEERS)
 
 clean:
-	rm -rf $(VENV) $(OUT)
+	rm -rf $(VENV) .venv-autoround .venv-modelopt $(OUT)
 
 # torch comes first and by itself: the version pinned here decides which build everything else is resolved against.
 $(VENV)/.ready: pyproject.toml constraints.txt

@@ -87,9 +87,9 @@ def main() -> None:
     for kind in ("knapsack", "tied", "correlated"):
         times: list[tuple[float, float]] = []
         for seed in range(args.repeats):
-            damage, cost, limit = instance(kind, args.units, seed)
-            times.append(tuple(timed(lambda s=s: s(damage, cost, limit)) for s in (solve_knapsack, highs)))
-        solution, other = solve_knapsack(damage, cost, limit), highs(damage, cost, limit)
+            one = instance(kind, args.units, seed)
+            times.append(tuple(timed(lambda s=s, one=one: s(*one)) for s in (solve_knapsack, highs)))
+        solution, other = solve_knapsack(*one), highs(*one)
         lines[kind] = {
             "seconds": statistics.median(own for own, _ in times),
             "ratio_to_highs": statistics.median(own / theirs for own, theirs in times),
