@@ -15,11 +15,11 @@ from numpy.typing import NDArray
 
 from bitatlas.planning.budget import Unit, costs_of, units_of
 from bitatlas.planning.choose import Candidate, Measure, Scores, candidates, choose, choose_smallest
-from bitatlas.planning.refine import Probe, Step, refine
+from bitatlas.planning.refine import Probe, Refined, Step, refine
 from bitatlas.records import Budget, ModelInfo, Module
 
 KNAPSACK = "certified knapsack on measured single-unit damage"
-REFINED = "quadratic model re-based at measured plans, then measured swaps"
+REFINED = "quadratic models between the uniform ends, then rounds of measured swaps"
 FIRST_STEP = 0.01  # of the range of sizes, below the smallest knapsack plan that is good enough
 SMALLER = 5  # limits that are tried below it, at most
 
@@ -62,6 +62,7 @@ class Found:
     selected: float
     limit: int
     solver: dict[str, Any] = field(default_factory=dict)
+    near: Refined | None = None  # what the refinement knew at its end: a start for a budget near this one
 
 
 def search(subject: Subject, budget: Budget, tools: Tools, starts: Mapping[str, Ints] | None = None) -> Found:
@@ -74,19 +75,19 @@ def search(subject: Subject, budget: Budget, tools: Tools, starts: Mapping[str, 
     return _smaller(costs.cost, budget.value, tools, found) if tools.probe else found
 
 
-def under(cost: Ints, limit: int, tools: Tools, starts: Mapping[str, Ints] | None = None) -> Found:
-    """The best plan of cost at most `limit`. cost: [units, formats]"""
+def under(cost: Ints, limit: int, tools: Tools, starts: Mapping[str, Ints] | None = None, near: Refined | None = None) -> Found:
+    """The best plan of cost at most `limit`. cost: [units, formats]; `near`: of a budget near this one, for a shorter search."""
     if tools.probe is None:
         best, selected, tried = choose(tools.scores, cost, limit, tools.on_select)
         return _found(best, selected, limit, tried)
     knapsacks = {candidate.scores: candidate for candidate in candidates(tools.scores, cost, limit)}
     plans = {name: candidate.choice for name, candidate in knapsacks.items()}
     plans |= {name: choice for name, choice in (starts or {}).items() if _spent(cost, choice) <= limit}
-    refined = refine(tools.probe, cost, limit, plans, tools.told)
+    refined = refine(tools.probe, cost, limit, plans, tools.told, near, "short" if near else "full")
     damage = tools.on_select({"refined": refined.choice, **{name: known.choice for name, known in knapsacks.items()}})
     best = knapsacks[min(knapsacks, key=lambda name: damage[name])]
     more = {"reason": refined.reason, "steps": refined.steps}
-    found = _found(best, damage[best.scores], limit, damage, **more)
+    found = replace(_found(best, damage[best.scores], limit, damage, **more), near=refined)
     if found.selected < damage["refined"]:
         return found
     predicted = refined.predicted if np.isfinite(refined.predicted) else best.predicted
@@ -103,7 +104,7 @@ def _smaller(cost: Ints, tolerated: float, tools: Tools, found: Found) -> Found:
         limit = best.limit - step if failed < least else (best.limit + failed) // 2
         if limit <= failed or limit < least or limit >= best.limit:
             break
-        tried = under(cost, limit, tools)
+        tried = under(cost, limit, tools, near=best.near)
         if tried.selected <= tolerated:
             best, step = replace(tried, limit=_spent(cost, tried.choice)), 2 * step
         else:
