@@ -120,7 +120,8 @@ def survey(
         ),
     ] = None,
     quantizer: Annotated[
-        str, typer.Option("--quantizer", help="How codes are chosen: rtn, gptq (fitted on the fit rows), or hqq (an extra).")
+        str,
+        typer.Option("--quantizer", help="How codes are chosen: rtn, gptq (fitted on the fit rows); hqq, autoround (extras)."),
     ] = "rtn",
     code_bits: CodeBits = None,
     stored_bits: StoredBits = None,
