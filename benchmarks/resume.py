@@ -24,7 +24,8 @@ import bitatlas.demo as demo
 from bitatlas.bank import Bank
 from bitatlas.checkpoint import open_checkpoint
 from bitatlas.journal import Journal
-from bitatlas.sensitivity.damage import DamageMeter, Swap, batch_rows
+from bitatlas.layerwise import batch_rows
+from bitatlas.sensitivity.damage import DamageMeter, Swap
 from bitatlas.sensitivity.screens import uniform
 
 LOW, HIGH = "int2_g64", "int4_g64"

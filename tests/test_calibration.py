@@ -13,6 +13,7 @@ from scipy.stats import linregress, spearmanr
 
 from atlas_factory import Recipe, make_atlas
 from bitatlas import words
+from bitatlas.files import read_record, to_json
 from bitatlas.findings.prediction import as_measured, calibration_findings, line_text, verdict_on
 from bitatlas.planning.calibration import (
     CURVATURE,
@@ -30,7 +31,7 @@ from bitatlas.planning.calibration import (
 from bitatlas.planning.choose import Scores
 from bitatlas.planning.expansion import Expansion
 from bitatlas.planning.refine import Change, Probe
-from bitatlas.records import Atlas, Calibration, Correlation, read_record, to_json
+from bitatlas.records import Atlas, Calibration, Correlation
 from bitatlas.report.html import html
 from bitatlas.report.markdown import markdown
 from bitatlas.sensitivity.interactions import Interactions

@@ -19,10 +19,11 @@ import tiny
 from bitatlas import cli
 from bitatlas.checkpoint import open_checkpoint
 from bitatlas.errors import UserError
+from bitatlas.files import read_record, to_json
 from bitatlas.formats import FORMATS
 from bitatlas.journal import Journal
 from bitatlas.planning.replan import write_plan
-from bitatlas.records import Budget, Plan, PlanDamage, PlanModel, Size, read_record, to_json
+from bitatlas.records import Budget, Plan, PlanDamage, PlanModel, Size
 from bitatlas.terminal import show_plan
 from bitatlas.workload import Workload
 from tiny import make_checkpoint

@@ -10,9 +10,10 @@ import pytest
 import tiny
 from bitatlas.curve import trace_curve
 from bitatlas.errors import UserError
+from bitatlas.files import read_record
 from bitatlas.prepare import default_settings
 from bitatlas.progress import Reporter
-from bitatlas.records import Atlas, Budget, Plan, read_record
+from bitatlas.records import Atlas, Budget, Plan
 from bitatlas.survey import run_survey
 from bitatlas.verify import verify_plan
 

@@ -9,8 +9,8 @@ from bitatlas.bank import Bank
 from bitatlas.checkpoint import Checkpoint, open_checkpoint
 from bitatlas.formats import FORMATS
 from bitatlas.journal import Journal
-from bitatlas.layerwise import resume, run_layer, trace
-from bitatlas.sensitivity.damage import DamageMeter, Swap, batch_rows
+from bitatlas.layerwise import batch_rows, resume, run_layer, trace
+from bitatlas.sensitivity.damage import DamageMeter, Swap
 from bitatlas.swap import swapped, weight_of
 from bitatlas.tokens import make_rows
 from tiny import FAMILIES, TEXT, make_checkpoint

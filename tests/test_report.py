@@ -18,7 +18,8 @@ from hypothesis import strategies as st
 
 from atlas_factory import Recipe, make_atlas
 from bitatlas import words
-from bitatlas.records import Atlas, Measured, read_record, to_json
+from bitatlas.files import read_record, to_json
+from bitatlas.records import Atlas, Measured
 from bitatlas.report import facts, svg
 from bitatlas.report.cards import overview_of
 from bitatlas.report.html import html, write_reports

@@ -13,13 +13,14 @@ import pytest
 import tiny
 from bitatlas.checkpoint import open_checkpoint
 from bitatlas.errors import UserError
+from bitatlas.files import read_record
 from bitatlas.journal import Journal
 from bitatlas.planning.budget import size_of
 from bitatlas.planning.memory import workload_of
 from bitatlas.planning.replan import replan
 from bitatlas.prepare import default_settings, rows_of_survey
 from bitatlas.progress import Reporter
-from bitatlas.records import Atlas, Budget, Plan, read_record
+from bitatlas.records import Atlas, Budget, Plan
 from bitatlas.settings import Settings
 from bitatlas.survey import run_survey
 from bitatlas.verify import verify_plan

@@ -18,7 +18,8 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
-from bitatlas.sensitivity.damage import Swap, batch_rows
+from bitatlas.layerwise import batch_rows
+from bitatlas.sensitivity.damage import Swap
 from bitatlas.sensitivity.screens import uniform
 from bitatlas.swap import swapped
 from plan_peers.problem import Problem

@@ -12,6 +12,7 @@ import numpy as np
 from bitatlas.evaluation.bootstrap import measured
 from bitatlas.evaluation.items import TASKS
 from bitatlas.evaluation.paired import compare_all
+from bitatlas.files import to_json, write_text
 from bitatlas.findings import LayerRows, TaskEvidence, conclude
 from bitatlas.formats import stored_bytes
 from bitatlas.planning.budget import size_of
@@ -27,8 +28,6 @@ from bitatlas.records import (
     TokensInfo,
     Uniform,
     WeightProfile,
-    to_json,
-    write_text,
 )
 from bitatlas.settings import Settings
 from bitatlas.tables import write_tables

@@ -287,7 +287,8 @@ def compare(
 @app.command()
 def report(folder: Annotated[Path, typer.Argument(help="Folder of a finished survey.")]) -> None:
     """Write report.md and report.html again from atlas.json."""
-    from bitatlas.records import Atlas, read_record
+    from bitatlas.files import read_record
+    from bitatlas.records import Atlas
     from bitatlas.report.html import write_reports
 
     write_reports(read_record(folder / "atlas.json", Atlas), folder)

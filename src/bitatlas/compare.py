@@ -18,9 +18,10 @@ from bitatlas.errors import UserError
 from bitatlas.evaluation.bootstrap import measured
 from bitatlas.evaluation.paired import compare_all
 from bitatlas.evaluation.run import chance_level, check_task_names, load_items, score_items
+from bitatlas.layerwise import batch_rows
 from bitatlas.progress import Reporter
 from bitatlas.records import Measured, TaskPair, TaskScore
-from bitatlas.sensitivity.damage import batch_rows, kl_per_row
+from bitatlas.sensitivity.damage import kl_per_row
 from bitatlas.settings import check_device
 from bitatlas.tokens import make_rows, read_documents
 

@@ -14,13 +14,14 @@ from pathlib import Path
 import numpy as np
 
 from bitatlas.errors import UserError
+from bitatlas.files import read_record, to_json, write_text
 from bitatlas.planning.budget import size_range
 from bitatlas.planning.judge import Judged, judge
 from bitatlas.planning.replan import scores_of
 from bitatlas.planning.search import search
 from bitatlas.prepare import Run, reopen, tools_of
 from bitatlas.progress import Reporter
-from bitatlas.records import Atlas, Budget, CurvePoint, Plan, read_record, to_json, write_text
+from bitatlas.records import Atlas, Budget, CurvePoint, Plan
 from bitatlas.words import byte_size
 
 FOLDER = "curve"

@@ -21,6 +21,14 @@ from bitatlas.checkpoint import decoder_layers
 Call = tuple[tuple[Any, ...], dict[str, Any]]
 
 
+LOGIT_BYTES = 2**26  # of one batch's float32 logits: a few such arrays are alive at a time
+
+
+def batch_rows(row_length: int, vocabulary: int) -> int:
+    """Rows in a batch: at most 16, and one batch's logits at most 64 MiB."""
+    return max(1, min(16, LOGIT_BYTES // (4 * row_length * vocabulary)))
+
+
 @dataclass
 class Trace:
     """One forward pass. `embedded` [rows, tokens, width] goes into layer 0; `outputs[i]` is what layer i returned."""

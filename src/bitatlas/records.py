@@ -1,20 +1,14 @@
-"""What crosses the borders between stages: frozen dataclasses, written as JSON with a schema version.
+"""What crosses the borders between stages: frozen dataclasses, written as JSON with a schema version (see `files`).
 
 `Measured` is the atom: a number never travels without its 95 % interval, its unit, the base it was measured around, and the
 rows or items it came from. `Plan` is `plan.json`, `Atlas` is `atlas.json`; the long tables beside the atlas are Parquet.
-Reading validates types (pydantic reads plain dataclasses), so a damaged file is one clear line and not a traceback later.
 """
 
 from __future__ import annotations
 
-import json
-import os
-import tempfile
-from dataclasses import asdict, dataclass, field
-from pathlib import Path
-from typing import Any, TypeVar
+from dataclasses import dataclass, field
+from typing import Any
 
-from bitatlas.errors import UserError
 from bitatlas.formats import Format
 from bitatlas.workload import MemoryShape, Workload
 
@@ -344,60 +338,3 @@ class Atlas:
     notes: list[str] = field(default_factory=list)  # what was not done, and why
     calibration: Calibration | None = None
     schema: str = ATLAS_SCHEMA
-
-
-# --- reading and writing ------------------------------------------------------------------------------------------------
-Record = TypeVar("Record", Plan, Atlas)
-
-
-def to_json(record: Plan | Atlas) -> str:
-    """JSON text, schema first; the same record gives the same bytes."""
-    content = asdict(record)
-    content = {"schema": content.pop("schema"), **content}
-    return json.dumps(content, indent=1, ensure_ascii=False, allow_nan=False) + "\n"
-
-
-def read_record(path: Path, kind: type[Record]) -> Record:
-    """Read and validate a `plan.json` or `atlas.json`; UserError where it is missing, damaged or of another schema."""
-    from pydantic import TypeAdapter, ValidationError
-
-    try:
-        content = json.loads(path.read_text(encoding="utf-8"), parse_constant=_refuse_constant)
-    except FileNotFoundError:
-        raise UserError(f"{path}: no such file") from None
-    except (OSError, ValueError, RecursionError) as error:
-        raise UserError(f"{path}: not readable JSON ({error})") from None
-    expected = PLAN_SCHEMA if kind is Plan else ATLAS_SCHEMA
-    found = content.get("schema") if isinstance(content, dict) else None
-    if found != expected:
-        raise UserError(f"{path}: schema is {found!r}, expected {expected!r}")
-    try:
-        record = TypeAdapter(kind).validate_python(content)
-    except ValidationError as error:
-        first = error.errors()[0]
-        place = ".".join(map(str, first["loc"]))
-        raise UserError(f"{path}: {place}: {first['msg']}") from None
-    plan = record if isinstance(record, Plan) else record.plan
-    unknown = sorted(set(plan.modules.values()) - set(plan.formats)) if plan else []
-    if unknown:
-        raise UserError(f"{path}: modules have the format {unknown[0]!r}, which formats does not describe")
-    return record
-
-
-def _refuse_constant(name: str) -> None:
-    raise ValueError(f"{name} is not a JSON number")
-
-
-def write_text(path: Path, text: str) -> None:
-    """Write beside, then rename: a reader never sees half a file."""
-    handle, beside = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
-    try:
-        with os.fdopen(handle, "w", encoding="utf-8") as file:
-            file.write(text)
-            file.flush()
-            os.fsync(file.fileno())
-        os.chmod(beside, 0o644)
-        os.replace(beside, path)
-    except BaseException:
-        Path(beside).unlink(missing_ok=True)
-        raise

@@ -10,11 +10,12 @@ from bitatlas.bank import Bank
 from bitatlas.checkpoint import Checkpoint, check_finite, open_checkpoint
 from bitatlas.errors import UserError
 from bitatlas.evaluation.bootstrap import measured
+from bitatlas.files import read_record
 from bitatlas.journal import Journal
 from bitatlas.planning.budget import size_of
 from bitatlas.prepare import BANK, rows_of_survey
 from bitatlas.progress import Reporter
-from bitatlas.records import Atlas, Measured, Plan, Size, read_record
+from bitatlas.records import Atlas, Measured, Plan, Size
 from bitatlas.sensitivity.damage import DamageMeter
 from bitatlas.settings import check_device
 from bitatlas.tokens import Rows, make_rows, read_documents

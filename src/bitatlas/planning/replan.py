@@ -12,13 +12,14 @@ from pathlib import Path
 import numpy as np
 
 from bitatlas.errors import UserError
+from bitatlas.files import read_record, to_json, write_text
 from bitatlas.formats import by_width
 from bitatlas.planning.budget import check_budget
 from bitatlas.planning.choose import Scores, damage_tables
 from bitatlas.planning.judge import unverified_plan
 from bitatlas.planning.memory import settled
 from bitatlas.planning.search import Subject, Tools, search
-from bitatlas.records import Atlas, Budget, Plan, read_record, to_json, write_text
+from bitatlas.records import Atlas, Budget, Plan
 from bitatlas.workload import Workload
 
 

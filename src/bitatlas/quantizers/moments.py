@@ -18,7 +18,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from bitatlas.checkpoint import decoder_layers
-from bitatlas.layerwise import run_layer, trace
+from bitatlas.layerwise import batch_rows, run_layer, trace
 from bitatlas.swap import weight_of
 
 
@@ -29,7 +29,6 @@ def input_moments(model: nn.Module, modules: Sequence[str], rows: Tensor) -> Ite
     was never chosen) has a matrix of zeros. Lazy, layer by layer; `model` must hold the reference weights all the while.
     Raises ValueError for a module outside the decoder layers.
     """
-    from bitatlas.sensitivity.damage import batch_rows  # not above: it imports the bank, which imports the quantizers
 
     layers = [_inside(model, layer, modules) for layer in decoder_layers(model)]
     if sum(map(len, layers)) < len(set(modules)):

@@ -18,7 +18,8 @@ from jinja2 import Environment, StrictUndefined
 from markupsafe import Markup, escape
 
 from bitatlas import words
-from bitatlas.records import Atlas, Measured, write_text
+from bitatlas.files import write_text
+from bitatlas.records import Atlas, Measured
 from bitatlas.report import advice, diagram, facts, panels
 from bitatlas.report.cards import LINK_NOTE
 from bitatlas.report.figures import figures

@@ -26,9 +26,10 @@ from torch import Tensor, nn
 
 from bitatlas.bank import Bank
 from bitatlas.journal import content_key
+from bitatlas.layerwise import batch_rows
 from bitatlas.planning.expansion import Expansion
 from bitatlas.records import Module
-from bitatlas.sensitivity.damage import Assignment, DamageMeter, Progress, batch_rows
+from bitatlas.sensitivity.damage import Assignment, DamageMeter, Progress
 from bitatlas.swap import swapped
 from bitatlas.tokens import rows_sha256
 

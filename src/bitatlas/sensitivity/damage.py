@@ -20,20 +20,14 @@ from torch import Tensor
 
 from bitatlas.bank import Bank
 from bitatlas.journal import Journal, content_key
-from bitatlas.layerwise import resume, trace
+from bitatlas.layerwise import batch_rows, resume, trace
 from bitatlas.swap import swapped
 from bitatlas.tokens import rows_sha256
 
 Assignment = Mapping[str, str]
 Progress = Callable[[int, int], None]
 LogitsOf = Callable[[Tensor, list[str]], Iterator[tuple[str, Tensor]]]
-LOGIT_BYTES = 2**26  # of one batch's float32 logits: a few such arrays are alive at a time
 REFERENCE_BYTES = 2**28  # of the reference's log-probabilities that are kept: a search asks for the same rows again and again
-
-
-def batch_rows(row_length: int, vocabulary: int) -> int:
-    """Rows in a batch: at most 16, and one batch's logits at most 64 MiB."""
-    return max(1, min(16, LOGIT_BYTES // (4 * row_length * vocabulary)))
 
 
 def kl_per_row(reference: Tensor, logits: Tensor) -> Tensor:

@@ -24,9 +24,9 @@ import torch
 from torch import Tensor
 
 from bitatlas.journal import content_key
-from bitatlas.layerwise import resume, trace
+from bitatlas.layerwise import batch_rows, resume, trace
 from bitatlas.sensitivity.curvature import draw_labels
-from bitatlas.sensitivity.damage import Assignment, DamageMeter, Progress, Swap, batch_rows
+from bitatlas.sensitivity.damage import Assignment, DamageMeter, Progress, Swap
 from bitatlas.swap import swapped
 from bitatlas.tokens import rows_sha256
 
