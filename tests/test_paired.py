@@ -236,15 +236,20 @@ def test_chance_wins_over_a_significant_fall():
 
 
 def test_texts():
-    assert pair_of(1, 0, 20, both=11).text == ("inconclusive: 20 items cannot tell (seen −5.0 points [−24, 12]); about 160 would")
+    assert pair_of(1, 0, 20, both=11).text == (
+        "inconclusive: 20 items cannot tell (seen −5.0 points [−24, 12]); about 160 would show a difference like this; "
+        "about 840 would show no loss within 2 points, if there is none"
+    )
     assert pair_of(2, 2, 20, both=11).text == (
-        "inconclusive: 20 items cannot tell (seen 0.0 points [−23, 23]); differences under 30 points would not show"
+        "inconclusive: 20 items cannot tell (seen 0.0 points [−23, 23]); differences under 30 points would not show; "
+        "about 3200 would show no loss within 2 points, if there is none"
     )
     assert pair_of(20, 4, 200, both=100).text == (
         "falls: −8.0 points [−13.2, −3.5]; 20 of 200 items lost, 4 gained (Holm p = 0.0015)"
     )
     assert pair_of(1, 1, 20, chance=0.25).text == (
-        "at chance: 1 and 1 of 20 right, where guessing gets 5; a score not above chance supports no claim about bits"
+        "at chance: 1 and 1 of 20 right, where guessing gets 5; a score not above chance supports no claim about bits; "
+        "no number of items would change that at these scores; 20 items show no difference under 30 points"
     )
 
 

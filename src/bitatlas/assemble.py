@@ -59,7 +59,7 @@ def assemble(
     info: ModelInfo, modules: list[Module], tokens: TokensInfo, settings: Settings, versions: dict[str, str], found: Measurements
 ) -> Atlas:
     """The finished atlas: records from arrays, and the conclusions drawn from them."""
-    scores, pairs = compare_all(found.outcomes, found.chance)
+    scores, pairs = compare_all(found.outcomes, found.chance, settings.margin_points)
     rows = layer_rows(modules, settings, found)
     math_tasks = [task for task in found.outcomes if not TASKS[task].is_choice]
     conclusions = conclude(

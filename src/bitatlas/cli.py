@@ -92,6 +92,12 @@ TaskData = Annotated[
     ),
 ]
 Limit = Annotated[int | None, typer.Option("--limit", help="At most so many items a task.")]
+Margin = Annotated[
+    str,
+    typer.Option(
+        "--margin", callback=_not_empty, help="A task is held where a loss of so many percentage points can be ruled out."
+    ),
+]
 Device = Annotated[str, typer.Option("--device", callback=_not_empty, help="cpu, cuda, mps or auto.")]
 Revision = Annotated[str | None, typer.Option("--revision", callback=_not_empty, help="Hub revision.")]
 Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="No progress on stderr.")]
@@ -138,6 +144,7 @@ def survey(
     tasks: Tasks = None,
     task_data: TaskData = None,
     limit: Limit = 300,
+    margin: Margin = "2pp",
     tolerance: Annotated[
         float, typer.Option("--tolerance", help="A layer is safe only if lowering it adds at most this, nats/token.")
     ] = 0.05,
@@ -157,6 +164,7 @@ def survey(
     quiet: Quiet = False,
 ) -> None:
     """Measure a checkpoint, plan its precision, verify the plan, write the report (the main job)."""
+    from bitatlas.evaluation.no_loss import parse_points
     from bitatlas.prepare import default_settings
     from bitatlas.progress import Reporter
     from bitatlas.settings import parse_budget
@@ -165,7 +173,7 @@ def survey(
     budget = parse_budget(code_bits, stored_bits, size, max_damage, vram, context, cache_dtype, batch, chunk)
     settings = default_settings(
         model=model, formats=formats, quantizer=quantizer, budget=budget, tokens=tokens, rows=rows, row_length=row_length, tasks=tasks, task_data=task_data, limit=limit, tolerance=tolerance, fuse=fuse, refine=refine, device=device,
-        revision=revision, seed=seed,
+        revision=revision, seed=seed, margin_points=parse_points(margin, "--margin"),
     )  # fmt: skip
     reporter = Reporter(quiet)
     atlas = run_survey(settings, out, resume, reporter)
@@ -266,21 +274,23 @@ def compare(
     tasks: Tasks = None,
     task_data: TaskData = None,
     limit: Limit = 300,
+    margin: Margin = "2pp",
     device: Device = "cpu",
     seed: Seed = 0,
     quiet: Quiet = False,
 ) -> None:
     """Two checkpoints on the same rows and items, paired."""
     from bitatlas.compare import compare_models
+    from bitatlas.evaluation.no_loss import parse_points
     from bitatlas.progress import Reporter
     from bitatlas.settings import check_seed, parse_rows
     from bitatlas.terminal import show_comparison
 
     check_seed(seed)
+    points = parse_points(margin, "--margin")
+    counts = parse_rows(rows)
     show_comparison(
-        compare_models(
-            first, second, tokens, parse_rows(rows), row_length, tasks, task_data, limit, device, seed, Reporter(quiet)
-        )
+        compare_models(first, second, tokens, counts, row_length, tasks, task_data, limit, device, seed, Reporter(quiet), points)
     )
 
 

@@ -16,6 +16,7 @@ from torch import Tensor
 from bitatlas.checkpoint import open_model
 from bitatlas.errors import UserError
 from bitatlas.evaluation.bootstrap import measured
+from bitatlas.evaluation.no_loss import MARGIN_POINTS
 from bitatlas.evaluation.paired import compare_all
 from bitatlas.evaluation.run import chance_level, check_task_names, load_items, score_items
 from bitatlas.layerwise import batch_rows
@@ -41,7 +42,7 @@ class Comparison:
 
 def compare_models(
     first: str, second: str, tokens: str | None, rows: tuple[int, int, int], row_length: int, tasks: str | None, task_data: str | None,
-    limit: int | None, device: str, seed: int, reporter: Reporter,
+    limit: int | None, device: str, seed: int, reporter: Reporter, margin_points: float = MARGIN_POINTS,
 ) -> Comparison:  # fmt: skip
     """Compare two checkpoints; UserError where there is nothing to compare them on."""
     names = check_task_names((tasks or "none").split(","))
@@ -60,7 +61,7 @@ def compare_models(
         for label, (model, tokenizer) in zip(labels, models, strict=True):
             with reporter.stage(f"{task} ({label})"):
                 outcomes[task][label] = np.array([answer["correct"] for answer in score_items(model, tokenizer, task, of_task)])
-    scores, pairs = compare_all(outcomes, {task: chance_level(of_task) for task, of_task in items.items()})
+    scores, pairs = compare_all(outcomes, {task: chance_level(of_task) for task, of_task in items.items()}, margin_points)
     return Comparison(*labels, damage, losses, difference, scores, pairs)
 
 

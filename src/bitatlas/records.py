@@ -233,6 +233,19 @@ class TaskScore:
 
 
 @dataclass(frozen=True)
+class NoLoss:
+    """The test of "no loss within `margin_points`" on a pair; p-values are one-sided (see `evaluation.no_loss`)."""
+
+    margin_points: float
+    ci90: tuple[float, float]  # of the difference, points: its lower end is what the score test compares with the margin
+    p: float
+    holm_p: float
+    equivalence_p: float  # two one-sided tests: neither lost nor gained
+    items_needed: int  # about so many would show it, were there no loss
+    held: bool  # shown, and the first of the pair is above chance by more than the margin
+
+
+@dataclass(frozen=True)
 class TaskPair:
     """Two precisions on the same items. `difference` is second minus first, in percentage points."""
 
@@ -246,8 +259,9 @@ class TaskPair:
     holm_p: float
     detectable_points: float  # smallest difference that this n could have shown
     items_needed: int | None  # about so many would settle what was seen
-    verdict: str  # "falls", "rises", "inconclusive", "at chance"
+    verdict: str  # "falls", "rises", "inconclusive", "at chance", or "no loss within 2 points"
     text: str
+    no_loss: NoLoss | None = None  # of a survey from before this was tested
 
 
 @dataclass(frozen=True)

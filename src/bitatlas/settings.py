@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from bitatlas.errors import UserError
+from bitatlas.evaluation.no_loss import MARGIN_POINTS
 from bitatlas.formats import FORMATS, Format, by_width, get_format
 from bitatlas.planning.budget import parse_size
 from bitatlas.planning.memory import workload_of
@@ -41,6 +42,7 @@ class Settings:
     device: str = "cpu"
     revision: str | None = None
     seed: int = 0
+    margin_points: float = MARGIN_POINTS  # of "no loss within x points"
 
     def __post_init__(self) -> None:
         if len(self.formats) < 2:

@@ -112,7 +112,8 @@ def show_comparison(result: Comparison) -> None:
         console.print(table)
     _show_scores(console, result.scores)
     for pair in result.pairs:
-        console.print(f"{pair.task}, {pair.first} to {pair.second}: {pair.text}", markup=False, soft_wrap=True)
+        seen = f"(smallest detectable difference {number(pair.detectable_points, 1)} points)"
+        console.print(f"{pair.task}, {pair.first} to {pair.second}: {pair.text} {seen}", markup=False, soft_wrap=True)
 
 
 def _show_scores(console: Console, scores: list[TaskScore]) -> None:

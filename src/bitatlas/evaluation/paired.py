@@ -5,6 +5,10 @@ An exact test (McNemar, two-sided binomial on the flips) decides, corrected by H
 interval of the difference is Tango's score interval, which stays inside -100..100 points and is sound for few flips.
 A score that is not above chance supports no claim about bits, whatever the test says.
 
+"No loss within x points" is a claim of its own, with its own test (see `no_loss`) and its own Holm correction over the same pairs: that
+a fall was not seen does not show it. It is made only where the first of the pair is above chance by more than x, since a loss of x that
+ends at chance is no small one. A fall may be significant and still within x: then both are said.
+
 Smallest detectable difference. An item's change c is +1 (gained), -1 (lost) or 0. With F flips among n items and no true
 difference, the mean of c over the items has variance E[c^2] / n = (F / n) / n, that is standard deviation sqrt(F) / n.
 A two-sided 5 % test finds a true difference in 80 % of the cases where it is 1.96 + 0.84 = 2.80 standard deviations:
@@ -13,26 +17,36 @@ place of f would make it sqrt(n) times too large.)
 The exact test cannot reach 5 % with fewer than 6 flips, so nothing below 6 items is detectable, however few flips were seen.
 
 Left out: effects of the prompt and of sampling (greedy decoding, one prompt); tests that pool tasks.
-Sources: Wilson 1927; McNemar 1947; Tango 1998 (Stat. Med. 17:891); Connor 1987 (sample size); Holm 1979.
+Sources: Wilson 1927; McNemar 1947; Tango 1998; Connor 1987 (sample size); Holm 1979.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import replace
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 from scipy.special import bdtr, bdtrc, ndtri  # the distributions of scipy.stats, without its overhead a call
 
 from bitatlas.evaluation.bootstrap import holm
+from bitatlas.evaluation.no_loss import (
+    ALPHA,
+    MARGIN_POINTS,
+    POWER,
+    equivalence_p,
+    items_for_no_loss,
+    no_loss_p,
+    two_digits,
+)
+from bitatlas.evaluation.tango import tango
 from bitatlas.formats import by_width
-from bitatlas.records import Measured, TaskPair, TaskScore
+from bitatlas.records import Measured, NoLoss, TaskPair, TaskScore
 
-ALPHA = 0.05
-POWER = 0.8
 UNIFORM = "uniform:"
+MANY = 500  # items, from which on a binomial is normal enough to say "about so many"
+AT_CHANCE, NO_LOSS = "at chance", "no loss"
 
 Outcomes = Mapping[str, ArrayLike]  # precision -> right or wrong, bool [items]
 Bools = NDArray[np.bool_]
@@ -61,38 +75,6 @@ def mcnemar_p(lost: int, gained: int) -> float:
     return min(1.0, 2 * float(bdtr(min(lost, gained), lost + gained, 0.5)))
 
 
-def tango(lost: int, gained: int, n: int, level: float = 0.95) -> tuple[float, float]:
-    """Tango's score interval of the paired difference (gained - lost) / n, as a share from -1 to 1."""
-    z2 = float(ndtri((1 + level) / 2)) ** 2
-
-    def inside(difference: float) -> bool:
-        """Whether the score test accepts `difference`: (gained - lost - n d)^2 <= z^2 n (2 q + d - d^2)."""
-        q = _lost_rate(lost, gained, n, difference)
-        return (gained - lost - n * difference) ** 2 <= z2 * n * (2 * q + difference * (1 - difference))
-
-    seen = (gained - lost) / n
-    return _edge(inside, seen, -1.0), _edge(inside, seen, 1.0)
-
-
-def _lost_rate(lost: int, gained: int, n: int, difference: float) -> float:
-    """Most likely rate of lost items where gained - lost rates are held at `difference` (Tango's q21): a quadratic's root."""
-    b = (2 * n - gained + lost) * difference - lost - gained
-    c = -lost * difference * (1 - difference)
-    root = math.sqrt(max(0.0, b * b - 8 * n * c))
-    # two forms of the larger root; each avoids subtracting nearly equal numbers on its side
-    return (root - b) / (4 * n) if b <= 0 else -2 * c / (root + b)
-
-
-def _edge(inside: Callable[[float], bool], start: float, end: float) -> float:
-    """The point between `start` (inside) and `end` where `inside` turns false, by bisection; `end` if it never does."""
-    if inside(end):
-        return end
-    for _ in range(60):
-        middle = (start + end) / 2
-        start, end = (middle, end) if inside(middle) else (start, middle)
-    return start
-
-
 def least_flips(tests: int = 1) -> int:
     """Flips, all one way, below which the exact test stays above 5 % / tests: 2 * 0.5**6 = 0.031 makes it 6 for one test."""
     return math.ceil(math.log2(2 * tests / ALPHA))
@@ -114,9 +96,31 @@ def items_needed(lost: int, gained: int, n: int, tests: int = 1) -> int | None:
     change = abs(gained - lost)
     if change == 0:
         return None
-    needed = n * max(_sigmas(tests) ** 2 * (lost + gained) / change**2, least_flips(tests) / change)
-    digits = 10 ** max(0, math.floor(math.log10(needed)) - 1)
-    return math.ceil(needed / digits) * digits
+    return two_digits(n * max(_sigmas(tests) ** 2 * (lost + gained) / change**2, least_flips(tests) / change))
+
+
+def items_above_chance(share: float, chance: float, tests: int = 1) -> int | None:
+    """About how many items show a true `share` to be above `chance` in 80 % of the cases; None where it is not.
+
+    By the normal approximation of both binomials; where it says few, searched for with the exact one-sided test at 5 % / tests.
+    """
+    if share <= chance:
+        return None
+    at_chance, at_share = (math.sqrt(rate * (1 - rate)) for rate in (chance, share))
+    distance = float(ndtri(1 - ALPHA / tests)) * at_chance + float(ndtri(POWER)) * at_share
+    about = (distance / (share - chance)) ** 2
+    if about > MANY:
+        return two_digits(about)
+    n = max(1, round(0.7 * about))
+    while bdtrc(_least_right(n, chance, tests) - 1, n, share) < POWER:
+        n += max(1, n // 100)
+    return two_digits(n)
+
+
+def _least_right(n: int, chance: float, tests: int) -> int:
+    """The fewest right answers of n that the test against chance calls above it."""
+    right = np.arange(n + 2)
+    return int((bdtrc(right - 1, n, chance) < ALPHA / tests).argmax())
 
 
 def _sigmas(tests: int) -> float:
@@ -160,15 +164,18 @@ def headline_pairs(precisions: Sequence[str]) -> list[tuple[str, str]]:
     return list(dict.fromkeys(pairs))
 
 
-def compare_all(outcomes: Mapping[str, Outcomes], chance: Mapping[str, float]) -> tuple[list[TaskScore], list[TaskPair]]:
+def compare_all(
+    outcomes: Mapping[str, Outcomes], chance: Mapping[str, float], margin_points: float = MARGIN_POINTS
+) -> tuple[list[TaskScore], list[TaskPair]]:
     """Scores and tested pairs of every task.
 
     outcomes: task -> precision -> bool [items], the same items in the same order for every precision of a task.
-    chance: task -> share that guessing gets right. Holm's family is every pair of every task, those at chance included:
-    a family chosen after looking would not be corrected. Raises ValueError where a task's precisions differ in items.
+    chance: task -> share that guessing gets right; `margin_points`: of "no loss within". Holm's families are every pair of every task,
+    those at chance included: a family chosen after looking would not be corrected. Raises ValueError where a task's precisions differ
+    in items.
     """
     all_scores: list[TaskScore] = []
-    tested: list[tuple[TaskScore, TaskScore, int, int]] = []
+    tested: list[_Flips] = []
     for task, by_precision in outcomes.items():
         right = {precision: _bools(correct) for precision, correct in by_precision.items()}
         if len({len(correct) for correct in right.values()}) != 1:
@@ -177,22 +184,58 @@ def compare_all(outcomes: Mapping[str, Outcomes], chance: Mapping[str, float]) -
         all_scores += of_task.values()
         for first, second in headline_pairs(list(right)):
             lost, gained = int((right[first] & ~right[second]).sum()), int((~right[first] & right[second]).sum())
-            tested.append((of_task[first], of_task[second], lost, gained))
-    adjusted = holm([mcnemar_p(lost, gained) for _, _, lost, gained in tested])
-    pairs = [_pair(*each, holm_p=float(p), tests=len(tested)) for each, p in zip(tested, adjusted, strict=True)]
+            tested.append(_Flips(of_task[first], of_task[second], len(right), lost, gained))
+    adjusted = holm([mcnemar_p(one.lost, one.gained) for one in tested])
+    margin = margin_points / 100
+    no_loss = holm([no_loss_p(one.lost, one.gained, one.first.n, margin) for one in tested])
+    pairs = [
+        _pair(one, holm_p=float(p), no_loss=_no_loss(one, margin_points, float(q), len(tested)), tests=len(tested))
+        for one, p, q in zip(tested, adjusted, no_loss, strict=True)
+    ]
     return all_scores, pairs
 
 
-def _pair(first: TaskScore, second: TaskScore, lost: int, gained: int, holm_p: float, tests: int) -> TaskPair:
+@dataclass(frozen=True)
+class _Flips:
+    """A pair before its tests. `precisions`: how many of the task were tested against chance."""
+
+    first: TaskScore
+    second: TaskScore
+    precisions: int
+    lost: int
+    gained: int
+
+
+def _no_loss(one: _Flips, margin_points: float, holm_p: float, tests: int) -> NoLoss:
+    n, margin = one.first.n, margin_points / 100
+    low, high = tango(one.lost, one.gained, n, 1 - 2 * ALPHA)
+    return NoLoss(
+        margin_points=margin_points,
+        ci90=(100 * low, 100 * high),
+        p=no_loss_p(one.lost, one.gained, n, margin),
+        holm_p=holm_p,
+        equivalence_p=equivalence_p(one.lost, one.gained, n, margin),
+        items_needed=items_for_no_loss(one.lost + one.gained, n, margin, ALPHA / tests),
+        held=holm_p < ALPHA and one.first.above_chance and _room(one.first) > margin_points,
+    )
+
+
+def _room(score: TaskScore) -> float:
+    """How far above chance, in points: what there is to lose."""
+    return 100 * (score.correct / score.n - score.chance)
+
+
+def _pair(one: _Flips, holm_p: float, no_loss: NoLoss, tests: int) -> TaskPair:
+    first, second, lost, gained = one.first, one.second, one.lost, one.gained
     n = first.n
     low, high = tango(lost, gained, n)
     points = Measured(100 * (gained - lost) / n, (100 * low, 100 * high), "points", first.precision, f"items:{first.task}", n)
     if not (first.above_chance or second.above_chance):
-        verdict = "at chance"
+        verdict = AT_CHANCE
     elif holm_p < ALPHA:
         verdict = "rises" if gained > lost else "falls"
     else:
-        verdict = "inconclusive"
+        verdict = within(no_loss.margin_points) if no_loss.held else "inconclusive"
     pair = TaskPair(
         task=first.task,
         first=first.precision,
@@ -206,37 +249,73 @@ def _pair(first: TaskScore, second: TaskScore, lost: int, gained: int, holm_p: f
         items_needed=items_needed(lost, gained, n, tests),
         verdict=verdict,
         text="",
+        no_loss=no_loss,
     )
-    return replace(pair, text=_text(pair, first, second, tests))
+    return replace(pair, text=_text(pair, one, tests))
 
 
 # --- words -------------------------------------------------------------------------------------------------------------
 
 
-def _text(pair: TaskPair, first: TaskScore, second: TaskScore, tests: int) -> str:
+def within(points: float) -> str:
+    """The verdict "no loss within x points"."""
+    return f"{NO_LOSS} within {points:g} point{'' if points == 1 else 's'}"
+
+
+def _text(pair: TaskPair, one: _Flips, tests: int) -> str:
     """The sentence that is printed; it begins with the verdict."""
-    n = first.n
-    if pair.verdict == "at chance":
-        return (
-            f"at chance: {first.correct} and {second.correct} of {n} right, where guessing gets {first.chance * n:.3g}; "
-            "a score not above chance supports no claim about bits"
-        )
-    seen = f"{_signed(pair.difference.mean)} points {_bracket(pair.difference)}"
+    assert pair.no_loss is not None
+    if pair.verdict == AT_CHANCE:
+        return _at_chance_text(pair, one)
+    n, room = one.first.n, pair.no_loss
+    seen = f"{_signed(pair.difference.mean)} points {_bracket(pair.difference.ci95)}"
     flips = f"{pair.lost} of {n} items lost, {pair.gained} gained"
+    if pair.verdict.startswith(NO_LOSS):
+        also = f"; nor gain: equivalent (p = {room.equivalence_p:.2g})" if room.equivalence_p < ALPHA / tests else ""
+        return f"{pair.verdict}: {seen}, 90% interval {_bracket(room.ci90)}; {flips} (one-sided Holm p = {room.holm_p:.2g}){also}"
     if pair.verdict != "inconclusive":
-        return f"{pair.verdict}: {seen}; {flips} (Holm p = {pair.holm_p:.2g})"
+        also = ""
+        if pair.verdict == "falls" and room.held:
+            also = (
+                f"; but {within(room.margin_points)} (90% interval {_bracket(room.ci90)}, one-sided Holm p = {room.holm_p:.2g})"
+            )
+        return f"{pair.verdict}: {seen}; {flips} (Holm p = {pair.holm_p:.2g}){also}"
     start = f"inconclusive: {n} items cannot tell (seen {seen})"
     if pair.items_needed is None:
-        return f"{start}; differences under {pair.detectable_points:.0f} points would not show"
-    if pair.mcnemar_p < ALPHA:
-        start += f"; p = {pair.mcnemar_p:.2g} alone, {pair.holm_p:.2g} among {tests} comparisons"
-    return f"{start}; about {pair.items_needed} would"
+        start += f"; differences under {pair.detectable_points:.0f} points would not show"
+    else:
+        if pair.mcnemar_p < ALPHA:
+            start += f"; p = {pair.mcnemar_p:.2g} alone, {pair.holm_p:.2g} among {tests} comparisons"
+        start += f"; about {pair.items_needed} would show a difference like this"
+    return f"{start}; {_proof_text(one, room)}"
 
 
-def _bracket(difference: Measured) -> str:
-    assert difference.ci95 is not None
-    digits = 0 if difference.ci95[1] - difference.ci95[0] >= 10 else 1
-    return "[" + ", ".join(_signed(bound, digits) for bound in difference.ci95) + "]"
+def _proof_text(one: _Flips, room: NoLoss) -> str:
+    """What it would take to show that nothing is lost."""
+    if not one.first.above_chance or _room(one.first) <= room.margin_points:
+        return f"{one.first.precision} is not far enough above chance to speak of {within(room.margin_points)}"
+    return f"about {room.items_needed} would show {within(room.margin_points)}, if there is none"
+
+
+def _at_chance_text(pair: TaskPair, one: _Flips) -> str:
+    first, second, n = one.first, one.second, one.first.n
+    text = (
+        f"at chance: {first.correct} and {second.correct} of {n} right, where guessing gets {first.chance * n:.3g}; "
+        "a score not above chance supports no claim about bits"
+    )
+    best = max(first.correct, second.correct)
+    needed = items_above_chance(best / n, first.chance, one.precisions)
+    if needed is None:
+        text += "; no number of items would change that at these scores"
+    else:
+        text += f"; about {max(needed, n + 1)} items would show a score of {best} in {n} to be above it"
+    return f"{text}; {n} items show no difference under {pair.detectable_points:.0f} points"
+
+
+def _bracket(ends: tuple[float, float] | None) -> str:
+    assert ends is not None
+    digits = 0 if ends[1] - ends[0] >= 10 else 1
+    return "[" + ", ".join(_signed(bound, digits) for bound in ends) + "]"
 
 
 def _signed(points: float, digits: int = 1) -> str:

@@ -132,6 +132,6 @@ def _leads(card: Card, links: list[Link], titles: dict[str, str]) -> str:
         return ", ".join(titles[link.end] for link in mine)
     if mine[0].end.startswith("L"):
         return f"{mine[0].label}: {words.named_layers([int(link.end[1:]) for link in mine])}"
-    if mine[0].label in ("falls", "falls to chance", "rises", "reference"):
+    if mine[0].label in ("falls", "falls to chance", "rises", "reference") or mine[0].label.startswith("no loss"):
         return mine[0].label
     return f"no claim: {mine[0].label}" if mine[0].label else "no claim"

@@ -61,7 +61,7 @@ def _critical_mark(line: str) -> str:
 def _finding_line(finding: Finding) -> str:
     rests = facts.evidence(finding)
     evidence = f" ({escape('; '.join(rests))})" if rests else ""
-    mark = f"{MARKS[finding.verdict]} " if finding.verdict in MARKS else ""
+    mark = f"{MARKS[finding.verdict]} " if finding.verdict in MARKS else "✅ " if finding.verdict.startswith("no loss") else ""
     return f"- {mark}{escape(finding.claim)}: **{escape(finding.verdict)}**. {escape(finding.text)}{evidence}"
 
 

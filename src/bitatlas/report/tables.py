@@ -11,7 +11,7 @@ import json
 from collections.abc import Callable
 
 from bitatlas import words
-from bitatlas.records import Atlas, Measured, Plan, WeightProfile
+from bitatlas.records import Atlas, Measured, Plan, TaskPair, WeightProfile
 from bitatlas.report import advice, attention, facts, prediction
 from bitatlas.report.table import Table
 from bitatlas.words import interval, number, percent
@@ -149,14 +149,18 @@ def pair_table(atlas: Atlas) -> Table:
             words.p_value(pair.holm_p),
             number(pair.detectable_points, 1),
             f"about {pair.items_needed:,}" if pair.items_needed else "",
+            *_no_loss_cells(pair),
         ]
         for pair in atlas.task_pairs
     ]
     note = (
         "The same items at two precisions. Difference: second minus first, in percentage points, paired 95% interval. "
-        "p: exact McNemar; Holm: corrected. Detectable: the smallest difference that this many items could have shown."
+        "p: exact McNemar; Holm: corrected. Detectable: the smallest difference that this many items could have shown. "
+        "No loss: one-sided test that less than the margin is lost (score and exact test, Holm on its own), the 90% interval that goes with it, "
+        "and about how many items would show it if nothing is lost."
     )
     head = ["Task", "Pair", "Verdict", "Difference, points", "Flips", "p", "Holm p", "Detectable, points", "Items needed"]
+    head += [f"No loss{_margin(atlas)}, Holm p", "90% interval, points", "Items for no loss"]
     told = any(finding.topic == "tasks" for finding in atlas.findings)  # then the findings have these sentences
     said = [
         f"{pair.task}, {facts.precision_name(atlas, pair.first)} → {facts.precision_name(atlas, pair.second)}: {pair.text}"
@@ -254,6 +258,20 @@ def provenance_table(atlas: Atlas) -> Table:
     rows += [[f"version {key}", value] for key, value in sorted(atlas.versions.items())]
     rows += [["not done", note] for note in atlas.notes]
     return Table("provenance", "Provenance", "", ["What", "Value"], rows)
+
+
+def _no_loss_cells(pair: TaskPair) -> list[str]:
+    shown = pair.no_loss
+    if shown is None:
+        return [words.NOT_MEASURED, "", ""]
+    low, high = (number(end, 1) for end in shown.ci90)
+    return [words.p_value(shown.holm_p), f"[{low}, {high}]", f"about {shown.items_needed:,}"]
+
+
+def _margin(atlas: Atlas) -> str:
+    """The margin, where there is one for all pairs."""
+    margins = {pair.no_loss.margin_points for pair in atlas.task_pairs if pair.no_loss}
+    return f" within {margins.pop():g} points" if len(margins) == 1 else ""
 
 
 # --- small helpers ---------------------------------------------------------------------------------------------------
