@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from typing import TYPE_CHECKING
 
-from bitatlas.records import Measured, TaskPair, TaskScore
+from bitatlas.records import Measured, NoLoss, TaskPair, TaskScore
 
 if TYPE_CHECKING:
     from atlas_factory import Recipe
@@ -61,6 +61,7 @@ def pairs_of(recipe: Recipe, task: str) -> list[TaskPair]:
                 None if falls else 2600,
                 verdict,
                 text,
+                NoLoss(2.0, (points - 0.84 * half, points + 0.84 * half), 0.9 if falls else 0.2, 1.0, 1.0, 1300, False),
             )
         )
     return result

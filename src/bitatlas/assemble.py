@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
@@ -13,7 +13,7 @@ from bitatlas.evaluation.bootstrap import measured
 from bitatlas.evaluation.items import TASKS
 from bitatlas.evaluation.paired import compare_all
 from bitatlas.files import to_json, write_text
-from bitatlas.findings import LayerRows, TaskEvidence, conclude
+from bitatlas.findings import LayerRows, TaskEvidence, TaskRows, conclude
 from bitatlas.formats import stored_bytes
 from bitatlas.planning.budget import size_of
 from bitatlas.planning.judge import Judged
@@ -31,6 +31,9 @@ from bitatlas.records import (
 )
 from bitatlas.settings import Settings
 from bitatlas.tables import write_tables
+
+if TYPE_CHECKING:
+    from bitatlas.sensitivity.task_text import TaskScreen
 
 Lines = list[dict[str, Any]]
 
@@ -53,6 +56,7 @@ class Measurements:
     items: Lines  # one line a task, precision and item
     notes: list[str]
     calibration: Calibration | None = None
+    task_screens: Mapping[str, TaskScreen] = field(default_factory=dict)
 
 
 def assemble(
@@ -70,7 +74,7 @@ def assemble(
         attention=found.attention,
         plan=found.judged.plan,
         calibration=found.calibration,
-        tested=TaskEvidence(scores, pairs, found.outcomes, math_tasks),
+        tested=TaskEvidence(scores, pairs, found.outcomes, math_tasks, task_rows(modules, settings, found)),
         seed=settings.seed,
     )
     uniform = uniform_records(info, modules, found.widths, settings.seed)
@@ -103,7 +107,29 @@ def assemble(
         findings=conclusions.findings,
         notes=found.notes,
         calibration=found.calibration,
+        task_damage=conclusions.task_damage,
     )
+
+
+def task_rows(modules: Sequence[Module], settings: Settings, found: Measurements) -> dict[str, TaskRows]:
+    """The damage of layers on each task's own text."""
+    weights = layer_rows(modules, settings, found).weights
+    return {
+        task: (
+            screen.widths,
+            LayerRows(
+                screen.widths[settings.high],
+                screen.widths[settings.low],
+                screen.layers.lowered,
+                screen.layers.raised,
+                weights,
+                settings.high,
+                settings.low,
+                f"text:{task}",
+            ),
+        )
+        for task, screen in found.task_screens.items()
+    }
 
 
 def layer_rows(modules: Sequence[Module], settings: Settings, found: Measurements) -> LayerRows:

@@ -265,6 +265,17 @@ class TaskPair:
 
 
 @dataclass(frozen=True)
+class TaskDamage:
+    """Damage on a task's own text, rows "text:<task>". Lists are by layer."""
+
+    task: str
+    uniform: dict[str, Measured]  # format -> every module at it
+    criticality: list[Measured]
+    q_values: list[float]  # two-sided, criticality as on the test rows, Benjamini-Hochberg over layers
+    agreement: Correlation | None  # of criticality here and on the test rows, over layers
+
+
+@dataclass(frozen=True)
 class CurvePoint:
     name: str
     kind: str  # "uniform", "plan", "baseline" or "random"
@@ -351,4 +362,5 @@ class Atlas:
     findings: list[Finding]
     notes: list[str] = field(default_factory=list)  # what was not done, and why
     calibration: Calibration | None = None
+    task_damage: list[TaskDamage] = field(default_factory=list)
     schema: str = ATLAS_SCHEMA

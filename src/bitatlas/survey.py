@@ -15,9 +15,10 @@ from typing import Any
 
 import numpy as np
 from pydantic import TypeAdapter
+from torch import Tensor
 
 from bitatlas.assemble import Lines, Measurements, assemble, damage_lines, write_outputs
-from bitatlas.evaluation.items import TASKS, chance_level, items_sha256, load_items
+from bitatlas.evaluation.items import TASKS, chance_level, items_sha256, load_items, task_text
 from bitatlas.evaluation.run import score_items
 from bitatlas.journal import content_key
 from bitatlas.planning.budget import assignment_of
@@ -32,8 +33,10 @@ from bitatlas.profiles.weights import weight_profile
 from bitatlas.progress import Advance, Reporter
 from bitatlas.records import Atlas, Calibration, Module, WeightProfile
 from bitatlas.sensitivity.screens import LayerScreen, screen_layers, screen_uniform, screen_units, uniform
+from bitatlas.sensitivity.task_text import ROW_LENGTH, ROWS, screen_tasks
 from bitatlas.settings import Settings
 from bitatlas.swap import swapped
+from bitatlas.tokens import cut_rows
 
 SHARD_ITEMS = 50  # of a task, between two entries of the journal
 FOCUS_PROBLEMS = 64
@@ -61,7 +64,9 @@ def run_survey(settings: Settings, out: Path, resume: bool, reporter: Reporter) 
     tools = tools_of(run, damage_tables(names, settings.formats, units.damage, units.base))
     judged = find_plan(run, tools, by_criticality(modules, widths[high], widths[low], layers))
     calibration = check_prediction(run, tools, judged.plan.modules)
-    outcomes, items = run_tasks(run, {**precisions, "plan": judged.plan.modules})
+    screens = screen_tasks(meter, modules, settings.formats, task_rows(run), reporter)
+    every = {f"uniform:{name}": uniform(modules, name) for name in reversed(settings.formats)}
+    outcomes, items = run_tasks(run, {"reference": {}, **every, "plan": judged.plan.modules})
     found = Measurements(
         weights=weights,
         widths=widths,
@@ -77,6 +82,7 @@ def run_survey(settings: Settings, out: Path, resume: bool, reporter: Reporter) 
         items=items,
         notes=list(dict.fromkeys([*run.checkpoint.notes, *(note for result in attention for note in result.notes)])),
         calibration=calibration,
+        task_screens=screens,
     )
     atlas = assemble(run.checkpoint.info, modules, rows.info, settings, versions(), found)
     with reporter.stage("writing the report"):
@@ -169,6 +175,16 @@ def check_prediction(run: Run, tools: Tools, assignment: Mapping[str, str]) -> C
 
     base = np.array([formats.index(assignment[unit.modules[0].name]) for unit in units])
     return calibrate(base, len(formats), tools.probe, tools.scores, measure, run.settings.seed)
+
+
+def task_rows(run: Run) -> dict[str, Tensor]:
+    """A few rows of each scored task's own text; a task whose text is too short for two rows is left out."""
+    length = min(ROW_LENGTH, run.settings.row_length)
+    found = {
+        task: cut_rows([task_text(task, items)], run.tokenizer, ROWS, length, run.settings.seed)
+        for task, items in run.items.items()
+    }
+    return {task: rows for task, rows in found.items() if len(rows) > 1}
 
 
 def run_tasks(run: Run, precisions: Assignments) -> tuple[dict[str, dict[str, np.ndarray]], list[dict[str, Any]]]:

@@ -10,7 +10,8 @@ from rich.text import Text
 
 from bitatlas.compare import Comparison
 from bitatlas.curve import Curve
-from bitatlas.records import Atlas, Measured, Plan, Size, TaskScore
+from bitatlas.findings.tasks import smallest_held, task_widths
+from bitatlas.records import Atlas, Measured, Plan, Size, TaskPair, TaskScore
 from bitatlas.verify import Verification
 from bitatlas.words import byte_size, interval, memory_text, number
 
@@ -43,6 +44,7 @@ def show_summary(atlas: Atlas) -> None:
         layers.add_row(str(layer.layer), interval(layer.criticality), f"[{style}]{layer.verdict}[/]")
     console.print(layers)
     _show_scores(console, atlas.tasks)
+    _show_widths(console, atlas.task_pairs)
     console.print()
     for finding in atlas.findings:
         line = Text.assemble((f"{finding.claim}: ", ""), (finding.verdict, "bold"), f". {finding.text}")
@@ -114,6 +116,18 @@ def show_comparison(result: Comparison) -> None:
     for pair in result.pairs:
         seen = f"(smallest detectable difference {number(pair.detectable_points, 1)} points)"
         console.print(f"{pair.task}, {pair.first} to {pair.second}: {pair.text} {seen}", markup=False, soft_wrap=True)
+
+
+def _show_widths(console: Console, pairs: list[TaskPair]) -> None:
+    found = task_widths(pairs)
+    if not found:
+        return
+    table = _table("Widths that hold each task (difference from the reference, points)", ["task", "width", "difference", "", ""])
+    for task, widths in found.items():
+        best = smallest_held(widths)
+        for one in widths:
+            table.add_row(task, one.format, interval(one.pair.difference), one.verdict, "smallest held" if one is best else "")
+    console.print(table)
 
 
 def _show_scores(console: Console, scores: list[TaskScore]) -> None:

@@ -136,6 +136,14 @@ def make_rows(
     return Rows(**{name: torch.from_numpy(part.copy()) for name, part in parts.items()}, info=info)
 
 
+def cut_rows(documents: list[str], tokenizer: Any, count: int, row_length: int, seed: int) -> Tensor:
+    """At most `count` different rows of `row_length` tokens, drawn by the seed: int64 [rows, row_length]."""
+    ids = _token_ids(documents, tokenizer)
+    whole = len(ids) // row_length
+    rows = np.unique(ids[: whole * row_length].reshape(whole, row_length), axis=0)
+    return torch.from_numpy(rows[np.random.default_rng(seed).permutation(len(rows))[:count]])
+
+
 def _token_ids(documents: list[str], tokenizer: Any) -> np.ndarray:
     """All documents' tokens in one line, with the end-of-text token between documents where there is one."""
     separator = [tokenizer.eos_token_id] if tokenizer.eos_token_id is not None else []

@@ -4,6 +4,7 @@
     zones.py         runs of layers that are about equally critical, and how many there are
     correlations.py  do cheap measures tell where the damage is?
     folk.py          rules of thumb, each tested on this checkpoint
+    tasks.py         tasks on their own text, and the widths that hold them
     verdict.py       the plan against its baselines
     prediction.py    predicted against measured damage around the plan
     statements.py    the sentences, from records
@@ -15,8 +16,9 @@ evidence or the word "inconclusive".
 from __future__ import annotations
 
 from collections.abc import Collection, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
+import numpy as np
 from numpy.typing import ArrayLike
 
 from bitatlas.findings.correlations import correlations, layer_measures, permutation_p, spearman
@@ -31,6 +33,7 @@ from bitatlas.findings.statements import (
     task_findings,
     zone_findings,
 )
+from bitatlas.findings.tasks import task_damage, task_text_findings, width_findings
 from bitatlas.findings.verdict import PlanVerdict, verdict_on_plan
 from bitatlas.findings.zones import number_of_zones, segmentations, with_low_share, zones
 from bitatlas.records import (
@@ -41,6 +44,7 @@ from bitatlas.records import (
     Layer,
     Module,
     Plan,
+    TaskDamage,
     TaskPair,
     TaskScore,
     WeightProfile,
@@ -53,6 +57,7 @@ __all__ = [
     "PlanVerdict",
     "Shares",
     "TaskEvidence",
+    "TaskRows",
     "conclude",
     "correlations",
     "folk_findings",
@@ -71,6 +76,9 @@ __all__ = [
 ]
 
 
+TaskRows = tuple[Mapping[str, np.ndarray], LayerRows]  # format -> damage [rows] on a task's text; its layers
+
+
 @dataclass(frozen=True)
 class TaskEvidence:
     """The tasks: scores and pairs, and the outcomes they come from (task -> precision -> right or wrong, [items])."""
@@ -79,6 +87,7 @@ class TaskEvidence:
     pairs: Sequence[TaskPair] = ()
     outcomes: Mapping[str, Mapping[str, ArrayLike]] | None = None
     math_tasks: Collection[str] = ()  # those whose items are word problems
+    texts: Mapping[str, TaskRows] = field(default_factory=dict)  # damage on each task's own text
 
 
 @dataclass(frozen=True)
@@ -89,6 +98,7 @@ class Conclusions:
     zones: list[Zone]
     correlations: list[Correlation]
     findings: list[Finding]
+    task_damage: list[TaskDamage] = field(default_factory=list)
 
 
 def conclude(
@@ -113,6 +123,7 @@ def conclude(
     measures = layer_measures(weights, attention, rows.layers, rows.low_name)
     correlated = correlations(measures, shares)
     about_measures = measure_findings(correlated, measures, shares, seed)
+    damage = [task_damage(task, *texts, shares, seed) for task, texts in tested.texts.items()]
     findings = [
         *plan_findings(plan, found_zones, rows.low_name),
         *calibration_findings(calibration),
@@ -121,11 +132,13 @@ def conclude(
         *zone_findings(found_zones),
         *folk_findings(shares, tolerance, measures.get("sparsity"), seed),
         *task_findings(tested.scores, tested.pairs),
+        *width_findings(tested.pairs),
         *_about_math(tested, rows, seed),
+        *task_text_findings(damage, shares),
         *attention_findings(attention, rows.low_name),
         *(finding for finding in about_measures if finding.topic == "attention"),
     ]
-    return Conclusions(layers, found_zones, correlated, findings)
+    return Conclusions(layers, found_zones, correlated, findings, damage)
 
 
 def _about_math(tested: TaskEvidence, rows: LayerRows, seed: int) -> list[Finding]:

@@ -39,7 +39,7 @@ def width_of(atlas: Atlas, name: str) -> str:
     """`4-bit`, or the format's whole name where high and low have the same number of bits."""
     if name not in atlas.formats:
         return name
-    same = [other for other in {atlas.high, atlas.low} if atlas.formats[other].bits == atlas.formats[name].bits]
+    same = [other for other in atlas.formats.values() if other.bits == atlas.formats[name].bits]
     return name if len(same) > 1 else f"{atlas.formats[name].bits}-bit"
 
 
@@ -48,7 +48,7 @@ def precision_name(atlas: Atlas, precision: str) -> str:
     if precision == "plan" and atlas.plan is not None:
         return f"plan ({number(atlas.plan.size.code_bits, 2)}-bit)"
     kind, _, name = precision.partition(":")
-    return width_of(atlas, name) if kind == "uniform" and name in (atlas.high, atlas.low) else name or precision
+    return width_of(atlas, name) if kind == "uniform" and name in atlas.formats else name or precision
 
 
 def precision_mark(atlas: Atlas, precision: str) -> tuple[str, str]:

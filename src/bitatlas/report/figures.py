@@ -12,7 +12,7 @@ from markupsafe import Markup
 
 from bitatlas import words
 from bitatlas.records import Atlas
-from bitatlas.report import charts, facts, heat, prediction
+from bitatlas.report import charts, facts, heat, prediction, tasks
 
 WIDE, HALF, NARROW = 960, 460, 350  # px of a chart across the page, of one of two, and on a phone
 
@@ -24,6 +24,7 @@ PLANS: Keys = [
     ("▲", "c-baseline", "baseline"),
     ("●", "c-muted", "random plans"),
 ]
+HELD: Keys = [("●", "v-safe", "held"), ("◆", "v-critical", "lost"), ("▲", "v-uncertain", "inconclusive or at chance")]
 AROUND: Keys = [("●", "c-high", "random plan"), ("◆", "c-plan", "the plan")]
 
 
@@ -102,8 +103,10 @@ def _plan(atlas: Atlas) -> dict[str, Sketch]:
 
 
 def _others() -> dict[str, Sketch]:
+    held = "Difference from the reference on the same items. Bars: 95% intervals; dashed: the margin of loss that is ruled out where a task is held."
     earns = "Rank correlation over layers; the interval is over rows. Whether a measure beats chance is said in the findings."
     return {
         "tasks": Sketch(charts.tasks, "Accuracy", "Bars: 95% Wilson intervals; the dotted tick is chance."),
+        "widths": Sketch(tasks.held_chart, tasks.WIDTHS_TITLE, held, HELD),
         "correlations": Sketch(charts.correlations, "Do cheap measures foretell damage?", earns),
     }

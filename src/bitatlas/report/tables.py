@@ -12,7 +12,7 @@ from collections.abc import Callable
 
 from bitatlas import words
 from bitatlas.records import Atlas, Measured, Plan, TaskPair, WeightProfile
-from bitatlas.report import advice, attention, facts, prediction
+from bitatlas.report import advice, attention, facts, prediction, tasks
 from bitatlas.report.table import Table
 from bitatlas.words import interval, number, percent
 
@@ -27,6 +27,8 @@ def tables(atlas: Atlas) -> list[Table]:
         prediction.table,
         task_table,
         pair_table,
+        tasks.width_table,
+        tasks.text_table,
         attention.profile_table,
         attention.precision_table,
         attention.drift_table,
@@ -160,7 +162,7 @@ def pair_table(atlas: Atlas) -> Table:
         "and about how many items would show it if nothing is lost."
     )
     head = ["Task", "Pair", "Verdict", "Difference, points", "Flips", "p", "Holm p", "Detectable, points", "Items needed"]
-    head += [f"No loss{_margin(atlas)}, Holm p", "90% interval, points", "Items for no loss"]
+    head += [f"No loss{tasks.margin_text(atlas)}, Holm p", "90% interval, points", "Items for no loss"]
     told = any(finding.topic == "tasks" for finding in atlas.findings)  # then the findings have these sentences
     said = [
         f"{pair.task}, {facts.precision_name(atlas, pair.first)} → {facts.precision_name(atlas, pair.second)}: {pair.text}"
@@ -266,12 +268,6 @@ def _no_loss_cells(pair: TaskPair) -> list[str]:
         return [words.NOT_MEASURED, "", ""]
     low, high = (number(end, 1) for end in shown.ci90)
     return [words.p_value(shown.holm_p), f"[{low}, {high}]", f"about {shown.items_needed:,}"]
-
-
-def _margin(atlas: Atlas) -> str:
-    """The margin, where there is one for all pairs."""
-    margins = {pair.no_loss.margin_points for pair in atlas.task_pairs if pair.no_loss}
-    return f" within {margins.pop():g} points" if len(margins) == 1 else ""
 
 
 # --- small helpers ---------------------------------------------------------------------------------------------------
