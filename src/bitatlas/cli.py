@@ -52,6 +52,13 @@ SizeText = Annotated[str | None, typer.Option("--size", callback=_not_empty, hel
 MaxDamage = Annotated[
     float | None, typer.Option("--max-damage", help="Budget: the greatest damage tolerated, nats/token; finds the smallest plan.")
 ]
+Protect = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--protect",
+        help="Budget: a task and the points it may lose, like svamp=1pp; finds the smallest model that holds it. Repeatable.",
+    ),
+]
 Vram = Annotated[
     str | None,
     typer.Option("--vram", callback=_not_empty, help="Budget: device memory for weights, cache and activations, like 8GiB."),
@@ -138,6 +145,7 @@ def survey(
     batch: Batch = None,
     chunk: Chunk = None,
     max_damage: MaxDamage = None,
+    protect: Protect = None,
     tokens: Tokens = None,
     rows: RowCounts = "24,24,64",
     row_length: RowLength = 192,
@@ -170,7 +178,7 @@ def survey(
     from bitatlas.settings import parse_budget
     from bitatlas.survey import run_survey
 
-    budget = parse_budget(code_bits, stored_bits, size, max_damage, vram, context, cache_dtype, batch, chunk)
+    budget = parse_budget(code_bits, stored_bits, size, max_damage, vram, context, cache_dtype, batch, chunk, protect or ())
     settings = default_settings(
         model=model, formats=formats, quantizer=quantizer, budget=budget, tokens=tokens, rows=rows, row_length=row_length, tasks=tasks, task_data=task_data, limit=limit, tolerance=tolerance, fuse=fuse, refine=refine, device=device,
         revision=revision, seed=seed, margin_points=parse_points(margin, "--margin"),
@@ -196,15 +204,18 @@ def plan(
     batch: Batch = None,
     chunk: Chunk = None,
     max_damage: MaxDamage = None,
+    protect: Protect = None,
     out: Annotated[Path | None, typer.Option("--out", help="File for the plan. Default: FOLDER/plan-<budget>.json.")] = None,
     curve: Annotated[
         bool, typer.Option("--curve", help="Verified plans at sizes from the smallest to the largest; needs the model.")
     ] = False,
     points: Annotated[int | None, typer.Option("--points", help="Plans on the curve. Default: 7.")] = None,
     model: Annotated[
-        str | None, typer.Option("--model", callback=_not_empty, help="Where the model is now, for --curve.")
+        str | None, typer.Option("--model", callback=_not_empty, help="Where the model is now, for --curve and --protect.")
     ] = None,
-    device: Annotated[str | None, typer.Option("--device", callback=_not_empty, help="For --curve; cpu, cuda, ...")] = None,
+    device: Annotated[
+        str | None, typer.Option("--device", callback=_not_empty, help="For --curve and --protect; cpu, cuda, ...")
+    ] = None,
     quiet: Quiet = False,
 ) -> None:
     """Another budget, from the atlas alone, in seconds: its damage is predicted, `verify` measures it. Or the whole --curve, measured."""
@@ -213,20 +224,29 @@ def plan(
     from bitatlas.settings import parse_budget
     from bitatlas.terminal import show_plan
 
-    budget = parse_budget(code_bits, stored_bits, size, max_damage, vram, context, cache_dtype, batch, chunk)
+    budget = parse_budget(code_bits, stored_bits, size, max_damage, vram, context, cache_dtype, batch, chunk, protect or ())
     if curve:
         _plan_curve(folder, budget or out, points, model, device, quiet)
         return
-    if points is not None or model is not None or device is not None:
-        raise UserError("--points, --model, --device: belong to --curve")
+    if points is not None or ((model is not None or device is not None) and not protect):
+        raise UserError("--points, --model, --device: belong to --curve (the last two to --protect, too)")
     if budget is None:
-        raise UserError("give a budget: --code-bits, --stored-bits, --size, --vram or --max-damage; or --curve for all sizes")
-    found = replan(folder, budget)
+        raise UserError(
+            "give a budget: --code-bits, --stored-bits, --size, --vram, --max-damage or --protect; or --curve for all sizes"
+        )
+    found = _plan_protecting(folder, budget, model, device, quiet) if protect else replan(folder, budget)
     file = write_plan(found, folder, out)
     if found.budget.workload and context is None:
         print(own_context_text(found.budget.workload))
     show_plan(found)
     print(file)
+
+
+def _plan_protecting(folder: Path, budget: Any, model: str | None, device: str | None, quiet: bool) -> Any:
+    from bitatlas.progress import Reporter
+    from bitatlas.protection import protect_folder
+
+    return protect_folder(folder, budget, model, device, Reporter(quiet))
 
 
 def _plan_curve(folder: Path, other: Any, points: int | None, model: str | None, device: str | None, quiet: bool) -> None:

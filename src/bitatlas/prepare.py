@@ -19,12 +19,13 @@ import bitatlas.demo as demo
 from bitatlas.bank import Bank, disk_bytes
 from bitatlas.checkpoint import Checkpoint, check_causal, check_finite, free_bytes, open_checkpoint
 from bitatlas.errors import UserError
-from bitatlas.evaluation.items import Item, check_task_names, split_items, task_text
+from bitatlas.evaluation.items import Item, check_task_names, load_items, split_items, task_text
 from bitatlas.formats import FORMATS
 from bitatlas.journal import Journal
 from bitatlas.planning.budget import assignment_of, check_budget, size_of
 from bitatlas.planning.choose import Scores
 from bitatlas.planning.memory import own_context_text, settled
+from bitatlas.planning.protect import check_items
 from bitatlas.planning.refine import step_text
 from bitatlas.planning.search import Subject, Tools
 from bitatlas.progress import Reporter
@@ -131,6 +132,7 @@ def prepare(settings: Settings, out: Path, resume: bool, reporter: Reporter) -> 
         _check_folder(out, resume, checkpoint, settings.formats)
         tokenizer = checkpoint.load_tokenizer()
         rows, items = rows_and_items(settings, checkpoint, tokenizer)
+        check_items(settings.budget, {task: len(of_task) for task, of_task in items.items()})
     with reporter.stage("reading every weight once") as progress:
         check_finite(checkpoint, progress)
     model = checkpoint.load_model(device)
@@ -234,6 +236,13 @@ def settings_of(atlas: Atlas) -> Settings:
     for name in ("formats", "rows", "tasks"):
         content[name] = tuple(content[name])
     return Settings(**content)
+
+
+def items_of_survey(atlas: Atlas) -> dict[str, list[Item]]:
+    """Task -> the items that a survey scored."""
+    settings = settings_of(atlas)
+    data = Path(settings.task_data) if settings.task_data else None
+    return {task: load_items(task, data, settings.limit, settings.seed) for task in settings.tasks}
 
 
 def rows_of_survey(atlas: Atlas, checkpoint: Checkpoint) -> Rows:

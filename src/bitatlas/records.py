@@ -71,11 +71,12 @@ class Size:
 
 @dataclass(frozen=True)
 class Budget:
-    """`value` in bits, nats/token, or bytes: of the whole model, or with `workload` of the device."""
+    """`value` in bits, nats/token, or bytes: of the whole model, or with `workload` of the device; of "protect" the least margin, points."""
 
-    kind: str  # "code_bits", "stored_bits", "size" (the whole model), "vram" (with cache and activations) or "max_damage"
+    kind: str  # "code_bits", "stored_bits", "size" (the whole model), "vram" (with cache and activations), "max_damage" or "protect"
     value: float
     workload: Workload | None = None  # of "vram" alone
+    protect: dict[str, float] | None = None  # of "protect" alone: task -> points that may be lost
 
 
 # --- the plan ----------------------------------------------------------------------------------------------------------

@@ -5,12 +5,14 @@ from __future__ import annotations
 import math
 import re
 import sys
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from bitatlas.errors import UserError
-from bitatlas.evaluation.no_loss import MARGIN_POINTS
+from bitatlas.evaluation.items import check_task_names
+from bitatlas.evaluation.no_loss import MARGIN_POINTS, parse_points
 from bitatlas.formats import FORMATS, Format, by_width, get_format
 from bitatlas.planning.budget import parse_size
 from bitatlas.planning.memory import workload_of
@@ -107,6 +109,7 @@ def parse_budget(
     cache_dtype: str | None = None,
     batch: int | None = None,
     chunk: int | None = None,
+    protect: Sequence[str] = (),
 ) -> Budget | None:
     """The one budget that was given, or None; UserError for two. Context, cache dtype, batch and chunk belong to `vram`."""
     values = {
@@ -120,11 +123,28 @@ def parse_budget(
         if value is not None and vram is None:
             raise UserError(f"{flag} {value}: belongs to --vram, like --vram 8GiB --context 8192")
     given = [Budget(kind, _positive(kind, value)) for kind, value in values.items() if value is not None]
+    if protect:
+        tasks = parse_protect(protect)
+        given.append(Budget("protect", min(tasks.values()), protect=tasks))
     if len(given) > 1:
-        raise UserError("--code-bits, --stored-bits, --size, --vram, --max-damage: give one of them, not several")
+        raise UserError("--code-bits, --stored-bits, --size, --vram, --max-damage, --protect: give one of them, not several")
     if vram is not None:
         return replace(given[0], workload=workload_of(context, cache_dtype, batch, chunk))
     return given[0] if given else None
+
+
+def parse_protect(words: Sequence[str]) -> dict[str, float]:
+    """`svamp=1pp` -> {"svamp": 1.0}, for each word; UserError for an unknown task, or one that comes twice."""
+    found: dict[str, float] = {}
+    for word in words:
+        name, equals, points = word.partition("=")
+        if not equals:
+            raise UserError(f"--protect {word}: give a task and the points that it may lose, like svamp=1pp")
+        (task,) = check_task_names([name], "--protect") or [""]
+        if not task or task in found:
+            raise UserError(f"--protect {word}: {'give a task, like svamp=1pp' if not task else f'{task} comes twice'}")
+        found[task] = parse_points(points, f"--protect {task}")
+    return found
 
 
 def _positive(kind: str, value: float) -> float:

@@ -18,8 +18,8 @@ from pydantic import TypeAdapter
 from torch import Tensor
 
 from bitatlas.assemble import Lines, Measurements, assemble, damage_lines, write_outputs
-from bitatlas.evaluation.items import TASKS, chance_level, items_sha256, load_items, task_text
-from bitatlas.evaluation.run import score_items
+from bitatlas.evaluation.items import TASKS, chance_level, load_items, task_text
+from bitatlas.evaluation.shards import right_of, score_shards
 from bitatlas.journal import content_key
 from bitatlas.planning.budget import assignment_of
 from bitatlas.planning.calibration import calibrate
@@ -30,15 +30,14 @@ from bitatlas.prepare import Run, prepare, tools_of
 from bitatlas.profiles.attention import AttentionResult, attention_profile
 from bitatlas.profiles.focus import Problem, problems_of
 from bitatlas.profiles.weights import weight_profile
-from bitatlas.progress import Advance, Reporter
+from bitatlas.progress import Reporter
+from bitatlas.protection import check_protected, protect_plan
 from bitatlas.records import Atlas, Calibration, Module, WeightProfile
 from bitatlas.sensitivity.screens import LayerScreen, screen_layers, screen_uniform, screen_units, uniform
 from bitatlas.sensitivity.task_text import ROW_LENGTH, ROWS, screen_tasks
 from bitatlas.settings import Settings
-from bitatlas.swap import swapped
 from bitatlas.tokens import cut_rows
 
-SHARD_ITEMS = 50  # of a task, between two entries of the journal
 FOCUS_PROBLEMS = 64
 PROFILED_ROWS = 32
 LIBRARIES = ("bitatlas", "torch", "transformers", "lm_eval", "numpy", "scipy")
@@ -52,6 +51,7 @@ def run_survey(settings: Settings, out: Path, resume: bool, reporter: Reporter) 
     settings = run.settings  # the budget in full
     low, high = settings.low, settings.high
     modules, rows, meter = run.checkpoint.modules, run.rows, run.meter
+    check_protected(run)
     with reporter.stage(f"quantizing ({settings.quantizer})") as progress:
         run.bank.fill(settings.formats, progress)
     weights = profile_weights(run)
@@ -160,6 +160,8 @@ def by_criticality(modules: Sequence[Module], high: np.ndarray, low: np.ndarray,
 
 def find_plan(run: Run, tools: Tools, most_critical: list[int]) -> Judged:
     """The plan under the budget, judged on the test rows."""
+    if run.settings.budget.protect:
+        return protect_plan(run, tools, most_critical)
     found = search(run.subject, run.settings.budget, tools)
     return judge(run.subject, run.settings.budget, found, run.measure, most_critical)
 
@@ -194,24 +196,7 @@ def run_tasks(run: Run, precisions: Assignments) -> tuple[dict[str, dict[str, np
     for task, items in run.items.items():
         outcomes[task] = {}
         for precision, assignment in precisions.items():
-            with run.reporter.stage(f"{task} ({precision})") as progress, swapped(run.model, run.bank.weights(assignment)):
-                answers = _score_shards(run, task, items, assignment, progress)
-            outcomes[task][precision] = np.array([answer["correct"] for answer in answers])
+            answers = score_shards(run, task, items, assignment, precision)
+            outcomes[task][precision] = right_of(answers)
             records += [{"task": task, "precision": precision, **answer} for answer in answers]
     return outcomes, records
-
-
-def _score_shards(
-    run: Run, task: str, items: list[dict[str, Any]], assignment: Mapping[str, str], progress: Advance
-) -> list[dict[str, Any]]:
-    answers: list[dict[str, Any]] = []
-    for start in range(0, len(items), SHARD_ITEMS):
-        shard = items[start : start + SHARD_ITEMS]
-        key = content_key("task", run.meter.identity, dict(assignment), task, items_sha256(shard))
-        value = run.journal.get(key)
-        if value is None:
-            value = score_items(run.model, run.tokenizer, task, shard)
-            run.journal.put(key, "task", value)
-        answers += value
-        progress(start + len(shard), len(items))
-    return answers

@@ -13,7 +13,7 @@ from bitatlas.curve import Curve
 from bitatlas.findings.tasks import smallest_held, task_widths
 from bitatlas.records import Atlas, Measured, Plan, Size, TaskPair, TaskScore
 from bitatlas.verify import Verification
-from bitatlas.words import byte_size, interval, memory_text, number
+from bitatlas.words import byte_size, interval, memory_text, number, protect_text
 
 STYLES = {"critical": "red", "safe": "green", "uncertain": "yellow"}
 
@@ -55,7 +55,7 @@ def show_plan(plan: Plan) -> None:
     """Size, damage and, where it was verified, its baselines."""
     console = _console()
     memory = memory_text(plan)
-    asked = byte_size(int(plan.budget.value)) if memory else f"{plan.budget.value:g}"
+    asked = byte_size(int(plan.budget.value)) if memory else protect_text(plan) or f"{plan.budget.value:g}"
     table = _table(f"Plan ({plan.budget.kind} {asked})", ["", "size", "code bits", "damage"])
     predicted = f"{number(plan.damage.predicted)} (predicted)" if plan.damage.predicted is not None else "not predicted"
     damage = _nats(plan.damage.measured) if plan.damage.measured else predicted
@@ -70,6 +70,8 @@ def show_plan(plan: Plan) -> None:
     console.print(table)
     if memory:
         console.print(memory, markup=False, soft_wrap=True)
+    if plan.budget.protect:
+        console.print(f"Verdict: {plan.verdict}", markup=False, soft_wrap=True)
 
 
 def show_curve(curve: Curve) -> None:

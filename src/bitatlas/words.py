@@ -83,6 +83,11 @@ def memory_text(plan: Plan) -> str:
     )
 
 
+def protect_text(plan: Plan) -> str:
+    """`demo_questions=5pp`, as it was asked for; "" where the budget is another."""
+    return ", ".join(f"{task}={points:g}pp" for task, points in (plan.budget.protect or {}).items())
+
+
 def p_value(p: float | None) -> str:
     """`p` as text; below 0.0001 only the bound."""
     if p is None:

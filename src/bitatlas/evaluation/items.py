@@ -69,17 +69,17 @@ TASKS: dict[str, Task] = {
 }
 
 
-def check_task_names(names: Sequence[str]) -> list[str]:
+def check_task_names(names: Sequence[str], flag: str = "--tasks") -> list[str]:
     """The known tasks among `names`, each once; ["none"] and [] are no tasks. UserError with the nearest name for an unknown one."""
     wanted = list(dict.fromkeys(name.strip() for name in names if name.strip()))
     if wanted == ["none"]:
         return []
     for name in wanted:
         if name == "none":
-            raise UserError("--tasks: 'none' stands alone; leave it out or leave the tasks out")
+            raise UserError(f"{flag}: 'none' stands alone; leave it out or leave the tasks out")
         if name not in TASKS:
             near = difflib.get_close_matches(name, TASKS, n=1, cutoff=0.0)[0]
-            raise UserError(f"--tasks: unknown task {name!r}; nearest is {near!r} (valid: {', '.join(TASKS)}, or none)")
+            raise UserError(f"{flag}: unknown task {name!r}; nearest is {near!r} (valid: {', '.join(TASKS)}, or none)")
     return wanted
 
 

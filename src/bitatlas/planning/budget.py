@@ -29,7 +29,7 @@ SIZE_UNITS = {"": 1, "b": 1} | {
 }
 RANGE_DIGITS = 4  # significant digits of a possible range
 EXACT_DIGITS = 15  # significant digits that show a number as it was given
-DAMAGE_FLAG = "--max-damage"
+MEASURED = {"max_damage": "--max-damage", "protect": "--protect"}  # kinds whose size is sought, not given
 
 
 @dataclass(frozen=True)
@@ -178,9 +178,9 @@ def costs_of(budget: Budget, units: Sequence[Unit], formats: Sequence[str], info
     """The budget (`memory.settled`, where it has a workload) in whole numbers, cost: [units, formats].
 
     The limit is the largest sum whose value, as `size_of` prints it, is not above the budget's; it can be negative where
-    the budget is impossible. A tolerated damage has no limit: its costs are bytes.
+    the budget is impossible. A tolerated damage and a protected task have no limit: their costs are bytes.
     """
-    if budget.kind == "max_damage":
+    if budget.kind in MEASURED:
         return Costs(_cost_table(KINDS["size"], units, formats), None, KINDS["size"].what)
     kind = _kind(budget.kind)
     weights = sum(unit.weights for unit in units)
@@ -217,12 +217,12 @@ def check_budget(budget: Budget, modules: Sequence[Module], formats: Sequence[st
 
     A tolerated damage is only checked for being a positive number: what is possible must be measured.
     """
-    flag = DAMAGE_FLAG if budget.kind == "max_damage" else _kind(budget.kind).flag
+    flag = MEASURED.get(budget.kind) or _kind(budget.kind).flag
     if not formats:
         raise UserError("--formats: at least one format is needed")
     if not math.isfinite(budget.value) or budget.value <= 0:
         raise UserError(f"{flag} {budget.value:g} must be a positive number")
-    if budget.kind == "max_damage":
+    if budget.kind in MEASURED:
         return
     kind, units = KINDS[budget.kind], units_of(modules)
     if not units:

@@ -67,7 +67,7 @@ def write_plan(plan: Plan, folder: Path, out: Path | None) -> Path:
 
     Only an earlier plan is written over: UserError for any other file, a folder, or a place that cannot be written to.
     """
-    file = out or folder / f"plan-{plan.budget.kind}-{_plain(plan.budget.value)}{_named(plan.budget.workload)}.json"
+    file = out or folder / f"plan-{plan.budget.kind}-{_value(plan.budget)}{_named(plan.budget.workload)}.json"
     try:
         if file.resolve() == (folder / "plan.json").resolve():
             raise UserError(f"--out {file}: that is the survey's own, verified plan; choose another name")
@@ -82,6 +82,15 @@ def write_plan(plan: Plan, folder: Path, out: Path | None) -> Path:
         reason = getattr(error, "strerror", None) or "links in a circle"
         raise UserError(f"--out {file}: cannot be written ({reason.lower()})") from None
     return file
+
+
+def _value(budget: Budget) -> str:
+    """What a file's name says of the budget."""
+    return (
+        "-".join(f"{task}-{_plain(points)}" for task, points in budget.protect.items())
+        if budget.protect
+        else _plain(budget.value)
+    )
 
 
 def _plain(value: float) -> str:

@@ -283,7 +283,7 @@ def _plain(value: object) -> str:
 
 def _budget_text(plan: Plan) -> str:
     memory = words.memory_text(plan)
-    return f"vram. {memory}" if memory else f"{plan.budget.kind} {number(plan.budget.value)}"
+    return f"vram. {memory}" if memory else f"{plan.budget.kind} {words.protect_text(plan) or number(plan.budget.value)}"
 
 
 def _bits(bits: float | None) -> str:

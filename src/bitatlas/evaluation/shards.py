@@ -1,0 +1,39 @@
+"""Score a task in shards, each journaled: an interrupted run goes on with the next, and no items are answered twice."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from bitatlas.evaluation.items import Item, items_sha256
+from bitatlas.evaluation.run import score_items
+from bitatlas.journal import content_key
+from bitatlas.swap import swapped
+
+if TYPE_CHECKING:
+    from bitatlas.prepare import Run
+
+SHARD_ITEMS = 50  # of a task, between two entries of the journal
+
+
+def score_shards(run: Run, task: str, items: list[Item], assignment: Mapping[str, str], precision: str) -> list[dict[str, Any]]:
+    """One record an item, of the model with `assignment`; `precision`: its name, for the reader of the progress."""
+    answers: list[dict[str, Any]] = []
+    with run.reporter.stage(f"{task} ({precision})") as progress, swapped(run.model, run.bank.weights(assignment)):
+        for start in range(0, len(items), SHARD_ITEMS):
+            shard = items[start : start + SHARD_ITEMS]
+            key = content_key("task", run.meter.identity, dict(assignment), task, items_sha256(shard))
+            value = run.journal.get(key)
+            if value is None:
+                value = score_items(run.model, run.tokenizer, task, shard)
+                run.journal.put(key, "task", value)
+            answers += value
+            progress(start + len(shard), len(items))
+    return answers
+
+
+def right_of(answers: list[dict[str, Any]]) -> np.ndarray:
+    """bool [items]"""
+    return np.array([answer["correct"] for answer in answers], dtype=bool)
