@@ -276,5 +276,5 @@ def _packed(plan: Plan, plan_file: Path, skeleton: nn.Module, name: str, weight:
         raise UserError(f"{name}: cannot be packed as {plan.modules[name]}: {error}") from None
 
 
-def _bytes(tensor: Tensor) -> memoryview:
-    return memoryview(tensor.contiguous().numpy()).cast("B")
+def _bytes(tensor: Tensor) -> bytes:
+    return tensor.contiguous().numpy().tobytes()

@@ -6,6 +6,8 @@ files' sizes taken from the disk, its tasks scored where they are asked for.
 
 from __future__ import annotations
 
+import contextlib
+import io
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -87,14 +89,15 @@ def verify_plan(
     items = _items(plan_file, plan, checkpoint, tasks)
     check_finite(checkpoint)
     model = checkpoint.load_model(check_device(device))
-    disk, checks = None, ()
+    disk: tuple[int, int] | None = None
+    checks: tuple[TaskCheck, ...] = ()
     if folder is None:
         bank = bank_of_plan(plan, plan_file, model, list(plan.modules))
         meter = DamageMeter(model, bank, checkpoint.info.weights_sha256, bank.identity, Journal(None))
         with reporter.stage("damage of the plan") as progress:
             nats = meter.plans({"plan": plan.modules}, test, progress)["plan"]
     else:
-        packed, tokenizer = open_model(str(folder), check_device(device))
+        packed, tokenizer = _open_packed(folder, check_device(device))
         disk = draw(plan, checkpoint, checkpoint.skeleton()).disk_bytes, sum(f.stat().st_size for f in weight_files(folder))
         with reporter.stage("damage of the checkpoint") as progress:
             nats = between(model, packed, test, progress)
@@ -113,6 +116,21 @@ def _judge(
     lowest = damage.ci95[0] if damage.ci95 else damage.mean
     size_kept = size == plan.size and (disk is None or disk[0] == disk[1])
     return Verification(plan, size, damage, promise, size_kept, promise is None or lowest <= promise, disk, checks)
+
+
+@torch.no_grad()
+def _open_packed(folder: Path, device: str) -> tuple[Any, Any]:
+    """The checkpoint, unpacked (its first pass does that), without what the package has to say about it."""
+    from loguru import logger
+
+    logger.disable("compressed_tensors")
+    try:
+        with contextlib.redirect_stderr(io.StringIO()):
+            model, tokenizer = open_model(str(folder), device)
+            model(input_ids=torch.zeros(1, 1, dtype=torch.long, device=model.device), use_cache=False)
+    finally:
+        logger.enable("compressed_tensors")
+    return model, tokenizer
 
 
 @torch.no_grad()

@@ -97,14 +97,16 @@ def _front_matter(plan: Plan, story: Story, base_card: Path | None) -> str:
     for score in story.tasks:
         accuracy = round(100 * score.correct / score.n, 2)
         results.append(result("text-generation", score.task, "accuracy", f"accuracy, % of {score.n}", accuracy))
-    return ModelCardData(
-        base_model=plan.model.name,
-        base_model_relation="quantized",
-        library_name="transformers",
-        tags=["bitatlas", "compressed-tensors", "mixed-precision"],
+    facts: dict[str, Any] = {
+        "base_model": plan.model.name,
+        "base_model_relation": "quantized",
+        "library_name": "transformers",
+        "tags": ["bitatlas", "compressed-tensors", "mixed-precision"],
         **_taken_over(base_card),
-        **({"model_name": Path(plan.model.name).name, "eval_results": results} if results else {}),
-    ).to_yaml() + "\n"
+    }
+    if results:
+        facts |= {"model_name": Path(plan.model.name).name, "eval_results": results}
+    return f"{ModelCardData(**facts).to_yaml()}\n"
 
 
 def _taken_over(base_card: Path | None) -> dict[str, Any]:

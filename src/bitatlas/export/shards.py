@@ -62,7 +62,11 @@ def cut(entries: Sequence[Entry], limit: int = SHARD_BYTES) -> list[Shard]:
             room = limit
         parts[-1].append(entry)
         room -= entry.size_bytes
-    names = ["model.safetensors"] if len(parts) == 1 else [f"model-{k:05}-of-{len(parts):05}.safetensors" for k in range(1, len(parts) + 1)]
+    names = (
+        ["model.safetensors"]
+        if len(parts) == 1
+        else [f"model-{k:05}-of-{len(parts):05}.safetensors" for k in range(1, len(parts) + 1)]
+    )
     return [_shard(name, part) for name, part in zip(names, parts, strict=True)]
 
 
@@ -78,7 +82,10 @@ def _shard(name: str, entries: Iterable[Entry]) -> Shard:
     text += b" " * (-len(text) % ALIGNMENT)
     header = struct.pack("<Q", len(text)) + text
     return Shard(
-        name, header, {key: len(header) + start for key, (start, _) in ends.items()}, {key: size for key, (_, size) in ends.items()}
+        name,
+        header,
+        {key: len(header) + start for key, (start, _) in ends.items()},
+        {key: size for key, (_, size) in ends.items()},
     )
 
 
@@ -96,7 +103,7 @@ class Writer:
             self._files[shard.name] = (self.folder / shard.name).open("wb")
         return self
 
-    def write(self, name: str, data: bytes | memoryview) -> None:
+    def write(self, name: str, data: bytes) -> None:
         """The next bytes of tensor `name`."""
         shard, left = self._home[name], self._missing[name]
         if len(data) > left:
