@@ -21,15 +21,17 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, full_like, nn, uint8
 
+from bitatlas.errors import UserError
 from bitatlas.formats import FORMATS, Format, stored_bytes
 from bitatlas.journal import content_key
 from bitatlas.packing import pack, unpack
 from bitatlas.quantizers import get_quantizer
 from bitatlas.quantizers.codes import Codes
-from bitatlas.records import Module
+from bitatlas.records import Module, Plan
 from bitatlas.swap import swapped, weight_of
 from bitatlas.tokens import rows_sha256
 
+BANK = "bank"  # folder of quantized weights, in a run's folder
 KEPT_BYTES = 2**31  # of unpacked codes in memory
 HEADER_BYTES = 1024  # of one file, at most
 Key = tuple[str, str]  # module, format
@@ -169,3 +171,23 @@ class Bank:
 def disk_bytes(modules: Sequence[Module], formats: Sequence[str]) -> int:
     """What a bank of these modules in these formats takes on disk, at most."""
     return sum(stored_bytes(m.shape, FORMATS[name]) + HEADER_BYTES for m in modules for name in formats)
+
+
+def bank_of_plan(plan: Plan, plan_file: Path, model: nn.Module, modules: Sequence[str]) -> Bank:
+    """The weights of `modules` that the plan is about: from its survey's bank, or quantized again where they depend on the model alone."""
+    places = [folder / BANK for folder in (plan_file.parent, plan_file.parent.parent) if (folder / BANK).is_dir()]
+    bank = Bank(
+        model,
+        modules,
+        plan.quantizer,
+        plan.formats,
+        folder=places[0] if places else None,
+        weights_sha256=plan.model.weights_sha256,
+        identity=plan.codes or None,
+    )
+    if bank.quantizer.uses_rows and not bank.holds({module: plan.modules[module] for module in modules}):
+        raise UserError(
+            f"{plan_file}: {plan.quantizer} weights depend on the text they were fitted on, so the survey's folder {BANK!r} must lie "
+            "beside the plan, whole; or run the survey again with --resume"
+        )
+    return bank

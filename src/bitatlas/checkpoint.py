@@ -61,6 +61,10 @@ class Checkpoint:
         self._check_unexpected(sorted(report["unexpected_keys"]))
         return _placed(model, device)
 
+    def skeleton(self) -> nn.Module:
+        """The model without its weights, on torch's meta device."""
+        return _skeleton(self.config, str(self.folder))
+
     def _check_unexpected(self, keys: list[str]) -> None:
         """Tensors that transformers passed over: harmless buffers, or weights that the config has no place for."""
         layers = self.info.layers + int(getattr(self.config.get_text_config(), "num_nextn_predict_layers", None) or 0)

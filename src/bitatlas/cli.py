@@ -261,24 +261,45 @@ def _plan_curve(folder: Path, other: Any, points: int | None, model: str | None,
 
 
 @app.command()
-def verify(
+def apply(
     model: Annotated[str, typer.Argument(help="The checkpoint that the plan was made for.")],
     plan_file: Annotated[Path, typer.Argument(metavar="PLAN", help="A plan.json.")],
+    out: Annotated[Path, typer.Option("--out", help="A new folder for the packed checkpoint.")],
+    quiet: Quiet = False,
+) -> None:
+    """Write the packed checkpoint of a plan, which transformers loads (compressed-tensors, pack-quantized)."""
+    from bitatlas.apply import apply_plan
+    from bitatlas.progress import Reporter
+    from bitatlas.terminal import show_applied
+
+    show_applied(apply_plan(model, plan_file, out, Reporter(quiet)))
+    print(out)
+
+
+@app.command()
+def verify(
+    model: Annotated[str, typer.Argument(help="The checkpoint that the plan was made for.")],
+    plan_file: Annotated[Path, typer.Argument(metavar="PLAN_OR_CHECKPOINT", help="A plan.json, or a folder that apply wrote.")],
     tokens: Tokens = None,
     rows: RowCounts = "24,24,64",
     row_length: RowLength = 192,
+    tasks: Annotated[
+        str | None,
+        typer.Option("--tasks", callback=_not_empty, help="Of a folder: score these of the survey's tasks again. Default: none."),
+    ] = None,
+    card: Annotated[bool, typer.Option("--card", help="Of a folder: put what was found into its README.md.")] = False,
     device: Device = "cpu",
     seed: Seed = 0,
     quiet: Quiet = False,
 ) -> None:
-    """Measure a plan's size and damage against what it promises; exit code 1 if it does worse."""
+    """Measure a plan, or a packed checkpoint, against what it promises: size and damage; exit code 1 if it does worse."""
     from bitatlas.progress import Reporter
     from bitatlas.settings import check_seed, parse_rows
     from bitatlas.terminal import show_verification
     from bitatlas.verify import verify_plan
 
     check_seed(seed)
-    result = verify_plan(model, plan_file, tokens, parse_rows(rows), row_length, device, seed, Reporter(quiet))
+    result = verify_plan(model, plan_file, tokens, parse_rows(rows), row_length, device, seed, Reporter(quiet), tasks, card)
     show_verification(result)
     if not result.kept:
         raise typer.Exit(1)

@@ -16,7 +16,18 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_N
 
 from bitatlas.errors import UserError
 
-HUB_FILES = ["*.safetensors", "*.safetensors.index.json", "*.json", "tokenizer*", "*.model", "*.txt", "*.jinja"]
+HUB_FILES = [
+    "*.safetensors",
+    "*.safetensors.index.json",
+    "*.json",
+    "tokenizer*",
+    "*.model",
+    "*.txt",
+    "*.jinja",
+    "*.md",
+    "LICENSE*",
+    "NOTICE*",
+]
 LONGEST_REASON = 200  # characters of a library's message that are repeated
 
 

@@ -16,7 +16,7 @@ import numpy as np
 from pydantic import TypeAdapter
 
 import bitatlas.demo as demo
-from bitatlas.bank import Bank, disk_bytes
+from bitatlas.bank import BANK, Bank, disk_bytes
 from bitatlas.checkpoint import Checkpoint, check_causal, check_finite, free_bytes, open_checkpoint
 from bitatlas.errors import UserError
 from bitatlas.evaluation.items import Item, check_task_names, load_items, split_items, task_text
@@ -38,7 +38,6 @@ from bitatlas.tokens import Rows, check_vocabulary, make_rows, read_documents
 from bitatlas.words import byte_size, number
 
 OUTPUT_BYTES = 64 * 2**20  # journal, tables and reports of a large model
-BANK = "bank"  # folder of quantized weights, in the run's folder
 DEMO_FORMATS = "int2_g128,int3_g128,int4_g128"  # at which both of the demo's tasks have something to lose
 DEMO_TASKS = "demo_problems,demo_questions"
 DEFAULT_TASKS = "arc_easy,svamp"

@@ -8,12 +8,13 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
+from bitatlas.apply import Applied
 from bitatlas.compare import Comparison
 from bitatlas.curve import Curve
 from bitatlas.findings.tasks import smallest_held, task_widths
 from bitatlas.records import Atlas, Measured, Plan, Size, TaskPair, TaskScore
 from bitatlas.verify import Verification
-from bitatlas.words import byte_size, interval, memory_text, number, protect_text
+from bitatlas.words import MINUS, byte_size, interval, listed, memory_text, number, protect_text
 
 STYLES = {"critical": "red", "safe": "green", "uncertain": "yellow"}
 
@@ -87,6 +88,18 @@ def show_curve(curve: Curve) -> None:
     _console().print(table)
 
 
+def show_applied(result: Applied) -> None:
+    """Bytes promised and bytes on disk, with every cause of a difference."""
+    table = _table("Packed checkpoint", ["", "bytes"])
+    table.add_row("weights, as the plan promises", f"{result.promised_bytes:,}")
+    for cause, count in result.causes.items():
+        table.add_row(f"  {cause}", f"{count:+,}".replace("-", MINUS))
+    table.add_row("weights' files on disk", f"{result.disk_bytes:,}")
+    console = _console()
+    console.print(table)
+    console.print(f"Carried over: {listed(result.carried)}", markup=False, soft_wrap=True)
+
+
 def show_verification(result: Verification) -> None:
     """Promised and found, side by side."""
     console = _console()
@@ -94,8 +107,12 @@ def show_verification(result: Verification) -> None:
     sizes: list[tuple[str, Size]] = [("promised", result.plan.size), ("found", result.size)]
     table.add_row("quantized bytes", *(f"{size.quantized_bytes:,}" for _, size in sizes), _kept(result.size_kept))
     table.add_row("total bytes", *(f"{size.total_bytes:,}" for _, size in sizes), _kept(result.size_kept))
+    if result.disk:
+        table.add_row("weights' files, bytes", *(f"{count:,}" for count in result.disk), _kept(result.disk[0] == result.disk[1]))
     promised = "nothing" if result.promised is None else f"{number(result.promised)} nats/token"
     table.add_row("damage", promised, _nats(result.damage), _kept(result.damage_kept))
+    for task in result.tasks:
+        table.add_row(task.task, f"{task.promised}/{task.n}", f"{task.found.correct}/{task.n}", _kept(task.kept))
     console.print(table)
 
 

@@ -1,24 +1,53 @@
-"""Does a plan keep its promise? Its size recomputed, its damage measured again, both against what the plan says."""
+"""Does a plan keep its promise? Its size recomputed, its damage measured again, both against what the plan says.
+
+Given a folder that `apply` wrote, the checkpoint in it is what is measured: loaded by transformers as anybody would load it, its
+files' sizes taken from the disk, its tasks scored where they are asked for.
+"""
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+import contextlib
+import io
+from collections.abc import Callable
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from bitatlas.bank import Bank
-from bitatlas.checkpoint import Checkpoint, check_finite, open_checkpoint
+import numpy as np
+import torch
+from torch import Tensor
+
+from bitatlas.apply import card_of, check_fits, check_package, draw
+from bitatlas.bank import bank_of_plan
+from bitatlas.checkpoint import Checkpoint, check_finite, open_checkpoint, open_model
 from bitatlas.errors import UserError
 from bitatlas.evaluation.bootstrap import measured
-from bitatlas.files import read_record
+from bitatlas.export.card import VERIFIED, atlas_beside, story_beside
+from bitatlas.files import read_record, write_text
+from bitatlas.folder import weight_files
 from bitatlas.journal import Journal
+from bitatlas.layerwise import batch_rows
 from bitatlas.planning.budget import size_of
-from bitatlas.prepare import BANK, rows_of_survey
+from bitatlas.prepare import rows_and_items, rows_of_survey, settings_of
 from bitatlas.progress import Reporter
-from bitatlas.records import Atlas, Measured, Plan, Size
-from bitatlas.sensitivity.damage import DamageMeter
+from bitatlas.records import Measured, Plan, Size, TaskScore
+from bitatlas.sensitivity.damage import DamageMeter, kl_per_row
 from bitatlas.settings import check_device
 from bitatlas.tokens import Rows, make_rows, read_documents
+
+
+@dataclass(frozen=True)
+class TaskCheck:
+    """One task again. `kept`: what was promised is not above the Wilson interval of what was found."""
+
+    task: str
+    promised: int  # right
+    n: int
+    found: TaskScore
+
+    @property
+    def kept(self) -> bool:
+        return self.promised / self.n <= self.found.wilson95[1]
 
 
 @dataclass(frozen=True)
@@ -31,75 +60,136 @@ class Verification:
     promised: float | None  # nats/token
     size_kept: bool
     damage_kept: bool
+    disk: tuple[int, int] | None = None  # of a checkpoint: bytes that its weights' files should have, and have
+    tasks: tuple[TaskCheck, ...] = ()
 
     @property
     def kept(self) -> bool:
-        return self.size_kept and self.damage_kept
+        return self.size_kept and self.damage_kept and all(task.kept for task in self.tasks)
 
 
 def verify_plan(
-    model_name: str,
-    plan_file: Path,
-    tokens: str | None,
-    rows: tuple[int, int, int],
-    row_length: int,
-    device: str,
-    seed: int,
-    reporter: Reporter,
-) -> Verification:
-    """Measure `plan_file` on `model_name`. Without `tokens`, the rows of the survey that lies beside the plan are used again."""
+    model_name: str, plan_file: Path, tokens: str | None, rows: tuple[int, int, int], row_length: int, device: str, seed: int,
+    reporter: Reporter, tasks: str | None = None, card: bool = False,
+) -> Verification:  # fmt: skip
+    """Measure a plan, or the checkpoint that was made of one. Without `tokens`, the rows of the survey beside it are used again.
+
+    `tasks`: of the survey's, with a checkpoint alone. `card`: write what was found into the checkpoint's README.md.
+    """
+    folder = plan_file if plan_file.is_dir() else None
+    if folder is None and (card or tasks is not None):
+        raise UserError("--card, --tasks: belong to a packed checkpoint; give the folder that apply wrote")
+    if folder is not None:
+        check_package()
+        plan_file = folder / "plan.json"
     plan = read_record(plan_file, Plan)
     checkpoint = open_checkpoint(model_name, plan.model.revision, fuse=False)
-    _check_fits(plan, checkpoint)
-    test = _rows(plan_file, checkpoint, tokens, rows, row_length, seed)
+    check_fits(plan, checkpoint)
+    test = _rows(plan_file, checkpoint, tokens, rows, row_length, seed).test
+    items = _items(plan_file, plan, checkpoint, tasks)
     check_finite(checkpoint)
     model = checkpoint.load_model(check_device(device))
-    bank = _bank(plan, plan_file, model)
-    meter = DamageMeter(model, bank, checkpoint.info.weights_sha256, bank.identity, Journal(None))
-    with reporter.stage("damage of the plan") as progress:
-        damage = measured(meter.plans({"plan": plan.modules}, test.test, progress)["plan"], "nats/token", "plan", "test", seed)
+    disk: tuple[int, int] | None = None
+    checks: tuple[TaskCheck, ...] = ()
+    if folder is None:
+        bank = bank_of_plan(plan, plan_file, model, list(plan.modules))
+        meter = DamageMeter(model, bank, checkpoint.info.weights_sha256, bank.identity, Journal(None))
+        with reporter.stage("damage of the plan") as progress:
+            nats = meter.plans({"plan": plan.modules}, test, progress)["plan"]
+    else:
+        packed, tokenizer = _open_packed(folder, check_device(device))
+        disk = draw(plan, checkpoint, checkpoint.skeleton()).disk_bytes, sum(f.stat().st_size for f in weight_files(folder))
+        with reporter.stage("damage of the checkpoint") as progress:
+            nats = between(model, packed, test, progress)
+        checks = tuple(_check_task(packed, tokenizer, *entry, reporter) for entry in items)
+    found = _judge(plan, checkpoint, measured(nats, "nats/token", "plan", "test", seed), disk, checks)
+    if folder is not None and card:
+        _write_card(folder, plan, checkpoint, found, tokens)
+    return found
+
+
+def _judge(
+    plan: Plan, checkpoint: Checkpoint, damage: Measured, disk: tuple[int, int] | None, checks: tuple[TaskCheck, ...]
+) -> Verification:
     size = size_of(checkpoint.modules, plan.modules, checkpoint.info)
     promise = plan.damage.measured.mean if plan.damage.measured else plan.damage.predicted
     lowest = damage.ci95[0] if damage.ci95 else damage.mean
-    return Verification(plan, size, damage, promise, size == plan.size, promise is None or lowest <= promise)
+    size_kept = size == plan.size and (disk is None or disk[0] == disk[1])
+    return Verification(plan, size, damage, promise, size_kept, promise is None or lowest <= promise, disk, checks)
 
 
-def _bank(plan: Plan, plan_file: Path, model: Any) -> Bank:
-    """The weights that the plan is about: from the bank of its survey, or quantized again where they depend on the model alone."""
-    places = [folder / BANK for folder in (plan_file.parent, plan_file.parent.parent) if (folder / BANK).is_dir()]
-    bank = Bank(
-        model,
-        list(plan.modules),
-        plan.quantizer,
-        plan.formats,
-        folder=places[0] if places else None,
-        weights_sha256=plan.model.weights_sha256,
-        identity=plan.codes or None,
-    )
-    if bank.quantizer.uses_rows and not bank.holds(plan.modules):
-        raise UserError(
-            f"{plan_file}: {plan.quantizer} weights depend on the text they were fitted on, so the survey's folder {BANK!r} must lie "
-            "beside the plan, whole; or run the survey again with --resume"
-        )
-    return bank
+@torch.no_grad()
+def _open_packed(folder: Path, device: str) -> tuple[Any, Any]:
+    """The checkpoint, unpacked (its first pass does that), without what the package has to say about it."""
+    from loguru import logger
+
+    logger.disable("compressed_tensors")
+    try:
+        with contextlib.redirect_stderr(io.StringIO()):
+            model, tokenizer = open_model(str(folder), device)
+            model(input_ids=torch.zeros(1, 1, dtype=torch.long, device=model.device), use_cache=False)
+    finally:
+        logger.enable("compressed_tensors")
+    return model, tokenizer
 
 
-def _check_fits(plan: Plan, checkpoint: Checkpoint) -> None:
-    if plan.model.weights_sha256 != checkpoint.info.weights_sha256:
-        raise UserError(f"{checkpoint.info.name}: these are not the weights that the plan was made for ({plan.model.name})")
-    unknown = sorted(set(plan.modules) - {module.name for module in checkpoint.modules})
-    if unknown:
-        raise UserError(f"the plan names {unknown[0]}, which the checkpoint lacks")
+@torch.no_grad()
+def between(first: Any, second: Any, rows: Tensor, progress: Callable[[int, int], None]) -> np.ndarray:
+    """KL(first || second) of two models of one vocabulary, rows int64 [rows, tokens] -> float64 [rows], nats/token."""
+    vocabulary = int(first.get_output_embeddings().weight.shape[0])
+    found, batches = [], rows.split(batch_rows(rows.shape[1], vocabulary))
+    for done, batch in enumerate(batches, start=1):
+        logits = [model(input_ids=batch.to(model.device), use_cache=False).logits.float() for model in (first, second)]
+        found.append(kl_per_row(torch.log_softmax(logits[0], -1), logits[1]).cpu())
+        progress(done, len(batches))
+    return torch.cat(found).numpy()
 
 
 def _rows(
     plan_file: Path, checkpoint: Checkpoint, tokens: str | None, rows: tuple[int, int, int], row_length: int, seed: int
 ) -> Rows:
     if tokens is None:
-        atlas_file = plan_file.parent / "atlas.json"
-        if not atlas_file.is_file():
+        atlas = atlas_beside(plan_file.absolute())
+        if atlas is None:
             raise UserError(f"--tokens: no atlas.json lies beside {plan_file}, so its text is not known; give a text file")
-        return rows_of_survey(read_record(atlas_file, Atlas), checkpoint)
+        return rows_of_survey(atlas, checkpoint)
     vocabulary = int(checkpoint.config.get_text_config().vocab_size)
     tokenizer, context = checkpoint.load_tokenizer(), checkpoint.info.context
     return make_rows(read_documents(tokens), tokenizer, tokens, rows, row_length, context, seed, vocabulary=vocabulary)
+
+
+# --- tasks and the card ------------------------------------------------------------------------------------------------
+
+
+def _items(plan_file: Path, plan: Plan, checkpoint: Checkpoint, tasks: str | None) -> list[tuple[TaskScore, list[Any]]]:
+    """What each task promised, and its items; UserError for a task that promised nothing."""
+    names = [] if tasks in (None, "none") else [name.strip() for name in str(tasks).split(",")]
+    if not names:
+        return []
+    atlas = atlas_beside(plan_file.absolute())
+    promised = {score.task: score for score in story_beside(plan_file, plan).tasks}
+    missing = [name for name in names if name not in promised]
+    if atlas is None or missing:
+        told = f"it promised {', '.join(promised)}" if promised else "no survey of this plan with tasks lies beside it"
+        raise UserError(f"--tasks {tasks}: nothing was promised about {(missing or names)[0]}: {told}")
+    _, items = rows_and_items(replace(settings_of(atlas), tasks=tuple(names)), checkpoint, checkpoint.load_tokenizer())
+    return [(promised[name], items[name]) for name in names]
+
+
+def _check_task(model: Any, tokenizer: Any, promised: TaskScore, items: list[Any], reporter: Reporter) -> TaskCheck:
+    from bitatlas.evaluation.paired import compare_all
+    from bitatlas.evaluation.run import chance_level, score_items
+
+    with reporter.stage(promised.task):
+        right = np.array([answer["correct"] for answer in score_items(model, tokenizer, promised.task, items)])
+    scores, _ = compare_all({promised.task: {"plan": right}}, {promised.task: chance_level(items)})
+    return TaskCheck(promised.task, promised.correct, promised.n, scores[0])
+
+
+def _write_card(folder: Path, plan: Plan, checkpoint: Checkpoint, found: Verification, tokens: str | None) -> None:
+    """The card again, with what was found here in the place of what the survey measured."""
+    story = story_beside(folder / "plan.json", plan)
+    text = Path(tokens).name if tokens else story.text
+    story = replace(story, text=text, damage=found.damage, tasks=tuple(check.found for check in found.tasks), source=VERIFIED)
+    size = sum(file.stat().st_size for file in weight_files(folder))
+    write_text(folder / "README.md", card_of(plan, checkpoint, story, size))

@@ -31,6 +31,7 @@ class Quantizer:
     version: int  # raised whenever the codes change: codes that were stored by another version are not used again
     package: str | None = None  # what the optional extra of the quantizer's own name installs
     symmetric: bool = True  # it can do formats without a zero-point
+    whole_zeros: bool = True  # its zero-points are codes, not numbers in between
 
     def check(self, formats: Sequence[Format]) -> None:
         """UserError where its package is missing, or where it cannot do one of `formats`."""
@@ -48,7 +49,7 @@ QUANTIZERS: dict[str, Quantizer] = {
     for quantizer in (
         Quantizer("rtn", rtn.quantize_modules, uses_rows=False, version=1),
         Quantizer("gptq", gptq.quantize, uses_rows=True, version=1),
-        Quantizer("hqq", hqq.quantize_modules, uses_rows=False, version=1, package="hqq", symmetric=False),
+        Quantizer("hqq", hqq.quantize_modules, uses_rows=False, version=1, package="hqq", symmetric=False, whole_zeros=False),
         Quantizer("autoround", autoround.quantize, uses_rows=True, version=1, package="auto_round"),
     )
 }
