@@ -37,6 +37,12 @@ from bitatlas.workload import MemoryShape
 DTYPE_NAMES = {"F64": "float64", "F32": "float32", "F16": "float16", "BF16": "bfloat16"}
 FUSED = {"q_proj": "qkv", "k_proj": "qkv", "v_proj": "qkv", "gate_proj": "gate_up", "up_proj": "gate_up"}
 ROUTERS = ("gate", "router")  # of mixtures of experts: a few weights that choose the way, kept by every runtime
+WEIGHTS = (
+    ".weight",
+    ".qweight",
+    ".weight_packed",
+    ".weight_scale",
+)  # what no quantized checkpoint can do without, where it has it
 CAUSAL_TOKENS = 8  # of the text on which `check_causal` looks for a model that reads ahead
 CAUSAL_TOLERANCE = 1e-4  # of the largest logit
 logging.disable_progress_bar()  # loading a local file; our own progress is enough
@@ -110,8 +116,9 @@ def open_model(name: str, device: str = "cpu") -> tuple[Any, Any]:
     for file in weight_files(folder):
         read_header(file)
     model, report = _load(folder, name, torch.float32)
-    if not getattr(config, "quantization_config", None):  # a quantized layer makes and drops tensors as it is loaded
-        _check_loaded(report, name)
+    if getattr(config, "quantization_config", None):  # a quantized layer makes and drops other tensors as it is loaded
+        report["missing_keys"] = [key for key in report["missing_keys"] if key.endswith(WEIGHTS)]
+    _check_loaded(report, name)
     try:
         with _quiet():
             tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True)

@@ -307,8 +307,11 @@ def verify(
 
 @app.command()
 def compare(
-    first: Annotated[str, typer.Argument(metavar="MODEL_A", help="A checkpoint, quantized or not.")],
-    second: Annotated[str, typer.Argument(metavar="MODEL_B", help="Another one.")],
+    first: Annotated[
+        str,
+        typer.Argument(metavar="MODEL_A", help="A checkpoint, quantized or not, a plan.json, or a survey's folder (its plan)."),
+    ],
+    second: Annotated[str, typer.Argument(metavar="MODEL_B", help="Another one, or another plan.")],
     tokens: Tokens = None,
     rows: RowCounts = "2,2,64",
     row_length: RowLength = 192,
@@ -320,7 +323,7 @@ def compare(
     seed: Seed = 0,
     quiet: Quiet = False,
 ) -> None:
-    """Two checkpoints on the same rows and items, paired."""
+    """Two checkpoints or plans on the same rows and items, paired."""
     from bitatlas.compare import compare_models
     from bitatlas.evaluation.no_loss import parse_points
     from bitatlas.progress import Reporter

@@ -1,6 +1,7 @@
-"""Any two checkpoints on the same rows and the same items, paired: damage between them, and every task's difference.
+"""Any two checkpoints or plans on the same rows and the same items, paired: damage between them, and every task's difference.
 
-Reads whatever transformers loads, quantized checkpoints included, so that a model from another tool is judged by the same rules.
+Reads whatever transformers loads, quantized checkpoints included, so that a model from another tool is judged by the same rules. A plan
+(its file, or its survey's folder) is its checkpoint with the weights of the survey's bank, or quantized again where no text was needed.
 """
 
 from __future__ import annotations
@@ -13,18 +14,27 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from bitatlas.checkpoint import open_model
+from bitatlas.apply import check_fits, check_package
+from bitatlas.bank import bank_of_plan
+from bitatlas.checkpoint import check_finite, open_checkpoint, open_model
 from bitatlas.errors import UserError
 from bitatlas.evaluation.bootstrap import measured
 from bitatlas.evaluation.no_loss import MARGIN_POINTS
 from bitatlas.evaluation.paired import compare_all
 from bitatlas.evaluation.run import chance_level, check_task_names, load_items, score_items
+from bitatlas.export.card import atlas_beside
+from bitatlas.files import read_record
+from bitatlas.folder import find_folder, read_config
 from bitatlas.layerwise import batch_rows
 from bitatlas.progress import Reporter
-from bitatlas.records import Measured, TaskPair, TaskScore
+from bitatlas.records import Measured, Plan, TaskPair, TaskScore
 from bitatlas.sensitivity.damage import kl_per_row
 from bitatlas.settings import check_device
+from bitatlas.swap import weight_of
 from bitatlas.tokens import make_rows, read_documents
+from bitatlas.verify import open_packed
+
+PACKED = "compressed-tensors"
 
 
 @dataclass(frozen=True)
@@ -44,13 +54,13 @@ def compare_models(
     first: str, second: str, tokens: str | None, rows: tuple[int, int, int], row_length: int, tasks: str | None, task_data: str | None,
     limit: int | None, device: str, seed: int, reporter: Reporter, margin_points: float = MARGIN_POINTS,
 ) -> Comparison:  # fmt: skip
-    """Compare two checkpoints; UserError where there is nothing to compare them on."""
+    """Compare two checkpoints or plans; UserError where there is nothing to compare them on."""
     names = check_task_names((tasks or "none").split(","))
     if not names and tokens is None:
         raise UserError("--tokens, --tasks: give a text, tasks, or both: there is nothing to compare the models on")
     place = check_device(device)
     items = {task: load_items(task, Path(task_data) if task_data else None, limit, seed) for task in names}
-    models = [open_model(name, place) for name in (first, second)]
+    models = [_open(name, other, place) for name, other in ((first, second), (second, first))]
     damage, losses, difference = None, None, None
     if tokens is not None:
         with reporter.stage("damage and loss") as progress:
@@ -63,6 +73,55 @@ def compare_models(
                 outcomes[task][label] = np.array([answer["correct"] for answer in score_items(model, tokenizer, task, of_task)])
     scores, pairs = compare_all(outcomes, {task: chance_level(of_task) for task, of_task in items.items()}, margin_points)
     return Comparison(*labels, damage, losses, difference, scores, pairs)
+
+
+# --- what is compared --------------------------------------------------------------------------------------------------
+
+
+def _open(name: str, other: str, device: str) -> tuple[Any, Any]:
+    """(model, tokenizer) of a checkpoint, or of a plan's checkpoint with the plan's weights in it. `other`: what it is compared with."""
+    plan_file = _plan_file(name)
+    if plan_file is not None:
+        return _open_plan(plan_file, other, device)
+    folder = find_folder(name, None)
+    quantization = getattr(read_config(folder, name, quantized=True), "quantization_config", None)
+    if isinstance(quantization, dict) and quantization.get("quant_method") == PACKED:
+        check_package()
+        return open_packed(folder, device)
+    return open_model(name, device)
+
+
+def _plan_file(name: str) -> Path | None:
+    """The plan that an argument means: a file, or a survey's folder; a folder that is a checkpoint is one."""
+    path = Path(name).expanduser()
+    if path.is_dir() and (path / "plan.json").is_file() and not (path / "config.json").exists():
+        return path / "plan.json"
+    return path if path.is_file() else None
+
+
+def _open_plan(plan_file: Path, other: str, device: str) -> tuple[Any, Any]:
+    """The checkpoint is what it is compared with, where that is what the plan was made for; else the one that its survey names."""
+    plan = read_record(plan_file, Plan)
+    checkpoint = None
+    if _plan_file(other) is None:
+        folder = find_folder(other, None)
+        if not getattr(read_config(folder, other, quantized=True), "quantization_config", None):
+            checkpoint = open_checkpoint(other, None, fuse=False)
+    if checkpoint is None or checkpoint.info.weights_sha256 != plan.model.weights_sha256:
+        atlas = atlas_beside(plan_file.absolute())
+        if atlas is None:
+            raise UserError(
+                f"{plan_file}: a plan of {plan.model.name}, but neither is that the other model nor does an atlas.json beside it say where "
+                "it is; compare it with its checkpoint, or leave it in its survey's folder"
+            )
+        checkpoint = open_checkpoint(str(atlas.settings["model"]), plan.model.revision, fuse=False)
+    check_fits(plan, checkpoint)
+    check_finite(checkpoint)
+    model = checkpoint.load_model(device)
+    weights = bank_of_plan(plan, plan_file, model, list(plan.modules)).weights(plan.modules)
+    for module, weight in weights.items():
+        weight_of(model, module).copy_(weight)
+    return model, checkpoint.load_tokenizer()
 
 
 def _labels(first: str, second: str) -> tuple[str, str]:

@@ -97,7 +97,7 @@ def verify_plan(
         with reporter.stage("damage of the plan") as progress:
             nats = meter.plans({"plan": plan.modules}, test, progress)["plan"]
     else:
-        packed, tokenizer = _open_packed(folder, check_device(device))
+        packed, tokenizer = open_packed(folder, check_device(device))
         disk = draw(plan, checkpoint, checkpoint.skeleton()).disk_bytes, sum(f.stat().st_size for f in weight_files(folder))
         with reporter.stage("damage of the checkpoint") as progress:
             nats = between(model, packed, test, progress)
@@ -119,7 +119,7 @@ def _judge(
 
 
 @torch.no_grad()
-def _open_packed(folder: Path, device: str) -> tuple[Any, Any]:
+def open_packed(folder: Path, device: str) -> tuple[Any, Any]:
     """The checkpoint, unpacked (its first pass does that), without what the package has to say about it."""
     from loguru import logger
 
