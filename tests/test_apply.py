@@ -324,10 +324,12 @@ def test_verify_measures_the_folder(tiny_llama: Path, tmp_path: Path, text: Path
     save_file(tensors, out / "model.safetensors", metadata={"format": "pt"})
     code, told = verified(out)
     assert code == 1 and "NOT KEPT" in told
-    shorter = {key: value for key, value in tensors.items() if "norm" not in key}
-    save_file(shorter, out / "model.safetensors", metadata={"format": "pt"})
+    save_file({**tensors, "of_no_use": torch.zeros(8)}, out / "model.safetensors", metadata={"format": "pt"})
     code, told = verified(out)
     assert code == 1 and "weights' files, bytes" in told
+    shorter = {key: value for key, value in tensors.items() if "norm" not in key}
+    save_file(shorter, out / "model.safetensors", metadata={"format": "pt"})
+    assert verified(out)[0] == 2  # norms that are not there cannot be measured
 
 
 def test_two_copies_of_a_model_do_no_damage(tiny_llama: Path):
