@@ -5,7 +5,8 @@
 *Formats*: the plan from {2, 3, 4, 8} bits in two group sizes, against plans from {2, 4} bits in either group size, under the same limit of
 stored bits. *Quantizers*: rtn, gptq and (where it is installed) hqq, the same formats and code bits; every plan is found for the quantizer
 that it is measured with, and rtn's own plan is also measured with the other codes, to tell better codes from a better plan.
-Damage on the survey's test rows, nats/token, with 95 % intervals and paired differences by row. Appends to benchmarks/results/choices.json.
+Damage on the survey's test rows, nats/token, with 95 % intervals and paired differences by row. Appends to benchmarks/results/choices.json
+and writes the tables of docs/choices.md from it (`--table-only`: nothing else).
 """
 
 from __future__ import annotations
@@ -32,6 +33,7 @@ from bitatlas.records import Atlas, Budget
 from bitatlas.survey import run_survey
 
 RESULTS = Path(__file__).parent / "results" / "choices.json"
+PAGE = Path(__file__).parent.parent / "docs" / "choices.md"
 GROUPS = ("g32", "g64")
 FEW = {f"2, 4 bits, {group}": f"int2_{group},int4_{group}" for group in GROUPS}
 MANY = {"2, 3, 4, 8 bits, g32 and g64": ",".join(f"int{bits}_{group}" for bits in (2, 3, 4, 8) for group in GROUPS)}
@@ -118,16 +120,62 @@ def compare_quantizers(bench: Bench) -> list[dict[str, Any]]:
     return found
 
 
+def page(content: dict[str, Any]) -> str:
+    """docs/choices.md."""
+    made = content["made"]
+    lines = [
+        "# What the candidates are worth",
+        "",
+        "Made by `benchmarks/choices.py` from `benchmarks/results/choices.json`; do not edit. Whole surveys at the same limit; damage on 64 test rows that",
+        f"found nothing, nats/token, with 95 % intervals over rows. {made['date']}, torch {made['versions']['torch']}, CPU.",
+        "",
+        "Ratio: to the first plan of its group.",
+    ]
+    for comparison, limit, title in (
+        ("formats", "stored_bits", "More formats at the same stored bits (rtn)"),
+        ("quantizers", "code_bits", f"Better codes at the same code bits ({QUANTIZED_FORMATS})"),
+    ):
+        lines += [
+            "",
+            f"## {title}",
+            "",
+            f"| checkpoint | {limit.replace('_', ' ')} ≤ | plan | damage | ratio |",
+            "|---|---|---|---|---|",
+        ]
+        for model, own in content.items():
+            for group in own.get(comparison, []):
+                lines += [f"| {model} | {group[limit]} | {_cells(plan)} |" for plan in group["plans"]]
+    return "\n".join(lines) + "\n"
+
+
+def _cells(plan: dict[str, Any]) -> str:
+    damage = plan["damage"]
+    low, high = damage["ci95"]
+    return f"{plan['name']} | {damage['mean']:.3f} [{low:.3f}, {high:.3f}] | {plan.get('ratio', 1.0):.2f}"
+
+
+def write(content: dict[str, Any]) -> None:
+    RESULTS.parent.mkdir(exist_ok=True)
+    RESULTS.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
+    PAGE.write_text(page(content), encoding="utf-8")
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("model")
-    parser.add_argument("text")
+    parser.add_argument("model", nargs="?")
+    parser.add_argument("text", nargs="?")
+    parser.add_argument("--table-only", action="store_true")
     parser.add_argument("--rows", default="24,24,64")
     parser.add_argument("--formats", action="store_true", help="only this comparison")
     parser.add_argument("--quantizers", action="store_true", help="only this comparison")
     args = parser.parse_args()
     both = args.formats == args.quantizers
     content = json.loads(RESULTS.read_text(encoding="utf-8")) if RESULTS.exists() else {}
+    if args.table_only:
+        write(content)
+        return
+    if not args.model or not args.text:
+        parser.error("give a model and a text")
     own = content.setdefault(Path(args.model).name, {})
     with tempfile.TemporaryDirectory() as folder:
         bench = Bench(args.model, args.text, args.rows, Path(folder))
@@ -141,8 +189,7 @@ def main() -> None:
         "versions": {name: version(name) for name in ("bitatlas", "torch", "transformers")},
         "machine": platform.machine(),
     }
-    RESULTS.parent.mkdir(exist_ok=True)
-    RESULTS.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
+    write(content)
 
 
 if __name__ == "__main__":
