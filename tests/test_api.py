@@ -31,6 +31,8 @@ def test_the_page_runs(tmp_path: Path, monkeypatch, capsys):
     names: dict = {}
     exec(compile(EXAMPLE, "docs/python.md", "exec"), names)
     assert names["result"].kept
+    (task,) = names["result"].tasks
+    assert task.found.correct == task.promised and task.n == 20  # the same weights answer alike
     assert names["plan"] == names["atlas"].best()
     assert names["smaller"].size.code_bits <= 2.5
     assert capsys.readouterr().out.count("\n") >= 16

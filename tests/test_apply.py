@@ -193,6 +193,7 @@ def test_what_belongs_to_a_model_comes_along(tiny_llama: Path, tmp_path: Path):
     (model / "README.md").write_text("---\nlicense: mit\nlanguage: en\nmodel-index: []\n---\n# A model\n")
     (model / "training.log").write_text("not of a model")
     plan = make_plan(model)
+    (tmp_path / "packed").mkdir()  # an empty folder will do
     out = applied(model, plan, tmp_path).out
     for name in ("LICENSE", "chat_template.jinja", "tokenizer.json", "generation_config.json"):
         assert (out / name).read_bytes() == (model / name).read_bytes(), name
