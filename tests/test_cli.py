@@ -243,7 +243,7 @@ def test_interruption_of_other_commands_promises_nothing(capsys, monkeypatch, tm
     def interrupt(*arguments: object) -> None:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr("bitatlas.records.read_record", interrupt)
+    monkeypatch.setattr("bitatlas.files.read_record", interrupt)
     code, _, err = run(capsys, monkeypatch, "report", tmp_path)
     assert (code, err) == (1, "bitatlas: interrupted\n")
 

@@ -82,6 +82,7 @@ def apply_plan(model_name: str, plan_file: Path, out: Path, reporter: Reporter, 
     """Write the packed checkpoint to `out`; UserError, and nothing written, where that is impossible."""
     check_package()
     plan = read_record(plan_file, Plan)
+    _check_formats(plan)
     get_quantizer(plan.quantizer).check(list(plan.formats.values()))
     _check_out(out)
     with reporter.stage("opening the checkpoint"):
@@ -124,6 +125,15 @@ def check_fits(plan: Plan, checkpoint: Checkpoint) -> None:
     unknown = sorted(set(plan.modules) - {module.name for module in checkpoint.modules})
     if unknown:
         raise UserError(f"the plan names {unknown[0]}, which the checkpoint lacks")
+
+
+def _check_formats(plan: Plan) -> None:
+    foreign = [(name, getattr(fmt, "runtime", "")) for name, fmt in plan.formats.items() if getattr(fmt, "runtime", "")]
+    if foreign:
+        name, runtime = foreign[0]
+        raise UserError(
+            f"the plan's format {name} is {runtime}'s own, which compressed-tensors cannot hold: give it to bitatlas export"
+        )
 
 
 def _check_out(out: Path) -> None:

@@ -150,8 +150,10 @@ def _rows(
 ) -> Rows:
     if tokens is None:
         atlas = atlas_beside(plan_file.absolute())
-        if atlas is None:
-            raise UserError(f"--tokens: no atlas.json lies beside {plan_file}, so its text is not known; give a text file")
+        if atlas is None or atlas.model.weights_sha256 != checkpoint.info.weights_sha256:
+            raise UserError(
+                f"--tokens: no atlas.json of this model lies beside {plan_file}, so its text is not known; give a text file"
+            )
         return rows_of_survey(atlas, checkpoint)
     vocabulary = int(checkpoint.config.get_text_config().vocab_size)
     tokenizer, context = checkpoint.load_tokenizer(), checkpoint.info.context

@@ -24,8 +24,12 @@ from bitatlas.workload import Workload
 
 
 def replan(folder: Path, budget: Budget) -> Plan:
+    """The plan under `budget` of the survey in `folder` (see `replan_atlas`)."""
+    return replan_atlas(read_record(folder / "atlas.json", Atlas), budget)
+
+
+def replan_atlas(atlas: Atlas, budget: Budget) -> Plan:
     """The plan under `budget`; UserError where no plan can be that small, or the tolerated damage cannot be met."""
-    atlas = read_record(folder / "atlas.json", Atlas)
     subject = subject_of(atlas)
     budget = settled(budget, atlas.model)
     check_budget(budget, atlas.modules, subject.formats, atlas.model)

@@ -1,0 +1,154 @@
+"""The Python names: what the command line does, as functions that take and return objects.
+
+A folder or a file may be given as text or as a path. A mistake raises `bitatlas.errors.UserError` with the line that the command
+line would print. Left out: `plan --curve` and the reports, which a survey's folder has or the command line makes.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, fields
+from os import PathLike
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, TypeVar
+
+from bitatlas import records
+from bitatlas.files import read_record, to_json, write_text
+from bitatlas.notebook import atlas_html, plan_html
+
+if TYPE_CHECKING:
+    from bitatlas.apply import Applied
+    from bitatlas.compare import Comparison
+    from bitatlas.verify import Verification
+
+__all__ = ["Atlas", "Plan", "apply", "compare", "survey", "verify"]
+Place = str | PathLike[str]
+Rows = tuple[int, int, int]
+Same = TypeVar("Same", bound="records.Plan | records.Atlas")
+
+
+@dataclass(frozen=True)
+class Plan(records.Plan):
+    """`plan.json`: which module has which format, its exact size, what was predicted and measured."""
+
+    @classmethod
+    def read(cls, file: Place) -> Plan:
+        return _as(cls, read_record(Path(file), records.Plan))
+
+    def write(self, file: Place) -> None:
+        write_text(Path(file), to_json(self))
+
+    def _repr_html_(self) -> str:
+        return plan_html(self)
+
+
+@dataclass(frozen=True)
+class Atlas(records.Atlas):
+    """`atlas.json`: everything that a survey measured."""
+
+    @classmethod
+    def read(cls, place: Place) -> Atlas:
+        """From a survey's folder, or its atlas.json."""
+        path = Path(place)
+        return _as(cls, read_record(path / "atlas.json" if path.is_dir() else path, records.Atlas))
+
+    def best(self) -> Plan | None:
+        """The survey's own plan."""
+        return _as(Plan, self.plan) if self.plan else None
+
+    def replan(
+        self, *, code_bits: float | None = None, stored_bits: float | None = None, size: str | None = None,
+        max_damage: float | None = None, vram: str | None = None, context: int | None = None,
+    ) -> Plan:  # fmt: skip
+        """The plan under another budget (give one), in seconds and without the model: its damage is predicted."""
+        from bitatlas.errors import UserError
+        from bitatlas.planning.replan import replan_atlas
+        from bitatlas.settings import parse_budget
+
+        budget = parse_budget(code_bits, stored_bits, size, max_damage, vram, context)
+        if budget is None:
+            raise UserError("give a budget: code_bits, stored_bits, size, vram or max_damage")
+        return _as(Plan, replan_atlas(self, budget))
+
+    def _repr_html_(self) -> str:
+        return atlas_html(self)
+
+
+def survey(
+    model: Place | None = None, out: Place = "bitatlas-out", *, formats: Sequence[str] | None = None, quantizer: str = "rtn",
+    code_bits: float | None = None, stored_bits: float | None = None, size: str | None = None, max_damage: float | None = None,
+    vram: str | None = None, context: int | None = None, tokens: Place | None = None, rows: Rows = (24, 24, 64), row_length: int = 192,
+    tasks: Sequence[str] | None = None, task_data: Place | None = None, limit: int | None = 300, tolerance: float = 0.05,
+    fuse: bool = True, refine: bool | None = None, device: str = "cpu", revision: str | None = None, seed: int = 0,
+    resume: bool = False, quiet: bool = False,
+) -> Atlas:  # fmt: skip
+    """Measure a checkpoint, plan its precision, verify the plan, write everything to `out`. Without `model`: the bundled demo.
+
+    `tasks`: None for the usual ones, an empty list for none.
+    """
+    from bitatlas.prepare import default_settings
+    from bitatlas.progress import Reporter
+    from bitatlas.settings import parse_budget
+    from bitatlas.survey import run_survey
+
+    settings = default_settings(
+        model=_text(model), formats=None if formats is None else ",".join(formats), quantizer=quantizer,
+        budget=parse_budget(code_bits, stored_bits, size, max_damage, vram, context), tokens=_text(tokens),
+        rows=",".join(map(str, rows)), row_length=row_length, tasks=_tasks(tasks), task_data=_text(task_data), limit=limit,
+        tolerance=tolerance, fuse=fuse, refine=refine, device=device, revision=revision, seed=seed,
+    )  # fmt: skip
+    return _as(Atlas, run_survey(settings, Path(out), resume, Reporter(quiet)))
+
+
+def apply(model: Place, plan: Place, out: Place, *, quiet: bool = False) -> Applied:
+    """Write the packed checkpoint of a plan.json (where the survey wrote it, so that its bank is found) to the new folder `out`."""
+    from bitatlas.apply import apply_plan
+    from bitatlas.progress import Reporter
+
+    return apply_plan(str(model), Path(plan), Path(out), Reporter(quiet))
+
+
+def verify(
+    model: Place, plan_or_checkpoint: Place, *, tokens: Place | None = None, rows: Rows = (24, 24, 64), row_length: int = 192,
+    tasks: Sequence[str] | None = None, card: bool = False, device: str = "cpu", seed: int = 0, quiet: bool = False,
+) -> Verification:  # fmt: skip
+    """Measure a plan.json, or a folder that `apply` wrote, against what it promises; see `.kept`."""
+    from bitatlas.progress import Reporter
+    from bitatlas.settings import check_seed
+    from bitatlas.verify import verify_plan
+
+    check_seed(seed)
+    names = ",".join(tasks) if tasks else None
+    return verify_plan(
+        str(model), Path(plan_or_checkpoint), _text(tokens), rows, row_length, device, seed, Reporter(quiet), names, card
+    )
+
+
+def compare(
+    first: Place, second: Place, *, tokens: Place | None = None, rows: Rows = (2, 2, 64), row_length: int = 192,
+    tasks: Sequence[str] | None = None, task_data: Place | None = None, limit: int | None = 300, device: str = "cpu",
+    seed: int = 0, quiet: bool = False,
+) -> Comparison:  # fmt: skip
+    """Two checkpoints, quantized or not, on the same rows and items, paired."""
+    from bitatlas.compare import compare_models
+    from bitatlas.progress import Reporter
+    from bitatlas.settings import check_seed
+
+    check_seed(seed)
+    return compare_models(
+        str(first), str(second), _text(tokens), rows, row_length, _tasks(tasks), _text(task_data), limit, device, seed,
+        Reporter(quiet),
+    )  # fmt: skip
+
+
+def _as(kind: type[Same], record: Any) -> Same:
+    """The same record as the public class."""
+    return kind(**{field.name: getattr(record, field.name) for field in fields(record)})
+
+
+def _text(place: Place | None) -> str | None:
+    return None if place is None else str(place)
+
+
+def _tasks(tasks: Sequence[str] | None) -> str | None:
+    return None if tasks is None else ",".join(tasks) or "none"
