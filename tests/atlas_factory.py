@@ -23,6 +23,7 @@ from bitatlas.records import (
     Correlation,
     CurvePoint,
     Finding,
+    KindDamage,
     Layer,
     Measured,
     ModelInfo,
@@ -30,11 +31,13 @@ from bitatlas.records import (
     Plan,
     PlanDamage,
     PlanModel,
+    ShapleyCheck,
     Size,
     Split,
     TaskPair,
     TokensInfo,
     Uniform,
+    UnitDamage,
     WeightProfile,
     Zone,
 )
@@ -120,6 +123,64 @@ def make_atlas(recipe: Recipe | None = None) -> Atlas:
         findings=_findings(recipe, layers, pairs),
         notes=recipe.notes,
         calibration=_calibration(recipe) if recipe.plan else None,
+        units=_units(recipe, modules),
+        kinds=_kinds(recipe, modules),
+        unit_correlations=[Correlation("weights", 0.4, (0.31, 0.47), len({m.unit for m in modules}))],
+        shapley=_shapley(recipe, layers),
+    )
+
+
+def _part(recipe: Recipe, share: float, weights: float, split: str) -> tuple[Measured, Measured, Measured, Measured, float]:
+    """Evidence that does what its share says. `weights`: share of the weights."""
+    both, n = f"uniform:{recipe.high} and uniform:{recipe.low}", SPLITS[split]
+    ratio = share / weights
+    return (
+        Measured(0.034 + 1.3 * share, (0.034 + share, 0.034 + 1.6 * share), "nats/token", f"uniform:{recipe.high}", split, n),
+        Measured(1.58 - 1.4 * share, (1.5 - 1.4 * share, 1.63 - 1.3 * share), "nats/token", f"uniform:{recipe.low}", split, n),
+        Measured(share, (0.8 * share, 1.25 * share), "share", both, split, n),
+        Measured(ratio, (0.8 * ratio, 1.25 * ratio), "ratio", both, split, n),
+        0.003,
+    )
+
+
+def _units(recipe: Recipe, modules: list[Module]) -> list[UnitDamage]:
+    rng = np.random.default_rng([recipe.seed, 8])
+    total = sum(m.weights for m in modules)
+    groups: dict[str, list[Module]] = {}
+    for module in modules:
+        groups.setdefault(module.unit, []).append(module)
+    raw = rng.gamma(2.0, 1.0, len(groups))
+    found = []
+    for (name, group), share in zip(groups.items(), raw / raw.sum(), strict=True):
+        weights = sum(m.weights for m in group)
+        part = _part(recipe, float(share), weights / total, "fit")
+        found.append(UnitDamage(name, group[0].layer, [m.kind for m in group], weights, *part))
+    return found
+
+
+def _kinds(recipe: Recipe, modules: list[Module]) -> list[KindDamage]:
+    total = sum(m.weights for m in modules)
+    share = dict(zip(KINDS, (0.05, 0.04, 0.18, 0.1, 0.2, 0.19, 0.24), strict=True))
+    weights = {kind: sum(m.weights for m in modules if m.kind == kind) for kind in KINDS}
+    return [
+        KindDamage(kind, recipe.layers, weights[kind], *_part(recipe, share[kind], weights[kind] / total, "test"))
+        for kind in KINDS
+    ]
+
+
+def _shapley(recipe: Recipe, layers: list[Layer]) -> ShapleyCheck | None:
+    if recipe.layers < 2:
+        return None
+    both = f"uniform:{recipe.high} and uniform:{recipe.low}"
+    shares = [layer.share.mean for layer in layers]
+    return ShapleyCheck(
+        12,
+        12 * (recipe.layers - 1) + 2,
+        [Measured(share, (0.9 * share, 1.1 * share), "share", both, "test, 12 orders", 8) for share in shares],
+        [0.02 * share for share in shares],
+        shares,
+        Measured(0.01, (0.004, 0.02), "share", both, "test, 12 orders", 8),
+        Measured(0.98, (0.93, 1.0), "ratio", both, "test, 12 orders", 8),
     )
 
 
@@ -265,7 +326,8 @@ def _zones(recipe: Recipe, layers: list[Layer], plan: Plan | None, modules: list
         low, high = mean - 0.11, mean + 0.12
         verdict = "critical" if low > 1 else "safe" if high < 1 else "uncertain"
         criticality = Measured(mean, (low, high), "ratio", f"uniform:{recipe.low}", "fit", SPLITS["fit"])
-        zones.append(Zone(first, end - 1, name, criticality, verdict, _low_share(recipe, plan, modules, first, end)))
+        border = (max(0, first - 1), first) if first else None
+        zones.append(Zone(first, end - 1, name, criticality, verdict, _low_share(recipe, plan, modules, first, end), border))
     return zones
 
 

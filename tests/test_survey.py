@@ -73,6 +73,10 @@ def test_a_budget_of_memory_from_the_checkpoint_and_from_the_atlas(tiny_llama: P
 def test_an_atlas_from_before_memory_was_recorded(surveyed: Path, tmp_path: Path):
     content = json.loads((surveyed / "atlas.json").read_text(encoding="utf-8"))
     del content["model"]["memory"]
+    for name in ("units", "kinds", "unit_correlations", "shapley"):
+        del content[name]
+    for layer, zone in zip(content["layers"], content["zones"], strict=False):
+        del layer["rows_needed"], zone["border95"]
     for record in (content["settings"], content["plan"]):
         del record["budget"]["workload"]
     (tmp_path / "atlas.json").write_text(json.dumps(content), encoding="utf-8")
@@ -91,7 +95,19 @@ def test_every_output_is_there_and_nothing_else(surveyed: Path):
     assert {layer.base for layer in atlas.attention} == {"reference", "uniform:int4_g32", "uniform:int2_g32"}
     assert atlas.tasks == []
     damage = pq.read_table(surveyed / "tables" / "damage.parquet").to_pylist()
-    assert {line["split"] for line in damage} == {"test"}
+    assert {(line["target"].partition(":")[0], line["split"]) for line in damage} == {
+        ("uniform", "test"),
+        ("layer", "test"),
+        ("kind", "test"),
+        ("unit", "fit"),
+    }
+    assert [unit.unit for unit in atlas.units] == list(dict.fromkeys(module.unit for module in atlas.modules))
+    for unit in atlas.units:
+        assert unit.lowered.mean == pytest.approx(atlas.unit_damage["uniform:int4_g32"][unit.unit]["int2_g32"], rel=1e-9)
+        assert (unit.lowered.rows, unit.lowered.base) == ("fit", "uniform:int4_g32")
+    assert sum(kind.weights for kind in atlas.kinds) == atlas.model.quantizable_weights
+    assert atlas.shapley is not None
+    assert sum(share.mean for share in atlas.shapley.sampled) == pytest.approx(1)
     whole = [line["damage_nats"] for line in damage if line["target"] == "uniform:int2_g32"]
     uniform = next(u for u in atlas.uniform if u.format == "int2_g32")
     assert sum(whole) / len(whole) == pytest.approx(uniform.damage.mean, rel=1e-12)
@@ -199,6 +215,10 @@ def test_a_trained_checkpoint_meets_the_bars(babyllama: Path, tmp_path: Path):
     assert found["code_bits"] == pytest.approx(atlas.plan.size.code_bits, abs=1e-12)
     assert found["covered"] == 1.0
     assert found["damage_nats"] <= 0.358
+    (early,) = (finding for finding in atlas.findings if finding.claim == "early layers are safe")
+    assert early.verdict == "does not hold"
+    assert early.evidence is not None and early.evidence.ci95 is not None
+    assert early.evidence.ci95[0] > 0  # the first half is more critical than the second
     assert atlas.calibration is not None
     assert len(atlas.calibration.points) == 50
     assert atlas.calibration.prediction.rho >= 0.95

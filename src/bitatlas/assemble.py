@@ -13,7 +13,7 @@ from bitatlas.evaluation.bootstrap import measured
 from bitatlas.evaluation.items import TASKS
 from bitatlas.evaluation.paired import compare_all
 from bitatlas.files import to_json, write_text
-from bitatlas.findings import LayerRows, TaskEvidence, TaskRows, conclude
+from bitatlas.findings import LayerRows, TaskEvidence, TaskRows, conclude, insides, shapley_check
 from bitatlas.formats import stored_bytes
 from bitatlas.planning.budget import size_of
 from bitatlas.planning.judge import Judged
@@ -36,6 +36,7 @@ if TYPE_CHECKING:
     from bitatlas.sensitivity.task_text import TaskScreen
 
 Lines = list[dict[str, Any]]
+UnitRows = Mapping[str, Mapping[str, Mapping[str, np.ndarray]]]  # base -> unit -> format -> [rows]
 
 
 @dataclass(frozen=True)
@@ -46,6 +47,11 @@ class Measurements:
     widths: dict[str, np.ndarray]  # format -> [rows]
     lowered: np.ndarray  # [layers, rows]
     raised: np.ndarray  # [layers, rows]
+    kinds: list[str]  # in the order in which they come among the modules
+    kinds_lowered: np.ndarray  # [kinds, rows]
+    kinds_raised: np.ndarray  # [kinds, rows]
+    unit_rows: UnitRows  # on the fit rows
+    base_rows: dict[str, np.ndarray]  # base -> [rows], of the fit rows
     unit_damage: dict[str, dict[str, dict[str, float]]]
     base_damage: dict[str, float]
     attention: list[AttentionLayer]
@@ -57,6 +63,8 @@ class Measurements:
     notes: list[str]
     calibration: Calibration | None = None
     task_screens: Mapping[str, TaskScreen] = field(default_factory=dict)
+    orders: np.ndarray | None = None  # [pairs, rows, layers]: what each layer adds in sampled orders, on the first test rows
+    order_models: int = 0  # that were measured for it
 
 
 def assemble(
@@ -66,6 +74,9 @@ def assemble(
     scores, pairs = compare_all(found.outcomes, found.chance, settings.margin_points)
     rows = layer_rows(modules, settings, found)
     math_tasks = [task for task in found.outcomes if not TASKS[task].is_choice]
+    kinds = kind_rows(modules, settings, found)
+    inside = insides(modules, found.weights, unit_rows(modules, settings, found), kinds, settings.seed)
+    shapley = None if found.orders is None else shapley_check(found.orders, found.order_models, rows, settings.seed)
     conclusions = conclude(
         rows,
         settings.tolerance_nats,
@@ -74,6 +85,8 @@ def assemble(
         attention=found.attention,
         plan=found.judged.plan,
         calibration=found.calibration,
+        kinds=kinds,
+        shapley=shapley,
         tested=TaskEvidence(scores, pairs, found.outcomes, math_tasks, task_rows(modules, settings, found)),
         seed=settings.seed,
     )
@@ -108,6 +121,10 @@ def assemble(
         notes=found.notes,
         calibration=found.calibration,
         task_damage=conclusions.task_damage,
+        units=inside.units,
+        kinds=inside.kinds,
+        unit_correlations=inside.unit_correlations,
+        shapley=shapley,
     )
 
 
@@ -147,6 +164,26 @@ def layer_rows(modules: Sequence[Module], settings: Settings, found: Measurement
     )
 
 
+def kind_rows(modules: Sequence[Module], settings: Settings, found: Measurements) -> LayerRows:
+    """The same for kinds of modules, in the order in which they come."""
+    kinds = list(dict.fromkeys(module.kind for module in modules))
+    weights = np.array([sum(m.weights for m in modules if m.kind == kind) for kind in kinds], dtype=np.float64)
+    rows = found.kinds_lowered.shape[1]  # the first of the test rows
+    high, low = found.widths[settings.high][:rows], found.widths[settings.low][:rows]
+    return LayerRows(high, low, found.kinds_lowered, found.kinds_raised, weights, settings.high, settings.low)
+
+
+def unit_rows(modules: Sequence[Module], settings: Settings, found: Measurements) -> LayerRows:
+    """The same for units, on the fit rows."""
+    units = list(dict.fromkeys(module.unit for module in modules))
+    weights = np.array([sum(m.weights for m in modules if m.unit == unit) for unit in units], dtype=np.float64)
+    high, low = f"uniform:{settings.high}", f"uniform:{settings.low}"
+    lowered = np.stack([found.unit_rows[high][unit][settings.low] for unit in units])
+    raised = np.stack([found.unit_rows[low][unit][settings.high] for unit in units])
+    bases = found.base_rows
+    return LayerRows(bases[high], bases[low], lowered, raised, weights, settings.high, settings.low, "fit")
+
+
 def uniform_records(info: ModelInfo, modules: Sequence[Module], widths: Mapping[str, np.ndarray], seed: int) -> list[Uniform]:
     """Size and damage of every uniform width."""
     return [
@@ -167,20 +204,29 @@ def uniform_points(uniform: Sequence[Uniform]) -> list[CurvePoint]:
 
 
 def damage_lines(found: Measurements, low: str, high: str) -> Lines:
-    """Every row's damage: of uniform widths, and of every layer both ways."""
+    """Every row's damage: of uniform widths, and of every layer, kind of module and unit both ways."""
     lines = [
         _line("reference", f"uniform:{name}", name, row, value)
         for name, rows in found.widths.items()
         for row, value in enumerate(rows)
     ]
-    for base, other, table in ((high, low, found.lowered), (low, high, found.raised)):
-        for layer, rows in enumerate(table):
-            lines += [_line(f"uniform:{base}", f"layer:{layer}", other, row, value) for row, value in enumerate(rows)]
+    for base, other, table, of_kinds in (
+        (high, low, found.lowered, found.kinds_lowered),
+        (low, high, found.raised, found.kinds_raised),
+    ):
+        named = {f"layer:{layer}": rows for layer, rows in enumerate(table)}
+        named |= {f"kind:{kind}": rows for kind, rows in zip(found.kinds, of_kinds, strict=True)}
+        for target, rows in named.items():
+            lines += [_line(f"uniform:{base}", target, other, row, value) for row, value in enumerate(rows)]
+    for base_name, units in found.unit_rows.items():
+        for unit, formats in units.items():
+            for name, rows in formats.items():
+                lines += [_line(base_name, f"unit:{unit}", name, row, value, "fit") for row, value in enumerate(rows)]
     return lines
 
 
-def _line(base: str, target: str, name: str, row: int, value: float) -> dict[str, Any]:
-    return {"base": base, "target": target, "format": name, "split": "test", "row": row, "damage_nats": float(value)}
+def _line(base: str, target: str, name: str, row: int, value: float, split: str = "test") -> dict[str, Any]:
+    return {"base": base, "target": target, "format": name, "split": split, "row": row, "damage_nats": float(value)}
 
 
 def write_outputs(out: Path, atlas: Atlas, tables: Mapping[str, Lines]) -> None:

@@ -210,6 +210,49 @@ class Layer:
     criticality: Measured  # share of the damage / share of the weights
     q_value: float  # two-sided, criticality = 1, Benjamini-Hochberg over layers
     verdict: str  # "critical", "safe" or "uncertain"
+    rows_needed: int | None = None  # uncertain: about so many rows would tell (10 000: or more); None: no number of rows would
+
+
+@dataclass(frozen=True)
+class UnitDamage:
+    """The evidence on one unit; fields as in `Layer`, on the rows that plans are found on."""
+
+    unit: str
+    layer: int
+    kinds: list[str]
+    weights: int
+    lowered: Measured
+    raised: Measured
+    share: Measured
+    criticality: Measured
+    q_value: float  # Benjamini-Hochberg over units
+
+
+@dataclass(frozen=True)
+class KindDamage:
+    """The evidence on all modules of one kind together, in every layer; fields as in `Layer`."""
+
+    kind: str
+    modules: int
+    weights: int
+    lowered: Measured
+    raised: Measured
+    share: Measured
+    criticality: Measured
+    q_value: float  # Benjamini-Hochberg over kinds
+
+
+@dataclass(frozen=True)
+class ShapleyCheck:
+    """The layers' shares of the damage from sampled orders of the layers, beside those of the quadratic model, on the same rows."""
+
+    orders: int  # in pairs: an order and its reverse
+    models: int  # different ones that were measured
+    sampled: list[Measured]  # share by layer
+    standard_errors: list[float]  # of these shares, over pairs of orders, on these rows
+    quadratic: list[float]  # share by layer
+    largest: Measured  # difference of a share
+    rank: Measured  # rank correlation of sampled with quadratic shares
 
 
 @dataclass(frozen=True)
@@ -220,6 +263,7 @@ class Zone:
     criticality: Measured
     verdict: str
     low_share: float | None = None  # share of the zone's weights that the plan puts at the lowest format
+    border95: tuple[int, int] | None = None  # interval of `first`, with as many zones; None: the first zone, or too few rows
 
 
 @dataclass(frozen=True)
@@ -300,7 +344,7 @@ class Finding:
 
 @dataclass(frozen=True)
 class Correlation:
-    """Spearman's rank correlation of a cheap measure with measured damage, over layers (of a prediction: over plans)."""
+    """Spearman's rank correlation of a cheap measure with measured damage, over layers or units (of a prediction: over plans)."""
 
     measure: str
     rho: float
@@ -364,4 +408,8 @@ class Atlas:
     notes: list[str] = field(default_factory=list)  # what was not done, and why
     calibration: Calibration | None = None
     task_damage: list[TaskDamage] = field(default_factory=list)
+    units: list[UnitDamage] = field(default_factory=list)
+    kinds: list[KindDamage] = field(default_factory=list)
+    unit_correlations: list[Correlation] = field(default_factory=list)  # of cheap measures with the damage of units
+    shapley: ShapleyCheck | None = None
     schema: str = ATLAS_SCHEMA

@@ -33,6 +33,8 @@ from bitatlas.profiles.weights import weight_profile
 from bitatlas.progress import Reporter
 from bitatlas.protection import check_protected, protect_plan
 from bitatlas.records import Atlas, Calibration, Module, WeightProfile
+from bitatlas.sensitivity.kinds import screen_kinds
+from bitatlas.sensitivity.orders import screen_orders
 from bitatlas.sensitivity.screens import LayerScreen, screen_layers, screen_uniform, screen_units, uniform
 from bitatlas.sensitivity.task_text import ROW_LENGTH, ROWS, screen_tasks
 from bitatlas.settings import Settings
@@ -57,6 +59,8 @@ def run_survey(settings: Settings, out: Path, resume: bool, reporter: Reporter) 
     weights = profile_weights(run)
     widths = screen_uniform(meter, modules, settings.formats, rows.test, reporter)
     layers = screen_layers(meter, modules, low, high, rows.test, reporter)
+    kinds = screen_kinds(meter, modules, low, high, rows.test, reporter)
+    orders = screen_orders(meter, modules, low, high, rows.test, settings.seed, reporter, not settings.refine)
     units = screen_units(meter, modules, settings.formats, rows.fit, reporter)
     precisions: Assignments = {"reference": {}} | {f"uniform:{name}": uniform(modules, name) for name in (high, low)}
     attention = [profile_attention(run, base, assignment) for base, assignment in precisions.items()]
@@ -72,6 +76,11 @@ def run_survey(settings: Settings, out: Path, resume: bool, reporter: Reporter) 
         widths=widths,
         lowered=layers.lowered,
         raised=layers.raised,
+        kinds=kinds.kinds,
+        kinds_lowered=kinds.lowered,
+        kinds_raised=kinds.raised,
+        unit_rows=units.by_row,
+        base_rows=units.base_by_row,
         unit_damage=units.damage,
         base_damage=units.base,
         attention=[layer for result in attention for layer in result.layers],
@@ -83,6 +92,8 @@ def run_survey(settings: Settings, out: Path, resume: bool, reporter: Reporter) 
         notes=list(dict.fromkeys([*run.checkpoint.notes, *(note for result in attention for note in result.notes)])),
         calibration=calibration,
         task_screens=screens,
+        orders=orders.added if orders else None,
+        order_models=orders.models if orders else 0,
     )
     atlas = assemble(run.checkpoint.info, modules, rows.info, settings, versions(), found)
     with reporter.stage("writing the report"):

@@ -5,6 +5,10 @@
     correlations.py  do cheap measures tell where the damage is?
     folk.py          rules of thumb, each tested on this checkpoint
     tasks.py         tasks on their own text, and the widths that hold them
+    parts.py         the same as for layers for units and for kinds of modules
+    kinds.py         the rule of thumb about value and down projections
+    stability.py     how far the ranking of the layers can be trusted, and how many rows would tell more
+    shapley_check.py the layers' shares against sampled orders of the layers
     verdict.py       the plan against its baselines
     prediction.py    predicted against measured damage around the plan
     statements.py    the sentences, from records
@@ -22,9 +26,13 @@ import numpy as np
 from numpy.typing import ArrayLike
 
 from bitatlas.findings.correlations import correlations, layer_measures, permutation_p, spearman
-from bitatlas.findings.folk import folk_findings, math_needs_more
+from bitatlas.findings.folk import RULED, attention_rules, folk_findings, math_needs_more
+from bitatlas.findings.kinds import value_and_down
+from bitatlas.findings.parts import insides
 from bitatlas.findings.prediction import calibration_findings
+from bitatlas.findings.shapley_check import shapley_check, shapley_findings
 from bitatlas.findings.shares import LayerRows, Shares, layer_records, misfit, shares_of
+from bitatlas.findings.stability import reliability_findings, with_rows_needed
 from bitatlas.findings.statements import (
     attention_findings,
     layer_findings,
@@ -44,6 +52,7 @@ from bitatlas.records import (
     Layer,
     Module,
     Plan,
+    ShapleyCheck,
     TaskDamage,
     TaskPair,
     TaskScore,
@@ -61,6 +70,7 @@ __all__ = [
     "conclude",
     "correlations",
     "folk_findings",
+    "insides",
     "layer_measures",
     "layer_records",
     "math_needs_more",
@@ -68,6 +78,7 @@ __all__ = [
     "number_of_zones",
     "permutation_p",
     "segmentations",
+    "shapley_check",
     "shares_of",
     "spearman",
     "verdict_on_plan",
@@ -110,27 +121,36 @@ def conclude(
     attention: Sequence[AttentionLayer] = (),
     plan: Plan | None = None,
     calibration: Calibration | None = None,
+    kinds: LayerRows | None = None,
+    shapley: ShapleyCheck | None = None,
     tested: TaskEvidence | None = None,
     seed: int = 0,
 ) -> Conclusions:
-    """Everything that can be said. `tolerance`: damage that a user accepts, nats/token. What was not measured is left out or said so."""
+    """Everything that can be said. `tolerance`: damage that a user accepts, nats/token. What was not measured is left out or said so.
+
+    kinds: damage of all modules of a kind, in the order in which kinds come among the modules.
+    """
     tested = tested or TaskEvidence()
     shares = shares_of(rows, seed)
-    layers = layer_records(rows, tolerance, shares, seed)
+    layers = with_rows_needed(layer_records(rows, tolerance, shares, seed), rows, shares, tolerance, seed)
     found_zones = zones(rows, tolerance, shares, seed)
     if plan is not None:
         found_zones = with_low_share(found_zones, modules, plan.modules, rows.low_name)
     measures = layer_measures(weights, attention, rows.layers, rows.low_name)
     correlated = correlations(measures, shares)
-    about_measures = measure_findings(correlated, measures, shares, seed)
+    about_measures = measure_findings(correlated, measures, shares, seed, RULED)
     damage = [task_damage(task, *texts, shares, seed) for task, texts in tested.texts.items()]
     findings = [
         *plan_findings(plan, found_zones, rows.low_name),
         *calibration_findings(calibration),
         *layer_findings(layers, misfit(rows, seed), tolerance),
+        *shapley_findings(shapley),
+        *reliability_findings(rows, layers, seed),
         *(finding for finding in about_measures if finding.topic == "layers"),
         *zone_findings(found_zones),
         *folk_findings(shares, tolerance, measures.get("sparsity"), seed),
+        *attention_rules(shares, measures, seed),
+        value_and_down(modules, kinds, seed),
         *task_findings(tested.scores, tested.pairs),
         *width_findings(tested.pairs),
         *_about_math(tested, rows, seed),

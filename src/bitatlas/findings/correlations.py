@@ -69,6 +69,13 @@ def spearman(x: ArrayLike, y: ArrayLike) -> Floats:
     return np.divide(centred_y @ centred_x, spread, out=np.zeros_like(spread), where=spread > 0)
 
 
+def spearman_by_row(x: ArrayLike, y: ArrayLike) -> Floats:
+    """Rank correlation of each row of x with the same row of y: [n, layers] both -> [n]; 0 where either is constant."""
+    a, b = (ranks - ranks.mean(axis=-1, keepdims=True) for ranks in (rankdata(x, axis=-1), rankdata(y, axis=-1)))
+    spread = np.sqrt((a**2).sum(axis=-1) * (b**2).sum(axis=-1))
+    return np.divide((a * b).sum(axis=-1), spread, out=np.zeros_like(spread), where=spread > 0)
+
+
 def permutation_p(x: ArrayLike, y: ArrayLike, seed: int = 0) -> float:
     """Two-sided p of "x: [layers] and y: [layers] are in unrelated order": all orders of few layers, else random ones."""
     y = np.asarray(y, dtype=np.float64)

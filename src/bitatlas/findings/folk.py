@@ -22,11 +22,14 @@ from bitatlas.words import interval, listed, named_layers, number, percent
 
 HOLDS, FAILS, OPEN = "holds", "does not hold", "inconclusive"
 CHANCE_LEVEL = 0.05
+RULED = ("attention entropy", "head specialization")  # measures that a rule is about
 POWER_SIGMAS = 2.80  # standard errors that a two-sided 5 % test finds with 80 % power
 
 EARLY = "early layers are safe"
 LATE = "late layers are critical"
 SPARSE = "sparse layers are safe"
+SHARP = "low attention entropy marks critical layers"
+SPECIAL = "specialized heads mark critical layers"
 ENDS = "the first and last layers matter most"
 MATH = "math needs higher precision"
 
@@ -39,7 +42,7 @@ def folk_findings(shares: Shares, tolerance: float, sparsity: Floats | None = No
     return rules
 
 
-def _not_tested(topic: str, claim: str, why: str) -> Finding:
+def not_tested(topic: str, claim: str, why: str) -> Finding:
     return Finding(topic, claim, OPEN, f"Not tested: {why}.")
 
 
@@ -50,7 +53,7 @@ def _unfit(shares: Shares, least: int) -> str | None:
     return None if shares.defined else "the low format does no more damage than the high one beyond chance"
 
 
-def _side(effect: Measured, wanted: int) -> str:
+def side_of(effect: Measured, wanted: int) -> str:
     """Where an interval lies: on the `wanted` side of 0 (holds), on the other (fails) or on both (open)."""
     assert effect.ci95 is not None
     low, high = effect.ci95
@@ -65,14 +68,14 @@ def early_is_safe(shares: Shares, tolerance: float) -> Finding:
     An odd middle layer belongs to neither half.
     """
     if why := _unfit(shares, 2):
-        return _not_tested("folk", EARLY, why)
+        return not_tested("folk", EARLY, why)
     half = shares.rows.layers // 2
     first, second = list(range(half)), list(range(shares.rows.layers - half, shares.rows.layers))
     (mean_1, resampled_1), (mean_2, resampled_2) = shares.criticality(first), shares.criticality(second)
     effect = shares.record(mean_1 - mean_2, resampled_1 - resampled_2, "ratio")
     damage = shares.damage(first)
     assert damage.ci95 is not None
-    side = _side(effect, -1)
+    side = side_of(effect, -1)
     if side == FAILS or damage.ci95[0] > tolerance:
         verdict = FAILS
     else:
@@ -89,12 +92,12 @@ def early_is_safe(shares: Shares, tolerance: float) -> Finding:
 def late_is_critical(shares: Shares) -> Finding:
     """Pooled criticality of the last third of the layers (at least one) above 1."""
     if why := _unfit(shares, 2):
-        return _not_tested("folk", LATE, why)
+        return not_tested("folk", LATE, why)
     layers = shares.rows.layers
     last = list(range(layers - max(1, layers // 3), layers))
     mean, resampled = shares.criticality(last)
     criticality = shares.record(mean, resampled, "ratio")
-    verdict = _side(shares.record(mean - 1, resampled - 1, "ratio"), +1)
+    verdict = side_of(shares.record(mean - 1, resampled - 1, "ratio"), +1)
     how = {HOLDS: "more than", FAILS: "less than", OPEN: "not shown to differ from"}[verdict]
     share, _ = shares.share(last)
     text = (
@@ -105,33 +108,46 @@ def late_is_critical(shares: Shares) -> Finding:
 
 
 def sparse_is_safe(shares: Shares, sparsity: Floats | None, seed: int = 0) -> Finding:
-    """Rank correlation of sparsity with criticality below 0, and rarer than 5 % among random orders of the layers.
+    """The sparser a layer, the less critical."""
+    return _marks(SPARSE, "sparsity", sparsity, -1, shares, seed)
 
-    It fails where the correlation is above 0, just as rarely: in this model the sparser layers are the more critical ones.
+
+def attention_rules(shares: Shares, measures: Mapping[str, Floats], seed: int = 0) -> list[Finding]:
+    """The rules about attention. measures: name -> [layers], of the unquantized model."""
+    return [
+        _marks(SHARP, "attention entropy", measures.get("attention entropy"), -1, shares, seed),
+        _marks(SPECIAL, "head specialization", measures.get("head specialization"), +1, shares, seed),
+    ]
+
+
+def _marks(claim: str, name: str, measure: Floats | None, wanted: int, shares: Shares, seed: int) -> Finding:
+    """Rank correlation of a measure with criticality on the `wanted` side of 0, and rarer than 5 % among random orders of the layers.
+
+    It fails where the correlation is on the other side, just as rarely: in this model the rule is the wrong way round.
     """
-    if sparsity is None or np.ptp(sparsity) == 0:
-        return _not_tested("folk", SPARSE, "sparsity was not measured or is the same everywhere")
+    if measure is None or np.ptp(measure) == 0:
+        return not_tested("folk", claim, f"{name} was not measured or is the same everywhere")
     if why := _unfit(shares, 4):
-        return _not_tested("folk", SPARSE, why)
+        return not_tested("folk", claim, why)
     # within a model, ranks of criticality are ranks of damage per weight
     per_weight = shares.rows.weights
-    rho, resampled = spearman(sparsity, shares.mean / per_weight), spearman(sparsity, shares.resampled / per_weight)
+    rho, resampled = spearman(measure, shares.mean / per_weight), spearman(measure, shares.resampled / per_weight)
     effect = shares.record(float(rho), resampled, "rank correlation")
-    p = permutation_p(sparsity, shares.mean / per_weight, seed)
-    verdict = _side(effect, -1)
+    p = permutation_p(measure, shares.mean / per_weight, seed)
+    verdict = side_of(effect, wanted)
     if p > CHANCE_LEVEL:
         verdict = OPEN
     text = (
-        f"Rank correlation of sparsity with criticality over {shares.rows.layers} layers: {interval(effect)} "
+        f"Rank correlation of {name} with criticality over {shares.rows.layers} layers: {interval(effect)} "
         f"(permutation p = {number(p)})."
     )
-    return Finding("folk", SPARSE, verdict, text, effect, p)
+    return Finding("folk", claim, verdict, text, effect, p)
 
 
 def ends_matter_most(shares: Shares) -> Finding:
     """The less critical one of the first and the last layer against the pooled criticality of all between: above 0."""
     if why := _unfit(shares, 3):
-        return _not_tested("folk", ENDS, why)
+        return not_tested("folk", ENDS, why)
     last = shares.rows.layers - 1
     between = list(range(1, last))
     (first_mean, first), (last_mean, at_last) = shares.criticality([0]), shares.criticality([last])
@@ -142,7 +158,7 @@ def ends_matter_most(shares: Shares) -> Finding:
         f"Criticality of layer 0 is {number(first_mean)}, of layer {last} {number(last_mean)}, of those between {number(rest_mean)}; "
         f"the lesser end minus those between: {interval(effect, unit=True)}."
     )
-    return Finding("folk", ENDS, _side(effect, +1), text, effect, two_sided_p(resampled, 0.0, shares.rows.rows))
+    return Finding("folk", ENDS, side_of(effect, +1), text, effect, two_sided_p(resampled, 0.0, shares.rows.rows))
 
 
 def math_needs_more(
@@ -167,7 +183,7 @@ def math_needs_more(
     kinds = [[task for task in drops if (task in math_tasks) is wanted] for wanted in (True, False)]
     if not all(kinds):
         missing = listed(name for name, tasks in zip(("word problems", "questions"), kinds, strict=True) if not tasks)
-        return _not_tested("tasks", MATH, f"no task of {missing} was scored above chance at {high}")
+        return not_tested("tasks", MATH, f"no task of {missing} was scored above chance at {high}")
     resampled_of = {task: resample_means(drop, seed=seed + place) for place, (task, drop) in enumerate(drops.items())}
     (math_mean, questions_mean) = (np.mean([drops[task].mean() for task in tasks]) for tasks in kinds)
     (on_math, on_questions) = (np.mean([resampled_of[task] for task in tasks], axis=0) for tasks in kinds)
@@ -176,7 +192,7 @@ def math_needs_more(
     ci95 = (float(ends[0]), float(ends[1])) if math.isfinite(ends[0]) else None
     where = "items:" + "+".join([*kinds[0], *kinds[1]])
     effect = Measured(float(math_mean - questions_mean), ci95, "points", high, where, sum(items))
-    verdict = _side(effect, +1) if ci95 else OPEN
+    verdict = side_of(effect, +1) if ci95 else OPEN
     text = (
         f"From {high} to {low}, word problems ({listed(kinds[0])}) change by {number(-math_mean, 1)} points and questions ({listed(kinds[1])}) "
         f"by {number(-questions_mean, 1)}; word problems lose more by {interval(effect, unit=True)}."

@@ -7,7 +7,8 @@ layer i: an interaction is shared equally by its two layers. So two measured mod
 signs of q. How far they are from adding up to v(all) - v(none) is the misfit of the quadratic model, and is reported.
 
 Criticality = share of the damage / share of the weights. Shares are ratios of means over rows, resampled jointly.
-Left out: interactions of three and more layers (that is the misfit); shares of modules (the same arithmetic, not needed yet).
+The same arithmetic serves units, and kinds of modules, as the parts that the model is made of (see `parts`).
+Left out: interactions of three and more layers (that is the misfit).
 Sources: Shapley 1953; the mean of first-in and last-in marginals for 2-additive games: Grabisch & Roubens 1999.
 """
 
@@ -16,6 +17,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
+from typing import NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
@@ -164,6 +166,33 @@ def verdict_of(criticality: Measured, added_at_most: float, tolerance: float, q_
     return "safe" if high < 1 and added_at_most <= tolerance else "uncertain"
 
 
+class Part(NamedTuple):
+    """The evidence on one layer, or whatever else the rows are of."""
+
+    lowered: Measured
+    raised: Measured
+    share: Measured
+    criticality: Measured
+    q_value: float  # two-sided, criticality = 1, Benjamini-Hochberg over the parts
+
+
+def parts_of(rows: LayerRows, shares: Shares, seed: int = 0) -> list[Part]:
+    """One record a part, in order."""
+    ratios = [shares.criticality([part]) for part in range(rows.layers)]
+    p = [two_sided_p(resampled, 1.0, rows.rows) if shares.defined else 1.0 for _, resampled in ratios]
+    q = benjamini_hochberg(p)
+    return [
+        Part(
+            lowered=measured(rows.lowered[part], "nats/token", rows.high_base, rows.split, seed),
+            raised=measured(rows.raised[part], "nats/token", rows.low_base, rows.split, seed),
+            share=shares.record(*shares.share([part]), "share"),
+            criticality=shares.record(*ratio, "ratio"),
+            q_value=float(q[part]),
+        )
+        for part, ratio in enumerate(ratios)
+    ]
+
+
 def layer_records(rows: LayerRows, tolerance: float, shares: Shares | None = None, seed: int = 0) -> list[Layer]:
     """The evidence on every layer and its verdict; `tolerance` in nats/token.
 
@@ -172,22 +201,12 @@ def layer_records(rows: LayerRows, tolerance: float, shares: Shares | None = Non
     """
     shares = shares or shares_of(rows, seed)
     added_high = percentile_interval(resample_means(rows.added, seed=seed), rows.rows)[1]  # [layers]
-    ratios = [shares.criticality([layer]) for layer in range(rows.layers)]
-    p = [two_sided_p(resampled, 1.0, rows.rows) if shares.defined else 1.0 for _, resampled in ratios]
-    q = benjamini_hochberg(p)
-    found = []
-    for layer, (mean, resampled) in enumerate(ratios):
-        criticality = shares.record(mean, resampled, "ratio")
-        found.append(
-            Layer(
-                layer=layer,
-                weights=int(rows.weights[layer]),
-                lowered=measured(rows.lowered[layer], "nats/token", rows.high_base, rows.split, seed),
-                raised=measured(rows.raised[layer], "nats/token", rows.low_base, rows.split, seed),
-                share=shares.record(*shares.share([layer]), "share"),
-                criticality=criticality,
-                q_value=float(q[layer]),
-                verdict=verdict_of(criticality, float(added_high[layer]), tolerance, float(q[layer])),
-            )
+    return [
+        Layer(
+            layer,
+            int(rows.weights[layer]),
+            *part,
+            verdict_of(part.criticality, float(added_high[layer]), tolerance, part.q_value),
         )
-    return found
+        for layer, part in enumerate(parts_of(rows, shares, seed))
+    ]

@@ -5,7 +5,7 @@ One statement a thing, each with its evidence; what could not be told is said in
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 
 import numpy as np
 
@@ -87,7 +87,9 @@ def zone_findings(zones: Sequence[Zone]) -> list[Finding]:
     for zone in zones:
         name = f"{zone.name}: " if zone.name.startswith("zone") else f"{zone.name} "
         count = zone.last - zone.first + 1
-        text = f"{count} layer{'s' if count > 1 else ''}"
+        text = f"{count} layer{'s' if count > 1 else ''}, criticality {interval(zone.criticality)}"
+        if zone.border95:
+            text += f"; starts at layer {zone.first} [{zone.border95[0]}, {zone.border95[1]}]"
         text += (
             f"; the plan puts {percent(zone.low_share)} of the weights at the lowest format."
             if zone.low_share is not None
@@ -103,9 +105,12 @@ def zone_findings(zones: Sequence[Zone]) -> list[Finding]:
 
 
 def measure_findings(
-    found: Sequence[Correlation], measures: Mapping[str, Floats], shares: Shares, seed: int = 0
+    found: Sequence[Correlation], measures: Mapping[str, Floats], shares: Shares, seed: int = 0, told: Collection[str] = ()
 ) -> list[Finding]:
-    """Whether weight statistics and attention measures earn a say in the bits: one statement each."""
+    """Whether weight statistics and attention measures earn a say in the bits: one statement each.
+
+    Measures that are `told` elsewhere count in the correction and are not repeated.
+    """
     p = [permutation_p(measures[one.measure], shares.mean, seed) for one in found]
     q = benjamini_hochberg(p) if p else np.empty(0)
     earned = [
@@ -118,7 +123,9 @@ def measure_findings(
         ("layers", "weight statistics or depth tell where the damage is"),
         ("attention", "attention tells where the damage is"),
     ):
-        about = [one for one in found if (one.measure in ATTENTION_MEASURES) == (topic == "attention")]
+        about = [
+            one for one in found if (one.measure in ATTENTION_MEASURES) == (topic == "attention") and one.measure not in told
+        ]
         if not about:
             continue
         good = [one.measure for one in about if one.measure in earned]

@@ -5,7 +5,8 @@ means, layers weighted by their share of the weights (so a zone's mean is its po
 cross-validation over rows: cuts and means from some rows predict the layers' criticality on the others. The fewest zones whose
 loss is within one standard error (over rows, paired) of the best win, so "one zone" is an answer: no zones to speak of.
 
-The intervals of the zones come from the rows that chose the cuts; they are a little too favourable for that.
+The intervals of the zones come from the rows that chose the cuts; they are a little too favourable for that. Each border has an interval
+of its own: rows are resampled and cut again into as many zones.
 Left out: zones of modules rather than layers; smooth trends (a trend shows as steps).
 Sources: Fisher 1958 (exact segmentation); Breiman et al. 1984 (one-standard-error rule).
 """
@@ -18,6 +19,7 @@ from dataclasses import replace
 import numpy as np
 from numpy.typing import NDArray
 
+from bitatlas.evaluation.bootstrap import percentile_interval, resample_means
 from bitatlas.findings.shares import LayerRows, Shares, shares_of, verdict_of
 from bitatlas.records import Module, Zone
 
@@ -26,6 +28,7 @@ Cuts = list[tuple[int, int]]  # (first layer, last layer) of every zone
 
 MOST_ZONES = 5  # more than a reader keeps apart
 FOLDS = 10
+BORDER_RESAMPLES = 300  # of the rows, each cut again: positions are whole numbers, so finer quantiles would show nothing
 NAMES = {1: ["whole model"], 2: ["early", "late"], 3: ["early", "middle", "late"]}
 
 
@@ -95,6 +98,20 @@ def number_of_zones(by_row: Floats, weights: Floats, most: int, seed: int = 0) -
     return int(np.flatnonzero(within)[0]) + 1
 
 
+def border_intervals(by_row: Floats, weights: Floats, count: int, seed: int = 0) -> list[tuple[int, int] | None]:
+    """For each of `count` zones the 95 % interval of its first layer; None for the first zone, and of a single row. by_row: [rows, layers]"""
+    if count < 2 or len(by_row) < 2:
+        return [None] * count
+    found = segmentations(by_row.mean(axis=0), weights, count)[-1][0]
+    resampled = [segmentations(mean, weights, count)[-1][0] for mean in resample_means(by_row, BORDER_RESAMPLES, seed)]
+    starts = np.array([[first for first, _ in cuts] for cuts in resampled], dtype=np.float64)  # [resamples, zones]
+    low, high = percentile_interval(starts, len(by_row))
+    ends = [
+        (min(first, int(np.floor(a))), max(first, int(np.ceil(b)))) for (first, _), a, b in zip(found, low, high, strict=True)
+    ]
+    return [None, *ends[1:]]
+
+
 def zones(rows: LayerRows, tolerance: float, shares: Shares | None = None, seed: int = 0) -> list[Zone]:
     """The zones of a model, `low_share` not yet filled. `tolerance`: nats/token that lowering a whole zone may add.
 
@@ -108,17 +125,19 @@ def zones(rows: LayerRows, tolerance: float, shares: Shares | None = None, seed:
         by_row = rows.values / shares.mean.sum() / weights
         count = number_of_zones(by_row, weights, min(MOST_ZONES, max(1, rows.layers // 2)), seed)
         cuts = segmentations(by_row.mean(axis=0), weights, count)[-1][0]
+        borders = border_intervals(by_row, weights, count, seed)
     else:
         cuts = [(0, rows.layers - 1)]
+        borders = [None]
     names = NAMES.get(count) or [f"zone {number}" for number in range(1, count + 1)]
     found = []
-    for name, (first, last) in zip(names, cuts, strict=True):
+    for name, (first, last), border in zip(names, cuts, borders, strict=True):
         members = list(range(first, last + 1))
         criticality = shares.record(*shares.criticality(members), "ratio")
         damage = shares.damage(members)
         at_most = damage.ci95[1] if damage.ci95 else np.inf
         verdict = verdict_of(criticality, at_most, tolerance) if count > 1 else "uncertain"
-        found.append(Zone(first, last, name, criticality, verdict))
+        found.append(Zone(first, last, name, criticality, verdict, border95=border))
     return found
 
 

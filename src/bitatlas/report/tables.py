@@ -11,8 +11,8 @@ import json
 from collections.abc import Callable
 
 from bitatlas import words
-from bitatlas.records import Atlas, Measured, Plan, TaskPair, WeightProfile
-from bitatlas.report import advice, attention, facts, prediction, tasks
+from bitatlas.records import Atlas, Measured, Plan, TaskPair, WeightProfile, Zone
+from bitatlas.report import advice, attention, facts, inside, prediction, tasks
 from bitatlas.report.table import Table
 from bitatlas.words import interval, number, percent
 
@@ -23,6 +23,8 @@ def tables(atlas: Atlas) -> list[Table]:
         uniform_damage,
         layer_table,
         zone_table,
+        inside.kind_table,
+        inside.unit_table,
         plan_table,
         prediction.table,
         task_table,
@@ -34,7 +36,7 @@ def tables(atlas: Atlas) -> list[Table]:
         attention.drift_table,
         weight_table,
         folk_table,
-        correlation_table,
+        inside.correlation_table,
         definition_table,
         provenance_table,
     )
@@ -89,6 +91,7 @@ def zone_table(atlas: Atlas) -> Table:
     rows = [
         [
             facts.zone_title(zone),
+            _border(zone),
             interval(zone.criticality),
             zone.verdict,
             words.NOT_MEASURED if zone.low_share is None else percent(zone.low_share),
@@ -96,10 +99,17 @@ def zone_table(atlas: Atlas) -> Table:
         for zone in atlas.zones
     ]
     note = (
-        "Contiguous runs of layers found by optimal segmentation of criticality, not fixed thirds. "
+        "Contiguous runs of layers found by optimal segmentation of criticality, not fixed thirds; the interval of a zone's first layer is "
+        "over rows, with as many zones. "
         f"Criticality: {_rest([zone.criticality for zone in atlas.zones])}."
     )
-    head = ["Zone", "Criticality", "Verdict", f"Weights that the plan puts at {facts.narrowest_bits(atlas)}-bit"]
+    head = [
+        "Zone",
+        "Starts at layer",
+        "Criticality",
+        "Verdict",
+        f"Weights that the plan puts at {facts.narrowest_bits(atlas)}-bit",
+    ]
     return Table("zones", "Zones", note, head, rows)
 
 
@@ -207,15 +217,6 @@ def folk_table(atlas: Atlas) -> Table:
     return Table("folk", "Folk rules", note, ["Rule", "Verdict", "What was seen", "Evidence", "p"], rows, "None was tested.")
 
 
-def correlation_table(atlas: Atlas) -> Table:
-    rows = []
-    for c in atlas.correlations:
-        ends = f"[{number(c.ci95[0], 2)}, {number(c.ci95[1], 2)}]" if c.ci95 else "[no interval]"
-        rows.append([c.measure, f"{number(c.rho, 2)} {ends}", str(c.n)])
-    note = "Spearman's ρ of a cheap measure with measured damage, over layers; the interval is over rows. Whether a measure beats chance is said in the findings."
-    return Table("correlations", "Cheap measures against damage", note, ["Measure", "ρ", "Layers"], rows)
-
-
 DEFINITIONS = {
     "damage": "KL(reference ‖ quantized) of the next-token distribution, mean over tokens, in nats/token",
     "base": "the model around which a measurement is made: one 2-bit module in a 16-bit model behaves unlike the same one "
@@ -284,6 +285,10 @@ def _plain(value: object) -> str:
 def _budget_text(plan: Plan) -> str:
     memory = words.memory_text(plan)
     return f"vram. {memory}" if memory else f"{plan.budget.kind} {words.protect_text(plan) or number(plan.budget.value)}"
+
+
+def _border(zone: Zone) -> str:
+    return f"{zone.first} [{zone.border95[0]}, {zone.border95[1]}]" if zone.border95 else str(zone.first)
 
 
 def _bits(bits: float | None) -> str:

@@ -36,24 +36,29 @@ LARGEST_SCORE = 60000.0  # nats; scores are journaled as float16
 
 @dataclass(frozen=True)
 class Interactions:
-    """added: [swaps], the true change of damage; together: [swaps, swaps], half the curvature, its diagonal included. nats/token"""
+    """added: [swaps], the true change of damage; together: [swaps, swaps], half the curvature, its diagonal included. nats/token
+
+    by_row: [rows, swaps], what `added` is the mean of.
+    """
 
     added: np.ndarray
     together: np.ndarray
+    by_row: np.ndarray | None = None
 
 
 def swap_interactions(
     meter: DamageMeter, base: Assignment, swaps: Sequence[Swap], rows: Tensor, seed: int = 0, progress: Progress | None = None
 ) -> Interactions:
-    """Every swap alone, around `base`; means over rows. rows: int64 [rows, tokens]"""
+    """Every swap alone, around `base`. rows: int64 [rows, tokens]"""
     batches = rows.split(batch_rows(rows.shape[1], meter.vocabulary))
-    added, together = np.zeros(len(swaps)), np.zeros((len(swaps), len(swaps)))
+    by_row, together = [], np.zeros((len(swaps), len(swaps)))
     for number, batch in enumerate(batches):
         found = _batch(meter, base, swaps, batch, seed, progress, (number, len(batches)))
         scores = np.stack([_unpacked(value["scores"]) for value in found]) if found else np.zeros((0, 1))
-        added += [value["added"] for value in found]
+        by_row.append(np.array([value["added"] for value in found]).reshape(len(swaps), len(batch)).T)
         together += scores @ scores.T
-    return Interactions(added / rows.numel(), together / (2 * LABELS * rows.numel()))
+    every = np.concatenate(by_row)
+    return Interactions(every.mean(axis=0), together / (2 * LABELS * rows.numel()), every)
 
 
 def _batch(
@@ -65,8 +70,8 @@ def _batch(
     progress: Progress | None,
     at: tuple[int, int],
 ) -> list[dict[str, Any]]:
-    """Each swap on one batch, from the journal or measured: sum of added damage over tokens, and scores."""
-    key = ("swap", meter.identity, rows_sha256(batch), dict(base), seed)
+    """Each swap on one batch, from the journal or measured: added damage of each row, and scores."""
+    key = ("swap by row", meter.identity, rows_sha256(batch), dict(base), seed)
     keys = [content_key(*key, swap.layer, dict(swap.assignment)) for swap in swaps]
     known = {key: meter.journal.get(key) for key in keys}
     missing = {key: swap for key, swap in zip(keys, swaps, strict=True) if known[key] is None}
@@ -96,8 +101,8 @@ def _measured(meter: DamageMeter, base: Assignment, swaps: Sequence[Swap], batch
             with swapped(meter.model, meter.bank.weights(swap.assignment)):
                 changed = resume(meter.model, own, swap.layer, recorded.outputs).float()
             moved = changed - logits
-            added = (changed.logsumexp(-1) - level - (p * moved).sum(-1)).double().sum()
-            yield {"added": float(added), "scores": _packed(moved.gather(-1, labels) - (q * moved).sum(-1, keepdim=True))}
+            added = (changed.logsumexp(-1) - level - (p * moved).sum(-1)).double().mean(-1)  # [rows]
+            yield {"added": added.tolist(), "scores": _packed(moved.gather(-1, labels) - (q * moved).sum(-1, keepdim=True))}
 
 
 def _packed(scores: Tensor) -> str:

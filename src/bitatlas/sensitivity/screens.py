@@ -29,10 +29,23 @@ class LayerScreen:
 
 @dataclass(frozen=True)
 class UnitScreen:
-    """Mean damage of the whole model, nats/token. base -> unit -> format -> damage; the base's own damage beside it."""
+    """Damage of the whole model, nats/token. base -> unit -> format -> float64 [rows]; the base's own damage beside it."""
 
-    damage: dict[str, dict[str, dict[str, float]]]
-    base: dict[str, float]
+    by_row: dict[str, dict[str, dict[str, np.ndarray]]]
+    base_by_row: dict[str, np.ndarray]
+
+    @property
+    def damage(self) -> dict[str, dict[str, dict[str, float]]]:
+        """Means over rows: base -> unit -> format -> damage."""
+        return {
+            base: {unit: {name: float(rows.mean()) for name, rows in own.items()} for unit, own in units.items()}
+            for base, units in self.by_row.items()
+        }
+
+    @property
+    def base(self) -> dict[str, float]:
+        """Mean over rows of the bases themselves."""
+        return {base: float(rows.mean()) for base, rows in self.base_by_row.items()}
 
 
 def uniform(modules: list[Module], name: str) -> dict[str, str]:
@@ -75,17 +88,18 @@ def screen_units(
     Measured as swaps with interactions: a search that asks for the same swaps (`planning.refine`) finds them in the journal.
     """
     units = units_of(modules)
-    damage: dict[str, dict[str, dict[str, float]]] = {}
-    bases: dict[str, float] = {}
+    damage: dict[str, dict[str, dict[str, np.ndarray]]] = {}
+    bases: dict[str, np.ndarray] = {}
     for base in (formats[-1], formats[0]):
         whole = uniform(modules, base)
-        level = float(meter.plans({base: whole}, rows)[base].mean())
+        level = meter.plans({base: whole}, rows)[base]
         changes = [(unit, name) for unit in units for name in formats if name != base]
         swaps = [Swap(unit.layer, {module.name: name for module in unit.modules}) for unit, name in changes]
         with reporter.stage(f"units, one at a time (base uniform:{base})") as progress:
-            added = swap_interactions(meter, whole, swaps, rows, seed, progress).added
+            added = swap_interactions(meter, whole, swaps, rows, seed, progress).by_row
+        assert added is not None
         bases[f"uniform:{base}"] = level
         own = damage[f"uniform:{base}"] = {unit.name: {} for unit in units}
-        for (unit, name), more in zip(changes, added.tolist(), strict=True):
+        for (unit, name), more in zip(changes, added.T, strict=True):
             own[unit.name][name] = level + more
     return UnitScreen(damage, bases)
