@@ -20,6 +20,31 @@ except KeyboardInterrupt:  # most of the time before main() goes by here
     print(INTERRUPTED, file=sys.stderr)
     raise SystemExit(1) from None
 
+from bitatlas.options import (
+    Batch,
+    CacheDtype,
+    Chunk,
+    CodeBits,
+    Context,
+    Device,
+    Limit,
+    Margin,
+    MaxDamage,
+    Protect,
+    Quiet,
+    Revision,
+    RowCounts,
+    RowLength,
+    Seed,
+    SizeText,
+    StoredBits,
+    TaskData,
+    Tasks,
+    Tokens,
+    Vram,
+    not_empty,
+)
+
 app = typer.Typer(
     help="What low-bit weights do to a language model: measured, planned, verified.",
     no_args_is_help=True,
@@ -34,81 +59,6 @@ CANNOT_BE_USED = (
     errno.ENOSPC, errno.EACCES, errno.EROFS, errno.EPERM, errno.EDQUOT, errno.ENAMETOOLONG, errno.ENOTDIR, errno.EISDIR, errno.ENOENT,
 )  # fmt: skip
 TYPER_INTERRUPTED = 130  # the exit code that typer makes of Ctrl-C
-
-
-def _not_empty(text: str | None) -> str | None:
-    if text is not None and not text.strip():
-        raise typer.BadParameter("is empty")
-    return text
-
-
-CodeBits = Annotated[
-    float | None, typer.Option("--code-bits", help="Budget: bits of the codes alone, per weight (the usual '3-bit').")
-]
-StoredBits = Annotated[
-    float | None, typer.Option("--stored-bits", help="Budget: all stored bits of the quantized modules, per weight.")
-]
-SizeText = Annotated[str | None, typer.Option("--size", callback=_not_empty, help="Budget: bytes of the whole model, like 4GiB.")]
-MaxDamage = Annotated[
-    float | None, typer.Option("--max-damage", help="Budget: the greatest damage tolerated, nats/token; finds the smallest plan.")
-]
-Protect = Annotated[
-    list[str] | None,
-    typer.Option(
-        "--protect",
-        help="Budget: a task and the points it may lose, like svamp=1pp; finds the smallest model that holds it. Repeatable.",
-    ),
-]
-Vram = Annotated[
-    str | None,
-    typer.Option("--vram", callback=_not_empty, help="Budget: device memory for weights, cache and activations, like 8GiB."),
-]
-Context = Annotated[int | None, typer.Option("--context", help="With --vram: tokens in the cache. Default: the model's own.")]
-CacheDtype = Annotated[
-    str | None,
-    typer.Option(
-        "--cache-dtype",
-        callback=_not_empty,
-        help="With --vram: float16, bfloat16, float32, float8_e4m3fn or float8_e5m2. Default: the checkpoint's if 16 bit, else float16.",
-    ),
-]
-Batch = Annotated[
-    int | None, typer.Option("--batch", help="With --vram: sequences at once, each with the whole context. Default: 1.")
-]
-Chunk = Annotated[int | None, typer.Option("--chunk", help="With --vram: tokens of a prompt read in one pass. Default: 512.")]
-Tokens = Annotated[
-    str | None,
-    typer.Option(
-        "--tokens", callback=_not_empty, help="Text to measure on: a .txt or .jsonl file, or hub:owner/name[:config[:split]]."
-    ),
-]
-RowCounts = Annotated[str, typer.Option("--rows", help="Rows to find, choose and judge a plan on: fit,select,test.")]
-RowLength = Annotated[int, typer.Option("--row-length", help="Tokens in a row.")]
-Tasks = Annotated[
-    str | None,
-    typer.Option(
-        "--tasks", callback=_not_empty, help="Tasks, like arc_easy,svamp; or none. Default: the demo's two, else arc_easy,svamp."
-    ),
-]
-TaskData = Annotated[
-    str | None,
-    typer.Option(
-        "--task-data",
-        callback=_not_empty,
-        help="Folder with the tasks' files (SVAMP.json, ARC-Easy-test.jsonl, ...), instead of the hub.",
-    ),
-]
-Limit = Annotated[int | None, typer.Option("--limit", help="At most so many items a task.")]
-Margin = Annotated[
-    str,
-    typer.Option(
-        "--margin", callback=_not_empty, help="A task is held where a loss of so many percentage points can be ruled out."
-    ),
-]
-Device = Annotated[str, typer.Option("--device", callback=_not_empty, help="cpu, cuda, mps or auto.")]
-Revision = Annotated[str | None, typer.Option("--revision", callback=_not_empty, help="Hub revision.")]
-Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="No progress on stderr.")]
-Seed = Annotated[int, typer.Option("--seed", help="Seed of everything drawn at random.")]
 
 
 @app.callback(invoke_without_command=True)
@@ -128,7 +78,7 @@ def survey(
         str | None,
         typer.Option(
             "--formats",
-            callback=_not_empty,
+            callback=not_empty,
             help="Candidate formats, int{2,3,4,8}_g{32,64,128}[_sym]. Default: int{2,3,4}_g64 (the demo: _g128).",
         ),
     ] = None,
@@ -211,10 +161,10 @@ def plan(
     ] = False,
     points: Annotated[int | None, typer.Option("--points", help="Plans on the curve. Default: 7.")] = None,
     model: Annotated[
-        str | None, typer.Option("--model", callback=_not_empty, help="Where the model is now, for --curve and --protect.")
+        str | None, typer.Option("--model", callback=not_empty, help="Where the model is now, for --curve and --protect.")
     ] = None,
     device: Annotated[
-        str | None, typer.Option("--device", callback=_not_empty, help="For --curve and --protect; cpu, cuda, ...")
+        str | None, typer.Option("--device", callback=not_empty, help="For --curve and --protect; cpu, cuda, ...")
     ] = None,
     quiet: Quiet = False,
 ) -> None:
@@ -285,7 +235,7 @@ def verify(
     row_length: RowLength = 192,
     tasks: Annotated[
         str | None,
-        typer.Option("--tasks", callback=_not_empty, help="Of a folder: score these of the survey's tasks again. Default: none."),
+        typer.Option("--tasks", callback=not_empty, help="Of a folder: score these of the survey's tasks again. Default: none."),
     ] = None,
     card: Annotated[bool, typer.Option("--card", help="Of a folder: put what was found into its README.md.")] = False,
     device: Device = "cpu",

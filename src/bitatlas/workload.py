@@ -1,6 +1,6 @@
 """What a running model holds besides its weights, as records: what that depends on (of the model), and what was asked for (of the user).
 
-Part of `ModelInfo` and `Budget` in `records.py`; `planning/memory.py` has the formula, `shape.py` reads a model's shape.
+Part of `ModelInfo` and `Budget` in `records/`; `planning/memory.py` has the formula, `shape.py` reads a model's shape.
 """
 
 from __future__ import annotations

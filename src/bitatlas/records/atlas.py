@@ -1,8 +1,4 @@
-"""What crosses the borders between stages: frozen dataclasses, written as JSON with a schema version (see `files`).
-
-`Measured` is the atom: a number never travels without its 95 % interval, its unit, the base it was measured around, and the
-rows or items it came from. `Plan` is `plan.json`, `Atlas` is `atlas.json`; the long tables beside the atlas are Parquet.
-"""
+"""`atlas.json` and its parts: everything measured on one checkpoint."""
 
 from __future__ import annotations
 
@@ -10,122 +6,9 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from bitatlas.formats import Format
-from bitatlas.workload import MemoryShape, Workload
+from bitatlas.records.plan import Measured, ModelInfo, Module, Plan, Size
 
-PLAN_SCHEMA = "bitatlas.plan/1"
 ATLAS_SCHEMA = "bitatlas.atlas/1"
-
-
-@dataclass(frozen=True)
-class Measured:
-    """A number with what it rests on. `n` counts the units that were resampled (rows, problems or heads' sequences)."""
-
-    mean: float
-    ci95: tuple[float, float] | None
-    unit: str  # "nats/token", "points", "%", "share", "ratio", ...
-    base: str  # "reference", "uniform:int4_g64", "plan", ...
-    rows: str  # "fit", "select", "test", or "items:arc_easy"
-    n: int
-
-
-@dataclass(frozen=True)
-class Module:
-    """One linear weight that can be quantized. `shape` is (out, in), whatever way round the checkpoint stores it."""
-
-    name: str  # "model.layers.3.mlp.up_proj"
-    layer: int
-    kind: str  # "up_proj"
-    shape: tuple[int, int]
-    unit: str  # modules with the same unit share one format
-
-    @property
-    def weights(self) -> int:
-        return self.shape[0] * self.shape[1]
-
-
-@dataclass(frozen=True)
-class ModelInfo:
-    name: str
-    revision: str | None
-    weights_sha256: str
-    architecture: str
-    layers: int
-    heads: int
-    context: int  # longest input, tokens
-    dtype: str  # of the checkpoint's weights
-    quantizable_weights: int
-    other_bytes: int  # embeddings, norms, head, biases: they keep the checkpoint's dtype
-    total_bytes: int  # the checkpoint as it is
-    memory: MemoryShape | str | None = None  # text: why it cannot be told; None: an atlas from before it was recorded
-
-
-@dataclass(frozen=True)
-class Size:
-    """`code_bits`: bits of the codes alone, per quantized weight. `stored_bits`: all bytes of the quantized modules x 8 / their weights."""
-
-    code_bits: float
-    stored_bits: float
-    quantized_bytes: int
-    total_bytes: int  # with everything that stays unquantized
-
-
-@dataclass(frozen=True)
-class Budget:
-    """`value` in bits, nats/token, or bytes: of the whole model, or with `workload` of the device; of "protect" the least margin, points."""
-
-    kind: str  # "code_bits", "stored_bits", "size" (the whole model), "vram" (with cache and activations), "max_damage" or "protect"
-    value: float
-    workload: Workload | None = None  # of "vram" alone
-    protect: dict[str, float] | None = None  # of "protect" alone: task -> points that may be lost
-
-
-# --- the plan ----------------------------------------------------------------------------------------------------------
-
-
-@dataclass(frozen=True)
-class PlanDamage:
-    predicted: float | None
-    measured: Measured | None
-
-
-@dataclass(frozen=True)
-class Baseline:
-    """A plan anybody could have made, at most as large as ours. `difference` is plan minus baseline, paired by row."""
-
-    name: str  # "uniform int2_g32", "first layers high", "last layers high", "random plans (mean of 20)", ...
-    code_bits: float
-    quantized_bytes: int
-    damage: Measured
-    difference: Measured | None = None
-
-
-@dataclass(frozen=True)
-class PlanModel:
-    name: str
-    revision: str | None
-    weights_sha256: str
-
-
-@dataclass(frozen=True)
-class Plan:
-    """`plan.json`. Modules not listed keep the checkpoint's dtype."""
-
-    model: PlanModel
-    formats: dict[str, Format]
-    quantizer: str
-    modules: dict[str, str]  # module name -> format name
-    budget: Budget
-    size: Size
-    damage: PlanDamage
-    baselines: list[Baseline] = field(default_factory=list)
-    recommended: bool | None = None  # False: a baseline of the same size does less damage on test rows
-    verdict: str = ""
-    solver: dict[str, Any] = field(default_factory=dict)
-    codes: str = ""  # whose quantized weights were measured: quantizer, its version, and the hash of the rows it was fitted on
-    schema: str = PLAN_SCHEMA
-
-
-# --- the atlas ---------------------------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)

@@ -1,0 +1,82 @@
+"""The command line's options that several commands share: their names, types and help texts, each told once."""
+
+from __future__ import annotations
+
+from typing import Annotated
+
+import typer
+
+
+def not_empty(text: str | None) -> str | None:
+    if text is not None and not text.strip():
+        raise typer.BadParameter("is empty")
+    return text
+
+
+CodeBits = Annotated[
+    float | None, typer.Option("--code-bits", help="Budget: bits of the codes alone, per weight (the usual '3-bit').")
+]
+StoredBits = Annotated[
+    float | None, typer.Option("--stored-bits", help="Budget: all stored bits of the quantized modules, per weight.")
+]
+SizeText = Annotated[str | None, typer.Option("--size", callback=not_empty, help="Budget: bytes of the whole model, like 4GiB.")]
+MaxDamage = Annotated[
+    float | None, typer.Option("--max-damage", help="Budget: the greatest damage tolerated, nats/token; finds the smallest plan.")
+]
+Protect = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--protect",
+        help="Budget: a task and the points it may lose, like svamp=1pp; finds the smallest model that holds it. Repeatable.",
+    ),
+]
+Vram = Annotated[
+    str | None,
+    typer.Option("--vram", callback=not_empty, help="Budget: device memory for weights, cache and activations, like 8GiB."),
+]
+Context = Annotated[int | None, typer.Option("--context", help="With --vram: tokens in the cache. Default: the model's own.")]
+CacheDtype = Annotated[
+    str | None,
+    typer.Option(
+        "--cache-dtype",
+        callback=not_empty,
+        help="With --vram: float16, bfloat16, float32, float8_e4m3fn or float8_e5m2. Default: the checkpoint's if 16 bit, else float16.",
+    ),
+]
+Batch = Annotated[
+    int | None, typer.Option("--batch", help="With --vram: sequences at once, each with the whole context. Default: 1.")
+]
+Chunk = Annotated[int | None, typer.Option("--chunk", help="With --vram: tokens of a prompt read in one pass. Default: 512.")]
+Tokens = Annotated[
+    str | None,
+    typer.Option(
+        "--tokens", callback=not_empty, help="Text to measure on: a .txt or .jsonl file, or hub:owner/name[:config[:split]]."
+    ),
+]
+RowCounts = Annotated[str, typer.Option("--rows", help="Rows to find, choose and judge a plan on: fit,select,test.")]
+RowLength = Annotated[int, typer.Option("--row-length", help="Tokens in a row.")]
+Tasks = Annotated[
+    str | None,
+    typer.Option(
+        "--tasks", callback=not_empty, help="Tasks, like arc_easy,svamp; or none. Default: the demo's two, else arc_easy,svamp."
+    ),
+]
+TaskData = Annotated[
+    str | None,
+    typer.Option(
+        "--task-data",
+        callback=not_empty,
+        help="Folder with the tasks' files (SVAMP.json, ARC-Easy-test.jsonl, ...), instead of the hub.",
+    ),
+]
+Limit = Annotated[int | None, typer.Option("--limit", help="At most so many items a task.")]
+Margin = Annotated[
+    str,
+    typer.Option(
+        "--margin", callback=not_empty, help="A task is held where a loss of so many percentage points can be ruled out."
+    ),
+]
+Device = Annotated[str, typer.Option("--device", callback=not_empty, help="cpu, cuda, mps or auto.")]
+Revision = Annotated[str | None, typer.Option("--revision", callback=not_empty, help="Hub revision.")]
+Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="No progress on stderr.")]
+Seed = Annotated[int, typer.Option("--seed", help="Seed of everything drawn at random.")]
