@@ -20,7 +20,7 @@ except KeyboardInterrupt:  # most of the time before main() goes by here
     print(INTERRUPTED, file=sys.stderr)
     raise SystemExit(1) from None
 
-from bitatlas.options import (
+from bitatlas.options import (  # noqa: E402  (it imports typer)
     Batch,
     CacheDtype,
     Chunk,
