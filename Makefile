@@ -16,7 +16,7 @@ demo: $(VENV)/.ready
 	$(BIN)/bitatlas survey --out $(OUT) --resume
 
 test: $(VENV)/.ready
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest -n 2 --dist loadfile
 
 lint: $(VENV)/.ready
 	$(BIN)/ruff check .

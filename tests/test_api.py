@@ -17,7 +17,7 @@ import bitatlas.compare
 import bitatlas.survey
 import bitatlas.verify
 from atlas_factory import make_atlas
-from bitatlas import api, records
+from bitatlas import api, cli, records
 from bitatlas.errors import UserError
 
 PAGE = (Path(__file__).resolve().parents[1] / "docs" / "python.md").read_text(encoding="utf-8")
@@ -49,6 +49,14 @@ def test_files_of_the_same_name_do_not_hide_the_functions():
         assert all(p.annotation is not p.empty for p in inspect.signature(getattr(bitatlas, name)).parameters.values())
     with pytest.raises(AttributeError, match="no attribute 'surveys'"):
         _ = bitatlas.surveys
+
+
+@pytest.mark.parametrize("name", ["survey", "compare"])
+def test_what_the_command_takes_the_function_takes(name: str):
+    command, function = inspect.signature(getattr(cli, name)).parameters, inspect.signature(getattr(api, name)).parameters
+    assert set(command) - {"cache_dtype", "batch", "chunk"} <= set(function)  # those three sharpen --vram
+    with pytest.raises(UserError, match="margin 0pp: give percentage points"):
+        getattr(api, name)("nothing", "nowhere", margin="0pp")
 
 
 def test_importing_is_free():

@@ -79,13 +79,15 @@ def survey(
     code_bits: float | None = None, stored_bits: float | None = None, size: str | None = None, max_damage: float | None = None,
     vram: str | None = None, context: int | None = None, tokens: Place | None = None, rows: Rows = (24, 24, 64), row_length: int = 192,
     tasks: Sequence[str] | None = None, task_data: Place | None = None, limit: int | None = 300, tolerance: float = 0.05,
-    fuse: bool = True, refine: bool | None = None, device: str = "cpu", revision: str | None = None, seed: int = 0,
-    resume: bool = False, quiet: bool = False,
+    margin: str = "2pp", protect: Sequence[str] = (), fuse: bool = True, refine: bool | None = None, device: str = "cpu",
+    revision: str | None = None, seed: int = 0, resume: bool = False, quiet: bool = False,
 ) -> Atlas:  # fmt: skip
     """Measure a checkpoint, plan its precision, verify the plan, write everything to `out`. Without `model`: the bundled demo.
 
-    `tasks`: None for the usual ones, an empty list for none.
+    `tasks`: None for the usual ones, an empty list for none. `margin`: a task is held where a loss of so much can be ruled out.
+    `protect`: a budget by tasks, like `["svamp=1pp"]`: the smallest model found that holds them.
     """
+    from bitatlas.evaluation.no_loss import parse_points
     from bitatlas.prepare import default_settings
     from bitatlas.progress import Reporter
     from bitatlas.settings import parse_budget
@@ -93,9 +95,10 @@ def survey(
 
     settings = default_settings(
         model=_text(model), formats=None if formats is None else ",".join(formats), quantizer=quantizer,
-        budget=parse_budget(code_bits, stored_bits, size, max_damage, vram, context), tokens=_text(tokens),
+        budget=parse_budget(code_bits, stored_bits, size, max_damage, vram, context, protect=protect), tokens=_text(tokens),
         rows=",".join(map(str, rows)), row_length=row_length, tasks=_tasks(tasks), task_data=_text(task_data), limit=limit,
         tolerance=tolerance, fuse=fuse, refine=refine, device=device, revision=revision, seed=seed,
+        margin_points=parse_points(margin, "margin"),
     )  # fmt: skip
     return _as(Atlas, run_survey(settings, Path(out), resume, Reporter(quiet)))
 
@@ -126,18 +129,19 @@ def verify(
 
 def compare(
     first: Place, second: Place, *, tokens: Place | None = None, rows: Rows = (2, 2, 64), row_length: int = 192,
-    tasks: Sequence[str] | None = None, task_data: Place | None = None, limit: int | None = 300, device: str = "cpu",
-    seed: int = 0, quiet: bool = False,
+    tasks: Sequence[str] | None = None, task_data: Place | None = None, limit: int | None = 300, margin: str = "2pp",
+    device: str = "cpu", seed: int = 0, quiet: bool = False,
 ) -> Comparison:  # fmt: skip
-    """Two checkpoints, quantized or not, on the same rows and items, paired."""
+    """Two checkpoints or plans, quantized or not, on the same rows and items, paired."""
     from bitatlas.compare import compare_models
+    from bitatlas.evaluation.no_loss import parse_points
     from bitatlas.progress import Reporter
     from bitatlas.settings import check_seed
 
     check_seed(seed)
     return compare_models(
         str(first), str(second), _text(tokens), rows, row_length, _tasks(tasks), _text(task_data), limit, device, seed,
-        Reporter(quiet),
+        Reporter(quiet), parse_points(margin, "margin"),
     )  # fmt: skip
 
 
