@@ -76,7 +76,7 @@ def task_text_findings(records: Sequence[TaskDamage], general: Shares) -> list[F
     """One statement a task: is its profile of critical layers another than the general text's?"""
     found = []
     for record in records:
-        claim = f"{record.task}'s own text has other critical layers than the general text"
+        claim = f"{record.task}'s own text weighs the layers differently than the general text"
         damage = "; ".join(f"{interval(m)} at {name}" for name, m in record.uniform.items())
         n = next((m.n for m in record.uniform.values()), 0)
         text = f"Damage on {n} rows of its questions and answers, nats/token: {damage}. "
