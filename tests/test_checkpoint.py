@@ -259,3 +259,17 @@ def test_weights_hash_tells_weights_apart(tmp_path: Path):
     first, same, other = (open_checkpoint(str(make_checkpoint(tmp_path / str(i), seed=s))) for i, s in enumerate((0, 0, 1)))
     assert first.info.weights_sha256 == same.info.weights_sha256 != other.info.weights_sha256
     assert torch.get_default_device().type == "cpu"  # the skeleton's meta device does not leak
+
+
+def test_weights_that_change_under_the_run_are_told(copy: Path):
+    checkpoint = open_checkpoint(str(copy))
+    checkpoint.load_model()
+    file = copy / "model.safetensors"
+    content = bytearray(file.read_bytes())
+    content[-1] ^= 1
+    file.write_bytes(content)
+    with pytest.raises(UserError, match=r"model.safetensors: the file changed while it was in use"):
+        checkpoint.load_model()
+    file.unlink()
+    with pytest.raises(UserError, match="changed while it was in use"):
+        checkpoint.check_unchanged()

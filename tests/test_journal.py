@@ -1,5 +1,8 @@
 """The journal: what was put is found again, by content; damage to the file is told."""
 
+import random
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -41,3 +44,52 @@ def test_a_damaged_journal_is_one_clear_line(tmp_path: Path):
 def test_not_a_number_is_never_recorded(tmp_path: Path):
     with pytest.raises(ValueError):
         Journal(tmp_path / "run.sqlite").put("k", "damage", [float("nan")])
+
+
+def read_all(file: Path, keys: list[str]) -> tuple[dict, str]:
+    """What is found under each key until something is wrong, and the line that says what."""
+    found: dict = {}
+    try:
+        journal = Journal(file)
+    except UserError as error:
+        return found, str(error)
+    try:
+        for key in keys:
+            found[key] = journal.get(key)
+    except UserError as error:
+        return found, str(error)
+    finally:
+        journal.close()
+    return found, ""
+
+
+def test_a_changed_byte_is_told_or_harmless(tmp_path: Path):
+    """Wherever a byte changes on the disk: the value that was written, or none (it is measured again), or one clear line."""
+    whole = tmp_path / "run.sqlite"
+    journal = Journal(whole)
+    values = {content_key(n): [n / m for m in range(1, 100)] for n in range(40)}
+    for key, value in values.items():
+        journal.put(key, "damage", value)
+    journal.close()
+    content, chance, told = whole.read_bytes(), random.Random(0), 0
+    damaged = tmp_path / "damaged.sqlite"
+    for _ in range(150):
+        place = chance.randrange(len(content))
+        changed = bytearray(content)
+        changed[place] ^= 1 << chance.randrange(8)
+        damaged.write_bytes(changed)
+        found, line = read_all(damaged, list(values))
+        if line:
+            told += 1
+            assert "journal cannot be used" in line and "\n" not in line
+        assert all(value is None or value == values[key] for key, value in found.items()), place
+    assert told > 75  # the hash is what tells of a changed value: without it most of these would pass for measurements
+
+
+def test_one_process_at_a_time(tmp_path: Path):
+    journal = Journal(tmp_path / "run.sqlite")
+    code = "import sys, pathlib, bitatlas.journal as j; j.Journal(pathlib.Path(sys.argv[1]))"
+    other = subprocess.run([sys.executable, "-c", code, str(tmp_path / "run.sqlite")], capture_output=True, text=True)
+    assert "another bitatlas is at work in that folder" in other.stderr
+    journal.close()
+    assert Journal(tmp_path / "run.sqlite").count() == 0

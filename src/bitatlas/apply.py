@@ -101,6 +101,7 @@ def apply_plan(model_name: str, plan_file: Path, out: Path, reporter: Reporter, 
     with _beside(out) as folder:
         with reporter.stage("packing") as progress:
             _write_weights(folder, plan, plan_file, checkpoint, skeleton, blueprint, progress)
+        checkpoint.check_unchanged()
         for file in carried:
             shutil.copyfile(file, folder / file.name)
         write_text(folder / "plan.json", to_json(plan))

@@ -58,6 +58,7 @@ class Checkpoint:
     modules: list[Module]
     layers_path: str
     files: list[Path]
+    stamps: list[tuple[int, int]]  # of each file, from before it was hashed
     notes: list[str] = field(default_factory=list)
 
     def load_model(self, device: str = "cpu", dtype: torch.dtype = torch.float32) -> PreTrainedModel:
@@ -65,7 +66,14 @@ class Checkpoint:
         model, report = _load(self.folder, str(self.folder), dtype)
         _check_loaded(report, str(self.folder))
         self._check_unexpected(sorted(report["unexpected_keys"]))
+        self.check_unchanged()
         return _placed(model, device)
+
+    def check_unchanged(self) -> None:
+        """UserError where a weights file is no longer the one that was hashed: what is read now is something else."""
+        changed = [file for file, stamp in zip(self.files, self.stamps, strict=True) if _stamp(file) != stamp]
+        if changed:
+            raise UserError(f"{changed[0]}: the file changed while it was in use; start again once it is whole")
 
     def skeleton(self) -> nn.Module:
         """The model without its weights, on torch's meta device."""
@@ -97,6 +105,7 @@ def open_checkpoint(name: str, revision: str | None = None, fuse: bool = True) -
     folder = find_folder(name, revision)
     config = read_config(folder, name)
     files = weight_files(folder)
+    stamps = [_stamp(file) for file in files]
     headers = [read_header(file) for file in files]
     model = _skeleton(config, name)
     layers_path = find_layers(model, name)
@@ -106,7 +115,7 @@ def open_checkpoint(name: str, revision: str | None = None, fuse: bool = True) -
     with _quiet():
         memory = memory_shape(model, modules, layers)
     info = _describe(name, revision, config, files, tensors, modules, layers, memory)
-    return Checkpoint(folder, config, info, modules, layers_path, files, _notes(model, layers_path, modules))
+    return Checkpoint(folder, config, info, modules, layers_path, files, stamps, _notes(model, layers_path, modules))
 
 
 def open_model(name: str, device: str = "cpu") -> tuple[Any, Any]:
@@ -277,6 +286,15 @@ def _describe(
         total_bytes=total,
         memory=memory,
     )
+
+
+def _stamp(file: Path) -> tuple[int, int]:
+    """Size and time of the last change, ns; nothing for a file that is gone."""
+    try:
+        status = file.stat()
+    except OSError:
+        return (0, 0)
+    return status.st_size, status.st_mtime_ns
 
 
 def _sha256(files: list[Path]) -> str:

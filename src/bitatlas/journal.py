@@ -1,7 +1,8 @@
 """`run.sqlite`: every finished measurement, keyed by what it is a measurement of, so that an interrupted run goes on where it stopped.
 
 Keys are hashes of content (weights, tokens, formats, settings), never of time or order: a run with another budget finds what an
-earlier one measured. SQLite in WAL mode survives a crash between two writes; each measurement is one committed row.
+earlier one measured. SQLite in WAL mode survives a crash between two writes; each measurement is one committed row, with a hash of
+itself, so that a byte that changed on the disk is told and not reported as a measurement. One process at a time has the journal.
 """
 
 from __future__ import annotations
@@ -25,20 +26,37 @@ def content_key(*parts: Any) -> str:
     return hashlib.sha256(text.encode()).hexdigest()
 
 
+def _check(key: str, value: str) -> str:
+    return hashlib.sha256(f"{key} {value}".encode()).hexdigest()[:16]
+
+
 class Journal:
     """Measurements on disk. `path=None` keeps them in memory."""
 
     def __init__(self, path: Path | None):
         self.path = path
         with self._told():
-            self._db = sqlite3.connect(path or ":memory:")
-            self._db.execute("PRAGMA journal_mode=WAL")
-            self._db.execute("PRAGMA synchronous=NORMAL")
-            self._db.execute("CREATE TABLE IF NOT EXISTS run (name TEXT PRIMARY KEY, value TEXT NOT NULL)")
-            self._db.execute(
-                "CREATE TABLE IF NOT EXISTS measurements (key TEXT PRIMARY KEY, stage TEXT NOT NULL, value TEXT NOT NULL)"
-            )
-            self._db.commit()
+            self._db = sqlite3.connect(path or ":memory:", timeout=1)
+        try:
+            with self._told():
+                self._open()
+        except UserError:
+            self._db.close()
+            raise
+
+    def _open(self) -> None:
+        self._db.execute("PRAGMA locking_mode=EXCLUSIVE")
+        self._db.execute("PRAGMA journal_mode=WAL")
+        self._db.execute("PRAGMA synchronous=NORMAL")
+        self._db.execute("CREATE TABLE IF NOT EXISTS run (name TEXT PRIMARY KEY, value TEXT NOT NULL)")
+        self._db.execute(
+            "CREATE TABLE IF NOT EXISTS measured "
+            "(key TEXT PRIMARY KEY, stage TEXT NOT NULL, value TEXT NOT NULL, hash TEXT NOT NULL)"
+        )
+        self._db.commit()
+        damage = self._db.execute("PRAGMA quick_check(1)").fetchone()[0]
+        if damage != "ok":
+            raise self._unusable(damage)
 
     @contextmanager
     def _told(self) -> Iterator[None]:
@@ -46,22 +64,33 @@ class Journal:
         try:
             yield
         except sqlite3.Error as error:
-            raise UserError(
-                f"{self.path}: the run's journal cannot be used ({error}); repair the disk, or start again with another --out"
-            ) from None
+            if "locked" in str(error):
+                raise UserError(
+                    f"{self.path}: another bitatlas is at work in that folder; wait for it, or choose another"
+                ) from None
+            raise self._unusable(error) from None
+
+    def _unusable(self, reason: object) -> UserError:
+        told = " ".join(str(reason).split())
+        return UserError(
+            f"{self.path}: the run's journal cannot be used ({told}); repair the disk, or start again with another --out"
+        )
 
     def get(self, key: str) -> Any | None:
         """The measurement under `key`, or None."""
         with self._told():
-            row = self._db.execute("SELECT value FROM measurements WHERE key = ?", (key,)).fetchone()
-        return json.loads(row[0]) if row else None
+            row = self._db.execute("SELECT value, hash FROM measured WHERE key = ?", (key,)).fetchone()
+        if row is None:
+            return None
+        if _check(key, row[0]) != row[1]:
+            raise self._unusable("a measurement in it is not what was written")
+        return json.loads(row[0])
 
     def put(self, key: str, stage: str, value: Any) -> None:
         """Record a measurement; on return it is safe from a crash of this process."""
+        text = json.dumps(value, allow_nan=False)
         with self._told():
-            self._db.execute(
-                "INSERT OR REPLACE INTO measurements VALUES (?, ?, ?)", (key, stage, json.dumps(value, allow_nan=False))
-            )
+            self._db.execute("INSERT OR REPLACE INTO measured VALUES (?, ?, ?, ?)", (key, stage, text, _check(key, text)))
             self._db.commit()
 
     def claim(self, weights_sha256: str, model: str) -> None:
@@ -80,7 +109,7 @@ class Journal:
 
     def count(self) -> int:
         with self._told():
-            return int(self._db.execute("SELECT COUNT(*) FROM measurements").fetchone()[0])
+            return int(self._db.execute("SELECT COUNT(*) FROM measured").fetchone()[0])
 
     def close(self) -> None:
         self._db.close()
