@@ -9,8 +9,8 @@ A role says which keys a query would look at (its *targets*). With x the token i
 Key 0 is a sink and never a target.
 
 Score: kappa = (m - e) / (1 - e), with m the mean attention mass on the targets of a query and e the same for random targets, each
-drawn from the keys within 8 tokens of the target it replaces (not targets themselves, not after the query). Exactly the same
-distance is no choice: of the previous token it would leave only the previous token.
+drawn from the keys within 8 tokens of the target it replaces (not targets themselves, not after the query, and none twice for one query:
+both sums are over as many different keys). Exactly the same distance is no choice: of the previous token it would leave only that one.
 p: in every sequence the true targets and the random draws are exchangeable if the role means nothing to the head; the statistic
 (mean over sequences) is recomputed for random choices of one of them per sequence. That test is exact for any number of draws.
 Left out: what the head writes (OV circuits); a role here is where it looks.
@@ -39,6 +39,7 @@ Q_TYPED = 0.05
 BLOCK_TOKENS = (24, 32, 40, 48)  # lengths of the repeated block: with one length, a fixed distance would pass for induction
 FEWEST_BLOCK_TOKENS = 8
 MOST_PERMUTATIONS = 20_000
+ABLATION_PART = 1  # of the repeated sequences: those that heads are named on are part 0
 
 Bools = NDArray[np.bool_]
 
@@ -78,18 +79,34 @@ class Pairs:
 
 
 def matched_pairs(targets: Bools, draws: int, generator: np.random.Generator) -> Pairs:
-    """Pairs of `targets` [queries, keys] with their random replacements; pairs that no key could replace are dropped."""
+    """Pairs of `targets` [queries, keys] with their random replacements, for each query all different keys.
+
+    Pairs whose target has no free key near it are dropped, and those whose free keys earlier pairs of the query could all have taken.
+    """
     query, target = np.nonzero(targets)
     offsets = np.concatenate([np.arange(-NEAR_TOKENS, 0), np.arange(1, NEAR_TOKENS + 1)])
     key = target[:, None] + offsets  # [pairs, offsets]
     inside = (key >= 1) & (key <= query[:, None])
     free = inside & ~targets[query[:, None], np.where(inside, key, 0)]
-    count = free.sum(1)
-    kept = count > 0
-    query, target, free, count = query[kept], target[kept], free[kept], count[kept]
-    order = np.argsort(~free, axis=1, kind="stable")  # free offsets first
-    rank = np.floor(generator.random((draws, len(query))) * count).astype(np.int64)
-    drawn = target + offsets[order[np.arange(len(query)), rank]]
+    before = targets.cumsum(1)  # [queries, keys] targets up to a key
+    reaching = (
+        before[query, target] - 1 - before[query, np.maximum(0, target - 2 * NEAR_TOKENS - 1)]
+    )  # earlier ones that share keys
+    kept = free.sum(1) > reaching
+    query, target, free, key = query[kept], target[kept], free[kept], np.where(free, key, 0)[kept]
+    drawn = np.empty((draws, len(query)), dtype=np.int64)
+    taken = np.zeros((draws, *targets.shape), dtype=bool)
+    of_query = np.arange(len(query)) - np.searchsorted(
+        query, query
+    )  # pairs are in order of their queries: 0 for the first of each
+    draw = np.arange(draws)[:, None]
+    for place in range(of_query.max(initial=-1) + 1):
+        now = np.flatnonzero(of_query == place)  # one pair of each query, so that none stands in another's way
+        left = free[now] & ~taken[draw[:, :, None], query[now, None], key[now]]  # [draws, pairs, offsets]
+        rank = np.floor(generator.random(left.shape[:2]) * left.sum(2)).astype(np.int64)
+        chosen = (left.cumsum(2) > rank[..., None]).argmax(2)
+        drawn[:, now] = key[now, chosen]
+        taken[draw, query[now], drawn[:, now]] = True
     return Pairs(query, target, drawn)
 
 
@@ -131,10 +148,10 @@ def role_masses(roles: tuple[str, ...], ids: Tensor, first_row: int, seed: int, 
     return RoleMasses(roles, Masses((rows, tokens), cells, weights), queries, draws)
 
 
-def repeated_tokens(tokenizer: Any, vocabulary: int, context: int, sequences: int, seed: int) -> list[Tensor]:
+def repeated_tokens(tokenizer: Any, vocabulary: int, context: int, sequences: int, seed: int, part: int = 0) -> list[Tensor]:
     """Sequences of a random block twice, after the beginning token where there is one: int64 [sequences of one length, tokens] each.
 
-    Tokens are drawn without repetition from the vocabulary without special and added tokens. Empty where the context cannot hold
+    Another `part` gives other sequences. Tokens are drawn without repetition from the vocabulary without special and added tokens. Empty where the context cannot hold
     two blocks of 8 tokens or there are not 8 ordinary tokens.
     """
     ordinary = ordinary_tokens(tokenizer, vocabulary)
@@ -143,7 +160,7 @@ def repeated_tokens(tokenizer: Any, vocabulary: int, context: int, sequences: in
     longest = min((context - len(start)) // 2, len(ordinary))
     if longest < FEWEST_BLOCK_TOKENS:
         return []
-    generator = np.random.default_rng([seed, len(ROLES)])
+    generator = np.random.default_rng([seed, len(ROLES), part])
     groups = []
     for group, block in enumerate(BLOCK_TOKENS):
         count = len(range(group, sequences, len(BLOCK_TOKENS)))
