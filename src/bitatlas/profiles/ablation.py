@@ -2,7 +2,7 @@
 
 What is predicted is the second half of a random block of tokens twice, without the block's first token (nothing tells that the repeat
 begins): only what copies from the first half can know it. The sequences are not those on which the heads got their names. The heads
-called induction are removed, and those called previous token, which induction heads are known to need (arXiv:2209.11895).
+called induction are removed, and, in a model that has them, those called previous token, from which they read (arXiv:2209.11895).
 
 *Removed* means that the head's output is zero: its columns of what the output projection reads. Zero, and not the head's mean output,
 because a mean would have to be taken over some text, would leave in what the head adds everywhere, and differs between the two halves.
@@ -78,7 +78,7 @@ def ablate(
     vocabulary = int(model.get_input_embeddings().weight.shape[0])
     context = getattr(model.config, "max_position_embeddings", None)
     groups = repeated_tokens(tokenizer, vocabulary, int(context or 2048), ABLATION_SEQUENCES, seed, ABLATION_PART)
-    reasons = {role: _not_tested(model, role, own, every, groups) for role, own in named.items()}
+    reasons = {role: _not_tested(model, role, named, every, groups) for role in ABLATED_ROLES}
     draws = {role: () if reasons[role] else random_sets(own, every, seed) for role, own in named.items()}
     tested = [role for role in ABLATED_ROLES if not reasons[role]]
     wanted = list(dict.fromkeys(one for role in tested for one in ((), named[role], *draws[role])))
@@ -95,10 +95,13 @@ def ablate(
     return found
 
 
-def _not_tested(model: Any, role: str, own: Heads, every: Sequence[Head], groups: Sequence[Tensor]) -> str:
+def _not_tested(model: Any, role: str, named: dict[str, Heads], every: Sequence[Head], groups: Sequence[Tensor]) -> str:
     """Why a role's heads cannot be removed and compared; "" where they can."""
+    own = named[role]
     if not own:
         return f"no head is called {role}"
+    if not named["induction"]:
+        return "no head is called induction, so none could need these for repeating"
     if len(every) < 2 * len(own):
         return f"{len(own)} of {len(every)} heads are called {role}, so there are not as many others to compare with"
     if not groups:
