@@ -81,33 +81,55 @@ class Pairs:
 def matched_pairs(targets: Bools, draws: int, generator: np.random.Generator) -> Pairs:
     """Pairs of `targets` [queries, keys] with their random replacements, for each query all different keys.
 
-    Pairs whose target has no free key near it are dropped, and those whose free keys earlier pairs of the query could all have taken.
+    Pairs that have no more free keys near them than there are other targets to want these are dropped.
     """
     query, target = np.nonzero(targets)
     offsets = np.concatenate([np.arange(-NEAR_TOKENS, 0), np.arange(1, NEAR_TOKENS + 1)])
     key = target[:, None] + offsets  # [pairs, offsets]
     inside = (key >= 1) & (key <= query[:, None])
-    free = inside & ~targets[query[:, None], np.where(inside, key, 0)]
-    before = targets.cumsum(1)  # [queries, keys] targets up to a key
-    reaching = (
-        before[query, target] - 1 - before[query, np.maximum(0, target - 2 * NEAR_TOKENS - 1)]
-    )  # earlier ones that share keys
-    kept = free.sum(1) > reaching
-    query, target, free, key = query[kept], target[kept], free[kept], np.where(free, key, 0)[kept]
-    drawn = np.empty((draws, len(query)), dtype=np.int64)
-    taken = np.zeros((draws, *targets.shape), dtype=bool)
-    of_query = np.arange(len(query)) - np.searchsorted(
-        query, query
-    )  # pairs are in order of their queries: 0 for the first of each
-    draw = np.arange(draws)[:, None]
-    for place in range(of_query.max(initial=-1) + 1):
-        now = np.flatnonzero(of_query == place)  # one pair of each query, so that none stands in another's way
-        left = free[now] & ~taken[draw[:, :, None], query[now, None], key[now]]  # [draws, pairs, offsets]
-        rank = np.floor(generator.random(left.shape[:2]) * left.sum(2)).astype(np.int64)
-        chosen = (left.cumsum(2) > rank[..., None]).argmax(2)
-        drawn[:, now] = key[now, chosen]
-        taken[draw, query[now], drawn[:, now]] = True
+    key = np.where(inside, key, 0)
+    free = inside & ~targets[query[:, None], key]
+    count = free.sum(1)
+    up_to, reach = targets.cumsum(1), 2 * NEAR_TOKENS  # targets of each query up to a key; how far targets may want the same key
+    last = targets.shape[1] - 1
+    wanting = up_to[query, np.minimum(target + reach, last)] - up_to[query, np.maximum(target - reach - 1, 0)] - 1
+    kept = count > wanting
+    query, target, key, free, count = query[kept], target[kept], key[kept], free[kept], count[kept]
+    order = np.argsort(~free, axis=1, kind="stable")  # free offsets first
+    rank = np.floor(generator.random((draws, len(query))) * count).astype(np.int64)
+    drawn = key[np.arange(len(query)), order[np.arange(len(query)), rank]]  # [draws, pairs]
+    _part(drawn, query, key, free, targets.shape, generator)
     return Pairs(query, target, drawn)
+
+
+def _part(
+    drawn: NDArray[np.int64],
+    query: NDArray[np.int64],
+    key: NDArray[np.int64],
+    free: Bools,
+    shape: tuple[int, ...],
+    generator: np.random.Generator,
+) -> None:
+    """Draw again, in place, where a key was drawn for two pairs of one query, until none is; every round ends some and makes none.
+
+    drawn: [draws, pairs]; query: [pairs]; key, free: [pairs, offsets], the keys near each target; shape: (queries, keys).
+    """
+    draws, pairs = drawn.shape
+    row = np.arange(draws)[:, None] * shape[0] + query  # of a table with a line for each draw and query
+    used = np.bincount((row * shape[1] + drawn).ravel(), minlength=draws * shape[0] * shape[1]).reshape(-1, shape[1])
+    flat, row = drawn.reshape(-1), row.reshape(-1)
+    shared = np.flatnonzero(used[row, flat] > 1)
+    while len(shared):
+        lines, first = np.unique(row[shared], return_index=True)
+        chosen = shared[first]  # one pair of each line, so that none stands in another's way
+        pair = chosen % pairs
+        left = free[pair] & (used[lines[:, None], key[pair]] == 0)  # [chosen, offsets]
+        rank = np.floor(generator.random(len(chosen)) * left.sum(1)).astype(np.int64)
+        new = key[pair, (left.cumsum(1) > rank[:, None]).argmax(1)]
+        used[lines, flat[chosen]] -= 1
+        used[lines, new] += 1
+        flat[chosen] = new
+        shared = shared[used[row[shared], flat[shared]] > 1]
 
 
 # --- masses on targets -----------------------------------------------------------------------------------------------------
