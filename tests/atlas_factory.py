@@ -13,6 +13,7 @@ import numpy as np
 from atlas_tasks import pairs_of, scores
 from bitatlas.formats import FORMATS, stored_bytes
 from bitatlas.records import (
+    Ablation,
     Atlas,
     AttentionHead,
     AttentionLayer,
@@ -127,6 +128,7 @@ def make_atlas(recipe: Recipe | None = None) -> Atlas:
         kinds=_kinds(recipe, modules),
         unit_correlations=[Correlation("weights", 0.4, (0.31, 0.47), len({m.unit for m in modules}))],
         shapley=_shapley(recipe, layers),
+        ablations=_ablations() if recipe.attention else [],
     )
 
 
@@ -400,6 +402,24 @@ def _drift(rng: np.random.Generator, layer: int, layers: int) -> dict[str, Measu
 
 def _about(value: float, half: float, unit: str, base: str, n: int = 96, rows: str = "test") -> Measured:
     return Measured(float(value), (float(value) - half, float(value) + half), unit, base, rows, n)
+
+
+def _ablations() -> list[Ablation]:
+    def about(value: float, half: float) -> Measured:
+        return _about(value, half, "nats/token", "reference", 32, "repeated random tokens")
+
+    tested = Ablation(
+        "induction",
+        [[5, 1], [9, 3]],
+        20,
+        1,
+        about(7.31, 0.06),
+        about(2.21, 0.1),
+        about(1.84, 0.12),
+        about(0.21, 0.14),
+        about(1.63, 0.19),
+    )
+    return [tested, Ablation("previous", [], not_tested="no head is called previous")]
 
 
 def _heads(recipe: Recipe, rng: np.random.Generator) -> list[AttentionHead]:

@@ -187,6 +187,18 @@ def test_replacements_are_near_free_and_causal(seed: int, tokens: int, vocabular
     assert (np.abs(pairs.drawn - pairs.target) <= NEAR_TOKENS).all()
     assert (pairs.drawn >= 1).all()
     assert (pairs.drawn <= pairs.query).all()
+    for drawn in pairs.drawn:  # no key stands in for two targets of one query
+        assert len(np.unique(pairs.query * tokens + drawn)) == len(drawn)
+
+
+@pytest.mark.parametrize("vocabulary", [3, 6, 20])
+def test_crowded_targets_give_even_attention_no_role(vocabulary: int) -> None:
+    """With few different tokens a query has many targets; were a key drawn for two of them, chance would come out too low."""
+    ids = torch.randint(1, 1 + vocabulary, (4, 60), generator=torch.Generator().manual_seed(vocabulary))
+    maps, _ = strip_sinks(uniform(60).expand(4, 1, -1, -1), Sinks(ids).keys)
+    masses = role_masses(ROLES, ids, 0, seed=0).read(maps)[..., 0].mean(0)  # [roles, 1 + draws]
+    assert (masses[:, 0] > 0.05).sum() >= 2  # crowded indeed
+    np.testing.assert_allclose(masses[:, 1:], masses[:, :1].repeat(16, 1), atol=1e-6)
 
 
 def test_masses_are_what_loops_give() -> None:

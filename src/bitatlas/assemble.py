@@ -13,7 +13,7 @@ from bitatlas.evaluation.bootstrap import measured
 from bitatlas.evaluation.items import TASKS
 from bitatlas.evaluation.paired import compare_all
 from bitatlas.files import to_json, write_text
-from bitatlas.findings import LayerRows, TaskEvidence, TaskRows, conclude, insides, shapley_check
+from bitatlas.findings import LayerRows, TaskEvidence, TaskRows, ablation_record, conclude, insides, shapley_check
 from bitatlas.formats import stored_bytes
 from bitatlas.planning.budget import size_of
 from bitatlas.planning.judge import Judged
@@ -33,6 +33,7 @@ from bitatlas.settings import Settings
 from bitatlas.tables import write_tables
 
 if TYPE_CHECKING:
+    from bitatlas.profiles.ablation import Removal
     from bitatlas.sensitivity.task_text import TaskScreen
 
 Lines = list[dict[str, Any]]
@@ -65,6 +66,7 @@ class Measurements:
     task_screens: Mapping[str, TaskScreen] = field(default_factory=dict)
     orders: np.ndarray | None = None  # [pairs, rows, layers]: what each layer adds in sampled orders, on the first test rows
     order_models: int = 0  # that were measured for it
+    removals: Sequence[Removal] = ()  # of heads from the reference
 
 
 def assemble(
@@ -77,6 +79,7 @@ def assemble(
     kinds = kind_rows(modules, settings, found)
     inside = insides(modules, found.weights, unit_rows(modules, settings, found), kinds, settings.seed)
     shapley = None if found.orders is None else shapley_check(found.orders, found.order_models, rows, settings.seed)
+    ablations = [ablation_record(removal, settings.seed) for removal in found.removals]
     conclusions = conclude(
         rows,
         settings.tolerance_nats,
@@ -87,6 +90,7 @@ def assemble(
         calibration=found.calibration,
         kinds=kinds,
         shapley=shapley,
+        ablations=ablations,
         tested=TaskEvidence(scores, pairs, found.outcomes, math_tasks, task_rows(modules, settings, found)),
         seed=settings.seed,
     )
@@ -125,6 +129,7 @@ def assemble(
         kinds=inside.kinds,
         unit_correlations=inside.unit_correlations,
         shapley=shapley,
+        ablations=ablations,
     )
 
 

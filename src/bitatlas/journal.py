@@ -17,7 +17,7 @@ from typing import Any
 
 from bitatlas.errors import UserError
 
-VERSION = 1  # raise it when a measurement's meaning changes: older entries are then not found
+VERSION = 2  # raise it when a measurement's meaning changes: older entries are then not found
 
 
 def content_key(*parts: Any) -> str:

@@ -27,6 +27,7 @@ from bitatlas.planning.choose import damage_tables
 from bitatlas.planning.judge import Judged, judge
 from bitatlas.planning.search import Tools, search
 from bitatlas.prepare import Run, prepare, tools_of
+from bitatlas.profiles.ablation import Removal, ablate
 from bitatlas.profiles.attention import AttentionResult, attention_profile
 from bitatlas.profiles.focus import Problem, problems_of
 from bitatlas.profiles.weights import weight_profile
@@ -64,6 +65,7 @@ def run_survey(settings: Settings, out: Path, resume: bool, reporter: Reporter) 
     units = screen_units(meter, modules, settings.formats, rows.fit, reporter)
     precisions: Assignments = {"reference": {}} | {f"uniform:{name}": uniform(modules, name) for name in (high, low)}
     attention = [profile_attention(run, base, assignment) for base, assignment in precisions.items()]
+    removals = remove_heads(run, attention[0])
     names = [unit.name for unit in run.subject.units]
     tools = tools_of(run, damage_tables(names, settings.formats, units.damage, units.base))
     judged = find_plan(run, tools, by_criticality(modules, widths[high], widths[low], layers))
@@ -94,6 +96,7 @@ def run_survey(settings: Settings, out: Path, resume: bool, reporter: Reporter) 
         task_screens=screens,
         orders=orders.added if orders else None,
         order_models=orders.models if orders else 0,
+        removals=removals,
     )
     atlas = assemble(run.checkpoint.info, modules, rows.info, settings, versions(), found)
     with reporter.stage("writing the report"):
@@ -152,6 +155,14 @@ def profile_attention(run: Run, base: str, assignment: Mapping[str, str]) -> Att
             value = asdict(result)
             run.journal.put(key, "attention", value)
     return adapter.validate_python(value)
+
+
+def remove_heads(run: Run, reference: AttentionResult) -> list[Removal]:
+    """Heads removed by role from the reference, where heads were read."""
+    with run.reporter.stage("removing heads") as progress:
+        return ablate(
+            run.model, run.tokenizer, reference.heads, run.meter.identity, run.journal, seed=run.settings.seed, progress=progress
+        )
 
 
 def focus_problems(run: Run) -> list[Problem]:

@@ -15,6 +15,8 @@ Sources: Efron & Tibshirani 1993; Hesterberg 2014, arXiv:1411.5279; Benjamini & 
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator
+from functools import lru_cache
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
@@ -24,6 +26,7 @@ from bitatlas.records import Measured
 
 RESAMPLES = 2000
 CHUNK_NUMBERS = 2**22  # counts in memory at a time: 32 MiB
+KEPT_NUMBERS = 2**18  # counts of one sample that are kept, eight such at most: 16 MiB
 
 Floats = NDArray[np.float64]
 
@@ -38,14 +41,30 @@ def resample_means(values: ArrayLike, resamples: int = RESAMPLES, seed: int = 0)
     rows = array.shape[0]
     # measured from the first row, a constant column stays exactly constant
     deviations = (array - array[0]).reshape(rows, -1)  # [rows, columns]
-    generator = np.random.default_rng(seed)
     means = np.empty((resamples, deviations.shape[1]))
-    step = max(1, CHUNK_NUMBERS // rows)
-    for start in range(0, resamples, step):
-        size = min(step, resamples - start)
-        counts = generator.multinomial(rows, np.full(rows, 1 / rows), size=size)  # [size, rows]
-        means[start : start + size] = counts @ deviations / rows
+    start = 0
+    for counts in _draws(rows, resamples, seed):
+        means[start : start + len(counts)] = counts @ deviations / rows
+        start += len(counts)
     return array[0] + means.reshape(resamples, *array.shape[1:])
+
+
+def _draws(rows: int, resamples: int, seed: int) -> Iterator[Floats]:
+    """How often each row is drawn: arrays [part of the resamples, rows]. The small ones are kept, since one survey asks again and again."""
+    step = max(1, CHUNK_NUMBERS // rows)
+    if rows * resamples <= KEPT_NUMBERS:
+        yield _kept_draws(rows, resamples, seed)
+        return
+    generator = np.random.default_rng(seed)
+    for start in range(0, resamples, step):
+        yield generator.multinomial(rows, np.full(rows, 1 / rows), size=min(step, resamples - start)).astype(np.float64)
+
+
+@lru_cache(maxsize=8)
+def _kept_draws(rows: int, resamples: int, seed: int) -> Floats:
+    counts = np.random.default_rng(seed).multinomial(rows, np.full(rows, 1 / rows), size=resamples).astype(np.float64)
+    counts.flags.writeable = False
+    return counts
 
 
 def _finite(values: ArrayLike) -> Floats:

@@ -3,6 +3,7 @@
     shares.py        share of the damage, criticality, and the verdict on each layer
     zones.py         runs of layers that are about equally critical, and how many there are
     correlations.py  do cheap measures tell where the damage is?
+    ablation.py      heads removed: are they what they are called?
     folk.py          rules of thumb, each tested on this checkpoint
     tasks.py         tasks on their own text, and the widths that hold them
     parts.py         the same as for layers for units and for kinds of modules
@@ -25,6 +26,7 @@ from dataclasses import dataclass, field
 import numpy as np
 from numpy.typing import ArrayLike
 
+from bitatlas.findings.ablation import ablation_findings, ablation_record
 from bitatlas.findings.correlations import correlations, layer_measures, permutation_p, spearman
 from bitatlas.findings.folk import RULED, attention_rules, folk_findings, math_needs_more
 from bitatlas.findings.kinds import value_and_down
@@ -45,6 +47,7 @@ from bitatlas.findings.tasks import task_damage, task_text_findings, width_findi
 from bitatlas.findings.verdict import PlanVerdict, verdict_on_plan
 from bitatlas.findings.zones import number_of_zones, segmentations, with_low_share, zones
 from bitatlas.records import (
+    Ablation,
     AttentionLayer,
     Calibration,
     Correlation,
@@ -67,6 +70,7 @@ __all__ = [
     "Shares",
     "TaskEvidence",
     "TaskRows",
+    "ablation_record",
     "conclude",
     "correlations",
     "folk_findings",
@@ -123,6 +127,7 @@ def conclude(
     calibration: Calibration | None = None,
     kinds: LayerRows | None = None,
     shapley: ShapleyCheck | None = None,
+    ablations: Sequence[Ablation] = (),
     tested: TaskEvidence | None = None,
     seed: int = 0,
 ) -> Conclusions:
@@ -156,6 +161,7 @@ def conclude(
         *_about_math(tested, rows, seed),
         *task_text_findings(damage, shares),
         *attention_findings(attention, rows.low_name),
+        *ablation_findings(ablations),
         *(finding for finding in about_measures if finding.topic == "attention"),
     ]
     return Conclusions(layers, found_zones, correlated, findings, damage)

@@ -9,8 +9,8 @@ A role says which keys a query would look at (its *targets*). With x the token i
 Key 0 is a sink and never a target.
 
 Score: kappa = (m - e) / (1 - e), with m the mean attention mass on the targets of a query and e the same for random targets, each
-drawn from the keys within 8 tokens of the target it replaces (not targets themselves, not after the query). Exactly the same
-distance is no choice: of the previous token it would leave only the previous token.
+drawn from the keys within 8 tokens of the target it replaces (not targets themselves, not after the query, and none twice for one query:
+both sums are over as many different keys). Exactly the same distance is no choice: of the previous token it would leave only that one.
 p: in every sequence the true targets and the random draws are exchangeable if the role means nothing to the head; the statistic
 (mean over sequences) is recomputed for random choices of one of them per sequence. That test is exact for any number of draws.
 Left out: what the head writes (OV circuits); a role here is where it looks.
@@ -39,6 +39,7 @@ Q_TYPED = 0.05
 BLOCK_TOKENS = (24, 32, 40, 48)  # lengths of the repeated block: with one length, a fixed distance would pass for induction
 FEWEST_BLOCK_TOKENS = 8
 MOST_PERMUTATIONS = 20_000
+ABLATION_PART = 1  # of the repeated sequences: those that heads are named on are part 0
 
 Bools = NDArray[np.bool_]
 
@@ -78,19 +79,57 @@ class Pairs:
 
 
 def matched_pairs(targets: Bools, draws: int, generator: np.random.Generator) -> Pairs:
-    """Pairs of `targets` [queries, keys] with their random replacements; pairs that no key could replace are dropped."""
+    """Pairs of `targets` [queries, keys] with their random replacements, for each query all different keys.
+
+    Pairs that have no more free keys near them than there are other targets to want these are dropped.
+    """
     query, target = np.nonzero(targets)
     offsets = np.concatenate([np.arange(-NEAR_TOKENS, 0), np.arange(1, NEAR_TOKENS + 1)])
     key = target[:, None] + offsets  # [pairs, offsets]
     inside = (key >= 1) & (key <= query[:, None])
-    free = inside & ~targets[query[:, None], np.where(inside, key, 0)]
+    key = np.where(inside, key, 0)
+    free = inside & ~targets[query[:, None], key]
     count = free.sum(1)
-    kept = count > 0
-    query, target, free, count = query[kept], target[kept], free[kept], count[kept]
+    up_to, reach = targets.cumsum(1), 2 * NEAR_TOKENS  # targets of each query up to a key; how far targets may want the same key
+    last = targets.shape[1] - 1
+    wanting = up_to[query, np.minimum(target + reach, last)] - up_to[query, np.maximum(target - reach - 1, 0)] - 1
+    kept = count > wanting
+    query, target, key, free, count = query[kept], target[kept], key[kept], free[kept], count[kept]
     order = np.argsort(~free, axis=1, kind="stable")  # free offsets first
     rank = np.floor(generator.random((draws, len(query))) * count).astype(np.int64)
-    drawn = target + offsets[order[np.arange(len(query)), rank]]
+    drawn = key[np.arange(len(query)), order[np.arange(len(query)), rank]]  # [draws, pairs]
+    _part(drawn, query, key, free, targets.shape, generator)
     return Pairs(query, target, drawn)
+
+
+def _part(
+    drawn: NDArray[np.int64],
+    query: NDArray[np.int64],
+    key: NDArray[np.int64],
+    free: Bools,
+    shape: tuple[int, ...],
+    generator: np.random.Generator,
+) -> None:
+    """Draw again, in place, where a key was drawn for two pairs of one query, until none is; every round ends some and makes none.
+
+    drawn: [draws, pairs]; query: [pairs]; key, free: [pairs, offsets], the keys near each target; shape: (queries, keys).
+    """
+    draws, pairs = drawn.shape
+    row = np.arange(draws)[:, None] * shape[0] + query  # of a table with a line for each draw and query
+    used = np.bincount((row * shape[1] + drawn).ravel(), minlength=draws * shape[0] * shape[1]).reshape(-1, shape[1])
+    flat, row = drawn.reshape(-1), row.reshape(-1)
+    shared = np.flatnonzero(used[row, flat] > 1)
+    while len(shared):
+        lines, first = np.unique(row[shared], return_index=True)
+        chosen = shared[first]  # one pair of each line, so that none stands in another's way
+        pair = chosen % pairs
+        left = free[pair] & (used[lines[:, None], key[pair]] == 0)  # [chosen, offsets]
+        rank = np.floor(generator.random(len(chosen)) * left.sum(1)).astype(np.int64)
+        new = key[pair, (left.cumsum(1) > rank[:, None]).argmax(1)]
+        used[lines, flat[chosen]] -= 1
+        used[lines, new] += 1
+        flat[chosen] = new
+        shared = shared[used[row[shared], flat[shared]] > 1]
 
 
 # --- masses on targets -----------------------------------------------------------------------------------------------------
@@ -131,10 +170,10 @@ def role_masses(roles: tuple[str, ...], ids: Tensor, first_row: int, seed: int, 
     return RoleMasses(roles, Masses((rows, tokens), cells, weights), queries, draws)
 
 
-def repeated_tokens(tokenizer: Any, vocabulary: int, context: int, sequences: int, seed: int) -> list[Tensor]:
+def repeated_tokens(tokenizer: Any, vocabulary: int, context: int, sequences: int, seed: int, part: int = 0) -> list[Tensor]:
     """Sequences of a random block twice, after the beginning token where there is one: int64 [sequences of one length, tokens] each.
 
-    Tokens are drawn without repetition from the vocabulary without special and added tokens. Empty where the context cannot hold
+    Another `part` gives other sequences. Tokens are drawn without repetition from the vocabulary without special and added tokens. Empty where the context cannot hold
     two blocks of 8 tokens or there are not 8 ordinary tokens.
     """
     ordinary = ordinary_tokens(tokenizer, vocabulary)
@@ -143,7 +182,7 @@ def repeated_tokens(tokenizer: Any, vocabulary: int, context: int, sequences: in
     longest = min((context - len(start)) // 2, len(ordinary))
     if longest < FEWEST_BLOCK_TOKENS:
         return []
-    generator = np.random.default_rng([seed, len(ROLES)])
+    generator = np.random.default_rng([seed, len(ROLES), part])
     groups = []
     for group, block in enumerate(BLOCK_TOKENS):
         count = len(range(group, sequences, len(BLOCK_TOKENS)))

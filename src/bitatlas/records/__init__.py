@@ -6,6 +6,7 @@ rows or items it came from. `Plan` is `plan.json`, `Atlas` is `atlas.json`; the 
 
 from bitatlas.records.atlas import (
     ATLAS_SCHEMA,
+    Ablation,
     Atlas,
     AttentionHead,
     AttentionLayer,
@@ -44,6 +45,7 @@ from bitatlas.records.plan import (
 __all__ = [
     "ATLAS_SCHEMA",
     "PLAN_SCHEMA",
+    "Ablation",
     "Atlas",
     "AttentionHead",
     "AttentionLayer",

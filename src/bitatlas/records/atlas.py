@@ -82,6 +82,22 @@ class AttentionLayer:
 
 
 @dataclass(frozen=True)
+class Ablation:
+    """What removing the heads of one role from the reference does to the repetition of a random block, beside as many random other heads."""
+
+    role: str
+    heads: list[list[int]]  # (layer, head) of those that carry the role
+    draws: int = 0  # random sets of as many others
+    as_harmful: int = 0  # of these, that add at least as much
+    first_half: Measured | None = None  # loss with all heads, nats/token
+    second_half: Measured | None = None
+    added: Measured | None = None  # to the loss of the second half, without the heads
+    added_by_chance: Measured | None = None  # the same without random others, mean over sets
+    effect: Measured | None = None  # added - added_by_chance, paired by sequence
+    not_tested: str = ""  # why all of that is missing
+
+
+@dataclass(frozen=True)
 class Layer:
     """The evidence on one decoder layer. `lowered`: this layer low, the others high; `raised`: the reverse (damage of that whole model)."""
 
@@ -295,4 +311,5 @@ class Atlas:
     kinds: list[KindDamage] = field(default_factory=list)
     unit_correlations: list[Correlation] = field(default_factory=list)  # of cheap measures with the damage of units
     shapley: ShapleyCheck | None = None
+    ablations: list[Ablation] = field(default_factory=list)
     schema: str = ATLAS_SCHEMA

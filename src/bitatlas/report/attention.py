@@ -7,6 +7,7 @@ problems), so the notes say the basis measure by measure. Left out: a row a head
 from __future__ import annotations
 
 from bitatlas import words
+from bitatlas.findings.ablation import head_names, verdict_of
 from bitatlas.records import Atlas, AttentionLayer, Measured
 from bitatlas.report import facts
 from bitatlas.report.table import Table
@@ -104,3 +105,28 @@ def drift_table(atlas: Atlas) -> Table:
     )
     head = ["Model", "Layer", "Local drift", "Cumulative drift", "Noise floor"]
     return Table("drift", "Attention drift", note, head, rows)
+
+
+def ablation_table(atlas: Atlas) -> Table:
+    """What removing the heads of a role does to repetition, one row a role."""
+    rows = [
+        [
+            one.role,
+            head_names(one.heads) or "none",
+            interval(one.second_half),
+            interval(one.added),
+            interval(one.added_by_chance),
+            f"{one.as_harmful} of {one.draws}" if one.draws else words.NOT_MEASURED,
+            interval(one.effect),
+            verdict_of(one.effect) if one.effect else f"not tested: {one.not_tested}",
+        ]
+        for one in atlas.ablations
+    ]
+    note = (
+        "Loss on the second half of a random block of tokens twice (not the sequences that the roles were found on), in nats/token, and what "
+        "is added where the heads of a role put out zero, beside as many random other heads. Difference: paired by sequence, interval "
+        f"over sequences and random sets; {facts.basis(one.effect for one in atlas.ablations)}. Holds: all of it above 0."
+    )
+    head = ["Role", "Heads, layer.head", "Loss with all heads", "Added without them", "Added without random others"]
+    head += ["Random sets as harmful", "Difference", "Repeats worse without them than without others"]
+    return Table("ablation", "Heads removed", note, head, rows)

@@ -34,6 +34,7 @@ def tables(atlas: Atlas) -> list[Table]:
         attention.profile_table,
         attention.precision_table,
         attention.drift_table,
+        attention.ablation_table,
         weight_table,
         folk_table,
         inside.correlation_table,
