@@ -39,6 +39,7 @@ from bitatlas.folder import read_header, weight_files
 from bitatlas.planning.budget import size_of
 from bitatlas.progress import Reporter
 from bitatlas.quantizers import get_quantizer
+from bitatlas.quantizers.codes import Codes
 from bitatlas.records import Module, Plan
 from bitatlas.words import byte_size
 
@@ -128,11 +129,10 @@ def check_fits(plan: Plan, checkpoint: Checkpoint) -> None:
 
 
 def _check_formats(plan: Plan) -> None:
-    foreign = [(name, getattr(fmt, "runtime", "")) for name, fmt in plan.formats.items() if getattr(fmt, "runtime", "")]
+    foreign = [fmt for fmt in plan.formats.values() if fmt.runtime]
     if foreign:
-        name, runtime = foreign[0]
         raise UserError(
-            f"the plan's format {name} is {runtime}'s own, which compressed-tensors cannot hold: give it to bitatlas export"
+            f"the plan's formats ({foreign[0].name}) are of the runtime {foreign[0].runtime}: use bitatlas export --to {foreign[0].runtime}"
         )
 
 
@@ -280,6 +280,7 @@ def _packed(plan: Plan, plan_file: Path, skeleton: nn.Module, name: str, weight:
         codes = bank_of_plan(plan, plan_file, skeleton, [name]).codes(name, plan.modules[name])
     finally:
         module.weight = before
+    assert isinstance(codes, Codes)  # of integer formats alone: `_check_formats`
     try:
         return tensors(codes, plan.formats[plan.modules[name]])
     except ValueError as error:
