@@ -40,7 +40,9 @@ class Quantizer:
         foreign = [fmt for fmt in formats if fmt.runtime != self.runtime]
         if foreign:
             able = [one.name for one in QUANTIZERS.values() if one.runtime == foreign[0].runtime]
-            made = f"formats of {self.runtime} ({', '.join(name for name, fmt in FORMATS.items() if fmt.runtime == self.runtime)})"
+            made = (
+                f"formats of {self.runtime} ({', '.join(name for name, fmt in FORMATS.items() if fmt.runtime == self.runtime)})"
+            )
             raise UserError(
                 f"--quantizer {self.name}: makes {made if self.runtime else 'integer formats'} alone; "
                 f"for {foreign[0].name} give --quantizer {' or '.join(able)}"
