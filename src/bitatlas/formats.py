@@ -112,8 +112,8 @@ def takes(fmt: Format, in_features: int) -> bool:
     return not fmt.runtime or in_features % fmt.group_size == 0
 
 
-def check_rows(modules: Iterable[Weight], formats: Iterable[str]) -> None:
-    """UserError naming the first module whose rows one of `formats` cannot take, and the nearest format that takes them."""
+def check_rows(modules: Iterable[Weight], formats: Iterable[str], flag: str = "--formats") -> None:
+    """UserError naming `flag`, the first module whose rows one of `formats` cannot take, and the nearest format that takes them."""
     table = [get_format(name) for name in formats]
     for module in modules:
         width = module.shape[1]
@@ -124,7 +124,7 @@ def check_rows(modules: Iterable[Weight], formats: Iterable[str]) -> None:
             near = min(able, key=lambda other: abs(_row_bits(other) - _row_bits(fmt)), default=None)
             told = f"; the nearest that takes them is {near.name}" if near else f"; no format of {fmt.runtime} takes them"
             raise UserError(
-                f"--formats: {module.name} has rows of {width}, which {fmt.name} cannot take (whole blocks of {fmt.group_size}){told}"
+                f"{flag}: {module.name} has rows of {width}, which {fmt.name} cannot take (whole blocks of {fmt.group_size}){told}"
             )
 
 

@@ -19,7 +19,7 @@ from torch import Tensor
 from bitatlas.errors import UserError
 from bitatlas.formats import FORMATS
 
-PACKAGES = ("gguf", "llama_cpp")  # what the extra `gguf` installs
+PACKAGES = ("gguf", "llama_cpp")  # what the extra `gguf` installs: the file format, and the library
 TOGETHER = 2**22  # weights dequantized at a time
 
 
@@ -36,11 +36,16 @@ class _Traits(ctypes.Structure):
     )
 
 
+def has_library() -> bool:
+    """Is llama-cpp-python here?"""
+    return importlib.util.find_spec("llama_cpp") is not None
+
+
 def check_packages(what: str) -> None:
     """UserError naming the extra where one of its packages is not here."""
     missing = [name for name in PACKAGES if importlib.util.find_spec(name) is None]
     if missing:
-        raise UserError(f"{what}: needs {' and '.join(missing)}, which is not here: pip install 'bitatlas[gguf]'")
+        raise UserError(f"{what}: needs {' and '.join(missing)}, not here yet: pip install 'bitatlas[gguf]'")
 
 
 def quantize(weight: Tensor, own_name: str) -> Tensor:

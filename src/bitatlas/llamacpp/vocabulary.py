@@ -19,6 +19,7 @@ from tempfile import TemporaryDirectory
 from typing import Any
 
 from bitatlas.errors import UserError
+from bitatlas.llamacpp.library import has_library
 from bitatlas.llamacpp.names import CONVERT
 
 NORMAL, UNKNOWN, CONTROL, USER_DEFINED, UNUSED, BYTE = 1, 2, 3, 4, 5, 6  # llama.cpp's types of tokens
@@ -57,15 +58,20 @@ def vocabulary_of(tokenizer: Any, size: int) -> tuple[Vocabulary, str]:
     model = content["model"]
     if model["type"] != "BPE":
         raise UserError(f"--to llama.cpp: a vocabulary of the kind {model['type']} is not written here; {CONVERT}")
-    ids = {**model["vocab"], **{token["content"]: token["id"] for token in content["added_tokens"]}}
-    if max(ids.values()) >= size:
-        raise UserError(f"--to llama.cpp: the tokenizer has {max(ids.values()) + 1} tokens, the model's embedding {size}")
+    if max(model["vocab"].values()) >= size:
+        raise UserError(
+            f"--to llama.cpp: the tokenizer has {max(model['vocab'].values()) + 1} tokens, the model's embedding {size}"
+        )
+    # A token that was added without a row of the embedding cannot be given to the model: it has no place here either.
+    ids = {**model["vocab"], **{token["content"]: token["id"] for token in content["added_tokens"] if token["id"] < size}}
     added = {token["id"]: CONTROL if token["special"] else USER_DEFINED for token in content["added_tokens"]}
     tokens, types = [f"[PAD{number}]" for number in range(size)], [UNUSED] * size
     for text, number in ids.items():
         tokens[number], types[number] = text, added.get(number, NORMAL)
     special = {
-        name: number for name in ("bos", "eos", "unk", "pad") if (number := getattr(tokenizer, f"{name}_token_id")) is not None
+        name: number
+        for name in ("bos", "eos", "unk", "pad")
+        if (number := getattr(tokenizer, f"{name}_token_id")) is not None and number < size
     }
     ends = tokenizer("a").input_ids
     found = Vocabulary(
@@ -102,6 +108,8 @@ def _scored(found: Vocabulary, merges: list[str], content: dict[str, Any]) -> Vo
 
 
 def _tried(found: Vocabulary, tokenizer: Any) -> tuple[Vocabulary, str]:
+    if not has_library():
+        return found, "llama.cpp is not here, so its tokens of a text were not compared with the tokenizer's"
     wanted = [tokenizer(text, add_special_tokens=False).input_ids for text in TEXTS]
     best, most = found, -1
     for one in _candidates(found):
