@@ -162,7 +162,13 @@ def test_rows_of_q_change_places_as_the_rotation_needs_it():
 
 @pytest.mark.parametrize(
     ("family", "changes"),
-    [("llama", {}), ("llama", {"tie_word_embeddings": False}), ("mistral", {}), ("qwen2", {}), ("qwen3", {"head_dim": 128})],  # the reader knows no other head size of qwen3
+    [
+        ("llama", {}),
+        ("llama", {"tie_word_embeddings": False}),
+        ("mistral", {}),
+        ("qwen2", {}),
+        ("qwen3", {"head_dim": 128}),
+    ],  # the reader knows no other head size of qwen3
 )
 def test_a_float32_gguf_is_the_model_as_transformers_reads_it(family: str, changes: dict, tmp_path: Path):
     """An independent reader: names, shapes, permuted rows, tied embeddings. The same weights give the same logits, so 0 or rounding."""

@@ -229,6 +229,28 @@ def apply(
 
 
 @app.command()
+def export(
+    plan_file: Annotated[Path, typer.Argument(metavar="PLAN", help="A plan.json.")],
+    to: Annotated[str, typer.Option("--to", callback=not_empty, help="The runtime; docs/runtimes.md has the list.")],
+    out: Annotated[Path, typer.Option("--out", help="A new folder for what the runtime reads.")],
+    model: Annotated[
+        str | None,
+        typer.Option(
+            "--model", callback=not_empty, help="The checkpoint that the plan was made for; needed where weights are written."
+        ),
+    ] = None,
+    quiet: Quiet = False,
+) -> None:
+    """Write what another runtime reads of a plan: its own settings, or its own weights, and a script that uses them."""
+    from bitatlas.export.targets import export_plan
+    from bitatlas.progress import Reporter
+    from bitatlas.terminal import show_exported
+
+    show_exported(export_plan(plan_file, to, out, model, Reporter(quiet)))
+    print(out)
+
+
+@app.command()
 def verify(
     model: Annotated[str, typer.Argument(help="The checkpoint that the plan was made for.")],
     plan_file: Annotated[

@@ -12,6 +12,7 @@ from rich.text import Text
 from bitatlas.apply import Applied
 from bitatlas.compare import Comparison
 from bitatlas.curve import Curve
+from bitatlas.export.targets import Exported
 from bitatlas.findings.tasks import smallest_held, task_widths
 from bitatlas.llamacpp.bench import Benchmark
 from bitatlas.records import Atlas, Measured, Plan, Size, TaskPair, TaskScore
@@ -88,6 +89,15 @@ def show_curve(curve: Curve) -> None:
     for size, name, damage, word in sorted(lines, key=lambda line: line[0].total_bytes):
         table.add_row(name, byte_size(size.total_bytes), number(size.code_bits), _nats(damage), word)
     _console().print(table)
+
+
+def show_exported(exported: Exported) -> None:
+    """What was written for which runtime, and what to know about it."""
+    console = _console()
+    files = f"{exported.target.name}: {', '.join(exported.files)}"
+    console.print(files, markup=False, soft_wrap=True)
+    for note in exported.notes:
+        console.print(note, markup=False, soft_wrap=True)
 
 
 def show_applied(result: Applied) -> None:

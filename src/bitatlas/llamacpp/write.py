@@ -18,9 +18,9 @@ from typing import Any
 import numpy as np
 import torch
 from safetensors import safe_open
-from torch import Tensor, nn
+from torch import nn
 
-from bitatlas.bank import bank_of_plan
+from bitatlas.apply import stored_of
 from bitatlas.checkpoint import Checkpoint
 from bitatlas.errors import UserError
 from bitatlas.files import to_json
@@ -175,25 +175,14 @@ def _data(part: Part, plan: Plan | None, plan_file: Path | None, skeleton: nn.Mo
         weight = reader.get_tensor(part.key)
     if part.module:
         assert plan and plan_file
-        rows = _blocks(part.module, weight, plan, plan_file, skeleton)
+        found = stored_of(plan, plan_file, skeleton, part.module, weight)
+        assert isinstance(found, Blocks)
+        rows = found.blocks
     else:
         rows = weight.to(DTYPES[part.kind])
     if part.heads:
         rows = permute(rows, part.heads)
     return rows.contiguous().view(torch.uint8).numpy().reshape(-1)
-
-
-def _blocks(module: str, weight: Tensor, plan: Plan, plan_file: Path, skeleton: nn.Module) -> Tensor:
-    """uint8 [out, bytes of a row]: the bank's. `skeleton` holds the weight, in float32 as all was measured, for this long alone."""
-    place = skeleton.get_submodule(module)
-    before = place.weight
-    place.weight = nn.Parameter(weight.float(), requires_grad=False)
-    try:
-        found = bank_of_plan(plan, plan_file, skeleton, [module]).codes(module, plan.modules[module])
-    finally:
-        place.weight = before
-    assert isinstance(found, Blocks)
-    return found.blocks
 
 
 def _add_metadata(writer: Any, checkpoint: Checkpoint, plan: Plan | None, blueprint: Blueprint) -> None:
