@@ -1,6 +1,6 @@
 """A tokenizer as llama.cpp's vocabulary.
 
-Byte-level BPE becomes llama.cpp's `gpt2` with its merges; BPE with byte fallback, as tokenizers made from SentencePiece have it, becomes
+Byte-level BPE becomes llama.cpp's `gpt2` with its merges; BPE whose spaces are "▁", as tokenizers made from SentencePiece have it, becomes
 `llama`, whose scores are the ranks of the merges. How text is cut before merging is a fixed list in llama.cpp, not a pattern in the
 file: the entry is found by trial, as the first whose tokens on a set of texts are the tokenizer's own. Where none agrees on all
 texts, the best is taken, and a note says on how many it does.
@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -93,8 +93,8 @@ def _is_byte_level(content: dict[str, Any]) -> bool:
 
 def _scored(found: Vocabulary, merges: list[str], content: dict[str, Any]) -> Vocabulary:
     """SentencePiece's way: of all pairs that make a token, the one with the highest score is merged first."""
-    if not content["model"].get("byte_fallback"):
-        raise UserError(f"--to llama.cpp: BPE that is neither byte-level nor has byte fallback is not written here; {CONVERT}")
+    if "▁" not in json.dumps([content.get("normalizer"), content.get("pre_tokenizer")], ensure_ascii=False):
+        raise UserError(f"--to llama.cpp: BPE that is neither byte-level nor like SentencePiece's is not written here; {CONVERT}")
     ranks: dict[str, int] = {}
     for rank, merge in enumerate(merges):
         ranks.setdefault(merge.replace(" ", ""), rank)
@@ -110,19 +110,32 @@ def _scored(found: Vocabulary, merges: list[str], content: dict[str, Any]) -> Vo
 def _tried(found: Vocabulary, tokenizer: Any) -> tuple[Vocabulary, str]:
     if not has_library():
         return found, "llama.cpp is not here, so its tokens of a text were not compared with the tokenizer's"
-    wanted = [tokenizer(text, add_special_tokens=False).input_ids for text in TEXTS]
+    texts = _known_texts(found, tokenizer)
+    wanted = [tokenizer(text, add_special_tokens=False).input_ids for text in texts]
     best, most = found, -1
     for one in _candidates(found):
-        same = sum(ours == theirs for ours, theirs in zip(wanted, _tokenized(one), strict=True))
+        same = sum(ours == theirs for ours, theirs in zip(wanted, _tokenized(one, texts), strict=True))
         if same > most:
             best, most = one, same
-        if same == len(TEXTS):
+        if same == len(texts):
             break
-    short = (
-        f"llama.cpp cuts text in none of its ways as this tokenizer does: the nearest ({best.cut}) gives the same tokens for {most} of "
-        f"{len(TEXTS)} texts; what was measured are the tokenizer's own tokens"
-    )
-    return best, short if most < len(TEXTS) else ""
+    notes = []
+    if most < len(texts):
+        notes.append(
+            f"llama.cpp cuts text in none of its ways as this tokenizer does: the nearest ({best.cut}) gives the same tokens for {most} of "
+            f"{len(texts)} texts; what was measured are the tokenizer's own tokens"
+        )
+    if found.model == "llama" and BYTE not in found.types:
+        notes.append("the vocabulary has no bytes: llama.cpp takes no text with characters that are not in it")
+    return best, "; ".join(notes)
+
+
+def _known_texts(found: Vocabulary, tokenizer: Any) -> list[str]:
+    """`TEXTS`, but those with characters that the vocabulary has no token for, if it has no bytes: llama.cpp would end the process."""
+    if found.model != "llama" or BYTE in found.types:
+        return list(TEXTS)
+    unknown = found.special.get("unk")
+    return [text for text in TEXTS if unknown not in tokenizer(text).input_ids]
 
 
 def _candidates(found: Vocabulary) -> Iterator[Vocabulary]:
@@ -133,8 +146,8 @@ def _candidates(found: Vocabulary) -> Iterator[Vocabulary]:
         yield replace(found, cut=cut)
 
 
-def _tokenized(vocabulary: Vocabulary) -> list[list[int]]:
-    """llama.cpp's tokens of `TEXTS`, of a file that holds the vocabulary alone."""
+def _tokenized(vocabulary: Vocabulary, texts: Sequence[str]) -> list[list[int]]:
+    """llama.cpp's tokens of `texts`, of a file that holds the vocabulary alone."""
     from gguf import GGUFWriter
 
     from bitatlas.llamacpp.run import tokenize
@@ -147,7 +160,7 @@ def _tokenized(vocabulary: Vocabulary) -> list[list[int]]:
         writer.write_kv_data_to_file()
         writer.write_ti_data_to_file()
         writer.close()
-        return tokenize(file, TEXTS)
+        return tokenize(file, texts)
 
 
 def add_vocabulary(writer: Any, vocabulary: Vocabulary) -> None:
