@@ -203,8 +203,6 @@ def test_the_demo_in_llama_cpp_keeps_its_promise(tmp_path: Path, monkeypatch, ca
     plan = promised(demo.MODEL_DIR, plan, test)
     (file,) = exported(demo.MODEL_DIR, plan, tmp_path).glob("*.gguf")
     rows = ["--tokens", text, "--rows", "2,2,24", "--row-length", "64"]
-    assert run(monkeypatch, "verify", demo.MODEL_DIR, file, *rows, "-q") == 0
-    assert "NOT KEPT" not in capsys.readouterr().out
     found = verify_gguf(str(demo.MODEL_DIR), file, text, (2, 2, 24), 64, "cpu", 0, QUIET)
     low, high = found.damage.ci95
     assert found.kept and low <= plan.damage.measured.mean <= high
@@ -226,7 +224,7 @@ def test_a_gguf_of_other_types_does_not_keep_the_plan(tiny_llama: Path, tmp_path
     out = exported(tiny_llama, make_plan(tiny_llama, ["q4_0"]), tmp_path)
     checkpoint = open_checkpoint(str(tiny_llama), None, False)
     write_gguf(out / "f16.gguf", checkpoint, None, None, draw(checkpoint, None, "f16"), lambda done, total: None)
-    (tmp_path / "text.txt").write_text("The red fox runs 1. " * 200)
+    (tmp_path / "text.txt").write_text(" ".join(f"The red fox runs {n} miles." for n in range(400)))
     found = verify_gguf(str(tiny_llama), out / "f16.gguf", str(tmp_path / "text.txt"), (2, 2, 4), 16, "cpu", 0, QUIET)
     assert not found.size_kept and found.disk == (found.plan.size.quantized_bytes, 0)
 
@@ -285,10 +283,11 @@ def test_export_refuses_integer_formats_and_writes_what_it_can(tmp_path: Path, t
     assert not list(out.glob("*.gguf")) and r"^blk\.2\.attn_qkv\.weight$=q8_0" in (out / TYPES).read_text()
 
 
+@pytest.mark.slow
 def test_speed_is_measured_in_turns(tiny_llama: Path, tmp_path: Path, monkeypatch, capsys):
     out = exported(tiny_llama, make_plan(tiny_llama, ["q4_0"]), tmp_path)
     (file,) = out.glob("*.gguf")
-    found = bench(file, file, 8, 4, 6, 1, QUIET)
+    found = bench(file, file, 8, 4, 6, 1, QUIET)  # 1 thread: more of them wait for each other on busy cores
     assert found.reference and all(len(rates) == 6 and min(rates) > 0 for rates in found.speed.rates.values())
     assert found.speed.memory_bytes > 0 and found.speed.file_bytes == file.stat().st_size
     assert all(ratio.ci95[0] <= ratio.median <= ratio.ci95[1] for ratio in found.ratios.values())

@@ -3,7 +3,7 @@
 Each file has a process of its own, loaded once. A repeat reads a prompt in one pass and then generates token by token; the two processes
 take turns, the first of a pair changing, so that what else the machine does meets both. The ratio is that of a pair; its interval is the
 exact one of a median (order statistics, 95 % or a little more), which supposes nothing of how times are spread.
-Memory is what the process held at most, less what it held before it loaded the file: weights that were read, cache, buffers.
+Memory is what the process holds after the last repeat, less what it held before it loaded the file: weights that were read, cache, buffers.
 Left out: sampling and its cost, batches of several sequences, GPUs.
 """
 
@@ -182,9 +182,13 @@ class _Runner:
 
 
 def _held() -> int:
-    import resource  # not on every system
+    """Bytes of memory that this process holds now; where the system does not say, at most so far."""
+    try:
+        return int(Path("/proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
+    except OSError:
+        import resource  # not on every system
 
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * MAXRSS_BYTES
+        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * MAXRSS_BYTES
 
 
 def _serve(file: Path, prompt: int, generate: int, threads: int) -> None:

@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
 
 from bitatlas.errors import UserError
 from bitatlas.llamacpp.library import check_packages
@@ -25,12 +26,15 @@ _listeners: list[Any] = []  # must live as long as the library
 
 
 class Session:
-    """A model in a context of `context` tokens. With `every`, all tokens of a batch give logits, else the last alone."""
+    """A model in a context of `context` tokens. With `every`, all tokens of a batch give logits, else the last alone.
+
+    `threads`: None for as many as torch uses.
+    """
 
     def __init__(self, model: Any, vocabulary: int, file: Path, context: int, threads: int | None, every: bool):
         lib, params = library(), library().llama_context_default_params()
         params.n_ctx = params.n_batch = params.n_ubatch = context
-        params.n_threads = params.n_threads_batch = threads or os.cpu_count() or 1
+        params.n_threads = params.n_threads_batch = threads or torch.get_num_threads()
         self.vocabulary, self.every, self._lib, self._used = vocabulary, every, lib, 0
         self._context = lib.llama_init_from_model(model, params)
         if not self._context:
