@@ -374,7 +374,7 @@ def test_one_line_for_what_cannot_be_done(tiny_llama: Path, tmp_path: Path, monk
     said = refused(monkeypatch, capsys, "verify", tiny_llama, plan_file, "--tokens", text, "--card")
     assert "belong to a packed checkpoint" in said
     with monkeypatch.context() as patched:
-        patched.setattr(stage, "free_bytes", lambda folder: 1000)
+        patched.setattr(place, "free_bytes", lambda folder: 1000)
         assert "1.00 kB free" in refused(patched, capsys, "apply", tiny_llama, plan_file, "--out", out)
     with monkeypatch.context() as patched:
         patched.setattr(stage, "PACKAGE", "no_such_package")

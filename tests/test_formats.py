@@ -6,7 +6,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from bitatlas.errors import UserError
-from bitatlas.formats import FORMATS, Format, by_width, get_format, group_count, stored_bytes
+from bitatlas.formats import FORMATS, INTEGER_FORMATS, Format, by_width, get_format, group_count, stored_bytes
 from bitatlas.quantizers import rtn
 
 
@@ -21,7 +21,7 @@ def test_bytes_of_a_known_module():
     assert stored_bytes((64, 172), get_format("int2_g32")) == 64 * 172 * 2 // 8 + 64 * 6 * 4
 
 
-@given(st.integers(1, 9), st.integers(1, 200), st.sampled_from(sorted(FORMATS)))
+@given(st.integers(1, 9), st.integers(1, 200), st.sampled_from(sorted(INTEGER_FORMATS)))
 def test_bytes_equal_what_the_quantizer_stores(out_features: int, in_features: int, name: str):
     fmt = FORMATS[name]
     codes = rtn.quantize(torch.randn(out_features, in_features), fmt)

@@ -14,7 +14,7 @@ from torch import Tensor
 from bitatlas.bank import Bank
 from bitatlas.checkpoint import open_checkpoint
 from bitatlas.errors import UserError
-from bitatlas.formats import FORMATS, Format
+from bitatlas.formats import FORMATS, INTEGER_FORMATS, Format
 from bitatlas.journal import Journal
 from bitatlas.quantizers import QUANTIZERS, gptq, rtn
 from bitatlas.quantizers.moments import input_moments
@@ -125,7 +125,7 @@ def test_exhaustive_search_over_four_inputs():
 
 @settings(deadline=None, max_examples=60)
 @given(
-    st.integers(1, 6), st.integers(1, 140), st.integers(1, 300), st.sampled_from(sorted(FORMATS)), st.floats(-4, 3), st.integers(0, 10**6)
+    st.integers(1, 6), st.integers(1, 140), st.integers(1, 300), st.sampled_from(sorted(INTEGER_FORMATS)), st.floats(-4, 3), st.integers(0, 10**6)
 )  # fmt: skip
 def test_no_output_is_worse_than_with_rtn(outs: int, inputs: int, tokens: int, name: str, exponent: float, seed: int):
     fmt, moment = FORMATS[name], correlated(inputs, tokens, seed, spread=2.0)

@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 
 from bitatlas.checkpoint import open_checkpoint
 from bitatlas.errors import UserError
-from bitatlas.formats import FORMATS, Format
+from bitatlas.formats import FORMATS, INTEGER_FORMATS, Format
 from bitatlas.quantizers import QUANTIZERS, Quantizer, get_quantizer
 from bitatlas.quantizers.rtn import STEPS, grid, quantize
 from bitatlas.swap import weight_of
@@ -48,7 +48,7 @@ def test_rtn_finds_the_best_clipping_step(name: str):
 
 
 @settings(deadline=None, max_examples=40)
-@given(st.integers(1, 5), st.integers(1, 140), st.sampled_from(sorted(FORMATS)), st.floats(-5, 5), st.integers(0, 10**6))
+@given(st.integers(1, 5), st.integers(1, 140), st.sampled_from(sorted(INTEGER_FORMATS)), st.floats(-5, 5), st.integers(0, 10**6))
 def test_codes_fit_their_bits_and_weights_stay_near(out_features: int, in_features: int, name: str, exponent: float, seed: int):
     fmt = FORMATS[name]
     weight = torch.randn(out_features, in_features, generator=torch.Generator().manual_seed(seed)) * 10**exponent
@@ -81,8 +81,8 @@ def test_unknown_quantizer_lists_the_valid_ones():
 def test_what_a_quantizer_cannot_do_is_refused_beforehand():
     for quantizer in QUANTIZERS.values():
         assert get_quantizer(quantizer.name) is quantizer
-    QUANTIZERS["rtn"].check(list(FORMATS.values()))
-    QUANTIZERS["gptq"].check(list(FORMATS.values()))
+    QUANTIZERS["rtn"].check(list(INTEGER_FORMATS.values()))
+    QUANTIZERS["gptq"].check(list(INTEGER_FORMATS.values()))
     missing = Quantizer("odd", QUANTIZERS["rtn"].quantize, uses_rows=False, version=1, package="no_such_package_at_all")
     with pytest.raises(UserError, match=r"--quantizer odd.*pip install 'bitatlas\[odd\]'"):
         missing.check([FORMATS["int4_g32"]])

@@ -13,11 +13,9 @@ from __future__ import annotations
 
 import importlib.util
 import json
-import os
 import shutil
 from collections import Counter
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
 from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
@@ -29,23 +27,20 @@ from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
 from bitatlas.bank import bank_of_plan
-from bitatlas.checkpoint import Checkpoint, free_bytes, open_checkpoint
+from bitatlas.checkpoint import Checkpoint, open_checkpoint
 from bitatlas.errors import UserError
 from bitatlas.export.card import Story, card_text, story_beside
 from bitatlas.export.compressed_tensors import PACKAGE, layout, overheads, part_bytes, quantization_config, tensors
+from bitatlas.export.place import beside, carried, check_out, check_room
 from bitatlas.export.shards import SHARD_BYTES, Entry, Shard, Writer, cut
 from bitatlas.files import read_record, to_json, write_text
-from bitatlas.folder import read_header, weight_files
+from bitatlas.folder import read_header
 from bitatlas.planning.budget import size_of
 from bitatlas.progress import Reporter
 from bitatlas.quantizers import get_quantizer
+from bitatlas.quantizers.codes import Blocks, Codes
 from bitatlas.records import Module, Plan
-from bitatlas.words import byte_size
 
-CARRIED = (
-    "tokenizer*", "vocab*", "merges.txt", "*.model", "*.tiktoken", "special_tokens_map.json", "added_tokens.json", "generation_config.json",
-    "chat_template*", "*.jinja", "LICENSE*", "LICENCE*", "NOTICE*", "COPYING*", "USE_POLICY*",
-)  # fmt: skip
 SMALL_BYTES = 2**20  # room for config, plan, card and index
 COPIED_TOGETHER = 2**24  # bytes
 DTYPE_WORDS = {torch.int64: "I64", torch.int32: "I32", torch.int8: "I8", torch.float16: "F16", torch.float32: "F32"}
@@ -84,25 +79,25 @@ def apply_plan(model_name: str, plan_file: Path, out: Path, reporter: Reporter, 
     plan = read_record(plan_file, Plan)
     _check_formats(plan)
     get_quantizer(plan.quantizer).check(list(plan.formats.values()))
-    _check_out(out)
+    check_out(out)
     with reporter.stage("opening the checkpoint"):
         checkpoint = open_checkpoint(model_name, plan.model.revision, fuse=False)
         check_fits(plan, checkpoint)
         skeleton = checkpoint.skeleton()
         blueprint = draw(plan, checkpoint, skeleton, shard_bytes)
-        carried = _carried(checkpoint.folder)
-        _check_room(out, blueprint.disk_bytes + sum(file.stat().st_size for file in carried) + SMALL_BYTES)
+        others = carried(checkpoint.folder)
+        check_room(out, blueprint.disk_bytes + sum(file.stat().st_size for file in others) + SMALL_BYTES)
         if get_quantizer(plan.quantizer).uses_rows:
             for module in plan.modules:
                 bank_of_plan(plan, plan_file, skeleton, [module])
     size = size_of(checkpoint.modules, plan.modules, checkpoint.info)
-    found = Applied(out, plan, size.total_bytes, blueprint.disk_bytes, blueprint.causes, [file.name for file in carried])
+    found = Applied(out, plan, size.total_bytes, blueprint.disk_bytes, blueprint.causes, [file.name for file in others])
     story = story_beside(plan_file, plan)
-    with _beside(out) as folder:
+    with beside(out) as folder:
         with reporter.stage("packing") as progress:
             _write_weights(folder, plan, plan_file, checkpoint, skeleton, blueprint, progress)
         checkpoint.check_unchanged()
-        for file in carried:
+        for file in others:
             shutil.copyfile(file, folder / file.name)
         write_text(folder / "plan.json", to_json(plan))
         write_text(folder / "README.md", card_of(plan, checkpoint, story, found.disk_bytes))
@@ -129,27 +124,11 @@ def check_fits(plan: Plan, checkpoint: Checkpoint) -> None:
 
 
 def _check_formats(plan: Plan) -> None:
-    foreign = [(name, getattr(fmt, "runtime", "")) for name, fmt in plan.formats.items() if getattr(fmt, "runtime", "")]
+    foreign = [fmt for fmt in plan.formats.values() if fmt.runtime]
     if foreign:
-        name, runtime = foreign[0]
         raise UserError(
-            f"the plan's format {name} is {runtime}'s own, which compressed-tensors cannot hold: give it to bitatlas export"
+            f"the plan's formats ({foreign[0].name}) are of the runtime {foreign[0].runtime}: use bitatlas export --to {foreign[0].runtime}"
         )
-
-
-def _check_out(out: Path) -> None:
-    if out.is_symlink() or (out.exists() and not out.is_dir()):
-        raise UserError(f"--out {out}: is not a folder; give a new one")
-    if out.is_dir() and any(out.iterdir()):
-        raise UserError(f"--out {out}: exists and is not empty; choose another folder")
-    if not out.absolute().parent.is_dir():
-        raise UserError(f"--out {out}: there is no folder {out.absolute().parent}")
-
-
-def _check_room(out: Path, needed: int) -> None:
-    free = free_bytes(out.absolute().parent)
-    if free < needed:
-        raise UserError(f"--out {out}: only {byte_size(free)} free on that disk; {byte_size(needed)} are needed")
 
 
 # --- what will be written ----------------------------------------------------------------------------------------------
@@ -213,32 +192,12 @@ def config_text(plan: Plan, checkpoint: Checkpoint, skeleton: nn.Module) -> str:
     return json.dumps(content, indent=2, ensure_ascii=False) + "\n"
 
 
-def _carried(folder: Path) -> list[Path]:
-    """What else belongs to a model: tokenizer, generation config, chat template, licence."""
-    found = {file for pattern in CARRIED for file in folder.glob(pattern) if file.is_file()}
-    return sorted(found - set(weight_files(folder)))
-
-
 def card_of(plan: Plan, checkpoint: Checkpoint, story: Story, disk_bytes: int) -> str:
     source = checkpoint.folder / "README.md"
     return card_text(plan, checkpoint.modules, story, source if source.is_file() else None, disk_bytes, checkpoint.info)
 
 
 # --- writing -----------------------------------------------------------------------------------------------------------
-
-
-@contextmanager
-def _beside(out: Path) -> Iterator[Path]:
-    """A folder to write to, which becomes `out` if the block ends well and goes away if it does not."""
-    folder = out.absolute().parent / f".{out.absolute().name}.partial"
-    shutil.rmtree(folder, ignore_errors=True)
-    folder.mkdir()
-    try:
-        yield folder
-        os.replace(folder, out)
-    except BaseException:
-        shutil.rmtree(folder, ignore_errors=True)
-        raise
 
 
 def _write_weights(
@@ -272,15 +231,27 @@ def _read(file: Path, key: str) -> Tensor:
         return reader.get_tensor(key)
 
 
-def _packed(plan: Plan, plan_file: Path, skeleton: nn.Module, name: str, weight: Tensor) -> dict[str, Tensor]:
-    """The module's tensors. `skeleton` holds its weight, in float32 as everything was measured, for this long alone."""
+def codes_of(plan: Plan, plan_file: Path, skeleton: nn.Module, name: str, weight: Tensor) -> Codes:
+    """The module's codes, of a plan of integer formats."""
+    found = stored_of(plan, plan_file, skeleton, name, weight)
+    assert isinstance(found, Codes)
+    return found
+
+
+def stored_of(plan: Plan, plan_file: Path, skeleton: nn.Module, name: str, weight: Tensor) -> Codes | Blocks:
+    """What the bank holds of a module. `skeleton` holds its weight, in float32 as everything was measured, for this long alone."""
     module = skeleton.get_submodule(name)
     before = module.weight
     module.weight = nn.Parameter(weight.float(), requires_grad=False)
     try:
-        codes = bank_of_plan(plan, plan_file, skeleton, [name]).codes(name, plan.modules[name])
+        return bank_of_plan(plan, plan_file, skeleton, [name]).codes(name, plan.modules[name])
     finally:
         module.weight = before
+
+
+def _packed(plan: Plan, plan_file: Path, skeleton: nn.Module, name: str, weight: Tensor) -> dict[str, Tensor]:
+    """The module's tensors."""
+    codes = codes_of(plan, plan_file, skeleton, name, weight)
     try:
         return tensors(codes, plan.formats[plan.modules[name]])
     except ValueError as error:

@@ -1,6 +1,6 @@
 """Every module in every candidate format, on disk, so that any plan is assembled without quantizing again.
 
-One safetensors file a module and format: packed codes, scales, zero-points, in exactly the bytes that `formats.stored_bytes` counts.
+One safetensors file a module and format: packed codes, scales, zero-points (or a runtime's own blocks), in exactly the bytes that `formats.stored_bytes` counts.
 A bank belongs to the weights, the quantizer and, where the quantizer uses them, the rows it was fitted on; its folder is named after
 these, so banks of several quantizers lie side by side and none is taken for another. Each file is written beside and renamed: an
 interrupted run goes on with the next module, and a damaged file is made again.
@@ -19,14 +19,13 @@ from pathlib import Path
 
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
-from torch import Tensor, full_like, nn, uint8
+from torch import Tensor, nn
 
 from bitatlas.errors import UserError
 from bitatlas.formats import FORMATS, Format, stored_bytes
 from bitatlas.journal import content_key
-from bitatlas.packing import pack, unpack
 from bitatlas.quantizers import get_quantizer
-from bitatlas.quantizers.codes import Codes
+from bitatlas.quantizers.codes import Blocks, Codes, from_tensors, to_tensors
 from bitatlas.records import Module, Plan
 from bitatlas.swap import swapped, weight_of
 from bitatlas.tokens import rows_sha256
@@ -64,7 +63,7 @@ class Bank:
         # The tensors themselves, not the parameters: a swap exchanges the parameter's storage and leaves these as they are.
         self._reference = {name: weight_of(model, name) for name in modules}
         self.folder = folder / f"{quantizer}-{content_key(weights_sha256, self.identity)[:12]}" if folder else None
-        self._kept: OrderedDict[Key, Codes] = OrderedDict()
+        self._kept: OrderedDict[Key, Codes | Blocks] = OrderedDict()
         self._kept_bytes = 0
 
     def fill(self, formats: Sequence[str], progress: Callable[[int, int], None] | None = None) -> None:
@@ -75,7 +74,7 @@ class Bank:
         """Is all of it there already?"""
         return all(key in self._kept or self._readable(key) for key in assignment.items())
 
-    def codes(self, module: str, format_name: str) -> Codes:
+    def codes(self, module: str, format_name: str) -> Codes | Blocks:
         """Codes of one module in one format; made now if they are missing."""
         key = (module, format_name)
         if key not in self._kept:
@@ -117,12 +116,12 @@ class Bank:
                 if progress:
                     progress(done, len(modules))
 
-    def _keep(self, key: Key, codes: Codes) -> None:
+    def _keep(self, key: Key, codes: Codes | Blocks) -> None:
         """In memory; the least recently used give way, if they can be read again."""
         self._kept[key] = codes
-        self._kept_bytes += codes.codes.numel()
+        self._kept_bytes += codes.held_bytes
         while self.folder and self._kept_bytes > KEPT_BYTES and len(self._kept) > 1:
-            self._kept_bytes -= self._kept.popitem(last=False)[1].codes.numel()
+            self._kept_bytes -= self._kept.popitem(last=False)[1].held_bytes
 
     # --- files -----------------------------------------------------------------------------------------------------------
 
@@ -140,19 +139,15 @@ class Bank:
             return False
         return True
 
-    def _read(self, key: Key) -> Codes:
-        fmt, shape = self.formats[key[1]], tuple(self._reference[key[0]].shape)
-        stored = load_file(self._file(key))
-        zero = stored["zero"] if "zero" in stored else full_like(stored["scale"], 2 ** (fmt.bits - 1), dtype=uint8)
-        return Codes(unpack(stored["codes"], fmt.bits, shape), stored["scale"], zero, fmt.group_size)
+    def _read(self, key: Key) -> Codes | Blocks:
+        out, width = self._reference[key[0]].shape
+        return from_tensors(load_file(self._file(key)), self.formats[key[1]], (out, width))
 
-    def _write(self, key: Key, codes: Codes) -> None:
-        fmt, file = self.formats[key[1]], self._file(key)
+    def _write(self, key: Key, codes: Codes | Blocks) -> None:
+        file = self._file(key)
         file.parent.mkdir(parents=True, exist_ok=True)
         self._describe()
-        tensors = {"codes": pack(codes.codes.cpu(), fmt.bits), "scale": codes.scale.cpu().contiguous()}
-        if not fmt.symmetric:
-            tensors["zero"] = codes.zero.cpu().contiguous()
+        tensors = to_tensors(codes, self.formats[key[1]])
         beside = file.with_name(f".{file.name}.{os.getpid()}")
         try:
             save_file(tensors, beside)

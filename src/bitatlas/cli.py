@@ -79,12 +79,14 @@ def survey(
         typer.Option(
             "--formats",
             callback=not_empty,
-            help="Candidate formats, int{2,3,4,8}_g{32,64,128}[_sym]. Default: int{2,3,4}_g64 (the demo: _g128).",
+            help="Candidate formats, int{2,3,4,8}_g{32,64,128}[_sym], or llama.cpp's, like q4_0,q8_0. Default: int{2,3,4}_g64 (the demo: _g128).",
         ),
     ] = None,
     quantizer: Annotated[
         str,
-        typer.Option("--quantizer", help="How codes are chosen: rtn, gptq (fitted on the fit rows); hqq, autoround (extras)."),
+        typer.Option(
+            "--quantizer", help="How codes are chosen: rtn, gptq (fitted on the fit rows); hqq, autoround, llama.cpp (extras)."
+        ),
     ] = "rtn",
     code_bits: CodeBits = None,
     stored_bits: StoredBits = None,
@@ -227,9 +229,33 @@ def apply(
 
 
 @app.command()
+def export(
+    plan_file: Annotated[Path, typer.Argument(metavar="PLAN", help="A plan.json.")],
+    to: Annotated[str, typer.Option("--to", callback=not_empty, help="The runtime; docs/runtimes.md has the list.")],
+    out: Annotated[Path, typer.Option("--out", help="A new folder for what the runtime reads.")],
+    model: Annotated[
+        str | None,
+        typer.Option(
+            "--model", callback=not_empty, help="The checkpoint that the plan was made for; needed where weights are written."
+        ),
+    ] = None,
+    quiet: Quiet = False,
+) -> None:
+    """Write what another runtime reads of a plan: its own settings, or its own weights, and a script that uses them."""
+    from bitatlas.export.targets import export_plan
+    from bitatlas.progress import Reporter
+    from bitatlas.terminal import show_exported
+
+    show_exported(export_plan(plan_file, to, out, model, Reporter(quiet)))
+    print(out)
+
+
+@app.command()
 def verify(
     model: Annotated[str, typer.Argument(help="The checkpoint that the plan was made for.")],
-    plan_file: Annotated[Path, typer.Argument(metavar="PLAN_OR_CHECKPOINT", help="A plan.json, or a folder that apply wrote.")],
+    plan_file: Annotated[
+        Path, typer.Argument(metavar="PLAN_OR_CHECKPOINT", help="A plan.json, a folder that apply wrote, or a GGUF.")
+    ],
     tokens: Tokens = None,
     rows: RowCounts = "24,24,64",
     row_length: RowLength = 192,
@@ -242,17 +268,46 @@ def verify(
     seed: Seed = 0,
     quiet: Quiet = False,
 ) -> None:
-    """Measure a plan, or a packed checkpoint, against what it promises: size and damage; exit code 1 if it does worse."""
+    """Measure a plan, a packed checkpoint, or a GGUF in llama.cpp, against what it promises: size and damage; exit code 1 if it does worse."""
     from bitatlas.progress import Reporter
     from bitatlas.settings import check_seed, parse_rows
     from bitatlas.terminal import show_verification
-    from bitatlas.verify import verify_plan
 
     check_seed(seed)
-    result = verify_plan(model, plan_file, tokens, parse_rows(rows), row_length, device, seed, Reporter(quiet), tasks, card)
+    if plan_file.suffix == ".gguf":
+        from bitatlas.llamacpp.verify import verify_gguf
+
+        if card or tasks is not None:
+            raise UserError("--card, --tasks: belong to a packed checkpoint, not to a GGUF")
+        result = verify_gguf(model, plan_file, tokens, parse_rows(rows), row_length, device, seed, Reporter(quiet))
+    else:
+        from bitatlas.verify import verify_plan
+
+        result = verify_plan(model, plan_file, tokens, parse_rows(rows), row_length, device, seed, Reporter(quiet), tasks, card)
     show_verification(result)
     if not result.kept:
         raise typer.Exit(1)
+
+
+@app.command("bench-model")
+def bench_model(
+    file: Annotated[Path, typer.Argument(metavar="FILE.gguf", help="A GGUF.")],
+    reference: Annotated[Path | None, typer.Option("--reference", help="Another GGUF to compare with.")] = None,
+    model: Annotated[
+        str | None, typer.Option("--model", callback=not_empty, help="Or a checkpoint: compare with a float16 GGUF of it.")
+    ] = None,
+    prompt: Annotated[int, typer.Option("--prompt", help="Tokens of the prompt.")] = 128,
+    generate: Annotated[int, typer.Option("--generate", help="Tokens generated after it.")] = 64,
+    repeats: Annotated[int, typer.Option("--repeats", help="Repeats that count.")] = 11,
+    threads: Annotated[int | None, typer.Option("--threads", help="Default: all processors that may be used.")] = None,
+    quiet: Quiet = False,
+) -> None:
+    """Tokens a second and memory of a GGUF in llama.cpp on this machine's CPU, against another one in the same runtime."""
+    from bitatlas.llamacpp.bench import bench_beside
+    from bitatlas.progress import Reporter
+    from bitatlas.terminal import show_benchmark
+
+    show_benchmark(bench_beside(file, reference, model, prompt, generate, repeats, threads, Reporter(quiet)))
 
 
 @app.command()

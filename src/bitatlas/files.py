@@ -28,13 +28,22 @@ def to_json(record: Plan | Atlas) -> str:
 
 def read_record(path: Path, kind: type[Record]) -> Record:
     """Read and validate a `plan.json` or `atlas.json`; UserError where it is missing, damaged or of another schema."""
+    try:
+        text = path.read_text(encoding="utf-8")
+    except FileNotFoundError:
+        raise UserError(f"{path}: no such file") from None
+    except (OSError, ValueError) as error:
+        raise UserError(f"{path}: not readable JSON ({error})") from None
+    return parse_record(text, str(path), kind)
+
+
+def parse_record(text: str, path: str, kind: type[Record]) -> Record:
+    """The same from JSON text; `path` is where it was found, for messages."""
     from pydantic import TypeAdapter, ValidationError
 
     try:
-        content = json.loads(path.read_text(encoding="utf-8"), parse_constant=_refuse_constant)
-    except FileNotFoundError:
-        raise UserError(f"{path}: no such file") from None
-    except (OSError, ValueError, RecursionError) as error:
+        content = json.loads(text, parse_constant=_refuse_constant)
+    except (ValueError, RecursionError) as error:
         raise UserError(f"{path}: not readable JSON ({error})") from None
     expected = PLAN_SCHEMA if kind is Plan else ATLAS_SCHEMA
     found = content.get("schema") if isinstance(content, dict) else None

@@ -5,19 +5,54 @@ that every group of consecutive inputs carries. Names say it all: `int2_g64` is 
 `int4_g32_sym` is symmetric (its zero-point is fixed at 2**(bits-1), so none is stored).
 
 A group size need not divide a row: the last, short group is a group of its own, with its own scale.
-Left out: codebook and floating-point formats, and llama.cpp's K-quants (they come with their runtimes).
+
+Beside these stand formats that a runtime defines (`runtime`), under that runtime's own names: llama.cpp's `q4_k` and others. Their group
+is llama.cpp's block, `bits` its codes, `scale_bits` everything else in the block, so the same arithmetic gives their exact bytes; the
+block must divide the row (`check_rows`). Bytes and sizes of blocks: ggml-common.h; what needs an importance matrix or was made for
+ternary weights is not offered.
+Left out: other codebook and floating-point formats (they come with their runtimes).
 """
 
 from __future__ import annotations
 
 import difflib
 import math
+from collections.abc import Iterable
 from dataclasses import dataclass
+from typing import Protocol
 
 from bitatlas.errors import UserError
 
 BITS = (2, 3, 4, 8)
 GROUP_SIZES = (32, 64, 128)
+LLAMA_CPP = "llama.cpp"
+# name: (code bits, weights a block, bytes a block, without a minimum)
+LLAMA_CPP_BLOCKS = {
+    "q4_0": (4, 32, 18, True),
+    "q4_1": (4, 32, 20, False),
+    "q5_0": (5, 32, 22, True),
+    "q5_1": (5, 32, 24, False),
+    "q8_0": (8, 32, 34, True),
+    "iq4_nl": (4, 32, 18, True),
+    "mxfp4": (4, 32, 17, True),
+    "q2_k": (2, 256, 84, False),
+    "q3_k": (3, 256, 110, True),
+    "q4_k": (4, 256, 144, False),
+    "q5_k": (5, 256, 176, False),
+    "q6_k": (6, 256, 210, True),
+    "iq3_s": (3, 256, 110, True),
+    "iq4_xs": (4, 256, 136, True),
+}
+
+
+class Weight(Protocol):
+    """What `check_rows` asks of a module."""
+
+    @property
+    def name(self) -> str: ...
+
+    @property
+    def shape(self) -> tuple[int, int]: ...
 
 
 @dataclass(frozen=True)
@@ -29,6 +64,8 @@ class Format:
     symmetric: bool = False
     scale_bits: int = 16
     zero_bits: int = 16
+    runtime: str = ""  # that defines the format and alone can read it; "" for our integer formats
+    own_name: str = ""  # what that runtime calls it
 
     def __post_init__(self) -> None:
         if not 1 <= self.bits <= 8:
@@ -38,7 +75,7 @@ class Format:
 
     @property
     def name(self) -> str:
-        return f"int{self.bits}_g{self.group_size}" + ("_sym" if self.symmetric else "")
+        return self.own_name or f"int{self.bits}_g{self.group_size}" + ("_sym" if self.symmetric else "")
 
 
 def _table() -> dict[str, Format]:
@@ -48,10 +85,15 @@ def _table() -> dict[str, Format]:
         for size in GROUP_SIZES
         for symmetric in (False, True)
     ]
+    formats += [
+        Format(bits, size, symmetric, 8 * size_bytes - bits * size, 0, LLAMA_CPP, name)
+        for name, (bits, size, size_bytes, symmetric) in LLAMA_CPP_BLOCKS.items()
+    ]
     return {fmt.name: fmt for fmt in formats}
 
 
 FORMATS: dict[str, Format] = _table()
+INTEGER_FORMATS: dict[str, Format] = {name: fmt for name, fmt in FORMATS.items() if not fmt.runtime}
 
 
 def get_format(name: str) -> Format:
@@ -60,7 +102,35 @@ def get_format(name: str) -> Format:
         return FORMATS[name]
     near = difflib.get_close_matches(name, FORMATS, n=1, cutoff=0.0)[0]
     known = f"int{{{','.join(map(str, BITS))}}}_g{{{','.join(map(str, GROUP_SIZES))}}}[_sym]"
-    raise UserError(f"--formats: unknown format {name!r}; nearest is {near!r} (valid: {known})")
+    raise UserError(
+        f"--formats: unknown format {name!r}; nearest is {near!r} (valid: {known}; of llama.cpp: {', '.join(LLAMA_CPP_BLOCKS)})"
+    )
+
+
+def takes(fmt: Format, in_features: int) -> bool:
+    """Can a row of so many inputs be stored in this format?"""
+    return not fmt.runtime or in_features % fmt.group_size == 0
+
+
+def check_rows(modules: Iterable[Weight], formats: Iterable[str], flag: str = "--formats") -> None:
+    """UserError naming `flag`, the first module whose rows one of `formats` cannot take, and the nearest format that takes them."""
+    table = [get_format(name) for name in formats]
+    for module in modules:
+        width = module.shape[1]
+        for fmt in table:
+            if takes(fmt, width):
+                continue
+            able = [other for other in FORMATS.values() if other.runtime == fmt.runtime and takes(other, width)]
+            near = min(able, key=lambda other: abs(_row_bits(other) - _row_bits(fmt)), default=None)
+            told = f"; the nearest that takes them is {near.name}" if near else f"; no format of {fmt.runtime} takes them"
+            raise UserError(
+                f"{flag}: {module.name} has rows of {width}, which {fmt.name} cannot take (whole blocks of {fmt.group_size}){told}"
+            )
+
+
+def _row_bits(fmt: Format) -> float:
+    """Stored bits a weight, in a row of whole groups."""
+    return fmt.bits + (fmt.scale_bits + fmt.zero_bits) / fmt.group_size
 
 
 def group_count(shape: tuple[int, int], group_size: int) -> int:

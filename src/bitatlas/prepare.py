@@ -20,7 +20,7 @@ from bitatlas.bank import BANK, Bank, disk_bytes
 from bitatlas.checkpoint import Checkpoint, check_causal, check_finite, free_bytes, open_checkpoint
 from bitatlas.errors import UserError
 from bitatlas.evaluation.items import Item, check_task_names, load_items, split_items, task_text
-from bitatlas.formats import FORMATS
+from bitatlas.formats import FORMATS, check_rows
 from bitatlas.journal import Journal
 from bitatlas.planning.budget import assignment_of, check_budget, size_of
 from bitatlas.planning.choose import Scores
@@ -122,6 +122,7 @@ def prepare(settings: Settings, out: Path, resume: bool, reporter: Reporter) -> 
     device = check_device(settings.device)
     with reporter.stage("opening the checkpoint"):
         checkpoint = open_checkpoint(settings.model, settings.revision, settings.fuse)
+        check_rows(checkpoint.modules, settings.formats)
         asked = settings.budget.workload
         settings = replace(settings, budget=settled(settings.budget, checkpoint.info))
         check_budget(settings.budget, checkpoint.modules, settings.formats, checkpoint.info)

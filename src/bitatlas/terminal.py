@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from statistics import median
 
 from rich.console import Console
 from rich.table import Table
@@ -11,7 +12,9 @@ from rich.text import Text
 from bitatlas.apply import Applied
 from bitatlas.compare import Comparison
 from bitatlas.curve import Curve
+from bitatlas.export.targets import Exported
 from bitatlas.findings.tasks import smallest_held, task_widths
+from bitatlas.llamacpp.bench import Benchmark
 from bitatlas.records import Atlas, Measured, Plan, Size, TaskPair, TaskScore
 from bitatlas.verify import Verification
 from bitatlas.words import MINUS, byte_size, interval, listed, memory_text, number, protect_text
@@ -88,6 +91,15 @@ def show_curve(curve: Curve) -> None:
     _console().print(table)
 
 
+def show_exported(exported: Exported) -> None:
+    """What was written for which runtime, and what to know about it."""
+    console = _console()
+    files = f"{exported.target.name}: {', '.join(exported.files)}"
+    console.print(files, markup=False, soft_wrap=True)
+    for note in exported.notes:
+        console.print(note, markup=False, soft_wrap=True)
+
+
 def show_applied(result: Applied) -> None:
     """Bytes promised and bytes on disk, with every cause of a difference."""
     table = _table("Packed checkpoint", ["", "bytes"])
@@ -108,12 +120,36 @@ def show_verification(result: Verification) -> None:
     table.add_row("quantized bytes", *(f"{size.quantized_bytes:,}" for _, size in sizes), _kept(result.size_kept))
     table.add_row("total bytes", *(f"{size.total_bytes:,}" for _, size in sizes), _kept(result.size_kept))
     if result.disk:
-        table.add_row("weights' files, bytes", *(f"{count:,}" for count in result.disk), _kept(result.disk[0] == result.disk[1]))
+        table.add_row(result.disk_what, *(f"{count:,}" for count in result.disk), _kept(result.disk[0] == result.disk[1]))
     promised = "nothing" if result.promised is None else f"{number(result.promised)} nats/token"
     table.add_row("damage", promised, _nats(result.damage), _kept(result.damage_kept))
     for task in result.tasks:
         table.add_row(task.task, f"{task.promised}/{task.n}", f"{task.found.correct}/{task.n}", _kept(task.kept))
     console.print(table)
+
+
+def show_benchmark(result: Benchmark) -> None:
+    """Tokens a second and memory, beside the reference's."""
+    console = _console()
+    speeds = [result.speed, *([result.reference] if result.reference else [])]
+    table = _table(f"Speed in llama.cpp, {result.threads} threads", ["", *(one.file.name for one in speeds), *(["ratio"] if result.ratios else []), ""])  # fmt: skip
+    for phase, count in result.tokens.items():
+        cells = [f"{number(median(one.rates[phase]))} tokens/s" for one in speeds]
+        if phase in result.ratios:
+            ratio = result.ratios[phase]
+            cells += [
+                interval(Measured(ratio.median, ratio.ci95, "ratio", "pair", "runs", len(speeds[0].rates[phase]))),
+                ratio.word,
+            ]
+        table.add_row(f"{phase}, {count} tokens", *cells)
+    rows = {"memory": [one.memory_bytes for one in speeds], "file": [one.file_bytes for one in speeds]}
+    for name, sizes in rows.items():
+        ratios = [number(sizes[0] / sizes[1])] if result.ratios and sizes[1] else []
+        table.add_row(name, *(byte_size(size) for size in sizes), *ratios)
+    console.print(table)
+    repeats = len(result.speed.rates["prompt"])
+    told = "; ratios: median of pairs that took turns, 95 % interval" if result.ratios else ""
+    console.print(f"Medians of {repeats} repeats{told}.", markup=False, soft_wrap=True)
 
 
 def _kept(kept: bool) -> str:

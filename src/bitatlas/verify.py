@@ -60,8 +60,9 @@ class Verification:
     promised: float | None  # nats/token
     size_kept: bool
     damage_kept: bool
-    disk: tuple[int, int] | None = None  # of a checkpoint: bytes that its weights' files should have, and have
+    disk: tuple[int, int] | None = None  # of a checkpoint or a GGUF: bytes that should be there, and are
     tasks: tuple[TaskCheck, ...] = ()
+    disk_what: str = "weights' files, bytes"
 
     @property
     def kept(self) -> bool:
@@ -85,7 +86,7 @@ def verify_plan(
     plan = read_record(plan_file, Plan)
     checkpoint = open_checkpoint(model_name, plan.model.revision, fuse=False)
     check_fits(plan, checkpoint)
-    test = _rows(plan_file, checkpoint, tokens, rows, row_length, seed).test
+    test = rows_for(plan_file, checkpoint, tokens, rows, row_length, seed).test
     items = _items(plan_file, plan, checkpoint, tasks)
     check_finite(checkpoint)
     model = checkpoint.load_model(check_device(device))
@@ -145,9 +146,10 @@ def between(first: Any, second: Any, rows: Tensor, progress: Callable[[int, int]
     return torch.cat(found).numpy()
 
 
-def _rows(
+def rows_for(
     plan_file: Path, checkpoint: Checkpoint, tokens: str | None, rows: tuple[int, int, int], row_length: int, seed: int
 ) -> Rows:
+    """Of the text `tokens`, or those of the survey in whose folder `plan_file` lies."""
     if tokens is None:
         atlas = atlas_beside(plan_file.absolute())
         if atlas is None or atlas.model.weights_sha256 != checkpoint.info.weights_sha256:

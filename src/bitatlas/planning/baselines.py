@@ -15,7 +15,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from bitatlas.errors import UserError
-from bitatlas.formats import FORMATS, by_width, get_format
+from bitatlas.formats import FORMATS, Format, by_width, get_format
 from bitatlas.planning.budget import Unit, costs_of
 from bitatlas.records import Budget, ModelInfo
 
@@ -65,16 +65,20 @@ def baselines(
 
 
 def outside_uniform(budget: Budget, units: Sequence[Unit], formats: Sequence[str], info: ModelInfo, limit: int) -> str | None:
-    """The dearest format outside `formats`, of a candidate's group size and symmetry, that fits everywhere and costs more than every
+    """The dearest format outside `formats`, of a candidate's runtime, group size and symmetry, that fits everywhere and costs more than every
     candidate that does; None where there is none."""
-    kinds = {(get_format(name).group_size, get_format(name).symmetric) for name in formats}
-    others = [name for name, fmt in FORMATS.items() if name not in formats and (fmt.group_size, fmt.symmetric) in kinds]
+    kinds = {_kind(get_format(name)) for name in formats}
+    others = [name for name, fmt in FORMATS.items() if name not in formats and _kind(fmt) in kinds]
     names = by_width([*formats, *others])
     totals = costs_of(budget, units, names, info).cost.sum(axis=0)
     fitting = [(int(total), name) for name, total in zip(names, totals, strict=True) if total <= limit]
     best = max(total for total, _ in fitting)
     dearest = [name for total, name in fitting if total == best]
     return None if set(dearest) & set(formats) else dearest[0]
+
+
+def _kind(fmt: Format) -> tuple[str, int, bool]:
+    return fmt.runtime, fmt.group_size, fmt.symmetric
 
 
 def _layers_high(units: Sequence[Unit], cost: Ints, limit: int, low: int, high: int, layers: Iterable[int]) -> Ints:

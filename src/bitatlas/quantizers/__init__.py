@@ -10,11 +10,11 @@ from dataclasses import dataclass
 from torch import Tensor, nn
 
 from bitatlas.errors import UserError
-from bitatlas.formats import Format
-from bitatlas.quantizers import autoround, gptq, hqq, rtn
-from bitatlas.quantizers.codes import Codes
+from bitatlas.formats import FORMATS, LLAMA_CPP, Format
+from bitatlas.quantizers import autoround, gptq, hqq, llamacpp, rtn
+from bitatlas.quantizers.codes import Blocks, Codes
 
-Quantize = Callable[[nn.Module, Sequence[str], Sequence[Format], Tensor | None], Iterator[tuple[str, list[Codes]]]]
+Quantize = Callable[[nn.Module, Sequence[str], Sequence[Format], Tensor | None], Iterator[tuple[str, Sequence[Codes | Blocks]]]]
 
 
 @dataclass(frozen=True)
@@ -29,14 +29,27 @@ class Quantizer:
     quantize: Quantize
     uses_rows: bool  # the codes depend on the rows
     version: int  # raised whenever the codes change: codes that were stored by another version are not used again
-    package: str | None = None  # what the optional extra of the quantizer's own name installs
+    package: str | None = None  # that it needs
+    extra: str | None = None  # of ours, that installs the package; None: the one of the quantizer's own name
     symmetric: bool = True  # it can do formats without a zero-point
     whole_zeros: bool = True  # its zero-points are codes, not numbers in between
+    runtime: str = ""  # whose formats it makes; "": integer formats
 
     def check(self, formats: Sequence[Format]) -> None:
         """UserError where its package is missing, or where it cannot do one of `formats`."""
+        foreign = [fmt for fmt in formats if fmt.runtime != self.runtime]
+        if foreign:
+            able = [one.name for one in QUANTIZERS.values() if one.runtime == foreign[0].runtime]
+            made = (
+                f"formats of {self.runtime} ({', '.join(name for name, fmt in FORMATS.items() if fmt.runtime == self.runtime)})"
+            )
+            raise UserError(
+                f"--quantizer {self.name}: makes {made if self.runtime else 'integer formats'} alone; "
+                f"for {foreign[0].name} give --quantizer {' or '.join(able)}"
+            )
         if self.package and importlib.util.find_spec(self.package) is None:
-            raise UserError(f"--quantizer {self.name}: needs a package that is not here: pip install 'bitatlas[{self.name}]'")
+            extra = self.extra or self.name
+            raise UserError(f"--quantizer {self.name}: needs a package that is not here: pip install 'bitatlas[{extra}]'")
         refused = [fmt.name for fmt in formats if fmt.symmetric and not self.symmetric]
         if refused:
             raise UserError(
@@ -51,6 +64,9 @@ QUANTIZERS: dict[str, Quantizer] = {
         Quantizer("gptq", gptq.quantize, uses_rows=True, version=1),
         Quantizer("hqq", hqq.quantize_modules, uses_rows=False, version=1, package="hqq", symmetric=False, whole_zeros=False),
         Quantizer("autoround", autoround.quantize, uses_rows=True, version=1, package="auto_round"),
+        Quantizer(
+            LLAMA_CPP, llamacpp.quantize_modules, uses_rows=False, version=1, package="llama_cpp", extra="gguf", runtime=LLAMA_CPP
+        ),
     )
 }
 

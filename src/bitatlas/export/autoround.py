@@ -1,0 +1,53 @@
+"""AutoRound: `layer_config` for its quantizer, and the `extra_config` that its quantized checkpoints carry.
+
+`layer_config` names every module of the plan with bits, group size and symmetry; modules that the plan leaves out get 16 bits, which
+AutoRound takes for "not quantized". `extra_config` is the same as its checkpoints hold it: the exceptions from the scheme.
+Source: auto_round 0.16.1, `AutoRound(layer_config=...)` and the export of the format `auto_round`.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from bitatlas.export.target import Integers, Job, Target
+from bitatlas.export.words import RECIPE, copy_script, json_text, write_readme
+from bitatlas.formats import Format
+
+FILE = "autoround.json"
+AS_IT_WAS = {"bits": 16, "data_type": "float"}
+USE = """```
+pip install auto-round
+python quantize.py MODEL OUT --dataset TEXT_FILE
+```
+
+`autoround.json` has the `scheme` of the whole model, a `layer_config` for the API, and the `extra_config` that the quantized
+checkpoint's `config.json` will have."""
+
+
+def config(job: Job) -> dict[str, Any]:
+    """The content of `autoround.json`."""
+    usual = job.usual
+    layers = {name: _scheme(fmt) for name, fmt in job.formats.items()} | dict.fromkeys(job.kept, AS_IT_WAS)
+    exceptions = {name: told for name, told in layers.items() if told != _scheme(usual)}
+    scheme = {key: value for key, value in _scheme(usual).items() if key != "data_type"}
+    return {"scheme": scheme, "layer_config": layers, "extra_config": exceptions}
+
+
+def _scheme(fmt: Format) -> dict[str, Any]:
+    return {"bits": fmt.bits, "group_size": fmt.group_size, "sym": fmt.symmetric, "data_type": "int"}
+
+
+def write(job: Job, folder: Path) -> list[str]:
+    (folder / FILE).write_text(json_text(config(job)), encoding="utf-8")
+    copy_script(folder, "autoround")
+    write_readme(folder, job, "For AutoRound", RECIPE, USE)
+    return ["the formats carry over, the codes do not: quantize.py makes AutoRound's own"]
+
+
+TARGET = Target(
+    "autoround",
+    "`layer_config` and `extra_config` for AutoRound, and a script that quantizes with them",
+    Integers(bits=(2, 3, 4, 8)),
+    write,
+)

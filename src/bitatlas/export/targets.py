@@ -1,0 +1,131 @@
+"""The runtimes that a plan can be exported to, and the export itself: everything is checked first, then written beside and renamed.
+
+Left out: what `apply` does; its packed checkpoint is its own command.
+"""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from bitatlas.apply import check_fits
+from bitatlas.checkpoint import FUSED, Checkpoint, open_checkpoint
+from bitatlas.errors import UserError
+from bitatlas.export import autoround, llamacpp
+from bitatlas.export.card import atlas_beside
+from bitatlas.export.place import beside, check_out
+from bitatlas.export.target import Job, Target
+from bitatlas.files import read_record, to_json, write_text
+from bitatlas.formats import GROUP_SIZES, Format
+from bitatlas.progress import Reporter
+from bitatlas.records import Module, Plan
+
+TARGETS: dict[str, Target] = {target.name: target for target in (autoround.TARGET, llamacpp.TARGET)}
+
+
+@dataclass(frozen=True)
+class Exported:
+    """What was written, and the lines that the command prints about it."""
+
+    out: Path
+    target: Target
+    files: list[str]
+    notes: list[str]
+
+
+def get_target(name: str) -> Target:
+    """The runtime called `name`; UserError with the nearest valid name otherwise."""
+    if name not in TARGETS:
+        near = difflib.get_close_matches(name, TARGETS, n=1, cutoff=0.0)[0]
+        raise UserError(f"--to: unknown runtime {name!r}; nearest is {near!r} (valid: {', '.join(TARGETS)})")
+    return TARGETS[name]
+
+
+def export_plan(plan_file: Path, target_name: str, out: Path, model_name: str | None, reporter: Reporter) -> Exported:
+    """Write `target_name`'s files for a plan to `out`; UserError, and nothing written, where that is impossible."""
+    target = get_target(target_name)
+    plan = read_record(plan_file, Plan)
+    check_out(out)
+    if model_name is None and target.needs_model:
+        raise UserError(f"--to {target.name}: writes weights, so it needs --model, the checkpoint that the plan was made for")
+    if not plan.modules:
+        raise UserError(f"{plan_file}: the plan quantizes no module, so there is nothing to export")
+    for name, format_name in plan.modules.items():
+        _check_format(target, name, format_name, plan.formats[format_name])
+    checkpoint = None
+    if model_name is not None:
+        with reporter.stage("opening the checkpoint"):
+            checkpoint = open_checkpoint(model_name, plan.model.revision)
+            check_fits(plan, checkpoint)
+    modules = _modules(plan, plan_file, checkpoint)
+    job = Job(plan, plan_file, checkpoint, modules, reporter, model_name or "")
+    _check_rows(target, job)
+    _check_fused(target, plan)
+    notes = (
+        [] if modules else ["the model's modules are not known here, so row lengths were not checked: --model MODEL does that"]
+    )
+    with beside(out) as folder:
+        notes += target.write(job, folder)
+        write_text(folder / "plan.json", to_json(plan))
+        files = sorted(file.name for file in folder.iterdir())
+    return Exported(out, target, files, notes)
+
+
+def _modules(plan: Plan, plan_file: Path, checkpoint: Checkpoint | None) -> Sequence[Module]:
+    if checkpoint is not None:
+        return checkpoint.modules
+    atlas = atlas_beside(plan_file.absolute())
+    return atlas.modules if atlas is not None and atlas.model.weights_sha256 == plan.model.weights_sha256 else ()
+
+
+# --- checks ------------------------------------------------------------------------------------------------------------
+
+
+def _check_format(target: Target, module: str, name: str, fmt: Format) -> None:
+    if not target.holds.fits(fmt):
+        raise UserError(
+            f"--to {target.name}: {module} has the format {name}, which {target.name} cannot hold; "
+            f"the nearest that it can is {target.holds.nearest(fmt)}"
+        )
+
+
+def _check_rows(target: Target, job: Job) -> None:
+    """A short last group is ours; many runtimes have none."""
+    if not target.whole_groups:
+        return
+    for module in job.modules:
+        fmt = job.formats.get(module.name)
+        width = module.shape[1]
+        if fmt is None or width % fmt.group_size == 0:
+            continue
+        fitting = [
+            size for size in sorted(GROUP_SIZES, reverse=True) if width % size == 0 and target.holds.fits(_regrouped(fmt, size))
+        ]
+        hint = f"the nearest that it can is {_regrouped(fmt, fitting[0]).name}" if fitting else "no group size of it does"
+        raise UserError(
+            f"--to {target.name}: {module.name} has the format {fmt.name} and rows of {width} weights, which groups of "
+            f"{fmt.group_size} do not divide, and {target.name} cannot hold a short last group; {hint}"
+        )
+
+
+def _regrouped(fmt: Format, size: int) -> Format:
+    return Format(fmt.bits, size, fmt.symmetric, fmt.scale_bits, fmt.zero_bits)
+
+
+def _check_fused(target: Target, plan: Plan) -> None:
+    """One format for all modules that the runtime makes one matrix of."""
+    if not target.fused:
+        return
+    first: dict[str, tuple[str, str]] = {}
+    for name, format_name in plan.modules.items():
+        parent, _, last = name.rpartition(".")
+        if last not in FUSED:
+            continue
+        other, told = first.setdefault(f"{parent}.{FUSED[last]}", (name, format_name))
+        if told != format_name:
+            raise UserError(
+                f"--to {target.name}: {name} has the format {format_name} and {other} {told}, but {target.name} runs them as one "
+                "matrix in one format: make the plan in a survey with --fuse"
+            )

@@ -1,0 +1,122 @@
+"""Exports to other runtimes: what is refused and that nothing is written then, what each file says, and the numbers in those with weights."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+from bitatlas.errors import UserError
+from bitatlas.export import targets
+from bitatlas.export.target import Integers, Target
+from bitatlas.export.targets import Exported, export_plan
+from bitatlas.files import to_json
+from bitatlas.formats import FORMATS
+from bitatlas.progress import Reporter
+from bitatlas.records import Budget, Plan, PlanDamage, PlanModel, Size
+from tiny import make_checkpoint
+
+QUIET = Reporter(quiet=True)
+PARTS = ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj", "self_attn.o_proj", "mlp.gate_proj", "mlp.up_proj", "mlp.down_proj")  # fmt: skip
+
+
+def make_plan(modules: dict[str, str], sha256: str = "0" * 64) -> Plan:
+    table = {name: FORMATS[name] for name in dict.fromkeys(modules.values())}
+    model = PlanModel("owner/model", None, sha256)
+    return Plan(model, table, "rtn", modules, Budget("code_bits", 3.0), Size(3.0, 4.0, 100, 200), PlanDamage(None, None))
+
+
+SMALL = make_plan(
+    {
+        "model.layers.1.self_attn.q_proj": "int4_g64",
+        "model.layers.1.mlp.up_proj": "int2_g32",
+        "model.layers.10.mlp.up_proj": "int4_g64",
+    }
+)
+
+
+def exported(plan: Plan, place: Path, target: str, model: Path | None = None) -> Exported:
+    place.mkdir(exist_ok=True)
+    (place / "plan.json").write_text(to_json(plan), encoding="utf-8")
+    return export_plan(place / "plan.json", target, place / "out", str(model) if model else None, QUIET)
+
+
+def refusal(plan: Plan, place: Path, target: str, model: Path | None = None) -> str:
+    """The line; nothing may be left of what it refused."""
+    with pytest.raises(UserError) as refused:
+        exported(plan, place, target, model)
+    assert [file.name for file in place.iterdir()] == ["plan.json"]
+    return str(refused.value)
+
+
+@pytest.fixture
+def narrow(monkeypatch: pytest.MonkeyPatch) -> str:
+    """A runtime that holds little, and fuses."""
+    holds = Integers(bits=(3, 4), group_sizes=(32, 64), symmetric=(True,))
+    target = Target("narrow", "", holds, lambda job, folder: [], needs_model=False, whole_groups=True, fused=True)
+    monkeypatch.setitem(targets.TARGETS, "narrow", target)
+    return "narrow"
+
+
+def test_an_unknown_runtime_is_named_with_the_nearest(tmp_path: Path):
+    assert "unknown runtime 'autoroud'; nearest is 'autoround'" in refusal(SMALL, tmp_path, "autoroud")
+
+
+@pytest.mark.parametrize(
+    ("name", "nearest"),
+    [
+        ("int2_g32", "int3_g32_sym"),
+        ("int8_g128_sym", "int4_g64_sym"),
+        ("int4_g64", "int4_g64_sym"),
+        ("int3_g128", "int3_g64_sym"),
+    ],
+)
+def test_a_format_that_the_runtime_cannot_hold(tmp_path: Path, narrow: str, name: str, nearest: str):
+    said = refusal(make_plan({"model.layers.0.mlp.up_proj": name}), tmp_path, narrow)
+    told = f"model.layers.0.mlp.up_proj has the format {name}, which narrow cannot hold; the nearest that it can is {nearest}"
+    assert said == f"--to narrow: {told}"
+
+
+def test_rows_that_groups_do_not_divide(tmp_path: Path, narrow: str):
+    """Known from the model alone: without it the export says that it did not look."""
+    model = make_checkpoint(tmp_path / "model", intermediate_size=96)  # 96 = 3 x 32
+    from bitatlas.checkpoint import open_checkpoint
+
+    sha256 = open_checkpoint(str(model)).info.weights_sha256
+    plan = make_plan({"model.layers.0.mlp.down_proj": "int3_g64_sym"}, sha256)
+    said = refusal(plan, tmp_path / "here", narrow, model)
+    assert "rows of 96 weights, which groups of 64 do not divide" in said
+    assert said.endswith("the nearest that it can is int3_g32_sym")
+    assert "row lengths were not checked" in exported(plan, tmp_path / "there", narrow).notes[0]
+
+
+def test_modules_that_are_one_matrix_have_one_format(tmp_path: Path, narrow: str):
+    modules = {f"model.layers.0.{part}": "int4_g32_sym" for part in PARTS}
+    exported(make_plan({**modules, "model.layers.0.mlp.down_proj": "int3_g32_sym"}), tmp_path / "whole", narrow)
+    said = refusal(make_plan({**modules, "model.layers.0.self_attn.v_proj": "int3_g32_sym"}), tmp_path / "split", narrow)
+    assert "model.layers.0.self_attn.v_proj has the format int3_g32_sym and model.layers.0.self_attn.q_proj int4_g32_sym" in said
+
+
+def test_another_model_and_an_empty_plan_are_refused(tmp_path: Path, tiny_llama: Path):
+    assert "not the weights that the plan was made for" in refusal(SMALL, tmp_path / "other", "autoround", tiny_llama)
+    assert "quantizes no module" in refusal(replace(SMALL, modules={}, formats={}), tmp_path / "empty", "autoround")
+
+
+def test_a_folder_that_is_there_is_left_alone(tmp_path: Path):
+    exported(SMALL, tmp_path, "autoround")
+    before = {file.name: file.read_bytes() for file in (tmp_path / "out").iterdir()}
+    with pytest.raises(UserError, match="exists and is not empty"):
+        exported(SMALL, tmp_path, "autoround")
+    assert {file.name: file.read_bytes() for file in (tmp_path / "out").iterdir()} == before
+
+
+def test_a_failure_leaves_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    def failing(job: object, folder: Path) -> list[str]:
+        (folder / "half").write_text("half")
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setitem(targets.TARGETS, "failing", Target("failing", "", Integers(bits=(2, 4)), failing))
+    with pytest.raises(OSError, match="No space"):
+        exported(SMALL, tmp_path, "failing")
+    assert [file.name for file in tmp_path.iterdir()] == ["plan.json"]
