@@ -13,7 +13,7 @@ from pathlib import Path
 from bitatlas.apply import check_fits
 from bitatlas.checkpoint import FUSED, Checkpoint, open_checkpoint
 from bitatlas.errors import UserError
-from bitatlas.export import autoround
+from bitatlas.export import autoround, mlx
 from bitatlas.export.card import atlas_beside
 from bitatlas.export.place import beside, check_out
 from bitatlas.export.target import Job, Target
@@ -22,7 +22,7 @@ from bitatlas.formats import GROUP_SIZES, Format
 from bitatlas.progress import Reporter
 from bitatlas.records import Module, Plan
 
-TARGETS: dict[str, Target] = {target.name: target for target in (autoround.TARGET,)}
+TARGETS: dict[str, Target] = {target.name: target for target in (mlx.TARGET, autoround.TARGET)}
 
 
 @dataclass(frozen=True)
