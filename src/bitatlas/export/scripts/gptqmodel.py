@@ -8,13 +8,18 @@ GPTQModel chooses its own codes, so measure the result: the plan's damage is tha
 
 import argparse
 import json
+import os
 from pathlib import Path
+from typing import Any
+
+if (os.cpu_count() or 1) < 3:  # GPTQModel 7.7 needs two workers, and makes one by itself where there are two cores
+    os.environ.setdefault("GPTQMODEL_CPU_WORKERS", "2")
 
 from gptqmodel import GPTQModel, QuantizeConfig
 from transformers import AutoTokenizer
 
 
-def samples(tokenizer, text: str, count: int, length: int) -> list[dict]:
+def samples(tokenizer: Any, text: str, count: int, length: int) -> list[dict]:
     """Consecutive pieces of the text, `length` tokens each."""
     ids = tokenizer(text)["input_ids"]
     pieces = [ids[start : start + length] for start in range(0, len(ids), length)][:count]

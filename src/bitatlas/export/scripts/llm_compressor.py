@@ -8,13 +8,14 @@ With a text: GPTQ (recipe.yaml). Without: round to nearest (recipe-rtn.yaml). It
 
 import argparse
 from pathlib import Path
+from typing import Any
 
 from datasets import Dataset
 from llmcompressor import oneshot
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 
-def samples(tokenizer, text: str, count: int, length: int) -> Dataset:
+def samples(tokenizer: Any, text: str, count: int, length: int) -> Dataset:
     """Consecutive pieces of the text, `length` tokens each."""
     ids = tokenizer(text)["input_ids"]
     pieces = [ids[start : start + length] for start in range(0, len(ids), length)][:count]
