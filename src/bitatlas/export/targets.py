@@ -11,18 +11,21 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from bitatlas.apply import check_fits
-from bitatlas.checkpoint import FUSED, Checkpoint, open_checkpoint
+from bitatlas.checkpoint import Checkpoint, open_checkpoint
 from bitatlas.errors import UserError
-from bitatlas.export import autoround, llamacpp
+from bitatlas.export import autoround, exllamav3, gptqmodel, llamacpp, llm_compressor, mlx, torchao, vllm
 from bitatlas.export.card import atlas_beside
 from bitatlas.export.place import beside, check_out
-from bitatlas.export.target import Job, Target
+from bitatlas.export.target import Job, Target, unlike_partners
 from bitatlas.files import read_record, to_json, write_text
 from bitatlas.formats import GROUP_SIZES, Format
 from bitatlas.progress import Reporter
 from bitatlas.records import Module, Plan
 
-TARGETS: dict[str, Target] = {target.name: target for target in (autoround.TARGET, llamacpp.TARGET)}
+TARGETS: dict[str, Target] = {
+    module.TARGET.name: module.TARGET
+    for module in (vllm, llamacpp, mlx, torchao, llm_compressor, gptqmodel, autoround, exllamav3)
+}
 
 
 @dataclass(frozen=True)
@@ -116,16 +119,9 @@ def _regrouped(fmt: Format, size: int) -> Format:
 
 def _check_fused(target: Target, plan: Plan) -> None:
     """One format for all modules that the runtime makes one matrix of."""
-    if not target.fused:
-        return
-    first: dict[str, tuple[str, str]] = {}
-    for name, format_name in plan.modules.items():
-        parent, _, last = name.rpartition(".")
-        if last not in FUSED:
-            continue
-        other, told = first.setdefault(f"{parent}.{FUSED[last]}", (name, format_name))
-        if told != format_name:
-            raise UserError(
-                f"--to {target.name}: {name} has the format {format_name} and {other} {told}, but {target.name} runs them as one "
-                "matrix in one format: make the plan in a survey with --fuse"
-            )
+    if target.fused and (unlike := unlike_partners(plan)):
+        name, format_name, other, told = unlike
+        raise UserError(
+            f"--to {target.name}: {name} has the format {format_name} and {other} {told}, but {target.name} runs them as one "
+            "matrix in one format: make the plan in a survey with --fuse"
+        )
