@@ -25,6 +25,7 @@ lint: $(VENV)/.ready
 
 bench: $(VENV)/.ready
 	$(BIN)/python benchmarks/resume.py
+	$(BIN)/python benchmarks/attention.py
 	$(BIN)/python benchmarks/solver.py
 	$(BIN)/python benchmarks/peers.py $(PEERS)
 

@@ -24,8 +24,10 @@ class LiveBytes(TorchDispatchMode):
     def __torch_dispatch__(self, func: Callable, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         out = func(*args, **(kwargs or {}))
         for tensor in tree_leaves(out):
-            if isinstance(tensor, torch.Tensor) and tensor.untyped_storage()._cdata not in self.known:
-                storage = tensor.untyped_storage()
+            if not isinstance(tensor, torch.Tensor) or tensor.layout is not torch.strided:
+                continue  # a sparse tensor has no storage but that of its indices and values
+            storage = tensor.untyped_storage()
+            if storage._cdata not in self.known:
                 self.live[storage._cdata] = (StorageWeakRef(storage), storage.nbytes())
         self.live = {key: entry for key, entry in self.live.items() if not entry[0].expired()}
         self.peak = max(self.peak, sum(size for _, size in self.live.values()))

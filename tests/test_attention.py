@@ -24,6 +24,7 @@ from bitatlas.profiles.roles import (
     ROLES,
 )
 from bitatlas.swap import weight_of
+from live_bytes import LiveBytes
 
 # --- whole models ---------------------------------------------------------------------------------------------------------
 
@@ -176,6 +177,20 @@ def test_one_map_at_a_time(llama: Loaded, monkeypatch: pytest.MonkeyPatch) -> No
         profile(llama, text_rows(rows), changed=changed, batch_size=1)
         assert 1 <= most <= limit
     assert all(other() is None for other in maps)
+
+
+@pytest.mark.parametrize("drift", [False, True])
+def test_memory_does_not_grow_with_the_sequences(llama: Loaded, drift: bool) -> None:
+    """Most bytes alive at once with 4 and with 16 sequences, in batches of 2: a few numbers a sequence are kept, far below a map."""
+    peaks = {}
+    for rows in (4, 16):
+        given = text_rows(rows, 96)
+        with LiveBytes([*llama.model.parameters(), *llama.model.buffers(), *llama.changed.values(), given]) as live:
+            profile(llama, given, changed=llama.changed if drift else None, batch_size=2)
+        peaks[rows] = live.peak
+    one_map = 2 * 4 * 96 * 96 * 4  # rows x heads x queries x keys in float32
+    assert peaks[4] > one_map
+    assert peaks[16] - peaks[4] < 0.05 * one_map
 
 
 def test_models_without_attention_give_a_note() -> None:

@@ -215,6 +215,46 @@ def test_real_gsm8k_items() -> None:
     assert sum(has_all(*pair, pair[1].written[0]) for pair in results) >= 0.9 * len(results)
 
 
+HAND_LABELLED = {
+    # item: for each result, what it is made from in the problem or as an earlier result, and the other numbers that stand in front of it
+    ("SVAMP.json", 57): [("31", ["89", "60"], [])],
+    ("SVAMP.json", 430): [("6", ["9", "3"], ["5", "62"])],
+    ("SVAMP.json", 777): [("24", ["384", "16"], ["192", "345"])],
+    ("gsm8k_test.jsonl", 5): [
+        ("3", ["5", "60%"], ["16"]),
+        ("8", ["16"], ["5", "60%", "3"]),
+        ("24", ["3", "8"], ["5", "60%", "16"]),
+        ("40", ["5", "8"], ["60%", "16", "3", "24"]),
+        ("64", ["24", "40"], ["5", "60%", "16", "3", "8"]),
+    ],
+    ("gsm8k_test.jsonl", 40): [("2", ["two", "1"], ["four"]), ("8", ["four", "two", "2"], ["1"])],
+    ("gsm8k_test.jsonl", 123): [
+        ("30", ["10", "3"], ["5", "7"]),
+        ("4", ["3", "7"], ["10", "5", "30"]),
+        ("20", ["5", "4"], ["10", "3", "7", "30"]),
+        ("50", ["30", "20"], ["10", "3", "5", "7", "4"]),
+    ],
+}
+
+
+@pytest.mark.parametrize(("name", "number"), list(HAND_LABELLED))
+def test_hand_labelled_problems(name: str, number: int) -> None:
+    """Operands and other numbers of real items as a person marked them; copies in the step itself are operands too."""
+    text = real(name).read_text(encoding="utf-8")
+    item = json.loads(text.splitlines()[number]) if name.endswith("l") else json.loads(text)[number]
+    (problem,) = problems_of([item])
+    found = []
+    end = problem.text.index("\nAnswer:")
+    results = {
+        query.written for query in problem.queries if len(query.needs) > 1 and "/" not in problem.text[slice(*query.written)]
+    }
+    for query in (query for query in problem.queries if query.written in results):
+        known = [span for span in query.targets if span[0] < end or span in results]
+        assert len(query.targets) > len(known)  # the step writes its operands down
+        found.append((problem.text[slice(*query.written)], words(problem, tuple(known)), words(problem, query.others)))
+    assert found == HAND_LABELLED[name, number]
+
+
 # --- tokens and masses ------------------------------------------------------------------------------------------------------
 
 

@@ -27,7 +27,7 @@ from bitatlas.planning.choose import damage_tables
 from bitatlas.planning.judge import Judged, judge
 from bitatlas.planning.search import Tools, search
 from bitatlas.prepare import Run, prepare, tools_of
-from bitatlas.profiles.ablation import Removal, ablate
+from bitatlas.profiles.ablation import ABLATION_SEQUENCES, SHORT_SEQUENCES, Removal, ablate
 from bitatlas.profiles.attention import AttentionResult, attention_profile
 from bitatlas.profiles.focus import Problem, problems_of
 from bitatlas.profiles.weights import weight_profile
@@ -161,8 +161,9 @@ def remove_heads(run: Run, reference: AttentionResult) -> list[Removal]:
     """Heads removed by role from the reference, where heads were read."""
     with run.reporter.stage("removing heads") as progress:
         return ablate(
-            run.model, run.tokenizer, reference.heads, run.meter.identity, run.journal, seed=run.settings.seed, progress=progress
-        )
+            run.model, run.tokenizer, reference.heads, run.meter.identity, run.journal, seed=run.settings.seed, progress=progress,
+            sequences=ABLATION_SEQUENCES if run.settings.refine else SHORT_SEQUENCES,
+        )  # fmt: skip
 
 
 def focus_problems(run: Run) -> list[Problem]:

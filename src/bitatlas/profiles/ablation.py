@@ -36,6 +36,7 @@ from bitatlas.tokens import rows_sha256
 
 ABLATED_ROLES = ("induction", "previous")
 ABLATION_SEQUENCES = 32
+SHORT_SEQUENCES = 8  # in a short survey: where heads do the repeating, the effect is many times the interval of so few
 ABLATION_DRAWS = 20  # fewest with which "none of them does as much" is rarer than 1 in 20 by chance
 OUTPUT_NAMES = ("o_proj", "out_proj", "c_proj", "dense", "wo", "proj")
 
@@ -66,6 +67,7 @@ def ablate(
     journal: Journal,
     seed: int = 0,
     progress: Callable[[int, int], None] | None = None,
+    sequences: int = ABLATION_SEQUENCES,
 ) -> list[Removal]:
     """Remove the heads of each role of `ABLATED_ROLES` from the reference, and random other heads; nothing where `heads` is empty.
 
@@ -77,7 +79,7 @@ def ablate(
     named = {role: tuple(sorted((h.layer, h.head) for h in heads if h.role == role)) for role in ABLATED_ROLES}
     vocabulary = int(model.get_input_embeddings().weight.shape[0])
     context = getattr(model.config, "max_position_embeddings", None)
-    groups = repeated_tokens(tokenizer, vocabulary, int(context or 2048), ABLATION_SEQUENCES, seed, ABLATION_PART)
+    groups = repeated_tokens(tokenizer, vocabulary, int(context or 2048), sequences, seed, ABLATION_PART)
     reasons = {role: _not_tested(model, role, named, every, groups) for role in ABLATED_ROLES}
     draws = {role: () if reasons[role] else random_sets(own, every, seed) for role, own in named.items()}
     tested = [role for role in ABLATED_ROLES if not reasons[role]]
