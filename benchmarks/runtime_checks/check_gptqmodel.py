@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 
 os.environ.setdefault("GPTQMODEL_CPU_WORKERS", "2")
+os.environ["TORCHDYNAMO_DISABLE"] = "1"  # compiling every shape takes minutes and says nothing about the weights
 import torch
 from common import check
 from gptqmodel import BACKEND, GPTQModel
