@@ -24,11 +24,9 @@ from typing import Any
 
 import torch
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "src"))
-
 from bitatlas.bank import Bank
 from bitatlas.checkpoint import Checkpoint, open_checkpoint
-from bitatlas.export.mlx import path_of
+from bitatlas.export.mlx import CHECKED, path_of
 from bitatlas.export.targets import TARGETS, export_plan
 from bitatlas.files import to_json
 from bitatlas.formats import FORMATS
@@ -170,6 +168,24 @@ def export_alone(name: str, checkpoint: Checkpoint) -> dict[str, Any]:
         return {"exported": True, "files": done.files, "plan": plan.modules, "error": reason}
 
 
+def families(envs: Path) -> dict[str, Any]:
+    """mlx, whose names of modules are its own, on the demo and on tiny random checkpoints of the families that are called checked."""
+    from bitatlas.demo import MODEL_DIR
+
+    sys.path.insert(0, str(ROOT / "tests"))
+    from tiny import make_checkpoint
+
+    found = {}
+    with tempfile.TemporaryDirectory() as temporary:
+        made = {family: make_checkpoint(Path(temporary) / family, family) for family in CHECKED}
+        for name, folder in {"demo": MODEL_DIR, **made}.items():
+            checkpoint = open_checkpoint(str(folder))
+            tokens = torch.randint(checkpoint.config.vocab_size, (2, 128), generator=torch.Generator().manual_seed(0))
+            here = check("mlx", LIBRARIES["mlx"], checkpoint, tokens, folder, envs)
+            found[name] = {key: here[key] for key in ("widths", "largest_difference", "largest_difference_unquantized", "error") if key in here}  # fmt: skip
+    return found
+
+
 def judge(job: dict[str, Any], found: dict[str, Any]) -> dict[str, str]:
     """Width -> "ok", or what the first wrong module is instead."""
     verdicts = {str(width): "ok" for width in WIDTHS}
@@ -235,6 +251,8 @@ def main() -> None:
             found = export_alone(name, checkpoint)
         else:
             found = check(name, LIBRARIES[name], checkpoint, tokens, args.text, args.envs)
+        if name == "mlx":
+            found["families"] = families(args.envs)
         results["runtimes"][name] = {**found, "model": checkpoint.info.name, "date": date.today().isoformat()}
         print(
             name, {key: found.get(key) for key in ("package", "widths", "largest_difference", "damage_nats", "error")}, flush=True
