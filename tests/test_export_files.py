@@ -35,6 +35,12 @@ def content(place: Path, file: str) -> dict:
     return yaml.safe_load(text) if file.endswith(".yaml") else json.loads(text)
 
 
+def test_the_page_has_every_runtime():
+    """A row in the table of what runs; written by benchmarks/runtimes.py, which takes its list from the same place."""
+    page = (Path(__file__).resolve().parents[1] / "docs" / "runtimes.md").read_text(encoding="utf-8")
+    assert all(f"| {name} | {width} |" in page for name in TARGETS for width in (2, 3, 4, 8))
+
+
 # --- recipes -----------------------------------------------------------------------------------------------------------
 
 

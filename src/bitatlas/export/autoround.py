@@ -57,4 +57,5 @@ TARGET = Target(
     ),  # its checkpoints with 8 bits and zero-points are read by few, so it refuses them
     write,
     whole_groups=True,
+    transposed=True,
 )
