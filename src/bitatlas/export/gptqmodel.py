@@ -56,4 +56,5 @@ TARGET = Target(
     Integers(bits=(2, 3, 4, 8)),
     write,
     whole_groups=True,
+    transposed=True,
 )

@@ -94,6 +94,7 @@ class Target:
     write: Callable[[Job, Path], list[str]]
     needs_model: bool = False  # --model must be given
     whole_groups: bool = False  # a group size must divide the rows
+    transposed: bool = False  # it knows Conv1D, GPT-2's transposed linear layer
     fused: bool = False  # it runs q/k/v, and gate/up, as one matrix: one format for all of them
 
 
