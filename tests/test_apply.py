@@ -27,6 +27,7 @@ from bitatlas.bank import BANK, Bank
 from bitatlas.checkpoint import open_checkpoint
 from bitatlas.errors import UserError
 from bitatlas.export import compressed_tensors as layout
+from bitatlas.export import place
 from bitatlas.export.shards import Entry, Writer, cut
 from bitatlas.files import to_json
 from bitatlas.formats import FORMATS, Format

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import sys
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
+from bitatlas import cli
+from bitatlas.checkpoint import open_checkpoint
 from bitatlas.errors import UserError
 from bitatlas.export import targets
 from bitatlas.export.target import Integers, Target
@@ -81,8 +84,6 @@ def test_a_format_that_the_runtime_cannot_hold(tmp_path: Path, narrow: str, name
 def test_rows_that_groups_do_not_divide(tmp_path: Path, narrow: str):
     """Known from the model alone: without it the export says that it did not look."""
     model = make_checkpoint(tmp_path / "model", intermediate_size=96)  # 96 = 3 x 32
-    from bitatlas.checkpoint import open_checkpoint
-
     sha256 = open_checkpoint(str(model)).info.weights_sha256
     plan = make_plan({"model.layers.0.mlp.down_proj": "int3_g64_sym"}, sha256)
     said = refusal(plan, tmp_path / "here", narrow, model)
@@ -101,6 +102,58 @@ def test_modules_that_are_one_matrix_have_one_format(tmp_path: Path, narrow: str
 def test_another_model_and_an_empty_plan_are_refused(tmp_path: Path, tiny_llama: Path):
     assert "not the weights that the plan was made for" in refusal(SMALL, tmp_path / "other", "autoround", tiny_llama)
     assert "quantizes no module" in refusal(replace(SMALL, modules={}, formats={}), tmp_path / "empty", "autoround")
+
+
+@pytest.mark.parametrize(
+    ("flags", "said"),
+    [
+        (["--to", "mxl"], "--to: unknown runtime 'mxl'; nearest is 'mlx' (valid: vllm, mlx, "),
+        (["--to", ""], "--to"),
+        (["--to", "mlx"], "--to mlx: writes weights, so it needs --model"),
+        (["--to", "mlx", "--model", "nowhere"], "nowhere: no such checkpoint folder"),
+        ([], "Missing option '--to'"),
+    ],
+)
+def test_the_command_says_it_in_one_line(tmp_path: Path, monkeypatch, capsys, flags: list[str], said: str):
+    (tmp_path / "plan.json").write_text(to_json(SMALL), encoding="utf-8")
+    command = ["bitatlas", "export", str(tmp_path / "plan.json"), "--out", str(tmp_path / "out"), *flags]
+    monkeypatch.setattr(sys, "argv", command)
+    with pytest.raises(SystemExit) as ended:
+        cli.main()
+    error = capsys.readouterr().err.splitlines()
+    assert ended.value.code == 2
+    assert said in error[-1] and len([line for line in error if line.startswith("bitatlas: ")]) == 1
+    assert not (tmp_path / "out").exists()
+
+
+def test_the_command_says_what_it_wrote(tmp_path: Path, monkeypatch, capsys):
+    (tmp_path / "plan.json").write_text(to_json(SMALL), encoding="utf-8")
+    monkeypatch.setattr(
+        sys, "argv", ["bitatlas", "export", str(tmp_path / "plan.json"), "--to", "torchao", "--out", str(tmp_path / "out"), "-q"]
+    )
+    with pytest.raises(SystemExit) as ended:
+        cli.main()
+    lines = capsys.readouterr().out.splitlines()
+    assert not ended.value.code
+    assert lines[0] == "torchao: README.md, plan.json, quantize.py, torchao.json"
+    assert lines[-1] == str(tmp_path / "out")
+
+
+def test_transposed_layers(tmp_path: Path):
+    """GPT-2's weights lie the other way round: a runtime that would cut the wrong axis into groups gets nothing."""
+    model = make_checkpoint(tmp_path / "model", "gpt2")
+    plan = make_plan({"transformer.h.0.mlp.c_fc": "int4_g32"}, open_checkpoint(str(model)).info.weights_sha256)
+    for target in ("torchao", "llm-compressor", "mlx", "exllamav3"):
+        said = refusal(plan, tmp_path / target, target, model)
+        assert f"transformer.h.0.mlp.c_fc is a Conv1D (GPT-2's transposed linear layer), which {target} cannot" in said
+    exported(plan, tmp_path / "gptqmodel", "gptqmodel", model)
+
+
+def test_codes_that_were_fitted_must_be_at_hand(tmp_path: Path, tiny_llama: Path):
+    modules = {"model.layers.0.mlp.up_proj": "int4_g32"}
+    plan = replace(make_plan(modules, open_checkpoint(str(tiny_llama)).info.weights_sha256), quantizer="gptq")
+    assert "folder 'bank' must lie beside the plan" in refusal(plan, tmp_path / "weights", "mlx", tiny_llama)
+    exported(plan, tmp_path / "settings", "torchao", tiny_llama)  # whose codes are its own
 
 
 def test_a_folder_that_is_there_is_left_alone(tmp_path: Path):

@@ -15,7 +15,7 @@ import importlib.util
 import json
 import shutil
 from collections import Counter
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
@@ -135,16 +135,8 @@ def _check_formats(plan: Plan) -> None:
 
 def draw(plan: Plan, checkpoint: Checkpoint, skeleton: nn.Module, shard_bytes: int = SHARD_BYTES) -> Blueprint:
     """Names, places and sizes of all tensors; UserError where a module cannot be packed."""
-    entries, sources = {}, {}
-    for file in checkpoint.files:
-        header = read_header(file)
-        start = file.stat().st_size - max((e["data_offsets"][1] for k, e in header.items() if k != "__metadata__"), default=0)
-        for key, entry in header.items():
-            if key != "__metadata__":
-                first, end = entry["data_offsets"]
-                entries[key] = Entry(key, entry["dtype"], tuple(entry["shape"]), end - first)
-                sources[key] = (file, start + first, start + end)
-    keys = {name: _key(name, skeleton, entries) for name in plan.modules}
+    entries, sources = sources_of(checkpoint)
+    keys = weight_keys(plan, skeleton, entries)
     kept = [key for key in entries if key not in set(keys.values())]
     whole = get_quantizer(plan.quantizer).whole_zeros
     wanted, causes = [entries[key] for key in kept], Counter[str]()
@@ -161,6 +153,25 @@ def draw(plan: Plan, checkpoint: Checkpoint, skeleton: nn.Module, shard_bytes: i
     return Blueprint(sources, keys, kept, shards, {name: count for name, count in causes.items() if count})
 
 
+def sources_of(checkpoint: Checkpoint) -> tuple[dict[str, Entry], dict[str, tuple[Path, int, int]]]:
+    """Every tensor of the checkpoint: what it is, and its file with its bytes' first place and end there."""
+    entries, sources = {}, {}
+    for file in checkpoint.files:
+        header = read_header(file)
+        start = file.stat().st_size - max((e["data_offsets"][1] for k, e in header.items() if k != "__metadata__"), default=0)
+        for key, entry in header.items():
+            if key != "__metadata__":
+                first, end = entry["data_offsets"]
+                entries[key] = Entry(key, entry["dtype"], tuple(entry["shape"]), end - first)
+                sources[key] = (file, start + first, start + end)
+    return entries, sources
+
+
+def weight_keys(plan: Plan, skeleton: nn.Module, entries: Mapping[str, Entry]) -> dict[str, str]:
+    """Module of the plan -> the checkpoint's name of its weight; UserError where it has none that can be packed."""
+    return {name: _key(name, skeleton, entries) for name in plan.modules}
+
+
 def _planned(plan: Plan, checkpoint: Checkpoint) -> list[Module]:
     return [module for module in checkpoint.modules if module.name in plan.modules]
 
@@ -168,12 +179,12 @@ def _planned(plan: Plan, checkpoint: Checkpoint) -> list[Module]:
 def _key(name: str, skeleton: nn.Module, entries: Mapping[str, Entry]) -> str:
     """The checkpoint's name of a module's weight: the model's own, or without the base model's prefix."""
     if isinstance(skeleton.get_submodule(name), Conv1D):
-        raise UserError(f"{name}: is a Conv1D (GPT-2's transposed linear layer), which compressed-tensors cannot hold")
+        raise UserError(f"{name}: is a Conv1D (GPT-2's transposed linear layer), whose weight cannot be packed")
     bare = name.removeprefix(f"{getattr(skeleton, 'base_model_prefix', '')}.")
     for key in (f"{name}.weight", f"{bare}.weight"):
         if key in entries:
             return key
-    raise UserError(f"{name}: the checkpoint stores this weight under another name, which apply cannot follow")
+    raise UserError(f"{name}: the checkpoint stores this weight under another name, which cannot be followed")
 
 
 def config_text(plan: Plan, checkpoint: Checkpoint, skeleton: nn.Module) -> str:
@@ -204,28 +215,28 @@ def _write_weights(
 ) -> None:
     with Writer(folder, blueprint.shards) as writer:
         for key in blueprint.kept:
-            for piece in _pieces(*blueprint.sources[key]):
-                writer.write(key, piece)
+            copy_tensor(writer, key, *blueprint.sources[key])
         modules = _planned(plan, checkpoint)
         for done, module in enumerate(modules, start=1):
             key = blueprint.keys[module.name]
-            weight = _read(blueprint.sources[key][0], key)
+            weight = read_tensor(blueprint.sources[key][0], key)
             for suffix, tensor in _packed(plan, plan_file, skeleton, module.name, weight).items():
                 writer.write(key.removesuffix("weight") + suffix, _bytes(tensor))
             progress(done, len(modules))
 
 
-def _pieces(file: Path, start: int, end: int) -> Iterator[bytes]:
+def copy_tensor(writer: Writer, key: str, file: Path, start: int, end: int) -> None:
+    """The bytes of `file` from `start` to `end` become the tensor `key`."""
     with file.open("rb") as stream:
         stream.seek(start)
         while start < end:
             if not (piece := stream.read(min(COPIED_TOGETHER, end - start))):
                 raise UserError(f"{file}: ends too early")
             start += len(piece)
-            yield piece
+            writer.write(key, piece)
 
 
-def _read(file: Path, key: str) -> Tensor:
+def read_tensor(file: Path, key: str) -> Tensor:
     with safe_open(file, framework="pt") as reader:
         return reader.get_tensor(key)
 

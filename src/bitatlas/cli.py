@@ -231,7 +231,12 @@ def apply(
 @app.command()
 def export(
     plan_file: Annotated[Path, typer.Argument(metavar="PLAN", help="A plan.json.")],
-    to: Annotated[str, typer.Option("--to", callback=not_empty, help="The runtime; docs/runtimes.md has the list.")],
+    to: Annotated[
+        str,
+        typer.Option(
+            "--to", callback=not_empty, help="The runtime: mlx, vllm, torchao, gptqmodel, ...; docs/runtimes.md has them all."
+        ),
+    ],
     out: Annotated[Path, typer.Option("--out", help="A new folder for what the runtime reads.")],
     model: Annotated[
         str | None,

@@ -29,9 +29,13 @@ def config(job: Job) -> dict[str, Any]:
     """The content of `autoround.json`."""
     usual = job.usual
     layers = {name: _scheme(fmt) for name, fmt in job.formats.items()} | dict.fromkeys(job.kept, AS_IT_WAS)
-    exceptions = {name: told for name, told in layers.items() if told != _scheme(usual)}
+    exceptions = {name: _difference(told, _scheme(usual)) for name, told in layers.items() if told != _scheme(usual)}
     scheme = {key: value for key, value in _scheme(usual).items() if key != "data_type"}
     return {"scheme": scheme, "layer_config": layers, "extra_config": exceptions}
+
+
+def _difference(told: dict[str, Any], usual: dict[str, Any]) -> dict[str, Any]:
+    return {key: value for key, value in told.items() if value != usual[key]}
 
 
 def _scheme(fmt: Format) -> dict[str, Any]:
@@ -48,6 +52,10 @@ def write(job: Job, folder: Path) -> list[str]:
 TARGET = Target(
     "autoround",
     "`layer_config` and `extra_config` for AutoRound, and a script that quantizes with them",
-    Integers(bits=(2, 3, 4, 8)),
+    Integers(
+        bits=(2, 3, 4, 8), but=((8, False),)
+    ),  # its checkpoints with 8 bits and zero-points are read by few, so it refuses them
     write,
+    whole_groups=True,
+    transposed=True,
 )

@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol
 
-from bitatlas.checkpoint import Checkpoint
+from bitatlas.checkpoint import FUSED, Checkpoint
 from bitatlas.formats import FORMATS, Format
 from bitatlas.progress import Reporter
 from bitatlas.records import Module, Plan
@@ -60,15 +60,17 @@ class Holds(Protocol):
 
 @dataclass(frozen=True)
 class Integers:
-    """Group-wise integer formats: every combination of these."""
+    """Group-wise integer formats: every combination of these, but for the pairs of bits and symmetry in `but`."""
 
     bits: tuple[int, ...]
     group_sizes: tuple[int, ...] = (32, 64, 128)
     symmetric: tuple[bool, ...] = (False, True)
+    but: tuple[tuple[int, bool], ...] = ()
 
     def fits(self, fmt: Format) -> bool:
-        own = getattr(fmt, "runtime", "")  # a format that one runtime alone has
-        return not own and fmt.bits in self.bits and fmt.group_size in self.group_sizes and fmt.symmetric in self.symmetric
+        if getattr(fmt, "runtime", "") or (fmt.bits, fmt.symmetric) in self.but:  # runtime: a format that one alone has
+            return False
+        return fmt.bits in self.bits and fmt.group_size in self.group_sizes and fmt.symmetric in self.symmetric
 
     def nearest(self, fmt: Format) -> str:
         """By width first (the wider of two), then symmetry, then group size (the smaller of two)."""
@@ -92,4 +94,17 @@ class Target:
     write: Callable[[Job, Path], list[str]]
     needs_model: bool = False  # --model must be given
     whole_groups: bool = False  # a group size must divide the rows
+    transposed: bool = False  # it knows Conv1D, GPT-2's transposed linear layer
     fused: bool = False  # it runs q/k/v, and gate/up, as one matrix: one format for all of them
+
+
+def unlike_partners(plan: Plan) -> tuple[str, str, str, str] | None:
+    """(module, its format, other module, its format) of the first two that runtimes like vLLM make one matrix of and that differ."""
+    first: dict[str, tuple[str, str]] = {}
+    for name, format_name in plan.modules.items():
+        parent, _, last = name.rpartition(".")
+        if last in FUSED:
+            other, told = first.setdefault(f"{parent}.{FUSED[last]}", (name, format_name))
+            if told != format_name:
+                return name, format_name, other, told
+    return None

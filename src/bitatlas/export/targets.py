@@ -10,19 +10,24 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from transformers.pytorch_utils import Conv1D
+
 from bitatlas.apply import check_fits
-from bitatlas.checkpoint import FUSED, Checkpoint, open_checkpoint
+from bitatlas.checkpoint import Checkpoint, open_checkpoint
 from bitatlas.errors import UserError
-from bitatlas.export import autoround, llamacpp
+from bitatlas.export import autoround, exllamav3, gptqmodel, llamacpp, llm_compressor, mlx, torchao, vllm
 from bitatlas.export.card import atlas_beside
 from bitatlas.export.place import beside, check_out
-from bitatlas.export.target import Job, Target
+from bitatlas.export.target import Job, Target, unlike_partners
 from bitatlas.files import read_record, to_json, write_text
 from bitatlas.formats import GROUP_SIZES, Format
 from bitatlas.progress import Reporter
 from bitatlas.records import Module, Plan
 
-TARGETS: dict[str, Target] = {target.name: target for target in (autoround.TARGET, llamacpp.TARGET)}
+TARGETS: dict[str, Target] = {
+    module.TARGET.name: module.TARGET
+    for module in (llamacpp, vllm, mlx, torchao, llm_compressor, gptqmodel, autoround, exllamav3)
+}
 
 
 @dataclass(frozen=True)
@@ -61,6 +66,7 @@ def export_plan(plan_file: Path, target_name: str, out: Path, model_name: str | 
             check_fits(plan, checkpoint)
     modules = _modules(plan, plan_file, checkpoint)
     job = Job(plan, plan_file, checkpoint, modules, reporter, model_name or "")
+    _check_kinds(target, job)
     _check_rows(target, job)
     _check_fused(target, plan)
     notes = (
@@ -91,6 +97,18 @@ def _check_format(target: Target, module: str, name: str, fmt: Format) -> None:
         )
 
 
+def _check_kinds(target: Target, job: Job) -> None:
+    """Only with --model: a plan does not say how a checkpoint stores its weights."""
+    if target.transposed or job.checkpoint is None:
+        return
+    skeleton = job.checkpoint.skeleton()
+    for name in job.formats:
+        if isinstance(skeleton.get_submodule(name), Conv1D):
+            raise UserError(
+                f"--to {target.name}: {name} is a Conv1D (GPT-2's transposed linear layer), which {target.name} cannot quantize by rows"
+            )
+
+
 def _check_rows(target: Target, job: Job) -> None:
     """A short last group is ours; many runtimes have none."""
     if not target.whole_groups:
@@ -116,16 +134,9 @@ def _regrouped(fmt: Format, size: int) -> Format:
 
 def _check_fused(target: Target, plan: Plan) -> None:
     """One format for all modules that the runtime makes one matrix of."""
-    if not target.fused:
-        return
-    first: dict[str, tuple[str, str]] = {}
-    for name, format_name in plan.modules.items():
-        parent, _, last = name.rpartition(".")
-        if last not in FUSED:
-            continue
-        other, told = first.setdefault(f"{parent}.{FUSED[last]}", (name, format_name))
-        if told != format_name:
-            raise UserError(
-                f"--to {target.name}: {name} has the format {format_name} and {other} {told}, but {target.name} runs them as one "
-                "matrix in one format: make the plan in a survey with --fuse"
-            )
+    if target.fused and (unlike := unlike_partners(plan)):
+        name, format_name, other, told = unlike
+        raise UserError(
+            f"--to {target.name}: {name} has the format {format_name} and {other} {told}, but {target.name} runs them as one "
+            "matrix in one format: make the plan in a survey with --fuse"
+        )

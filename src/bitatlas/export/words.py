@@ -8,6 +8,8 @@ from collections import Counter
 from pathlib import Path
 from typing import Any
 
+import yaml
+
 from bitatlas.export.target import Job
 from bitatlas.words import byte_size, interval, number
 
@@ -20,6 +22,10 @@ RECIPE = (
 
 def json_text(content: Any) -> str:
     return json.dumps(content, indent=1, ensure_ascii=False) + "\n"
+
+
+def yaml_text(content: Any) -> str:
+    return yaml.safe_dump(content, sort_keys=False, allow_unicode=True, width=10**6)
 
 
 def copy_script(folder: Path, target: str, name: str = "quantize.py") -> None:

@@ -9,9 +9,20 @@ AutoRound learns its own codes, so measure the result: the plan's damage is that
 import argparse
 import json
 from pathlib import Path
+from typing import Any
 
+import torch
 from auto_round import AutoRound
 from transformers import AutoModelForCausalLM, AutoTokenizer
+
+BATCH = 8  # rows
+
+
+def samples(tokenizer: Any, text: str, count: int, length: int) -> list[torch.Tensor]:
+    """Consecutive pieces of the text, in batches [rows, length]."""
+    ids = torch.tensor(tokenizer(text)["input_ids"])
+    rows = ids[: len(ids) // length * length].view(-1, length)[:count]
+    return list(rows.split(BATCH))
 
 
 def main() -> None:
@@ -26,9 +37,12 @@ def main() -> None:
     told = json.loads((Path(__file__).parent / "autoround.json").read_text(encoding="utf-8"))
     model = AutoModelForCausalLM.from_pretrained(args.model, dtype="auto")
     tokenizer = AutoTokenizer.from_pretrained(args.model)
-    more = {"dataset": args.dataset} if args.dataset else {}
+    more = {}
+    if args.dataset:
+        more["dataset"] = samples(tokenizer, Path(args.dataset).read_text(encoding="utf-8"), args.nsamples, args.seqlen)
     rounding = AutoRound(
-        model, tokenizer, **told["scheme"], layer_config=told["layer_config"], iters=args.iters, nsamples=args.nsamples, seqlen=args.seqlen, **more
+        model, tokenizer, **told["scheme"], layer_config=told["layer_config"], iters=args.iters, nsamples=args.nsamples,
+        seqlen=args.seqlen, batch_size=BATCH, enable_torch_compile=torch.cuda.is_available(), **more
     )  # fmt: skip
     rounding.quantize_and_save(args.out, format="auto_round")
 

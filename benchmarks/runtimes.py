@@ -1,0 +1,266 @@
+"""Exports a plan to every runtime, quantizes and loads there what was exported, and writes docs/runtimes.md's table.
+
+    python benchmarks/runtimes.py [TARGET ...] [--model FOLDER] [--text FILE] [--envs .venv-runtimes]
+
+Each runtime gets an environment of its own (1 to 6 GB), made where it is missing, torch first. The plan mixes all four widths, symmetric
+and not, and leaves one module as it is. For each module the check asks the library for its bits and counts the levels of the weight that
+is really multiplied by; the logits of the whole model are compared with those of plain linear layers with these weights (mlx, whose
+codes are ours: with our own reconstruction in torch). Writes benchmarks/results/runtimes.json.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import platform
+import subprocess
+import sys
+import tempfile
+from dataclasses import dataclass
+from datetime import date
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from bitatlas.bank import Bank
+from bitatlas.checkpoint import Checkpoint, open_checkpoint
+from bitatlas.export.mlx import CHECKED, path_of
+from bitatlas.export.targets import TARGETS, export_plan
+from bitatlas.files import to_json
+from bitatlas.formats import FORMATS
+from bitatlas.planning.budget import size_of
+from bitatlas.progress import Reporter
+from bitatlas.records import Budget, Plan, PlanDamage, PlanModel
+from bitatlas.swap import swapped
+
+ROOT = Path(__file__).resolve().parents[1]
+SHARED = ROOT.parent / "shared"
+CHECKS = Path(__file__).parent / "runtime_checks"
+RESULTS = Path(__file__).parent / "results" / "runtimes.json"
+PAGE = ROOT / "docs" / "runtimes.md"
+BEGIN, END = "<!-- table: benchmarks/runtimes.py -->", "<!-- end of table -->"
+TORCH = "torch==2.13.0"
+WIDTHS = (2, 3, 4, 8)
+KEPT = 6  # the unit of this number (q/k/v, o, gate/up, ...) stays as it is
+LIMIT_S = 900  # of one program
+# The most that logits may differ: float32 in another order of sums; float16, whose unit is 0.016 at the logits' size of 20 (a wrong width
+# changes them by whole units).
+EXACT, HALF = 1e-4, 0.15
+
+
+@dataclass(frozen=True)
+class Library:
+    """How a runtime is checked. `arguments`: of the exported quantize.py, after MODEL and OUT; None: what was exported is loaded."""
+
+    packages: tuple[str, ...]
+    formats: tuple[str, ...]  # given to the modules in turn
+    arguments: tuple[str, ...] | None
+    tolerance: float
+    module: str = ""  # of its check
+
+
+MIXED = ("int2_g32", "int4_g32_sym", "int3_g32", "int8_g32_sym", "int4_g32")
+LEARNED = ("--dataset", "TEXT", "--nsamples", "16", "--seqlen", "128")
+LIBRARIES = {
+    "mlx": Library(("mlx[cpu]==0.32.4", "mlx-lm==0.32.2"), (*MIXED, "int8_g32", "int3_g32_sym"), None, EXACT),
+    "torchao": Library(("torchao==0.18.0", "transformers==5.24.0", "accelerate"), (*MIXED, "int8_g32"), (), EXACT),
+    "llm-compressor": Library(("llmcompressor==0.14.0.1",), (*MIXED, "int8_g32"), LEARNED, EXACT),
+    "gptqmodel": Library(("gptqmodel==7.7.0",), (*MIXED, "int8_g32"), LEARNED, HALF),
+    "autoround": Library(("auto-round==0.16.1", "accelerate"), MIXED, (*LEARNED, "--iters", "5"), HALF),
+}
+NOT_RUN = {  # exported alone: why, and formats
+    "vllm": ("needs a GPU", ("int4_g32_sym", "int2_g32_sym", "int8_g32_sym", "int3_g32_sym")),
+    "exllamav3": ("needs a CUDA GPU", MIXED),
+}
+
+
+def plan_for(checkpoint: Checkpoint, formats: tuple[str, ...]) -> Plan:
+    """Formats in turn, unit by unit (vLLM needs that, the others do not mind); one unit stays as it is."""
+    units = list(dict.fromkeys(module.unit for module in checkpoint.modules))
+    chosen = {unit: formats[k % len(formats)] for k, unit in enumerate(units) if k != KEPT}
+    modules = {m.name: chosen[m.unit] for m in checkpoint.modules if m.unit in chosen}
+    info = checkpoint.info
+    size = size_of(checkpoint.modules, modules, info)
+    table = {name: FORMATS[name] for name in dict.fromkeys(modules.values())}
+    return Plan(PlanModel(info.name, None, info.weights_sha256), table, "rtn", modules, Budget("code_bits", 8.0), size, PlanDamage(None, None))  # fmt: skip
+
+
+def job_for(checkpoint: Checkpoint, plan: Plan, tokens: torch.Tensor) -> dict[str, Any]:
+    """What a check is told: the modules, the tokens, our logits on them."""
+    names = [module.name for module in checkpoint.modules]
+    model = checkpoint.load_model()
+    with torch.no_grad():
+        clean = model(tokens).logits
+        with swapped(model, Bank(model, names, plan.quantizer, plan.formats).weights(plan.modules)):
+            ours = model(tokens).logits
+    fmts = {name: plan.formats[format_name] for name, format_name in plan.modules.items()}
+    return {
+        "modules": {n: {"bits": f.bits, "group_size": f.group_size, "symmetric": f.symmetric} for n, f in fmts.items()},
+        "kept": [name for name in names if name not in plan.modules],
+        "paths": {name: path_of(name, checkpoint.config.model_type) for name in names},
+        "ids": tokens.tolist(),
+        "logits": ours.tolist(),
+        "clean": clean.tolist(),
+    }
+
+
+def environment(place: Path, packages: tuple[str, ...]) -> Path:
+    """The environment's python; made where it is not there."""
+    python = place / "bin" / "python"
+    if not python.exists():
+        subprocess.run([sys.executable, "-m", "venv", place], check=True)
+        for wanted in ((TORCH,), packages):
+            subprocess.run([python, "-m", "pip", "install", "--quiet", *wanted], check=True)
+    return python
+
+
+def run(command: list[Any], folder: Path) -> str:
+    """The program's last line, or a RuntimeError with what it said. Libraries write logs to the working folder: a temporary one."""
+    variables = {key: value for key, value in os.environ.items() if key != "PYTHONPATH"}
+    variables |= {"HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false", "GPTQMODEL_CPU_WORKERS": "2"}
+    try:
+        done = subprocess.run([str(part) for part in command], cwd=folder, env=variables, capture_output=True, text=True, timeout=LIMIT_S)  # fmt: skip
+    except subprocess.TimeoutExpired:
+        raise RuntimeError(f"not done in {LIMIT_S} s") from None
+    if done.returncode:
+        lines = (done.stderr.strip() or done.stdout.strip() or "no message").splitlines()
+        raise RuntimeError(lines[-1][:200])
+    return done.stdout.strip().splitlines()[-1] if done.stdout.strip() else ""
+
+
+def check(name: str, library: Library, checkpoint: Checkpoint, tokens: torch.Tensor, text: Path, envs: Path) -> dict[str, Any]:
+    """Export, quantize there, load there."""
+    plan = plan_for(checkpoint, library.formats)
+    job = job_for(checkpoint, plan, tokens)
+    found: dict[str, Any] = {"exported": False, "plan": plan.modules}
+    with tempfile.TemporaryDirectory() as temporary:
+        work = Path(temporary)
+        (work / "plan.json").write_text(to_json(plan))
+        (work / "job.json").write_text(json.dumps(job))
+        model = checkpoint.folder.resolve()
+        try:
+            export_plan(work / "plan.json", name, work / "exported", str(model), Reporter(quiet=True))
+            found["exported"] = True
+            python = environment(envs / name, library.packages).absolute()
+            ready = work / "exported"
+            if library.arguments is not None:
+                arguments = [str(text.resolve()) if part == "TEXT" else part for part in library.arguments]
+                run([python, work / "exported" / "quantize.py", model, work / "quantized", *arguments], work)
+                configs = sorted((work / "quantized").rglob("config.json"))  # AutoRound makes a folder in the folder
+                ready = configs[0].parent
+            program = CHECKS / f"check_{name.replace('-', '_')}.py"
+            found |= json.loads(run([python, program, ready, model, work / "job.json"], work))
+        except (RuntimeError, subprocess.CalledProcessError, json.JSONDecodeError) as error:
+            return {**found, "error": str(error)}
+    return {**found, "widths": judge(job, found), "logits_agree": found["largest_difference"] <= library.tolerance, "tolerance": library.tolerance}  # fmt: skip
+
+
+def export_alone(name: str, checkpoint: Checkpoint) -> dict[str, Any]:
+    """For a runtime that cannot run here: what is written, and whether it is."""
+    reason, formats = NOT_RUN[name]
+    plan = plan_for(checkpoint, formats)
+    with tempfile.TemporaryDirectory() as temporary:
+        work = Path(temporary)
+        (work / "plan.json").write_text(to_json(plan))
+        done = export_plan(work / "plan.json", name, work / "exported", str(checkpoint.folder.resolve()), Reporter(quiet=True))
+        return {"exported": True, "files": done.files, "plan": plan.modules, "error": reason}
+
+
+def families(envs: Path) -> dict[str, Any]:
+    """mlx, whose names of modules are its own, on the demo and on tiny random checkpoints of the families that are called checked."""
+    from bitatlas.demo import MODEL_DIR
+
+    sys.path.insert(0, str(ROOT / "tests"))
+    from tiny import make_checkpoint
+
+    found = {}
+    with tempfile.TemporaryDirectory() as temporary:
+        made = {family: make_checkpoint(Path(temporary) / family, family) for family in CHECKED}
+        for name, folder in {"demo": MODEL_DIR, **made}.items():
+            checkpoint = open_checkpoint(str(folder))
+            tokens = torch.randint(checkpoint.config.vocab_size, (2, 128), generator=torch.Generator().manual_seed(0))
+            here = check("mlx", LIBRARIES["mlx"], checkpoint, tokens, folder, envs)
+            found[name] = {key: here[key] for key in ("widths", "largest_difference", "largest_difference_unquantized", "error") if key in here}  # fmt: skip
+    return found
+
+
+def judge(job: dict[str, Any], found: dict[str, Any]) -> dict[str, str]:
+    """Width -> "ok", or what the first wrong module is instead."""
+    verdicts = {str(width): "ok" for width in WIDTHS}
+    for name, told in job["modules"].items():
+        here = found["modules"][name]
+        wrong = [f"{key} {here[key]}, not {told[key]}" for key in told if key in here and here[key] != told[key]]
+        if not 2 ** (told["bits"] - 1) < here["levels"] <= 2 ** told["bits"] and told["bits"] < 8:
+            wrong.append(f"{here['levels']} levels")
+        if told["bits"] == 8 and here["levels"] <= 16:
+            wrong.append(f"{here['levels']} levels")
+        if wrong and verdicts[str(told["bits"])] == "ok":
+            verdicts[str(told["bits"])] = f"{name}: {'; '.join(wrong)}"
+    kept = [name for name in job["kept"] if not found["modules"][name]["unchanged"]]
+    return verdicts if not kept else {**verdicts, "kept": f"{kept[0]} was changed"}
+
+
+def table(results: dict[str, Any]) -> str:
+    """Markdown: a line a runtime and width."""
+    lines = [
+        "| runtime | width | exported | loads, bits as planned | logits checked | tokens/s (unquantized) |",
+        "|---|---|---|---|---|---|",
+    ]
+    for name in dict.fromkeys([*TARGETS, "llama.cpp"]):
+        found = results["runtimes"].get(name)
+        for width in WIDTHS:
+            lines.append(f"| {name} | {width} | {' | '.join(_cells(name, found, str(width)))} |")
+    return "\n".join(lines)
+
+
+def _cells(name: str, found: dict[str, Any] | None, width: str) -> list[str]:
+    if name == "llama.cpp":
+        return ["see [gguf.md](gguf.md)"] * 4
+    if found is None:
+        return ["not run here"] * 4
+    if "error" in found:
+        return ["yes" if found["exported"] else "no", f"not run here: {found['error']}", "not run here", "not run here"]
+    verdict = found["widths"][width]
+    logits = f"{'yes' if found['logits_agree'] else '**no**'}, {found['largest_difference']:.1g}"
+    speed = f"{found['tokens_per_second']:,.0f} ({found['tokens_per_second_unquantized']:,.0f})"
+    return ["yes", "yes" if verdict == "ok" else f"**no**: {verdict}", logits, speed]
+
+
+def write_page(results: dict[str, Any]) -> None:
+    page = PAGE.read_text(encoding="utf-8")
+    before, _, rest = page.partition(BEGIN)
+    _, _, after = rest.partition(END)
+    PAGE.write_text(f"{before}{BEGIN}\n{table(results)}\n{END}{after}", encoding="utf-8")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("targets", nargs="*", help="default: all that run here")
+    parser.add_argument("--model", default=str(SHARED / "models" / "babyllama-105"))
+    parser.add_argument("--text", type=Path, default=SHARED / "data" / "tinystories_fit.txt")
+    parser.add_argument("--envs", type=Path, default=ROOT / ".venv-runtimes")
+    args = parser.parse_args()
+    checkpoint = open_checkpoint(args.model)
+    ids = checkpoint.load_tokenizer()(args.text.read_text(encoding="utf-8")[:4000])["input_ids"]
+    tokens = torch.tensor(ids[:256]).view(2, 128)
+    results = json.loads(RESULTS.read_text()) if RESULTS.exists() else {"runtimes": {}}
+    for name in args.targets or [*LIBRARIES, *NOT_RUN]:
+        if name in NOT_RUN:
+            found = export_alone(name, checkpoint)
+        else:
+            found = check(name, LIBRARIES[name], checkpoint, tokens, args.text, args.envs)
+        if name == "mlx":
+            found["families"] = families(args.envs)
+        results["runtimes"][name] = {**found, "model": checkpoint.info.name, "date": date.today().isoformat()}
+        print(
+            name, {key: found.get(key) for key in ("package", "widths", "largest_difference", "damage_nats", "error")}, flush=True
+        )
+        results["machine"] = f"{platform.machine()}, {os.cpu_count()} cores"
+        RESULTS.write_text(json.dumps(results, indent=1) + "\n")
+        write_page(results)
+
+
+if __name__ == "__main__":
+    main()

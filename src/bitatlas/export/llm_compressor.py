@@ -1,0 +1,63 @@
+"""llm-compressor: a recipe with one config group a format, for `oneshot`.
+
+`recipe.yaml` quantizes with its GPTQ, `recipe-rtn.yaml` to nearest without data; both name modules in full, so nothing else is touched.
+What comes out is a compressed-tensors checkpoint that vLLM is made for. vLLM runs q/k/v and gate/up as one matrix: a plan that gives
+them different formats is exported, with a note.
+Source: llm-compressor 0.14, `modifiers/quantization`; compressed-tensors 0.19.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from bitatlas.export.target import Integers, Job, Target, unlike_partners
+from bitatlas.export.words import RECIPE, copy_script, write_readme, yaml_text
+from bitatlas.formats import Format
+
+USE = """```
+pip install llmcompressor
+python quantize.py MODEL OUT --dataset TEXT_FILE      # recipe.yaml: GPTQ
+python quantize.py MODEL OUT                          # recipe-rtn.yaml: round to nearest, no data
+```"""
+
+
+def recipe(job: Job, modifier: str) -> dict[str, Any]:
+    """The recipe: `modifier` with a group a format, in the order in which the formats come."""
+    groups: dict[str, Any] = {}
+    for name, fmt in job.formats.items():
+        groups.setdefault(fmt.name, {"targets": [], "weights": _weights(fmt)})["targets"].append(name)
+    return {"default_stage": {"default_modifiers": {modifier: {"ignore": ["lm_head", *job.kept], "config_groups": groups}}}}
+
+
+def _weights(fmt: Format) -> dict[str, Any]:
+    return {
+        "num_bits": fmt.bits,
+        "type": "int",
+        "symmetric": fmt.symmetric,
+        "strategy": "group",
+        "group_size": fmt.group_size,
+        "dynamic": False,
+    }
+
+
+def write(job: Job, folder: Path) -> list[str]:
+    (folder / "recipe.yaml").write_text(yaml_text(recipe(job, "GPTQModifier")), encoding="utf-8")
+    (folder / "recipe-rtn.yaml").write_text(yaml_text(recipe(job, "QuantizationModifier")), encoding="utf-8")
+    copy_script(folder, "llm_compressor")
+    write_readme(folder, job, "For llm-compressor", RECIPE, USE)
+    notes = ["the formats carry over, the codes do not: quantize.py makes llm-compressor's own"]
+    if unlike := unlike_partners(job.plan):
+        notes.append(
+            f"vLLM runs {unlike[2]} and {unlike[0]} as one matrix, and this plan gives them different formats: transformers alone"
+        )
+    return notes
+
+
+TARGET = Target(
+    "llm-compressor",
+    "recipes for llm-compressor's `oneshot` (GPTQ, and round to nearest), and a script that runs them",
+    Integers(bits=(2, 3, 4, 8)),
+    write,
+    whole_groups=True,
+)
