@@ -276,7 +276,7 @@ def test_export_refuses_integer_formats_and_writes_what_it_can(tmp_path: Path, t
         export_plan(tmp_path / "plan.json", LLAMA_CPP, tmp_path / "ours", str(tiny_llama), QUIET)
     assert not (tmp_path / "ours").exists()
     out = exported(tiny_llama, plan, tmp_path / "list", with_model=False)
-    assert {file.name for file in out.iterdir()} == {TYPES, COMMANDS, "plan.json"}
+    assert {file.name for file in out.iterdir()} == {TYPES, COMMANDS, "README.md", "plan.json"}
     assert (out / TYPES).read_text().splitlines()[0] == r"^blk\.0\.attn_q\.weight$=q4_0"
     neox = make_checkpoint(tmp_path / "neox", "gpt_neox")
     out = exported(neox, make_plan(neox, ["q8_0"]), tmp_path / "foreign")

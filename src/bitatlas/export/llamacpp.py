@@ -14,11 +14,14 @@ from pathlib import Path
 
 from bitatlas.errors import UserError
 from bitatlas.export.target import Job, Target
+from bitatlas.export.words import write_readme
 from bitatlas.formats import FORMATS, LLAMA_CPP, Format, check_rows, stored_bytes
 from bitatlas.llamacpp.names import tensor_name, weight_names
 from bitatlas.words import byte_size
 
 TYPES, COMMANDS = "tensor-types.txt", "commands.txt"
+USE = """The GGUF holds the plan's own blocks: what was measured. `tensor-types.txt` and `commands.txt` make the same file with llama.cpp's own
+programs; where there is no GGUF here, they are the way."""
 KEPT_TYPES = {"bfloat16": "bf16", "float16": "f16"}  # of what stays unquantized; float32 otherwise
 
 
@@ -37,7 +40,7 @@ class OwnFormats:
 
 
 def write(job: Job, folder: Path) -> list[str]:
-    """`tensor-types.txt`, `commands.txt`, and the GGUF where it can be written."""
+    """The list, the commands, a README, and the GGUF where it can be written."""
     names = _names(job)
     for module in job.modules:
         if module.name in job.formats:
@@ -48,6 +51,7 @@ def write(job: Job, folder: Path) -> list[str]:
     (folder / TYPES).write_text("\n".join(lines) + "\n", encoding="utf-8")
     file = folder / f"{Path(job.plan.model.name).name or 'model'}.gguf"
     (folder / COMMANDS).write_text(_commands(job, file.name, kept), encoding="utf-8")
+    write_readme(folder, job, "For llama.cpp", USE)
     try:
         return _write_gguf(job, file)
     except UserError as error:
