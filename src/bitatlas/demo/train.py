@@ -1,10 +1,10 @@
 """Train the demo model from a seed: tokenizer, 16-layer Llama of 2.5 million weights, task files, model card.
 
-    python -m bitatlas.demo.train --out DIR [--seed 0] [--steps 1600] [--repeat-steps 600] [--data-only | --card-only | --from MODEL]
+    python -m bitatlas.demo.train --out DIR [--seed 0] [--steps 1600] [--repeat-steps 900] [--data-only | --card-only | --from MODEL]
 
 Deep and narrow, so that there are 16 layers to compare, and small enough to ship and to measure in seconds. Matrices are
 trained with Muon (Jordan et al. 2024, https://kellerjordan.github.io/posts/muon/), the embedding and norms with AdamW; learning
-rate: warm-up, constant, linear decay to zero. Then a second, shorter phase, where half of the rows are a random block of tokens
+rate: warm-up, constant, linear decay to zero. Then a second, shorter phase, where three of four rows are a random block of tokens
 over and over: only a head that looks back to what followed last time (an induction head, arXiv:2209.11895) predicts those, and
 the made-up world alone gave the model no need of one. Nothing in the training knows about quantization.
 
@@ -32,10 +32,10 @@ ROW_TOKENS = 256
 BATCH_ROWS = 16
 LEARNING_RATE = 4e-3
 WEIGHT_DECAY = 0.1
-REPEATED_ROWS = 8  # of each batch of the second phase
-REPEATED_BLOCK = (16, 96)  # tokens of the block that such a row repeats
+REPEATED_ROWS = 12  # of each batch of the second phase
+REPEATED_BLOCK = (8, 64)  # tokens of the block that such a row repeats
 DEFAULT_STEPS = 1600
-DEFAULT_REPEAT_STEPS = 600
+DEFAULT_REPEAT_STEPS = 900
 SPECIAL = {"bos_token": "<bos>", "eos_token": "<eos>", "pad_token": "<pad>"}
 # words with their space, numbers of up to three digits with theirs, the rest; so " 26" can be one token
 PIECES = r" ?\p{L}+| ?\d{1,3}| ?[^\s\p{L}\d]+|\s+"
