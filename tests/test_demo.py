@@ -188,3 +188,40 @@ def test_model_solves_problems(model, tokenizer, problems):
 def test_model_answers_questions(model, tokenizer, questions):
     score = pytest.importorskip("bitatlas.demo.score")
     assert score.share(score.questions_right(model, tokenizer, questions[:60])) >= 0.80
+
+
+def test_muon_steps_like_torchs():
+    """torch's iterates in bfloat16 (8 bits of mantissa, five iterations of three products), so a few percent of a step's length."""
+    torch = pytest.importorskip("torch")
+    muon = pytest.importorskip("bitatlas.demo.muon")
+    torch.manual_seed(0)
+    shapes = [(16, 24), (16, 24), (32, 8)]
+    ours = [torch.nn.Parameter(torch.randn(shape)) for shape in shapes]
+    theirs = [torch.nn.Parameter(p.detach().clone()) for p in ours]
+    optimizers = [
+        muon.Muon(ours, lr=0.01, weight_decay=0.1),
+        torch.optim.Muon(theirs, lr=0.01, weight_decay=0.1, adjust_lr_fn="match_rms_adamw"),
+    ]
+    for _ in range(3):
+        before = [p.detach().clone() for p in ours]
+        for p, q in zip(ours, theirs, strict=True):
+            q.data.copy_(p.data)
+            p.grad = torch.randn(p.shape)
+            q.grad = p.grad.clone()
+        for optimizer in optimizers:
+            optimizer.step()
+        for p, q, start in zip(ours, theirs, before, strict=True):
+            assert (p - q).norm() <= 0.05 * (p - start).norm()
+
+
+def test_repetitions_ask_for_nothing_unknowable(tokenizer):
+    train = pytest.importorskip("bitatlas.demo.train")
+    tokens, labels = next(train.repetitions(tokenizer, SEED))
+    assert tokens.shape == labels.shape == (train.REPEATED_ROWS, train.ROW_TOKENS)
+    for row, wanted in zip(tokens.tolist(), labels.tolist(), strict=True):
+        asked = [place for place, label in enumerate(wanted) if label != -100]
+        block = asked[0] - 1  # <bos> and one block are given
+        assert train.REPEATED_BLOCK[0] <= block <= train.REPEATED_BLOCK[1]
+        assert asked == list(range(1 + block, train.ROW_TOKENS))
+        assert all(row[place] == wanted[place] == row[place - block] for place in asked)
+        assert len(set(row[1 : 1 + block])) == block

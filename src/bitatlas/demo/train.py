@@ -1,12 +1,15 @@
 """Train the demo model from a seed: tokenizer, 16-layer Llama of 2.5 million weights, task files, model card.
 
-    python -m bitatlas.demo.train --out DIR [--seed 0] [--steps 1600] [--data-only | --card-only]
+    python -m bitatlas.demo.train --out DIR [--seed 0] [--steps 1600] [--repeat-steps 900] [--data-only | --card-only | --from MODEL]
 
 Deep and narrow, so that there are 16 layers to compare, and small enough to ship and to measure in seconds. Matrices are
 trained with Muon (Jordan et al. 2024, https://kellerjordan.github.io/posts/muon/), the embedding and norms with AdamW; learning
-rate: warm-up, constant, linear decay to zero. Nothing in the training knows about quantization.
+rate: warm-up, constant, linear decay to zero. Then a second, shorter phase, where three of four rows are a random block of tokens
+over and over: only a head that looks back to what followed last time (an induction head, arXiv:2209.11895) predicts those, and
+the made-up world alone gave the model no need of one. Nothing in the training knows about quantization.
 
-Needs torch 2.9 or newer (for Muon) and a C++ compiler (for torch.compile); about half an hour on one CPU core.
+Needs a C++ compiler (for torch.compile); about half an hour for each phase on one CPU core. The bundled model's first phase was
+trained with torch.optim.Muon, which iterates in bfloat16, on a CPU that has bfloat16 arithmetic; its second phase with `muon.py`.
 The data depend on the seed alone, on every machine. The weights also depend on the number of threads, the CPU and the torch
 version (sums run in another order), so another machine gives a model as good, not the same bytes.
 """
@@ -22,13 +25,17 @@ from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, proce
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from bitatlas.demo import MODEL_DIR, card, world
+from bitatlas.demo.muon import Muon
 
 VOCABULARY = 1536
 ROW_TOKENS = 256
 BATCH_ROWS = 16
 LEARNING_RATE = 4e-3
 WEIGHT_DECAY = 0.1
+REPEATED_ROWS = 12  # of each batch of the second phase
+REPEATED_BLOCK = (8, 64)  # tokens of the block that such a row repeats
 DEFAULT_STEPS = 1600
+DEFAULT_REPEAT_STEPS = 900
 SPECIAL = {"bos_token": "<bos>", "eos_token": "<eos>", "pad_token": "<pad>"}
 # words with their space, numbers of up to three digits with theirs, the rest; so " 26" can be one token
 PIECES = r" ?\p{L}+| ?\d{1,3}| ?[^\s\p{L}\d]+|\s+"
@@ -97,17 +104,36 @@ def batches(tokenizer: PreTrainedTokenizerFast, seed: int) -> Iterator[torch.Ten
             yield torch.tensor(rows[start : start + BATCH_ROWS])
 
 
+def repetitions(tokenizer: PreTrainedTokenizerFast, seed: int) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
+    """Endless tokens and labels of repeated blocks, each [REPEATED_ROWS, ROW_TOKENS]. Labels leave out (-100) a block's first time."""
+    chance = random.Random(f"repetitions {seed}")
+    ordinary = range(len(SPECIAL), len(tokenizer))
+    while True:
+        blocks = [chance.sample(ordinary, chance.randint(*REPEATED_BLOCK)) for _ in range(REPEATED_ROWS)]
+        rows = [[tokenizer.bos_token_id, *block * (ROW_TOKENS // len(block) + 1)][:ROW_TOKENS] for block in blocks]
+        tokens = torch.tensor(rows)
+        labels = tokens.clone()
+        for row, block in zip(labels, blocks, strict=True):
+            row[: 1 + len(block)] = -100
+        yield tokens, labels
+
+
 def make_optimizers(model: LlamaForCausalLM) -> list[torch.optim.Optimizer]:
     """Muon for the matrices of the layers, AdamW for the embedding (used twice, so slower) and the norms."""
     matrices = [p for n, p in model.named_parameters() if p.ndim == 2 and "embed" not in n]
     others = [p for n, p in model.named_parameters() if p.ndim == 1 or "embed" in n]
     adamw = torch.optim.AdamW(others, lr=LEARNING_RATE, betas=(0.9, 0.98), weight_decay=0.0, fused=True)
-    return [adamw, torch.optim.Muon(matrices, lr=LEARNING_RATE, weight_decay=WEIGHT_DECAY, adjust_lr_fn="match_rms_adamw")]
+    return [adamw, Muon(matrices, lr=LEARNING_RATE, weight_decay=WEIGHT_DECAY)]
 
 
 def rate_at(step: int, steps: int) -> float:
     """Learning rate over its peak: up in the first 100 steps, down to zero in the last 40 %."""
     return min((step + 1) / 100, 1.0, (steps - step) / (0.4 * steps))
+
+
+def set_rate(optimizers: list[torch.optim.Optimizer], step: int, steps: int) -> None:
+    for group in (group for o in optimizers for group in o.param_groups):
+        group["lr"] = LEARNING_RATE * rate_at(step, steps)
 
 
 def save(model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFast, folder: Path) -> None:
@@ -133,8 +159,7 @@ def train(
 
     fast_loss_of, stream, start, smooth = torch.compile(loss_of), batches(tokenizer, seed), time.time(), 0.0
     for step in range(steps):
-        for group in (group for o in optimizers for group in o.param_groups):
-            group["lr"] = LEARNING_RATE * rate_at(step, steps)
+        set_rate(optimizers, step, steps)
         with torch.autocast("cpu", torch.bfloat16):
             loss = fast_loss_of(next(stream))
         loss.backward()
@@ -149,6 +174,32 @@ def train(
             save(model, tokenizer, folder)
 
 
+def train_on_repetition(
+    model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFast, seed: int, steps: int, folder: Path, every: int = 100
+) -> None:
+    """The second phase, in float32: documents and repeated blocks in every batch. Prints both losses, and saves as it goes."""
+    optimizers = make_optimizers(model)
+    documents, repeated, start = batches(tokenizer, seed + 1), repetitions(tokenizer, seed), time.time()
+    for step in range(steps):
+        set_rate(optimizers, step, steps)
+        texts = next(documents)[REPEATED_ROWS:]
+        blocks, labels = next(repeated)
+        logits = model(torch.cat([texts, blocks]), use_cache=False).logits[:, :-1].float()
+        wanted = torch.cat([texts, labels])[:, 1:]
+        losses = torch.nn.functional.cross_entropy(logits.flatten(0, 1), wanted.flatten(), reduction="none").view(wanted.shape)
+        losses.sum().div((wanted >= 0).sum()).backward()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        for o in optimizers:
+            o.step()
+            o.zero_grad()
+        if step % 10 == 0:
+            again = losses[len(texts) :].sum().item() / int((labels >= 0).sum())
+            text = losses[: len(texts)].mean().item()
+            print(f"step {step:5d}/{steps}  text {text:.4f}  repetition {again:.4f}  {time.time() - start:6.0f} s", flush=True)
+        if (step + 1) % every == 0:
+            save(model, tokenizer, folder)
+
+
 def main() -> None:
     """The command line."""
     parser = argparse.ArgumentParser(
@@ -157,10 +208,12 @@ def main() -> None:
     parser.add_argument("--out", type=Path, required=True, help="folder that receives model/ and data/")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--steps", type=int, default=DEFAULT_STEPS, help=f"updates of {BATCH_ROWS * ROW_TOKENS} tokens")
+    parser.add_argument("--repeat-steps", type=int, default=DEFAULT_REPEAT_STEPS, help="updates of the second phase")
     parser.add_argument("--threads", type=int, default=1, help="CPU threads; part of what the weights depend on")
     only = parser.add_mutually_exclusive_group()
     only.add_argument("--data-only", action="store_true", help="write data/ and stop")
     only.add_argument("--card-only", action="store_true", help="measure model/ on data/ and write its README.md, nothing else")
+    only.add_argument("--from", dest="start", type=Path, help="a model after the first phase: only the second one is run")
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
     if not args.card_only:
@@ -169,12 +222,17 @@ def main() -> None:
         return
     if not args.card_only:
         tokenizer = make_tokenizer(args.seed)
-        model = make_model(tokenizer, args.seed)
-        train(model, tokenizer, args.seed, args.steps, args.out / MODEL_DIR.name)
+        if args.start:
+            model = LlamaForCausalLM.from_pretrained(args.start, dtype=torch.float32)
+        else:
+            model = make_model(tokenizer, args.seed)
+            train(model, tokenizer, args.seed, args.steps, args.out / MODEL_DIR.name)
+        train_on_repetition(model, tokenizer, args.seed, args.repeat_steps, args.out / MODEL_DIR.name)
         save(model, tokenizer, args.out / MODEL_DIR.name)
-    tokens = args.steps * BATCH_ROWS * ROW_TOKENS
+    tokens = (args.steps + args.repeat_steps) * BATCH_ROWS * ROW_TOKENS
+    steps = args.steps, args.repeat_steps
     measured = card.write_card(
-        args.out / MODEL_DIR.name, args.out / "data", args.seed, args.steps, tokens, LEARNING_RATE, WEIGHT_DECAY
+        args.out / MODEL_DIR.name, args.out / "data", args.seed, steps, tokens, LEARNING_RATE, WEIGHT_DECAY
     )
     print("\n".join(card.table_line(measured[0], row) for row in measured))
 
