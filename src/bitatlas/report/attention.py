@@ -122,10 +122,12 @@ def ablation_table(atlas: Atlas) -> Table:
         ]
         for one in atlas.ablations
     ]
+    effects = [one.effect for one in atlas.ablations if one.effect]
+    basis = f"; {facts.basis(effects)}" if effects else ""
     note = (
         "Loss on the second half of a random block of tokens twice (not the sequences that the roles were found on), in nats/token, and what "
         "is added where the heads of a role put out zero, beside as many random other heads. Difference: paired by sequence, interval "
-        f"over sequences and random sets; {facts.basis(one.effect for one in atlas.ablations)}. Holds: all of it above 0."
+        f"over sequences and random sets{basis}. Holds: all of it above 0."
     )
     head = ["Role", "Heads, layer.head", "Loss with all heads", "Added without them", "Added without random others"]
     head += ["Random sets as harmful", "Difference", "Repeats worse without them than without others"]
