@@ -248,6 +248,7 @@ def test_mlx_folder(tmp_path: Path):
     out = exported(make_plan(formats, checkpoint.info.weights_sha256), tmp_path / "here", "mlx", model).out
     config = json.loads((out / "config.json").read_text())
     told = config.pop("quantization")
+    assert config.pop("rope_theta") == config["rope_parameters"]["rope_theta"]
     assert config == json.loads((model / "config.json").read_text())
     assert {k: told.pop(k) for k in ("group_size", "bits", "mode")} == {"group_size": 32, "bits": 2, "mode": "affine"}
     sizes = {name: (FORMATS[fmt].bits, FORMATS[fmt].group_size) for name, fmt in formats.items()}
@@ -269,6 +270,19 @@ def test_mlx_refuses_rows_that_groups_do_not_divide(tmp_path: Path):
     assert "rows of 100 weights, which groups of 32 do not divide" in said and said.endswith("no group size of it does")
     with pytest.raises(UserError, match="needs --model"):
         exported(plan, tmp_path / "alone", "mlx")
+
+
+def test_mlx_finds_rotary_settings_under_the_names_that_it_reads(tmp_path: Path):
+    model = make_checkpoint(tmp_path / "model", "gpt_neox")
+    name = "gpt_neox.layers.0.mlp.dense_h_to_4h"
+    plan = make_plan({name: "int4_g32"}, open_checkpoint(str(model)).info.weights_sha256)
+    config = json.loads((exported(plan, tmp_path / "here", "mlx", model).out / "config.json").read_text())
+    rope = config["rope_parameters"]
+    assert (config["rotary_emb_base"], config["rotary_pct"]) == (rope["rope_theta"], rope["partial_rotary_factor"])
+    assert "model.h.0.mlp.dense_h_to_4h" in config["quantization"]
+    own = {"rope_parameters": {"rope_theta": 5.0, "rope_type": "yarn", "factor": 2.0}, "model_type": "llama", "rope_theta": 7.0}
+    older = mlx._older_names(own)
+    assert (older["rope_theta"], older["rope_scaling"]) == (7.0, {"rope_type": "yarn", "factor": 2.0})
 
 
 def test_mlx_paths_of_families_that_are_renamed():
