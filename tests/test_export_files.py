@@ -160,7 +160,7 @@ def test_exllamav3(tmp_path: Path):
     up, down = "model.layers.0.mlp.up_proj", "model.layers.0.mlp.down_proj"
     exported(make_plan({up: "int2_g32", down: "int3_g32"}, checkpoint.info.weights_sha256), tmp_path / "here", "exllamav3", model)
     recipe = content(tmp_path / "here", "recipe.yaml")
-    assert (recipe["target_bpw"], recipe["head_bits"]) == (2.5, 8)
+    assert (recipe["target_bpw"], recipe["head_bits"]) == (2.5, 16)
     assert recipe["tensors"] == {m.name: {up: 2, down: 3}.get(m.name, 16) for m in checkpoint.modules}
     for file in ("recipe.yaml", "README.md"):
         assert "codebook" in (tmp_path / "here" / "out" / file).read_text()
