@@ -184,7 +184,8 @@ def families(envs: Path) -> dict[str, Any]:
 
     found = {}
     with tempfile.TemporaryDirectory() as temporary:
-        made = {family: make_checkpoint(Path(temporary) / family, family) for family in CHECKED}
+        changes = {"gpt_neox": {"intermediate_size": 256}}  # mlx-lm takes four times the hidden size for granted
+        made = {family: make_checkpoint(Path(temporary) / family, family, **changes.get(family, {})) for family in CHECKED}
         for name, folder in {"demo": MODEL_DIR, **made}.items():
             checkpoint = open_checkpoint(str(folder))
             tokens = torch.randint(checkpoint.config.vocab_size, (2, WINDOW), generator=torch.Generator().manual_seed(0))
