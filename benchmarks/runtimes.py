@@ -186,6 +186,8 @@ def families(envs: Path) -> dict[str, Any]:
     with tempfile.TemporaryDirectory() as temporary:
         changes = {"gpt_neox": {"intermediate_size": 256}}  # mlx-lm takes four times the hidden size for granted
         made = {family: make_checkpoint(Path(temporary) / family, family, **changes.get(family, {})) for family in CHECKED}
+        tanh = {**changes["gpt_neox"], "hidden_act": "gelu_pytorch_tanh"}  # which mlx-lm computes for every GPT-NeoX
+        made["gpt_neox, tanh GELU"] = make_checkpoint(Path(temporary) / "tanh", "gpt_neox", **tanh)
         for name, folder in {"demo": MODEL_DIR, **made}.items():
             checkpoint = open_checkpoint(str(folder))
             tokens = torch.randint(checkpoint.config.vocab_size, (2, WINDOW), generator=torch.Generator().manual_seed(0))
