@@ -27,7 +27,7 @@ import torch
 from bitatlas.bank import Bank
 from bitatlas.checkpoint import Checkpoint, open_checkpoint
 from bitatlas.export.mlx import CHECKED, path_of
-from bitatlas.export.targets import TARGETS, export_plan
+from bitatlas.export.targets import export_plan
 from bitatlas.files import to_json
 from bitatlas.formats import FORMATS
 from bitatlas.planning.budget import size_of
@@ -75,6 +75,9 @@ NOT_RUN = {  # exported alone: why, formats, and the package whose parser is ask
     "vllm": ("needs a GPU", ("int4_g32_sym", "int2_g32_sym", "int8_g32_sym", "int3_g32_sym"), ""),
     "exllamav3": ("needs a CUDA GPU", MIXED, "exllamav3==1.6.5"),
 }
+
+
+ROWS = (*LIBRARIES, *NOT_RUN, "llama.cpp")  # of the table; llama.cpp has a page of its own
 
 
 def plan_for(checkpoint: Checkpoint, formats: tuple[str, ...]) -> Plan:
@@ -218,7 +221,7 @@ def table(results: dict[str, Any]) -> str:
         "| runtime | width | exported | loads, bits as planned | logits checked | tokens/s (unquantized) |",
         "|---|---|---|---|---|---|",
     ]
-    for name in dict.fromkeys([*TARGETS, "llama.cpp"]):
+    for name in ROWS:
         found = results["runtimes"].get(name)
         for width in WIDTHS:
             lines.append(f"| {name} | {width} | {' | '.join(_cells(name, found, str(width)))} |")

@@ -15,6 +15,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors.numpy import load_file
 
+import runtimes
 from bitatlas.checkpoint import open_checkpoint
 from bitatlas.errors import UserError
 from bitatlas.export import gptqmodel, mlx
@@ -35,10 +36,11 @@ def content(place: Path, file: str) -> dict:
     return yaml.safe_load(text) if file.endswith(".yaml") else json.loads(text)
 
 
-def test_the_page_has_every_runtime():
-    """A row in the table of what runs; written by benchmarks/runtimes.py, which takes its list from the same place."""
+def test_the_page_says_what_was_measured():
+    """Its table is the one of the results, and every runtime has its row."""
     page = (Path(__file__).resolve().parents[1] / "docs" / "runtimes.md").read_text(encoding="utf-8")
-    assert all(f"| {name} | {width} |" in page for name in TARGETS for width in (2, 3, 4, 8))
+    assert f"{runtimes.BEGIN}\n{runtimes.table(json.loads(runtimes.RESULTS.read_text()))}\n{runtimes.END}" in page
+    assert set(TARGETS) <= set(runtimes.ROWS)
 
 
 # --- recipes -----------------------------------------------------------------------------------------------------------
