@@ -217,7 +217,7 @@ def dequantized(tensors: dict[str, np.ndarray], bits: int, group_size: int) -> n
 
 
 @settings(deadline=None, max_examples=40)
-@given(st.sampled_from([2, 3, 4, 8]), st.sampled_from([32, 64, 128]), st.integers(1, 3), st.integers(1, 3), st.booleans(), st.integers(0, 2**32))  # fmt: skip
+@given(st.sampled_from([2, 3, 4, 5, 6, 8]), st.sampled_from([32, 64, 128]), st.integers(1, 3), st.integers(1, 3), st.booleans(), st.integers(0, 2**32))  # fmt: skip
 def test_mlx_packing(bits: int, size: int, groups: int, out: int, symmetric: bool, seed: int):
     fmt = Format(bits, size, symmetric, zero_bits=0 if symmetric else 16)
     codes = rtn.quantize(torch.randn(out, groups * size, generator=torch.Generator().manual_seed(seed)), fmt)

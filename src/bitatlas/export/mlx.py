@@ -155,7 +155,7 @@ def _entries(key: str, shape: tuple[int, int], fmt: Format, dtype: torch.dtype) 
 TARGET = Target(
     "mlx",
     "a folder that `mlx_lm.load` reads, with the plan's own codes",
-    Integers(bits=(2, 3, 4, 8)),
+    Integers(bits=(2, 3, 4, 5, 6, 8)),
     write,
     needs_model=True,
     whole_groups=True,
