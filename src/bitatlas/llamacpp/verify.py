@@ -31,7 +31,7 @@ from bitatlas.sensitivity.damage import kl_per_row
 from bitatlas.settings import check_device
 from bitatlas.verify import Verification, rows_for
 
-ROW = "quantized tensors in the file, bytes"
+ROW = "in the file, bytes"
 
 
 def verify_gguf(
