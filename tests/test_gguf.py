@@ -22,7 +22,7 @@ from bitatlas.errors import UserError
 from bitatlas.evaluation.bootstrap import measured
 from bitatlas.export.llamacpp import COMMANDS, TYPES
 from bitatlas.export.targets import export_plan
-from bitatlas.files import to_json
+from bitatlas.files import read_record, to_json
 from bitatlas.formats import FORMATS, LLAMA_CPP, LLAMA_CPP_BLOCKS
 from bitatlas.journal import Journal
 from bitatlas.records import Plan, PlanDamage
@@ -218,6 +218,37 @@ def test_the_demo_in_llama_cpp_keeps_its_promise(tmp_path: Path, monkeypatch, ca
     (file,) = exported(demo.MODEL_DIR, better, tmp_path / "better").glob("*.gguf")
     assert run(monkeypatch, "verify", demo.MODEL_DIR, file, *rows, "-q") == 1
     assert "NOT KEPT" in capsys.readouterr().out
+
+
+@pytest.mark.slow
+def test_from_survey_to_gguf(tiny_llama: Path, tmp_path: Path, monkeypatch, capsys):
+    """The commands of docs/gguf.md: a plan of llama.cpp's formats, its file, and that file on the survey's own test rows."""
+    (tmp_path / "text.txt").write_text(" ".join(f"The red fox runs {n} miles." for n in range(2000)))
+    out, file = tmp_path / "atlas", tmp_path / "atlas" / "gguf" / "tiny-llama.gguf"
+    words = [
+        "--formats",
+        "q4_0,q5_1,q8_0",
+        "--quantizer",
+        "llama.cpp",
+        "--stored-bits",
+        "6",
+        "--rows",
+        "4,4,8",
+        "--row-length",
+        "32",
+    ]
+    rest = ["--tasks", "none", "--no-refine", "--no-fuse", "-q"]
+    assert run(monkeypatch, "survey", tiny_llama, "--out", out, "--tokens", tmp_path / "text.txt", *words, *rest) == 0
+    assert (
+        run(monkeypatch, "export", out / "plan.json", "--to", "llama.cpp", "--model", tiny_llama, "--out", file.parent, "-q") == 0
+    )
+    plan = read_record(out / "plan.json", Plan)
+    assert f"{plan.size.quantized_bytes:,} bytes, promised {plan.size.quantized_bytes:,}" in capsys.readouterr().out
+    assert run(monkeypatch, "verify", tiny_llama, file, "-q") == 0
+    found = verify_gguf(str(tiny_llama), file, None, (2, 2, 2), 16, "cpu", 0, QUIET)
+    assert found.damage.n == 8 and found.promised == plan.damage.measured.mean
+    assert run(monkeypatch, "verify", tiny_llama, file, "--tokens", tmp_path / "text.txt", "--row-length", "200", "-q") == 2
+    assert "--row-length 200: the model's context is 128 tokens" in capsys.readouterr().err
 
 
 def run(monkeypatch, *words: object) -> int:
