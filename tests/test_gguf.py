@@ -289,6 +289,12 @@ def test_what_verify_refuses(tiny_llama: Path, tmp_path: Path, monkeypatch, caps
     assert "holds no plan" in capsys.readouterr().err
     assert run(monkeypatch, "verify", tiny_llama, tmp_path / "none.gguf") == 2
     assert "no such file" in capsys.readouterr().err
+    windowed = make_checkpoint(tmp_path / "mistral", "mistral")  # of 16 tokens
+    (file,) = exported(windowed, make_plan(windowed, ["q4_0"]), tmp_path / "windowed").glob("*.gguf")
+    (tmp_path / "text.txt").write_text(" ".join(f"The red fox runs {n} miles." for n in range(400)))
+    words = ["--tokens", tmp_path / "text.txt", "--rows", "2,2,2", "--row-length", "17"]
+    assert run(monkeypatch, "verify", windowed, file, *words) == 2
+    assert "--row-length 17: the GGUF's context is 16 tokens" in capsys.readouterr().err
     with pytest.raises(UserError, match=r"half.gguf: llama.cpp cannot load it"), opened(half, 16):
         pass
 
