@@ -29,7 +29,7 @@ bench: $(VENV)/.ready
 	$(BIN)/python benchmarks/peers.py $(PEERS)
 
 clean:
-	rm -rf $(VENV) .venv-autoround .venv-modelopt $(OUT)
+	rm -rf $(VENV) .venv-autoround .venv-modelopt .venv-runtimes $(OUT)
 
 # torch comes first and by itself: the version pinned here decides which build everything else is resolved against.
 $(VENV)/.ready: pyproject.toml constraints.txt

@@ -27,7 +27,7 @@ import torch
 from bitatlas.bank import Bank
 from bitatlas.checkpoint import Checkpoint, open_checkpoint
 from bitatlas.export.mlx import CHECKED, path_of
-from bitatlas.export.targets import TARGETS, export_plan
+from bitatlas.export.targets import export_plan
 from bitatlas.files import to_json
 from bitatlas.formats import FORMATS
 from bitatlas.planning.budget import size_of
@@ -44,6 +44,7 @@ BEGIN, END = "<!-- table: benchmarks/runtimes.py -->", "<!-- end of table -->"
 TORCH = "torch==2.13.0"
 WIDTHS = (2, 3, 4, 8)
 KEPT = 6  # the unit of this number (q/k/v, o, gate/up, ...) stays as it is
+WINDOW = 16  # tokens: the tiny Mistral's sliding window, which mlx-lm does not apply
 LIMIT_S = 900  # of one program
 # The most that logits may differ: float32 in another order of sums; float16, whose unit is 0.016 at the logits' size of 20 (a wrong width
 # changes them by whole units).
@@ -70,10 +71,13 @@ LIBRARIES = {
     "gptqmodel": Library(("gptqmodel==7.7.0",), (*MIXED, "int8_g32"), LEARNED, HALF),
     "autoround": Library(("auto-round==0.16.1", "accelerate"), MIXED, (*LEARNED, "--iters", "5"), HALF),
 }
-NOT_RUN = {  # exported alone: why, and formats
-    "vllm": ("needs a GPU", ("int4_g32_sym", "int2_g32_sym", "int8_g32_sym", "int3_g32_sym")),
-    "exllamav3": ("needs a CUDA GPU", MIXED),
+NOT_RUN = {  # exported alone: why, formats, and the package whose parser is asked
+    "vllm": ("needs a GPU", ("int4_g32_sym", "int2_g32_sym", "int8_g32_sym", "int3_g32_sym"), ""),
+    "exllamav3": ("needs a CUDA GPU", MIXED, "exllamav3==1.6.5"),
 }
+
+
+ROWS = (*LIBRARIES, *NOT_RUN, "llama.cpp")  # of the table; llama.cpp has a page of its own
 
 
 def plan_for(checkpoint: Checkpoint, formats: tuple[str, ...]) -> Plan:
@@ -106,12 +110,12 @@ def job_for(checkpoint: Checkpoint, plan: Plan, tokens: torch.Tensor) -> dict[st
     }
 
 
-def environment(place: Path, packages: tuple[str, ...]) -> Path:
+def environment(place: Path, packages: tuple[str, ...], torch_first: bool = True) -> Path:
     """The environment's python; made where it is not there."""
     python = place / "bin" / "python"
     if not python.exists():
         subprocess.run([sys.executable, "-m", "venv", place], check=True)
-        for wanted in ((TORCH,), packages):
+        for wanted in ((TORCH,), packages) if torch_first else (packages,):
             subprocess.run([python, "-m", "pip", "install", "--quiet", *wanted], check=True)
     return python
 
@@ -157,15 +161,21 @@ def check(name: str, library: Library, checkpoint: Checkpoint, tokens: torch.Ten
     return {**found, "widths": judge(job, found), "logits_agree": found["largest_difference"] <= library.tolerance, "tolerance": library.tolerance}  # fmt: skip
 
 
-def export_alone(name: str, checkpoint: Checkpoint) -> dict[str, Any]:
-    """For a runtime that cannot run here: what is written, and whether it is."""
-    reason, formats = NOT_RUN[name]
+def export_alone(name: str, checkpoint: Checkpoint, tokens: torch.Tensor, envs: Path) -> dict[str, Any]:
+    """For a runtime that cannot run here: what is written, and whether the library's own parser takes it, where that can be had."""
+    reason, formats, package = NOT_RUN[name]
     plan = plan_for(checkpoint, formats)
     with tempfile.TemporaryDirectory() as temporary:
         work = Path(temporary)
         (work / "plan.json").write_text(to_json(plan))
         done = export_plan(work / "plan.json", name, work / "exported", str(checkpoint.folder.resolve()), Reporter(quiet=True))
-        return {"exported": True, "files": done.files, "plan": plan.modules, "error": reason}
+        found = {"exported": True, "files": done.files, "plan": plan.modules, "error": reason}
+        if not package:
+            return found
+        (work / "job.json").write_text(json.dumps(job_for(checkpoint, plan, tokens)))
+        python = environment(envs / name, ("--no-deps", package, "pyyaml"), torch_first=False).absolute()
+        program = CHECKS / f"check_{name}.py"
+        return found | json.loads(run([python, program, work / "exported", checkpoint.folder.resolve(), work / "job.json"], work))
 
 
 def families(envs: Path) -> dict[str, Any]:
@@ -177,12 +187,15 @@ def families(envs: Path) -> dict[str, Any]:
 
     found = {}
     with tempfile.TemporaryDirectory() as temporary:
-        made = {family: make_checkpoint(Path(temporary) / family, family) for family in CHECKED}
+        changes = {"gpt_neox": {"intermediate_size": 256}}  # mlx-lm takes four times the hidden size for granted
+        made = {family: make_checkpoint(Path(temporary) / family, family, **changes.get(family, {})) for family in CHECKED}
+        tanh = {**changes["gpt_neox"], "hidden_act": "gelu_pytorch_tanh"}  # which mlx-lm computes for every GPT-NeoX
+        made["gpt_neox, tanh GELU"] = make_checkpoint(Path(temporary) / "tanh", "gpt_neox", **tanh)
         for name, folder in {"demo": MODEL_DIR, **made}.items():
             checkpoint = open_checkpoint(str(folder))
-            tokens = torch.randint(checkpoint.config.vocab_size, (2, 128), generator=torch.Generator().manual_seed(0))
+            tokens = torch.randint(checkpoint.config.vocab_size, (2, WINDOW), generator=torch.Generator().manual_seed(0))
             here = check("mlx", LIBRARIES["mlx"], checkpoint, tokens, folder, envs)
-            found[name] = {key: here[key] for key in ("widths", "largest_difference", "largest_difference_unquantized", "error") if key in here}  # fmt: skip
+            found[name] = {key: here[key] for key in ("widths", "largest_difference", "largest_difference_unquantized", "unquantized", "error") if key in here}  # fmt: skip
     return found
 
 
@@ -208,11 +221,24 @@ def table(results: dict[str, Any]) -> str:
         "| runtime | width | exported | loads, bits as planned | logits checked | tokens/s (unquantized) |",
         "|---|---|---|---|---|---|",
     ]
-    for name in dict.fromkeys([*TARGETS, "llama.cpp"]):
+    for name in ROWS:
         found = results["runtimes"].get(name)
         for width in WIDTHS:
             lines.append(f"| {name} | {width} | {' | '.join(_cells(name, found, str(width)))} |")
-    return "\n".join(lines)
+    return "\n".join([*lines, "", *family_table(results["runtimes"].get("mlx", {}).get("families", {}))])
+
+
+def family_table(found: dict[str, Any]) -> list[str]:
+    """mlx on more checkpoints: the largest difference of logits, of what was exported and of the checkpoint as mlx-lm itself reads it."""
+    lines = ["| in `mlx` | bits as planned | exported, against our reconstruction | the checkpoint itself, against transformers |", "|---|---|---|---|"]  # fmt: skip
+    for name, here in found.items():
+        if "error" in here:
+            lines.append(f"| {name} | **no**: {here['error']} | | |")
+            continue
+        itself = f"{here['largest_difference_unquantized']:.1g}" if "largest_difference_unquantized" in here else "does not load"
+        fine = all(verdict == "ok" for verdict in here["widths"].values())
+        lines.append(f"| {name} | {'yes' if fine else '**no**'} | {here['largest_difference']:.1g} | {itself} |")
+    return lines if found else []
 
 
 def _cells(name: str, found: dict[str, Any] | None, width: str) -> list[str]:
@@ -221,7 +247,10 @@ def _cells(name: str, found: dict[str, Any] | None, width: str) -> list[str]:
     if found is None:
         return ["not run here"] * 4
     if "error" in found:
-        return ["yes" if found["exported"] else "no", f"not run here: {found['error']}", "not run here", "not run here"]
+        parsed = {None: "", True: "; its parser takes it as planned", False: "; **its parser takes it otherwise**"}[
+            found.get("as_planned")
+        ]
+        return ["yes" if found["exported"] else "no", f"not run here: {found['error']}{parsed}", "not run here", "not run here"]
     verdict = found["widths"][width]
     logits = f"{'yes' if found['logits_agree'] else '**no**'}, {found['largest_difference']:.1g}"
     speed = f"{found['tokens_per_second']:,.0f} ({found['tokens_per_second_unquantized']:,.0f})"
@@ -248,7 +277,7 @@ def main() -> None:
     results = json.loads(RESULTS.read_text()) if RESULTS.exists() else {"runtimes": {}}
     for name in args.targets or [*LIBRARIES, *NOT_RUN]:
         if name in NOT_RUN:
-            found = export_alone(name, checkpoint)
+            found = export_alone(name, checkpoint, tokens, args.envs)
         else:
             found = check(name, LIBRARIES[name], checkpoint, tokens, args.text, args.envs)
         if name == "mlx":

@@ -15,6 +15,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors.numpy import load_file
 
+import runtimes
 from bitatlas.checkpoint import open_checkpoint
 from bitatlas.errors import UserError
 from bitatlas.export import gptqmodel, mlx
@@ -35,10 +36,11 @@ def content(place: Path, file: str) -> dict:
     return yaml.safe_load(text) if file.endswith(".yaml") else json.loads(text)
 
 
-def test_the_page_has_every_runtime():
-    """A row in the table of what runs; written by benchmarks/runtimes.py, which takes its list from the same place."""
+def test_the_page_says_what_was_measured():
+    """Its table is the one of the results, and every runtime has its row."""
     page = (Path(__file__).resolve().parents[1] / "docs" / "runtimes.md").read_text(encoding="utf-8")
-    assert all(f"| {name} | {width} |" in page for name in TARGETS for width in (2, 3, 4, 8))
+    assert f"{runtimes.BEGIN}\n{runtimes.table(json.loads(runtimes.RESULTS.read_text()))}\n{runtimes.END}" in page
+    assert set(TARGETS) <= set(runtimes.ROWS)
 
 
 # --- recipes -----------------------------------------------------------------------------------------------------------
@@ -160,7 +162,7 @@ def test_exllamav3(tmp_path: Path):
     up, down = "model.layers.0.mlp.up_proj", "model.layers.0.mlp.down_proj"
     exported(make_plan({up: "int2_g32", down: "int3_g32"}, checkpoint.info.weights_sha256), tmp_path / "here", "exllamav3", model)
     recipe = content(tmp_path / "here", "recipe.yaml")
-    assert (recipe["target_bpw"], recipe["head_bits"]) == (2.5, 8)
+    assert (recipe["target_bpw"], recipe["head_bits"]) == (2.5, 16)
     assert recipe["tensors"] == {m.name: {up: 2, down: 3}.get(m.name, 16) for m in checkpoint.modules}
     for file in ("recipe.yaml", "README.md"):
         assert "codebook" in (tmp_path / "here" / "out" / file).read_text()
@@ -248,6 +250,7 @@ def test_mlx_folder(tmp_path: Path):
     out = exported(make_plan(formats, checkpoint.info.weights_sha256), tmp_path / "here", "mlx", model).out
     config = json.loads((out / "config.json").read_text())
     told = config.pop("quantization")
+    assert config.pop("rope_theta") == config["rope_parameters"]["rope_theta"]
     assert config == json.loads((model / "config.json").read_text())
     assert {k: told.pop(k) for k in ("group_size", "bits", "mode")} == {"group_size": 32, "bits": 2, "mode": "affine"}
     sizes = {name: (FORMATS[fmt].bits, FORMATS[fmt].group_size) for name, fmt in formats.items()}
@@ -269,6 +272,19 @@ def test_mlx_refuses_rows_that_groups_do_not_divide(tmp_path: Path):
     assert "rows of 100 weights, which groups of 32 do not divide" in said and said.endswith("no group size of it does")
     with pytest.raises(UserError, match="needs --model"):
         exported(plan, tmp_path / "alone", "mlx")
+
+
+def test_mlx_finds_rotary_settings_under_the_names_that_it_reads(tmp_path: Path):
+    model = make_checkpoint(tmp_path / "model", "gpt_neox")
+    name = "gpt_neox.layers.0.mlp.dense_h_to_4h"
+    plan = make_plan({name: "int4_g32"}, open_checkpoint(str(model)).info.weights_sha256)
+    config = json.loads((exported(plan, tmp_path / "here", "mlx", model).out / "config.json").read_text())
+    rope = config["rope_parameters"]
+    assert (config["rotary_emb_base"], config["rotary_pct"]) == (rope["rope_theta"], rope["partial_rotary_factor"])
+    assert "model.h.0.mlp.dense_h_to_4h" in config["quantization"]
+    own = {"rope_parameters": {"rope_theta": 5.0, "rope_type": "yarn", "factor": 2.0}, "model_type": "llama", "rope_theta": 7.0}
+    older = mlx._older_names(own)
+    assert (older["rope_theta"], older["rope_scaling"]) == (7.0, {"rope_type": "yarn", "factor": 2.0})
 
 
 def test_mlx_paths_of_families_that_are_renamed():

@@ -2,9 +2,9 @@
 
 EXL3 is a codebook format (trellis-coded, without groups, scales or zero-points): of a plan only the bits of every tensor carry over.
 Neither codes nor bytes nor measured damage do, and the files say so. A tensor that the plan leaves as it is gets 16, which the converter
-stores unquantized. The head's bits are an option of the converter (1 to 8); plans leave the head as it is, so the recipe asks for 8.
+stores unquantized, and so does the head, which plans leave as it is.
 The converter wants every linear module of the layers named, and no other, so the model's modules must be known.
-Source: exllamav3, `doc/optimize.md` and `conversion/allocation.py`.
+Source: exllamav3 1.6.5, `doc/optimize.md`, `conversion/convert_model.py` and `conversion/allocation.py`.
 """
 
 from __future__ import annotations
@@ -17,9 +17,9 @@ from bitatlas.export.target import Integers, Job, Target
 from bitatlas.export.words import write_readme, yaml_text
 
 FILE = "recipe.yaml"
-HEAD_BITS = 8
+AS_IT_WAS = 16
 SAID = """EXL3 is a codebook format: **only the bits of every tensor carry over.** Codes, scales, bytes and the damage above do not; EXL3's own
-damage at the same bits is another one. The head, which the plan leaves as it is, gets 8 bits, the most that the converter takes.
+damage at the same bits is another one. What the plan leaves as it is, the head too, is stored unquantized (16).
 
 ```
 python convert.py -i MODEL -o OUT -w WORK_FOLDER -rcp recipe.yaml        # in a clone of exllamav3; needs a CUDA GPU
@@ -28,10 +28,10 @@ python convert.py -i MODEL -o OUT -w WORK_FOLDER -rcp recipe.yaml        # in a 
 
 def recipe(job: Job) -> dict[str, Any]:
     """The content of `recipe.yaml`. Bits a weight are those of the quantized tensors alone, as the converter counts them."""
-    tensors = {module.name: job.formats[module.name].bits if module.name in job.formats else 16 for module in job.modules}
+    tensors = {module.name: job.formats[module.name].bits if module.name in job.formats else AS_IT_WAS for module in job.modules}
     weights = {module.name: module.weights for module in job.modules if module.name in job.formats}
     mean = round(sum(weights[name] * tensors[name] for name in weights) / sum(weights.values()), 4)
-    return {"target_bpw": mean, "achieved_bpw": mean, "head_bits": HEAD_BITS, "tensors": tensors}
+    return {"target_bpw": mean, "achieved_bpw": mean, "head_bits": AS_IT_WAS, "tensors": tensors}
 
 
 def write(job: Job, folder: Path) -> list[str]:

@@ -78,7 +78,23 @@ def config(job: Job, content: dict[str, Any]) -> dict[str, Any]:
     quantization: dict[str, Any] = {"group_size": usual.group_size, "bits": usual.bits, "mode": "affine"}
     for name, fmt in job.formats.items():
         quantization[path_of(name, content["model_type"])] = {"group_size": fmt.group_size, "bits": fmt.bits, "mode": "affine"}
-    return {**content, "quantization": quantization}
+    return {**_older_names(content), "quantization": quantization}
+
+
+def _older_names(content: dict[str, Any]) -> dict[str, Any]:
+    """With the rotary settings under the names that mlx-lm looks for: transformers 5 writes them into `rope_parameters` alone, and mlx-lm
+    then takes its own defaults, silently."""
+    rope = content.get("rope_parameters")
+    if not isinstance(rope, dict) or "rope_theta" not in rope:  # none, or one a kind of layer
+        return content
+    older: dict[str, Any] = {"rope_theta": rope["rope_theta"]}
+    if "partial_rotary_factor" in rope:
+        older["partial_rotary_factor"] = rope["partial_rotary_factor"]
+    if rope.get("rope_type", "default") != "default":
+        older["rope_scaling"] = {key: value for key, value in rope.items() if key != "rope_theta"}
+    if content["model_type"] == "gpt_neox":
+        older |= {"rotary_emb_base": rope["rope_theta"], "rotary_pct": rope.get("partial_rotary_factor", 1.0)}
+    return {**older, **content}  # what the checkpoint says itself comes first
 
 
 def write(job: Job, folder: Path) -> list[str]:
