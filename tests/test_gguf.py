@@ -17,16 +17,17 @@ from hypothesis import strategies as st
 import bitatlas.demo as demo
 from bitatlas import cli
 from bitatlas.bank import Bank
-from bitatlas.checkpoint import open_checkpoint
+from bitatlas.checkpoint import Checkpoint, open_checkpoint
 from bitatlas.errors import UserError
 from bitatlas.evaluation.bootstrap import measured
 from bitatlas.export.llamacpp import COMMANDS, TYPES
 from bitatlas.export.targets import export_plan
-from bitatlas.files import to_json
+from bitatlas.files import read_record, to_json
 from bitatlas.formats import FORMATS, LLAMA_CPP, LLAMA_CPP_BLOCKS
 from bitatlas.journal import Journal
 from bitatlas.records import Plan, PlanDamage
 from bitatlas.sensitivity.damage import DamageMeter
+from bitatlas.swap import swapped
 from test_llamacpp_files import QUIET, make_plan
 from tiny import SHARED, make_checkpoint
 
@@ -109,15 +110,19 @@ def test_a_mixed_gguf_runs_as_it_was_measured(family: str, tmp_path: Path):
     assert len(kinds) == len(plan.modules)
     assert sum(tensor.n_bytes for tensor in kinds.values()) == plan.size.quantized_bytes
     assert kinds["blk.0.attn_k.weight"].tensor_type.name.lower() == plan.modules["model.layers.0.self_attn.k_proj"]
+    whole, rest = whole_and_rest(checkpoint, plan, file, 16)  # mistral's window is 16 tokens
+    assert rest.max() < RUNTIME_NATS < whole.min()  # the second says that the first could fail
+
+
+def whole_and_rest(checkpoint: Checkpoint, plan: Plan, file: Path, length: int) -> tuple[np.ndarray, np.ndarray]:
+    """What llama.cpp's logits of the file differ by from the reference's, and from our reconstruction's, nats/token."""
     reference = checkpoint.load_model()
     bank = Bank(reference, list(plan.modules), LLAMA_CPP, plan.formats)
-    rows = torch.randint(300, (2, 16), generator=torch.Generator().manual_seed(0))  # mistral's window is 16 tokens
-    with opened(file, 16) as session:
+    rows = torch.randint(300, (2, length), generator=torch.Generator().manual_seed(0))
+    with opened(file, length) as session:
         whole = damage_in_llama_cpp(reference, session, rows, lambda done, total: None)
-        for name, weight in bank.weights(plan.modules).items():
-            reference.get_submodule(name).weight.data = weight
-        rest = damage_in_llama_cpp(reference, session, rows, lambda done, total: None)
-    assert rest.max() < RUNTIME_NATS < whole.min()  # the second says that the first could fail
+        with swapped(reference, bank.weights(plan.modules)):
+            return whole, damage_in_llama_cpp(reference, session, rows, lambda done, total: None)
 
 
 @pytest.mark.parametrize("kind", ["linear", "llama3"])
@@ -136,8 +141,9 @@ def test_llama_quantize_makes_the_same_file_of_the_list(tmp_path: Path):
     """`llama_model_quantize`, which llama-quantize calls, given our float32 GGUF and tensor-types.txt: every tensor's bytes are equal."""
     from llama_cpp import llama_cpp
 
-    model = make_checkpoint(tmp_path / "model", hidden_size=256, intermediate_size=512, num_hidden_layers=2)
-    out = exported(model, make_plan(model, K_QUANTS), tmp_path)
+    model = make_checkpoint(tmp_path / "model", hidden_size=256, intermediate_size=512, num_hidden_layers=2, scale=0.25)
+    plan = make_plan(model, K_QUANTS)
+    out = exported(model, plan, tmp_path)
     checkpoint = open_checkpoint(str(model), None, False)
     write_gguf(tmp_path / "f32.gguf", checkpoint, None, None, draw(checkpoint, None, "f32"), lambda done, total: None)
     lines = [line.partition("$=") for line in (out / TYPES).read_text().split()]
@@ -156,6 +162,8 @@ def test_llama_quantize_makes_the_same_file_of_the_list(tmp_path: Path):
     assert set(ours) == set(theirs) and {t.tensor_type.name.lower() for t in ours.values()} == {*K_QUANTS, "f32"}
     for name, tensor in ours.items():
         assert tensor.tensor_type == theirs[name].tensor_type and np.array_equal(tensor.data, theirs[name].data), name
+    whole, rest = whole_and_rest(checkpoint, plan, file, 32)
+    assert rest.max() < RUNTIME_NATS < whole.min()
 
 
 def test_llama_cpp_gives_the_tokenizers_tokens(tmp_path: Path, tiny_llama: Path):
@@ -212,6 +220,37 @@ def test_the_demo_in_llama_cpp_keeps_its_promise(tmp_path: Path, monkeypatch, ca
     assert "NOT KEPT" in capsys.readouterr().out
 
 
+@pytest.mark.slow
+def test_from_survey_to_gguf(tiny_llama: Path, tmp_path: Path, monkeypatch, capsys):
+    """The commands of docs/gguf.md: a plan of llama.cpp's formats, its file, and that file on the survey's own test rows."""
+    (tmp_path / "text.txt").write_text(" ".join(f"The red fox runs {n} miles." for n in range(2000)))
+    out, file = tmp_path / "atlas", tmp_path / "atlas" / "gguf" / "tiny-llama.gguf"
+    words = [
+        "--formats",
+        "q4_0,q5_1,q8_0",
+        "--quantizer",
+        "llama.cpp",
+        "--stored-bits",
+        "6",
+        "--rows",
+        "4,4,8",
+        "--row-length",
+        "32",
+    ]
+    rest = ["--tasks", "none", "--no-refine", "--no-fuse", "-q"]
+    assert run(monkeypatch, "survey", tiny_llama, "--out", out, "--tokens", tmp_path / "text.txt", *words, *rest) == 0
+    assert (
+        run(monkeypatch, "export", out / "plan.json", "--to", "llama.cpp", "--model", tiny_llama, "--out", file.parent, "-q") == 0
+    )
+    plan = read_record(out / "plan.json", Plan)
+    assert f"{plan.size.quantized_bytes:,} bytes, promised {plan.size.quantized_bytes:,}" in capsys.readouterr().out
+    assert run(monkeypatch, "verify", tiny_llama, file, "-q") == 0
+    found = verify_gguf(str(tiny_llama), file, None, (2, 2, 2), 16, "cpu", 0, QUIET)
+    assert found.damage.n == 8 and found.promised == plan.damage.measured.mean
+    assert run(monkeypatch, "verify", tiny_llama, file, "--tokens", tmp_path / "text.txt", "--row-length", "200", "-q") == 2
+    assert "--row-length 200: the model's context is 128 tokens" in capsys.readouterr().err
+
+
 def run(monkeypatch, *words: object) -> int:
     monkeypatch.setattr(sys, "argv", ["bitatlas", *map(str, words)])
     with pytest.raises(SystemExit) as end:
@@ -250,6 +289,12 @@ def test_what_verify_refuses(tiny_llama: Path, tmp_path: Path, monkeypatch, caps
     assert "holds no plan" in capsys.readouterr().err
     assert run(monkeypatch, "verify", tiny_llama, tmp_path / "none.gguf") == 2
     assert "no such file" in capsys.readouterr().err
+    windowed = make_checkpoint(tmp_path / "mistral", "mistral")  # of 16 tokens
+    (file,) = exported(windowed, make_plan(windowed, ["q4_0"]), tmp_path / "windowed").glob("*.gguf")
+    (tmp_path / "text.txt").write_text(" ".join(f"The red fox runs {n} miles." for n in range(400)))
+    words = ["--tokens", tmp_path / "text.txt", "--rows", "2,2,2", "--row-length", "17"]
+    assert run(monkeypatch, "verify", windowed, file, *words) == 2
+    assert "--row-length 17: the GGUF's context is 16 tokens" in capsys.readouterr().err
     with pytest.raises(UserError, match=r"half.gguf: llama.cpp cannot load it"), opened(half, 16):
         pass
 

@@ -115,7 +115,7 @@ def verify(
     model: Place, plan_or_checkpoint: Place, *, tokens: Place | None = None, rows: Rows = (24, 24, 64), row_length: int = 192,
     tasks: Sequence[str] | None = None, card: bool = False, device: str = "cpu", seed: int = 0, quiet: bool = False,
 ) -> Verification:  # fmt: skip
-    """Measure a plan.json, or a folder that `apply` wrote, against what it promises; see `.kept`."""
+    """Measure a plan.json, a folder that `apply` wrote, or a GGUF, against what it promises; see `.kept`."""
     from bitatlas.progress import Reporter
     from bitatlas.settings import check_seed
     from bitatlas.verify import verify_plan

@@ -277,18 +277,10 @@ def verify(
     from bitatlas.progress import Reporter
     from bitatlas.settings import check_seed, parse_rows
     from bitatlas.terminal import show_verification
+    from bitatlas.verify import verify_plan
 
     check_seed(seed)
-    if plan_file.suffix == ".gguf":
-        from bitatlas.llamacpp.verify import verify_gguf
-
-        if card or tasks is not None:
-            raise UserError("--card, --tasks: belong to a packed checkpoint, not to a GGUF")
-        result = verify_gguf(model, plan_file, tokens, parse_rows(rows), row_length, device, seed, Reporter(quiet))
-    else:
-        from bitatlas.verify import verify_plan
-
-        result = verify_plan(model, plan_file, tokens, parse_rows(rows), row_length, device, seed, Reporter(quiet), tasks, card)
+    result = verify_plan(model, plan_file, tokens, parse_rows(rows), row_length, device, seed, Reporter(quiet), tasks, card)
     show_verification(result)
     if not result.kept:
         raise typer.Exit(1)

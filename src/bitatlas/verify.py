@@ -73,10 +73,16 @@ def verify_plan(
     model_name: str, plan_file: Path, tokens: str | None, rows: tuple[int, int, int], row_length: int, device: str, seed: int,
     reporter: Reporter, tasks: str | None = None, card: bool = False,
 ) -> Verification:  # fmt: skip
-    """Measure a plan, or the checkpoint that was made of one. Without `tokens`, the rows of the survey beside it are used again.
+    """Measure a plan, or the checkpoint or the GGUF that was made of one. Without `tokens`, the rows of the survey beside it are used again.
 
     `tasks`: of the survey's, with a checkpoint alone. `card`: write what was found into the checkpoint's README.md.
     """
+    if plan_file.suffix == ".gguf" and not plan_file.is_dir():
+        from bitatlas.llamacpp.verify import verify_gguf  # needs packages that few have
+
+        if card or tasks is not None:
+            raise UserError("--card, --tasks: belong to a packed checkpoint, not to a GGUF")
+        return verify_gguf(model_name, plan_file, tokens, rows, row_length, device, seed, reporter)
     folder = plan_file if plan_file.is_dir() else None
     if folder is None and (card or tasks is not None):
         raise UserError("--card, --tasks: belong to a packed checkpoint; give the folder that apply wrote")

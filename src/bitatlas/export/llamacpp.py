@@ -74,8 +74,9 @@ def _commands(job: Job, name: str, kept: str) -> str:
     model = job.model or job.plan.model.name
     source, made = f"{Path(name).stem}-{kept}.gguf", shlex.quote(name)
     return (
-        "# In llama.cpp's folder, with this one's files at hand: the same file by llama.cpp's own programs. Not run by bitatlas.\n"
-        "# (Q8_0 is the type of nothing: every tensor is named in the list, and unnamed ones stay as they are.)\n"
+        "# In llama.cpp's folder, with this one's files at hand: the same weights by llama.cpp's own programs.\n"
+        "# Q8_0 is the type of nothing: the list names every matrix of the layers, the options the embedding and the head.\n"
+        "# The converter refuses tokenizers that it does not know.\n"
         f"python convert_hf_to_gguf.py {shlex.quote(model)} --outtype {kept} --outfile {shlex.quote(source)}\n"
         f"llama-quantize --tensor-type-file {TYPES} --token-embedding-type {kept} --output-tensor-type {kept} "
         f"{shlex.quote(source)} {made} Q8_0\n"

@@ -26,7 +26,7 @@ from bitatlas.records import Module, Plan
 
 TARGETS: dict[str, Target] = {
     module.TARGET.name: module.TARGET
-    for module in (llamacpp, vllm, mlx, torchao, llm_compressor, gptqmodel, autoround, exllamav3)
+    for module in (vllm, mlx, torchao, llm_compressor, gptqmodel, autoround, exllamav3, llamacpp)
 }
 
 

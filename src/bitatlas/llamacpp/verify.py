@@ -31,7 +31,7 @@ from bitatlas.sensitivity.damage import kl_per_row
 from bitatlas.settings import check_device
 from bitatlas.verify import Verification, rows_for
 
-ROW = "quantized tensors in the file, bytes"
+ROW = "in the file, bytes"
 
 
 def verify_gguf(
@@ -45,6 +45,9 @@ def verify_gguf(
     checkpoint = open_checkpoint(model_name, plan.model.revision, fuse=False)
     check_fits(plan, checkpoint)
     test = rows_for(file, checkpoint, tokens, rows, row_length, seed).test
+    context = reader.fields.get(f"{reader.fields['general.architecture'].contents()}.context_length")
+    if context is not None and test.shape[1] > context.contents():
+        raise UserError(f"--row-length {test.shape[1]}: the GGUF's context is {context.contents()} tokens; give at most that")
     check_finite(checkpoint)
     model = checkpoint.load_model(check_device(device))
     with opened(file, test.shape[1]) as session, reporter.stage("damage in llama.cpp") as progress:
