@@ -23,6 +23,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from bitatlas.checkpoint import decoder_layers
 from bitatlas.profiles.capture import eager, run_captured
 from bitatlas.profiles.drift import InStep, drifts, in_step
 from bitatlas.profiles.focus import FocusMasses, Problem, TokenProblem, tokenize
@@ -152,6 +153,7 @@ class _Reader:
 
     def __init__(self, model: Any, changed: Mapping[int, Mapping[str, Tensor]] | None, batch_size: int, seed: int):
         self.model = model
+        self.layers = decoder_layers(model)
         self.changed = changed
         self.everything = {name: weight for layer in (changed or {}).values() for name, weight in layer.items()}
         self.batch_size = batch_size
@@ -173,7 +175,7 @@ class _Reader:
             roles = role_masses(TEXT_ROLES, batch, start, self.seed)
             sinks = Sinks(batch)
             if self.changed is None:
-                run_captured(self.model, batch, partial(self._text_map, sinks, roles))
+                run_captured(self.model, self.layers, batch, partial(self._text_map, sinks, roles))
             else:
                 in_step(self.model, batch, self.changed, partial(self._text_step, sinks, Sinks(batch), roles))
             self.massive += int(sinks.keys[:, 1:].sum())
@@ -221,4 +223,4 @@ class _Reader:
 
     def _run_changed(self, batch: Tensor, on_map: Callable[[int, Tensor, Tensor], None]) -> None:
         with swapped(self.model, self.everything):
-            run_captured(self.model, batch, on_map)
+            run_captured(self.model, self.layers, batch, on_map)

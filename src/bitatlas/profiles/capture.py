@@ -9,14 +9,12 @@ in any decoder layer; layers without one (state-space, linear attention) or whos
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-
-from bitatlas.checkpoint import decoder_layers
 
 ATTENTION_NAMES = ("self_attn", "attention", "attn", "self_attention")
 OnMap = Callable[[int, Tensor, Tensor], None]  # layer, hidden [rows, tokens, width], map [rows, heads, queries, keys]
@@ -52,10 +50,10 @@ def map_in(output: Any) -> Tensor | None:
 
 
 @contextmanager
-def capturing(model: nn.Module, on_map: OnMap) -> Iterator[None]:
-    """Within the block `on_map` is called for every decoder layer that runs and computes a map."""
+def capturing(layers: Iterable[nn.Module], on_map: OnMap) -> Iterator[None]:
+    """Within the block `on_map` is called for each of the decoder `layers` that runs and computes a map."""
     hooks = []
-    for index, layer in enumerate(decoder_layers(model)):
+    for index, layer in enumerate(layers):
         attention = attention_of(layer)
         if attention is None:
             continue
@@ -80,7 +78,7 @@ def capturing(model: nn.Module, on_map: OnMap) -> Iterator[None]:
 
 
 @torch.no_grad()
-def run_captured(model: Any, input_ids: Tensor, on_map: OnMap) -> None:
-    """One forward pass over `input_ids` [rows, tokens], without the logits, each layer's map handed to `on_map`."""
-    with capturing(model, on_map):
+def run_captured(model: Any, layers: Iterable[nn.Module], input_ids: Tensor, on_map: OnMap) -> None:
+    """One forward pass over `input_ids` [rows, tokens], without the logits, each map of `layers` (the model's) handed to `on_map`."""
+    with capturing(layers, on_map):
         model.base_model(input_ids=input_ids, use_cache=False)

@@ -55,7 +55,7 @@ def in_step(
     reference = moved = recorded.embedded
     rounded = recorded.embedded.to(other)
     found: list[Tensor] = []
-    with capturing(model, partial(_keep, found)):
+    with capturing(layers, partial(_keep, found)):
         for index, (layer, call) in enumerate(zip(layers, recorded.calls, strict=True)):
             found.clear()
             before = (reference, moved)

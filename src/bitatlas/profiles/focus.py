@@ -200,25 +200,29 @@ def tokenize(problem: Problem, tokenizer: Any) -> TokenProblem:
     return TokenProblem(list(encoded["input_ids"]), tuple(query for query in queries if query is not None))
 
 
-def _covering(offsets: NDArray[np.int64], spans: Sequence[Span]) -> NDArray[np.int64]:
-    """Tokens that share a character with any of the spans."""
+def _covering(offsets: NDArray[np.int64], spans: Sequence[Span]) -> NDArray[np.bool_]:
+    """Which tokens share a character with any of the spans."""
     start, end = offsets[:, 0], offsets[:, 1]
     hit = np.zeros(len(offsets), dtype=bool)
     for first, last in spans:
         hit |= (start < last) & (end > first)
-    return np.flatnonzero(hit)
+    return hit
 
 
-def _token_query(query: Query, offsets: NDArray[np.int64], numbers: NDArray[np.int64]) -> TokenQuery | None:
-    written = _covering(offsets, [query.written])
+def _token_query(query: Query, offsets: NDArray[np.int64], numbers: NDArray[np.bool_]) -> TokenQuery | None:
+    written = np.flatnonzero(_covering(offsets, [query.written]))
     if not len(written) or written[0] < 2:
         return None
     position = int(written[0]) - 1
-    before = np.arange(1, position + 1)  # key 0 is a sink
-    targets = np.intersect1d(_covering(offsets, query.targets), before)
-    others = np.setdiff1d(np.intersect1d(_covering(offsets, query.others), before), targets)
-    around = (targets[:, None] + np.arange(-NEAR_TOKENS, NEAR_TOKENS + 1)).ravel()
-    near = np.setdiff1d(np.intersect1d(around, before), np.union1d(numbers, targets))
+    before = np.zeros(len(offsets), dtype=bool)
+    before[1 : position + 1] = True  # key 0 is a sink
+    target = _covering(offsets, query.targets) & before
+    targets = np.flatnonzero(target)
+    around = np.zeros(len(offsets), dtype=bool)
+    for key in targets:
+        around[max(0, key - NEAR_TOKENS) : key + NEAR_TOKENS + 1] = True
+    others = np.flatnonzero(_covering(offsets, query.others) & before & ~target)
+    near = np.flatnonzero(around & before & ~numbers & ~target)
     if not len(targets) or not (len(others) or len(near)):
         return None
     return TokenQuery(position, targets, others, near)

@@ -1,6 +1,6 @@
-"""Attention mass on chosen cells of a batch's maps: one sparse product reads every role, every random draw and every head at once.
+"""Attention mass on chosen cells of a batch's maps: the cells of all roles and random draws are gathered together, head by head.
 
-Which cells count is the same for all layers, so the matrix is made once a batch. A dense mask for each statistic would hold
+Which cells count is the same for all layers, so their places are found once a batch. A dense mask for each statistic would hold
 statistics x queries x keys numbers; this holds only the cells.
 """
 
@@ -22,21 +22,24 @@ class Masses:
 
     def __init__(self, shape: tuple[int, int], cells: Sequence[Cells], weights: Sequence[float]):
         """shape: (rows, tokens) of the batch."""
-        rows, tokens = shape
-        width = rows * tokens * tokens
+        self.rows, self.tokens = shape
+        lengths = np.array([len(keys) for _, _, keys in cells], dtype=np.int64)
         none = np.zeros(0, dtype=np.int64)
-        cell = np.concatenate([none, *(row * tokens**2 + queries * tokens + keys for row, queries, keys in cells)])
-        statistic = np.repeat(np.arange(len(cells)), [len(keys) for _, _, keys in cells])
-        values = torch.from_numpy(np.asarray(weights, dtype=np.float32)[statistic])
-        index = torch.from_numpy(np.stack([statistic, cell]))
-        size = (len(cells), width)
-        # in order of statistics, which is all that a product asks for: a sort and a search for equal cells would cost as much as it does
-        self.matrix = torch.sparse_coo_tensor(index, values, size, is_coalesced=True, check_invariants=False)
+        self.row = torch.from_numpy(np.repeat(np.array([row for row, _, _ in cells], dtype=np.int64), lengths))
+        self.place = torch.from_numpy(np.concatenate([none, *(queries * self.tokens + keys for _, queries, keys in cells)]))
+        self.weights = np.asarray(weights, dtype=np.float64)
+        self.filled = np.flatnonzero(lengths)  # statistics with any cell
+        self.starts = (np.cumsum(lengths) - lengths)[self.filled]
 
     def read(self, maps: Tensor) -> Floats:
         """maps: [rows, heads, queries, keys] -> float64 [statistics, heads]."""
-        if maps.device.type not in ("cpu", "cuda"):
-            maps = maps.cpu()  # elsewhere sparse products are not implemented
-        self.matrix = self.matrix.to(maps.device)
-        by_cell = maps.float().permute(0, 2, 3, 1).reshape(-1, maps.shape[1])  # [rows * queries * keys, heads]
-        return torch.sparse.mm(self.matrix, by_cell).double().cpu().numpy()
+        heads, size = maps.shape[1], self.tokens**2
+        found = np.zeros((len(self.weights), heads))
+        if len(self.filled):
+            flat = maps.reshape(-1)
+            cells = (self.row * (heads * size) + self.place).to(maps.device)  # in the first head
+            for head in range(heads):
+                values = flat.take(cells).float().cpu().numpy()
+                found[self.filled, head] = np.add.reduceat(values, self.starts, dtype=np.float64)
+                cells += size
+        return found * self.weights[:, None]

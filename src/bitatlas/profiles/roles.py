@@ -98,7 +98,8 @@ def matched_pairs(targets: Bools, draws: int, generator: np.random.Generator) ->
     order = np.argsort(~free, axis=1, kind="stable")  # free offsets first
     rank = np.floor(generator.random((draws, len(query))) * count).astype(np.int64)
     drawn = key[np.arange(len(query)), order[np.arange(len(query)), rank]]  # [draws, pairs]
-    _part(drawn, query, key, free, targets.shape, generator)
+    if (np.diff(query) == 0).any():  # queries stand in order; with one target each, nothing can coincide
+        _part(drawn, query, key, free, targets.shape, generator)
     return Pairs(query, target, drawn)
 
 
@@ -162,7 +163,7 @@ def role_masses(roles: tuple[str, ...], ids: Tensor, first_row: int, seed: int, 
         for row in range(rows):
             generator = np.random.default_rng([seed, ROLES.index(role), first_row + row])
             pairs = matched_pairs(role_targets(role, array[row]), draws, generator)
-            queries[number, row] = len(np.unique(pairs.query))
+            queries[number, row] = np.count_nonzero(np.diff(pairs.query, prepend=-1))
             per_row.append(pairs)
         for draw in range(1 + draws):
             cells += [(row, p.query, p.drawn[draw - 1] if draw else p.target) for row, p in enumerate(per_row)]
