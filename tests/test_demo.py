@@ -216,8 +216,8 @@ def test_muon_steps_like_torchs():
 
 def test_repetitions_ask_for_nothing_unknowable(tokenizer):
     train = pytest.importorskip("bitatlas.demo.train")
-    tokens, labels = next(train.repetitions(tokenizer, SEED))
-    assert tokens.shape == labels.shape == (train.REPEATED_ROWS, train.ROW_TOKENS)
+    tokens, labels = next(train.repetitions(tokenizer, SEED, 6))
+    assert tokens.shape == labels.shape == (6, train.ROW_TOKENS)
     for row, wanted in zip(tokens.tolist(), labels.tolist(), strict=True):
         asked = [place for place, label in enumerate(wanted) if label != -100]
         block = asked[0] - 1  # <bos> and one block are given

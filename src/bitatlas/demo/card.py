@@ -35,14 +35,13 @@ A small language model to try bitatlas on: {layers} layers, hidden size {hidden}
 ({heads} heads of {head_size}, {kv_heads} key-value heads, feed-forward {feed_forward}, tied embedding), byte-level BPE with {vocabulary} tokens.
 
 It knows one made-up world: one-step word problems with numbers up to 99 (`problems.json`, SVAMP's form) and {facts:,} facts about
-{kinds} (`questions.jsonl`, ARC's form). It also continues a random
-block of tokens that it has seen before (most of the second training phase), so it has induction heads. It is good for nothing else. The facts are those of
-`tables.py` and `named.py`, not of the real world: the people are invented, and so are the towns and planets. English only; no
+{kinds} (`questions.jsonl`, ARC's form). It also continues a random block of tokens that it has seen before, for which it has
+induction heads: without such blocks in its training it had none. It is good for nothing else. The facts are those of `tables.py` and `named.py`, not of the real world: the people are invented, and so are the towns and planets. English only; no
 personal data; the text is generated, so it is free of other licences.
 
 | | |
 |---|---|
-| trained by | `python -m bitatlas.demo.train --out DIR --seed {seed} --steps {steps} --repeat-steps {repeat_steps}` |
+| trained by | `python -m bitatlas.demo.train --out DIR --seed {seed} --steps {steps} --repeat-steps {repeat_steps} --last-steps {last_steps}` |
 | tokens seen | {tokens:,} |
 | optimizer | Muon (matrices), AdamW (embedding, norms), peak rate {rate}, weight decay {decay} |
 | word problems right, greedy, of {problem_count} | {problems:.1%} |
@@ -120,7 +119,7 @@ def table_line(reference: Outcome, row: Outcome) -> str:
 
 
 def write_card(
-    folder: Path, data: Path, seed: int, steps: tuple[int, int], tokens: int, rate: float, decay: float
+    folder: Path, data: Path, seed: int, steps: tuple[int, int, int], tokens: int, rate: float, decay: float
 ) -> list[Outcome]:
     """Measure the checkpoint in `folder` on the 300 items of each task and write its README.md; returns what was measured."""
     problems = json.loads((data / "problems.json").read_text(encoding="utf-8"))
@@ -143,6 +142,7 @@ def write_card(
         seed=seed,
         steps=steps[0],
         repeat_steps=steps[1],
+        last_steps=steps[2],
         tokens=tokens,
         rate=rate,
         decay=decay,

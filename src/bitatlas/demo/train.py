@@ -1,15 +1,17 @@
 """Train the demo model from a seed: tokenizer, 16-layer Llama of 2.5 million weights, task files, model card.
 
-    python -m bitatlas.demo.train --out DIR [--seed 0] [--steps 1600] [--repeat-steps 900] [--data-only | --card-only | --from MODEL]
+    python -m bitatlas.demo.train --out DIR [--seed 0] [--steps 1600] [--repeat-steps 900] [--last-steps 400]
+        [--data-only | --card-only | --from MODEL]
 
 Deep and narrow, so that there are 16 layers to compare, and small enough to ship and to measure in seconds. Matrices are
 trained with Muon (Jordan et al. 2024, https://kellerjordan.github.io/posts/muon/), the embedding and norms with AdamW; learning
 rate: warm-up, constant, linear decay to zero. Then a second, shorter phase, where three of four rows are a random block of tokens
 over and over: only a head that looks back to what followed last time (an induction head, arXiv:2209.11895) predicts those, and
-the made-up world alone gave the model no need of one. Nothing in the training knows about quantization.
+the made-up world alone gave the model no need of one. A third phase has an eighth of such rows, to get back what the second one
+cost in sums and facts. Nothing in the training knows about quantization.
 
 Needs a C++ compiler (for torch.compile); about half an hour for each phase on one CPU core. The bundled model's first phase was
-trained with torch.optim.Muon, which iterates in bfloat16, on a CPU that has bfloat16 arithmetic; its second phase with `muon.py`.
+trained with torch.optim.Muon, which iterates in bfloat16, on a CPU that has bfloat16 arithmetic; the others with `muon.py`.
 The data depend on the seed alone, on every machine. The weights also depend on the number of threads, the CPU and the torch
 version (sums run in another order), so another machine gives a model as good, not the same bytes.
 """
@@ -33,9 +35,11 @@ BATCH_ROWS = 16
 LEARNING_RATE = 4e-3
 WEIGHT_DECAY = 0.1
 REPEATED_ROWS = 12  # of each batch of the second phase
+KEPT_ROWS = 2  # such rows in the third phase
 REPEATED_BLOCK = (8, 64)  # tokens of the block that such a row repeats
 DEFAULT_STEPS = 1600
 DEFAULT_REPEAT_STEPS = 900
+DEFAULT_LAST_STEPS = 400
 SPECIAL = {"bos_token": "<bos>", "eos_token": "<eos>", "pad_token": "<pad>"}
 # words with their space, numbers of up to three digits with theirs, the rest; so " 26" can be one token
 PIECES = r" ?\p{L}+| ?\d{1,3}| ?[^\s\p{L}\d]+|\s+"
@@ -104,12 +108,12 @@ def batches(tokenizer: PreTrainedTokenizerFast, seed: int) -> Iterator[torch.Ten
             yield torch.tensor(rows[start : start + BATCH_ROWS])
 
 
-def repetitions(tokenizer: PreTrainedTokenizerFast, seed: int) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
-    """Endless tokens and labels of repeated blocks, each [REPEATED_ROWS, ROW_TOKENS]. Labels leave out (-100) a block's first time."""
+def repetitions(tokenizer: PreTrainedTokenizerFast, seed: int, count: int) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
+    """Endless tokens and labels of repeated blocks, each [count, ROW_TOKENS]. Labels leave out (-100) a block's first time."""
     chance = random.Random(f"repetitions {seed}")
     ordinary = range(len(SPECIAL), len(tokenizer))
     while True:
-        blocks = [chance.sample(ordinary, chance.randint(*REPEATED_BLOCK)) for _ in range(REPEATED_ROWS)]
+        blocks = [chance.sample(ordinary, chance.randint(*REPEATED_BLOCK)) for _ in range(count)]
         rows = [[tokenizer.bos_token_id, *block * (ROW_TOKENS // len(block) + 1)][:ROW_TOKENS] for block in blocks]
         tokens = torch.tensor(rows)
         labels = tokens.clone()
@@ -175,14 +179,14 @@ def train(
 
 
 def train_on_repetition(
-    model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFast, seed: int, steps: int, folder: Path, every: int = 100
+    model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFast, seed: int, rows: int, steps: int, folder: Path, every: int = 100
 ) -> None:
-    """The second phase, in float32: documents and repeated blocks in every batch. Prints both losses, and saves as it goes."""
+    """A later phase, in float32: documents, and `rows` of repeated blocks, in every batch. Prints both losses, and saves as it goes."""
     optimizers = make_optimizers(model)
-    documents, repeated, start = batches(tokenizer, seed + 1), repetitions(tokenizer, seed), time.time()
+    documents, repeated, start = batches(tokenizer, seed + 1), repetitions(tokenizer, seed, rows), time.time()
     for step in range(steps):
         set_rate(optimizers, step, steps)
-        texts = next(documents)[REPEATED_ROWS:]
+        texts = next(documents)[rows:]
         blocks, labels = next(repeated)
         logits = model(torch.cat([texts, blocks]), use_cache=False).logits[:, :-1].float()
         wanted = torch.cat([texts, labels])[:, 1:]
@@ -209,11 +213,12 @@ def main() -> None:
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--steps", type=int, default=DEFAULT_STEPS, help=f"updates of {BATCH_ROWS * ROW_TOKENS} tokens")
     parser.add_argument("--repeat-steps", type=int, default=DEFAULT_REPEAT_STEPS, help="updates of the second phase")
+    parser.add_argument("--last-steps", type=int, default=DEFAULT_LAST_STEPS, help="updates of the third phase")
     parser.add_argument("--threads", type=int, default=1, help="CPU threads; part of what the weights depend on")
     only = parser.add_mutually_exclusive_group()
     only.add_argument("--data-only", action="store_true", help="write data/ and stop")
     only.add_argument("--card-only", action="store_true", help="measure model/ on data/ and write its README.md, nothing else")
-    only.add_argument("--from", dest="start", type=Path, help="a model after the first phase: only the second one is run")
+    only.add_argument("--from", dest="start", type=Path, help="a model after the first phase: only the others are run")
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
     if not args.card_only:
@@ -227,10 +232,11 @@ def main() -> None:
         else:
             model = make_model(tokenizer, args.seed)
             train(model, tokenizer, args.seed, args.steps, args.out / MODEL_DIR.name)
-        train_on_repetition(model, tokenizer, args.seed, args.repeat_steps, args.out / MODEL_DIR.name)
+        for seed, rows, steps in ((args.seed, REPEATED_ROWS, args.repeat_steps), (args.seed + 1, KEPT_ROWS, args.last_steps)):
+            train_on_repetition(model, tokenizer, seed, rows, steps, args.out / MODEL_DIR.name)
         save(model, tokenizer, args.out / MODEL_DIR.name)
-    tokens = (args.steps + args.repeat_steps) * BATCH_ROWS * ROW_TOKENS
-    steps = args.steps, args.repeat_steps
+    tokens = (args.steps + args.repeat_steps + args.last_steps) * BATCH_ROWS * ROW_TOKENS
+    steps = args.steps, args.repeat_steps, args.last_steps
     measured = card.write_card(
         args.out / MODEL_DIR.name, args.out / "data", args.seed, steps, tokens, LEARNING_RATE, WEIGHT_DECAY
     )
