@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import json
 import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -248,9 +249,9 @@ def test_records_go_through_the_file(tmp_path: Path) -> None:
     atlas = dataclasses.replace(make_atlas(), calibration=Game(noise=0.2).calibrated())
     (tmp_path / "atlas.json").write_text(to_json(atlas), encoding="utf-8")
     assert read_record(tmp_path / "atlas.json", Atlas) == atlas
-    old = re.sub(r',\n "calibration": \{.*\n \}', "", to_json(atlas), flags=re.DOTALL)
-    assert "calibration" not in old
-    (tmp_path / "atlas.json").write_text(old, encoding="utf-8")
+    old = json.loads(to_json(atlas))
+    del old["calibration"]
+    (tmp_path / "atlas.json").write_text(json.dumps(old), encoding="utf-8")
     assert read_record(tmp_path / "atlas.json", Atlas) == dataclasses.replace(atlas, calibration=None)
 
 

@@ -8,6 +8,7 @@ interrupted curve goes on where it stopped.
 
 from __future__ import annotations
 
+from contextlib import closing
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -43,7 +44,8 @@ def trace_curve(folder: Path, points: int, model: str | None, device: str | None
         raise UserError(f"--points {points}: give 1 to {MOST_POINTS}")
     atlas = read_record(folder / "atlas.json", Atlas)
     run = reopen(folder, atlas, model, device, reporter)
-    judged = _judged_plans(run, atlas, points)
+    with closing(run.journal):
+        judged = _judged_plans(run, atlas, points)
     (folder / FOLDER).mkdir(exist_ok=True)
     plans = [(one.plan, folder / FOLDER / f"plan-{one.plan.budget.value:.0f}.json") for one in judged]
     for old in (folder / FOLDER).glob("plan-*.json"):

@@ -7,6 +7,7 @@ damage on their text, else the one of the least damage on the select rows.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from contextlib import closing
 from dataclasses import replace
 from pathlib import Path
 
@@ -102,6 +103,7 @@ def protect_folder(folder: Path, budget: Budget, model: str | None, device: str 
     check_items(budget, {task: len(of_task) for task, of_task in items.items()})
     run = reopen(folder, atlas, model, device, reporter)
     run.settings, run.items = replace(run.settings, budget=budget), items
-    check_protected(run)
     critical = [layer.layer for layer in sorted(atlas.layers, key=lambda layer: -layer.criticality.mean)]
-    return protect_plan(run, tools_of(run, scores_of(atlas)), critical).plan
+    with closing(run.journal):
+        check_protected(run)
+        return protect_plan(run, tools_of(run, scores_of(atlas)), critical).plan

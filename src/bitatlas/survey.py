@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import platform
 from collections.abc import Mapping, Sequence
+from contextlib import closing
 from dataclasses import asdict, replace
 from importlib.metadata import version
 from pathlib import Path
@@ -51,7 +52,12 @@ Assignments = dict[str, dict[str, str]]  # precision -> module -> format
 def run_survey(settings: Settings, out: Path, resume: bool, reporter: Reporter) -> Atlas:
     """Measure, plan, verify and write; returns the finished atlas."""
     run = prepare(settings, out, resume, reporter)
-    settings = run.settings  # the budget in full
+    with closing(run.journal):
+        return _survey(run)
+
+
+def _survey(run: Run) -> Atlas:
+    settings, out, reporter = run.settings, run.out, run.reporter  # the settings with the budget in full
     low, high = settings.low, settings.high
     modules, rows, meter = run.checkpoint.modules, run.rows, run.meter
     check_protected(run)

@@ -35,9 +35,10 @@ A small language model to try bitatlas on: {layers} layers, hidden size {hidden}
 ({heads} heads of {head_size}, {kv_heads} key-value heads, feed-forward {feed_forward}, tied embedding), byte-level BPE with {vocabulary} tokens.
 
 It knows one made-up world: one-step word problems with numbers up to 99 (`problems.json`, SVAMP's form) and {facts:,} facts about
-{kinds} (`questions.jsonl`, ARC's form). It also continues a random block of tokens that it has seen before, for which it has
-induction heads: without such blocks in its training it had none. It is good for nothing else. The facts are those of `tables.py` and `named.py`, not of the real world: the people are invented, and so are the towns and planets. English only; no
-personal data; the text is generated, so it is free of other licences.
+{kinds} (`questions.jsonl`, ARC's form). It also continues
+a random block of tokens that it has seen before, for which it has induction heads; without such blocks in its training it had none.
+It is good for nothing else. The facts are those of `tables.py` and `named.py`, not of the real world: the people are invented, and
+so are the towns and planets. English only; no personal data; the text is generated, so it is free of other licences.
 
 | | |
 |---|---|
