@@ -20,6 +20,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from contextlib import closing
 from pathlib import Path
 
 import bitatlas.demo as demo
@@ -69,13 +70,13 @@ def files(out: Path) -> dict[str, bytes]:
 
 
 def entries(out: Path) -> list[tuple[str, str]]:
-    with sqlite3.connect(out / "run.sqlite") as database:
+    with closing(sqlite3.connect(out / "run.sqlite")) as database:
         return database.execute("SELECT key, value FROM measured ORDER BY key").fetchall()
 
 
 def measured_again(out: Path) -> int:
     """Entries that were written a second time: each took a new row number."""
-    with sqlite3.connect(out / "run.sqlite") as database:
+    with closing(sqlite3.connect(out / "run.sqlite")) as database:
         last, count = database.execute("SELECT MAX(rowid), COUNT(*) FROM measured").fetchone()
     return int(last - count)
 

@@ -90,6 +90,6 @@ def test_one_process_at_a_time(tmp_path: Path):
     journal = Journal(tmp_path / "run.sqlite")
     code = "import sys, pathlib, bitatlas.journal as j; j.Journal(pathlib.Path(sys.argv[1]))"
     other = subprocess.run([sys.executable, "-c", code, str(tmp_path / "run.sqlite")], capture_output=True, text=True)
-    assert "another bitatlas is at work in that folder" in other.stderr
+    assert "another program has the run's journal open" in other.stderr
     journal.close()
     assert Journal(tmp_path / "run.sqlite").count() == 0
