@@ -66,7 +66,7 @@ class Journal:
         except sqlite3.Error as error:
             if "locked" in str(error):
                 raise UserError(
-                    f"{self.path}: another bitatlas is at work in that folder; wait for it, or choose another"
+                    f"{self.path}: another program has the run's journal open (a second bitatlas?); wait for it, or choose another --out"
                 ) from None
             raise self._unusable(error) from None
 
