@@ -25,7 +25,18 @@ from pathlib import Path
 
 import bitatlas.demo as demo
 
-OPTIONS = ("--formats", "int2_g128,int4_g128", "--rows", "4,4,8", "--tasks", "demo_questions", "--limit", "20", "--no-refine", "--quiet")
+OPTIONS = (
+    "--formats",
+    "int2_g128,int4_g128",
+    "--rows",
+    "4,4,8",
+    "--tasks",
+    "demo_questions",
+    "--limit",
+    "20",
+    "--no-refine",
+    "--quiet",
+)
 RESULTS = Path(__file__).resolve().parent / "results" / "kills.json"
 
 
