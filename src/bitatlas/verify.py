@@ -57,12 +57,21 @@ class Verification:
     plan: Plan
     size: Size
     damage: Measured
-    promised: float | None  # nats/token
     size_kept: bool
-    damage_kept: bool
     disk: tuple[int, int] | None = None  # of a checkpoint or a GGUF: bytes that should be there, and are
     tasks: tuple[TaskCheck, ...] = ()
     disk_what: str = "weights' files, bytes"
+
+    @property
+    def promised(self) -> float | None:
+        """Damage, nats/token."""
+        damage = self.plan.damage
+        return damage.measured.mean if damage.measured else damage.predicted
+
+    @property
+    def damage_kept(self) -> bool:
+        lowest = self.damage.ci95[0] if self.damage.ci95 else self.damage.mean
+        return self.promised is None or lowest <= self.promised
 
     @property
     def kept(self) -> bool:
@@ -119,10 +128,8 @@ def _judge(
     plan: Plan, checkpoint: Checkpoint, damage: Measured, disk: tuple[int, int] | None, checks: tuple[TaskCheck, ...]
 ) -> Verification:
     size = size_of(checkpoint.modules, plan.modules, checkpoint.info)
-    promise = plan.damage.measured.mean if plan.damage.measured else plan.damage.predicted
-    lowest = damage.ci95[0] if damage.ci95 else damage.mean
     size_kept = size == plan.size and (disk is None or disk[0] == disk[1])
-    return Verification(plan, size, damage, promise, size_kept, promise is None or lowest <= promise, disk, checks)
+    return Verification(plan, size, damage, size_kept, disk, checks)
 
 
 @torch.no_grad()

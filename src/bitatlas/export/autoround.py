@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from bitatlas.export.target import Integers, Job, Target
-from bitatlas.export.words import RECIPE, copy_script, json_text, write_readme
+from bitatlas.export.words import json_text, write_recipe
 from bitatlas.formats import Format
 
 FILE = "autoround.json"
@@ -43,10 +43,7 @@ def _scheme(fmt: Format) -> dict[str, Any]:
 
 
 def write(job: Job, folder: Path) -> list[str]:
-    (folder / FILE).write_text(json_text(config(job)), encoding="utf-8")
-    copy_script(folder, "autoround")
-    write_readme(folder, job, "For AutoRound", RECIPE, USE)
-    return ["the formats carry over, the codes do not: quantize.py makes AutoRound's own"]
+    return [write_recipe(folder, job, "AutoRound", {FILE: json_text(config(job))}, "autoround", USE)]
 
 
 TARGET = Target(

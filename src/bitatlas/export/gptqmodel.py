@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from bitatlas.export.target import Integers, Job, Target
-from bitatlas.export.words import RECIPE, copy_script, json_text, write_readme
+from bitatlas.export.words import json_text, write_recipe
 from bitatlas.formats import Format
 
 FILE = "quantize_config.json"
@@ -44,10 +44,7 @@ def _settings(fmt: Format) -> dict[str, Any]:
 
 
 def write(job: Job, folder: Path) -> list[str]:
-    (folder / FILE).write_text(json_text(config(job)), encoding="utf-8")
-    copy_script(folder, "gptqmodel")
-    write_readme(folder, job, "For GPTQModel", RECIPE, USE)
-    return ["the formats carry over, the codes do not: quantize.py makes GPTQModel's own"]
+    return [write_recipe(folder, job, "GPTQModel", {FILE: json_text(config(job))}, "gptqmodel", USE)]
 
 
 TARGET = Target(

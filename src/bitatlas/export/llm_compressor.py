@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from bitatlas.export.target import Integers, Job, Target, unlike_partners
-from bitatlas.export.words import RECIPE, copy_script, write_readme, yaml_text
+from bitatlas.export.words import write_recipe, yaml_text
 from bitatlas.formats import Format
 
 USE = """```
@@ -42,11 +42,9 @@ def _weights(fmt: Format) -> dict[str, Any]:
 
 
 def write(job: Job, folder: Path) -> list[str]:
-    (folder / "recipe.yaml").write_text(yaml_text(recipe(job, "GPTQModifier")), encoding="utf-8")
-    (folder / "recipe-rtn.yaml").write_text(yaml_text(recipe(job, "QuantizationModifier")), encoding="utf-8")
-    copy_script(folder, "llm_compressor")
-    write_readme(folder, job, "For llm-compressor", RECIPE, USE)
-    notes = ["the formats carry over, the codes do not: quantize.py makes llm-compressor's own"]
+    modifiers = {"recipe.yaml": "GPTQModifier", "recipe-rtn.yaml": "QuantizationModifier"}
+    files = {name: yaml_text(recipe(job, modifier)) for name, modifier in modifiers.items()}
+    notes = [write_recipe(folder, job, "llm-compressor", files, "llm_compressor", USE)]
     if unlike := unlike_partners(job.plan):
         notes.append(
             f"vLLM runs {unlike[2]} and {unlike[0]} as one matrix, and this plan gives them different formats: transformers alone"

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from bitatlas.export.target import Integers, Job, Target
-from bitatlas.export.words import RECIPE, copy_script, json_text, write_readme
+from bitatlas.export.words import json_text, write_recipe
 from bitatlas.formats import Format
 
 FILE = "torchao.json"
@@ -43,10 +43,17 @@ def _weight_only(fmt: Format) -> dict[str, Any]:
 
 
 def write(job: Job, folder: Path) -> list[str]:
-    (folder / FILE).write_text(json_text(config(job)), encoding="utf-8")
-    copy_script(folder, "torchao")
-    write_readme(folder, job, "For torchao", RECIPE, USE)
-    return ["the formats carry over, the codes do not: torchao rounds by itself, and holds every code in a byte"]
+    return [
+        write_recipe(
+            folder,
+            job,
+            "torchao",
+            {FILE: json_text(config(job))},
+            "torchao",
+            USE,
+            "torchao rounds by itself, and holds every code in a byte",
+        )
+    ]
 
 
 TARGET = Target(

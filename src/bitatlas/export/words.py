@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import shutil
 from collections import Counter
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -36,6 +37,16 @@ def copy_script(folder: Path, target: str, name: str = "quantize.py") -> None:
 def write_readme(folder: Path, job: Job, title: str, *parts: str) -> None:
     """README.md: what plan this is, then the target's own paragraphs."""
     (folder / "README.md").write_text("\n\n".join([f"# {title}", plan_text(job), *parts]) + "\n", encoding="utf-8")
+
+
+def write_recipe(folder: Path, job: Job, library: str, files: Mapping[str, str], script: str, use: str, codes: str = "") -> str:
+    """Files that `library` quantizes by, its script and its README; the note that the command prints. `codes`: whose they will be."""
+    for name, text in files.items():
+        (folder / name).write_text(text, encoding="utf-8")
+    copy_script(folder, script)
+    write_readme(folder, job, f"For {library}", RECIPE, use)
+    codes = codes or f"quantize.py makes {library}'s own"
+    return f"the formats carry over, the codes do not: {codes}"
 
 
 def plan_text(job: Job) -> str:
