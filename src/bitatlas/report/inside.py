@@ -3,12 +3,19 @@
 from __future__ import annotations
 
 from bitatlas import words
-from bitatlas.records import Atlas, Correlation
+from bitatlas.records import Atlas, Correlation, KindDamage, Layer, UnitDamage
 from bitatlas.report import facts
 from bitatlas.report.table import Table
 from bitatlas.words import interval, number, percent
 
 MOST_UNITS = 10  # that are shown; all are in the atlas
+EVIDENCE = ("Damage lowered, nats/token", "Damage raised, nats/token", "Share of damage", "Criticality", "q")  # columns
+
+
+def evidence(one: Layer | UnitDamage | KindDamage) -> list[str]:
+    """The cells below `EVIDENCE`."""
+    measured = (one.lowered, one.raised, one.share, one.criticality)
+    return [*(interval(value) for value in measured), words.p_value(one.q_value)]
 
 
 def kind_table(atlas: Atlas) -> Table:
@@ -19,11 +26,7 @@ def kind_table(atlas: Atlas) -> Table:
             kind.kind,
             str(kind.modules),
             percent(kind.weights / total),
-            interval(kind.lowered),
-            interval(kind.raised),
-            interval(kind.share),
-            interval(kind.criticality),
-            words.p_value(kind.q_value),
+            *evidence(kind),
         ]
         for kind in atlas.kinds
     ]
@@ -31,8 +34,7 @@ def kind_table(atlas: Atlas) -> Table:
         f"All modules of a kind together. Lowered: at {atlas.low}, all others at {atlas.high}; raised: the reverse. Share and criticality: "
         f"{facts.basis([kind.share for kind in atlas.kinds])}. q: criticality = 1, two-sided, Benjamini-Hochberg over kinds."
     )
-    lowered, raised = "Damage lowered, nats/token", "Damage raised, nats/token"
-    head = ["Kind", "Modules", "Weights", lowered, raised, "Share of damage", "Criticality", "q"]
+    head = ["Kind", "Modules", "Weights", *EVIDENCE]
     return Table("kinds", "Kinds of modules", note, head, rows, "Not measured.")
 
 
@@ -45,11 +47,7 @@ def unit_table(atlas: Atlas) -> Table:
             unit.unit,
             str(unit.layer),
             percent(unit.weights / total, 2),
-            interval(unit.lowered),
-            interval(unit.raised),
-            interval(unit.share),
-            interval(unit.criticality),
-            words.p_value(unit.q_value),
+            *evidence(unit),
         ]
         for unit in worst
     ]
@@ -57,8 +55,7 @@ def unit_table(atlas: Atlas) -> Table:
         f"The {len(rows)} with the highest criticality of {len(atlas.units)} units (modules that share one format); all are in atlas.json. "
         f"Share and criticality: {facts.basis([unit.share for unit in worst])}. q: Benjamini-Hochberg over all units."
     )
-    lowered, raised = "Damage lowered, nats/token", "Damage raised, nats/token"
-    head = ["Unit", "Layer", "Weights", lowered, raised, "Share of damage", "Criticality", "q"]
+    head = ["Unit", "Layer", "Weights", *EVIDENCE]
     return Table("units", "Most critical units", note, head, rows, "Not measured.")
 
 

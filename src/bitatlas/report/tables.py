@@ -67,11 +67,7 @@ def layer_table(atlas: Atlas) -> Table:
         [
             str(r.layer),
             percent(r.weights / total),
-            interval(r.lowered),
-            interval(r.raised),
-            interval(r.share),
-            interval(r.criticality),
-            words.p_value(r.q_value),
+            *inside.evidence(r),
             r.verdict,
             _bits(facts.plan_bits(atlas, r.layer)),
         ]
