@@ -1,0 +1,106 @@
+"""`bitatlas survey`: the main job."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from bitatlas.options import (
+    Batch,
+    CacheDtype,
+    Chunk,
+    CodeBits,
+    Context,
+    Device,
+    Limit,
+    Margin,
+    MaxDamage,
+    Protect,
+    Quiet,
+    Revision,
+    RowCounts,
+    RowLength,
+    Seed,
+    SizeText,
+    StoredBits,
+    TaskData,
+    Tasks,
+    Tokens,
+    Vram,
+    not_empty,
+)
+
+
+def survey(
+    model: Annotated[str | None, typer.Argument(help="Checkpoint folder or hub name. Default: the bundled demo model.")] = None,
+    out: Annotated[Path, typer.Option("--out", help="Folder for the run's files.")] = Path("bitatlas-out"),
+    formats: Annotated[
+        str | None,
+        typer.Option(
+            "--formats",
+            callback=not_empty,
+            help="Candidate formats, int{2,3,4,8}_g{32,64,128}[_sym], or llama.cpp's, like q4_0,q8_0. Default: int{2,3,4}_g64 (the demo: _g128).",
+        ),
+    ] = None,
+    quantizer: Annotated[
+        str,
+        typer.Option(
+            "--quantizer", help="How codes are chosen: rtn, gptq (fitted on the fit rows); hqq, autoround, llama.cpp (extras)."
+        ),
+    ] = "rtn",
+    code_bits: CodeBits = None,
+    stored_bits: StoredBits = None,
+    size: SizeText = None,
+    vram: Vram = None,
+    context: Context = None,
+    cache_dtype: CacheDtype = None,
+    batch: Batch = None,
+    chunk: Chunk = None,
+    max_damage: MaxDamage = None,
+    protect: Protect = None,
+    tokens: Tokens = None,
+    rows: RowCounts = "24,24,64",
+    row_length: RowLength = 192,
+    tasks: Tasks = None,
+    task_data: TaskData = None,
+    limit: Limit = 300,
+    margin: Margin = "2pp",
+    tolerance: Annotated[
+        float, typer.Option("--tolerance", help="A layer is safe only if lowering it adds at most this, nats/token.")
+    ] = 0.05,
+    fuse: Annotated[
+        bool, typer.Option("--fuse/--no-fuse", help="q/k/v share a format, and gate/up (vLLM needs it; GGUF and MLX do not).")
+    ] = True,
+    refine: Annotated[
+        bool | None,
+        typer.Option(
+            "--refine/--no-refine", help="Search on from the first plans with measurements. Default: on (the demo: off)."
+        ),
+    ] = None,
+    device: Device = "cpu",
+    revision: Revision = None,
+    seed: Seed = 0,
+    resume: Annotated[bool, typer.Option("--resume", help="Go on with the run in --out.")] = False,
+    quiet: Quiet = False,
+) -> None:
+    """Measure a checkpoint, plan its precision, verify the plan, write the report (the main job)."""
+    from bitatlas.evaluation.no_loss import parse_points
+    from bitatlas.prepare import default_settings
+    from bitatlas.progress import Reporter
+    from bitatlas.settings import parse_budget
+    from bitatlas.survey import run_survey
+
+    budget = parse_budget(code_bits, stored_bits, size, max_damage, vram, context, cache_dtype, batch, chunk, protect or ())
+    settings = default_settings(
+        model=model, formats=formats, quantizer=quantizer, budget=budget, tokens=tokens, rows=rows, row_length=row_length, tasks=tasks, task_data=task_data, limit=limit, tolerance=tolerance, fuse=fuse, refine=refine, device=device,
+        revision=revision, seed=seed, margin_points=parse_points(margin, "--margin"),
+    )  # fmt: skip
+    reporter = Reporter(quiet)
+    atlas = run_survey(settings, out, resume, reporter)
+    from bitatlas.terminal import show_summary
+
+    if not quiet:
+        show_summary(atlas)
+    print(out / "report.html")

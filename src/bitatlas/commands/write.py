@@ -1,0 +1,51 @@
+"""`bitatlas apply` and `bitatlas export`: what other programs load."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from bitatlas.options import Quiet, not_empty
+
+
+def apply(
+    model: Annotated[str, typer.Argument(help="The checkpoint that the plan was made for.")],
+    plan_file: Annotated[Path, typer.Argument(metavar="PLAN", help="A plan.json.")],
+    out: Annotated[Path, typer.Option("--out", help="A new folder for the packed checkpoint.")],
+    quiet: Quiet = False,
+) -> None:
+    """Write the packed checkpoint of a plan, which transformers loads (compressed-tensors, pack-quantized)."""
+    from bitatlas.apply import apply_plan
+    from bitatlas.progress import Reporter
+    from bitatlas.terminal import show_applied
+
+    show_applied(apply_plan(model, plan_file, out, Reporter(quiet)))
+    print(out)
+
+
+def export(
+    plan_file: Annotated[Path, typer.Argument(metavar="PLAN", help="A plan.json.")],
+    to: Annotated[
+        str,
+        typer.Option(
+            "--to", callback=not_empty, help="The runtime: mlx, vllm, torchao, gptqmodel, ...; docs/runtimes.md has them all."
+        ),
+    ],
+    out: Annotated[Path, typer.Option("--out", help="A new folder for what the runtime reads.")],
+    model: Annotated[
+        str | None,
+        typer.Option(
+            "--model", callback=not_empty, help="The checkpoint that the plan was made for; needed where weights are written."
+        ),
+    ] = None,
+    quiet: Quiet = False,
+) -> None:
+    """Write what another runtime reads of a plan: its own settings, or its own weights, and a script that uses them."""
+    from bitatlas.export.targets import export_plan
+    from bitatlas.progress import Reporter
+    from bitatlas.terminal import show_exported
+
+    show_exported(export_plan(plan_file, to, out, model, Reporter(quiet)))
+    print(out)
