@@ -12,11 +12,11 @@ import numpy as np
 from bitatlas.evaluation.bootstrap import measured
 from bitatlas.evaluation.items import TASKS
 from bitatlas.evaluation.paired import compare_all
-from bitatlas.files import to_json, write_text
+from bitatlas.files import to_json, write_plans, write_text
 from bitatlas.findings import LayerRows, TaskEvidence, TaskRows, ablation_record, conclude, insides, shapley_check
 from bitatlas.formats import stored_bytes
 from bitatlas.planning.budget import size_of
-from bitatlas.planning.judge import Judged
+from bitatlas.planning.judge import Judged, curve_point
 from bitatlas.records import (
     Atlas,
     AttentionHead,
@@ -67,6 +67,7 @@ class Measurements:
     orders: np.ndarray | None = None  # [pairs, rows, layers]: what each layer adds in sampled orders, on the first test rows
     order_models: int = 0  # that were measured for it
     removals: Sequence[Removal] = ()  # of heads from the reference
+    others: Sequence[Judged] = ()  # plans at other sizes, from small to large
 
 
 def assemble(
@@ -119,7 +120,7 @@ def assemble(
         tasks=scores,
         task_pairs=pairs,
         plan=found.judged.plan,
-        curve=[*uniform_points(uniform), *found.judged.curve],
+        curve=[*uniform_points(uniform), *found.judged.curve, *map(curve_point, found.others)],
         correlations=conclusions.correlations,
         findings=conclusions.findings,
         notes=found.notes,
@@ -130,6 +131,7 @@ def assemble(
         unit_correlations=inside.unit_correlations,
         shapley=shapley,
         ablations=ablations,
+        plans=[other.plan for other in found.others],
     )
 
 
@@ -242,4 +244,5 @@ def write_outputs(out: Path, atlas: Atlas, tables: Mapping[str, Lines]) -> None:
     write_text(out / "atlas.json", to_json(atlas))
     if atlas.plan:
         write_text(out / "plan.json", to_json(atlas.plan))
+    write_plans(out, atlas.plans)
     write_reports(atlas, out)

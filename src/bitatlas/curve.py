@@ -1,5 +1,8 @@
 """The whole curve: verified plans from the smallest size to the largest, each found like the survey's own and judged on the test rows.
 
+`trace_curve` searches every size like the survey searches its own. `short_curve` is what a survey adds by itself: few sizes, knapsacks
+alone, and no random plans beside them, for about a tenth of the survey's time.
+
 Sizes are evenly spaced in bytes between the narrowest and the widest format everywhere; these two are the ends of the curve and were
 measured in the survey. Smaller plans come first, and each is a start for the next larger one, which it fits: what is found at a size is never
 accepted with more damage on the fit and select rows than what was found below it. Everything goes through the survey's journal, so an
@@ -15,19 +18,18 @@ from pathlib import Path
 import numpy as np
 
 from bitatlas.errors import UserError
-from bitatlas.files import read_record, to_json, write_text
+from bitatlas.files import read_record, to_json, write_plans, write_text
 from bitatlas.planning.budget import size_range
-from bitatlas.planning.judge import Judged, judge
-from bitatlas.planning.replan import scores_of
-from bitatlas.planning.search import search
+from bitatlas.planning.judge import CURVE, Judged, curve_point, judge
+from bitatlas.planning.replan import scores_of, subject_of
+from bitatlas.planning.search import Subject, Tools, search
 from bitatlas.prepare import Run, reopen, tools_of
 from bitatlas.progress import Reporter
-from bitatlas.records import Atlas, Budget, CurvePoint, Plan
+from bitatlas.records import Atlas, Budget, Plan
 from bitatlas.words import byte_size
 
-FOLDER = "curve"
-KIND = "curve"  # of a point of the atlas's curve
 MOST_POINTS = 99
+SHORT_POINTS = 3  # of the curve that a survey adds, its own plan among them or near one of them
 
 
 @dataclass(frozen=True)
@@ -46,25 +48,48 @@ def trace_curve(folder: Path, points: int, model: str | None, device: str | None
     run = reopen(folder, atlas, model, device, reporter)
     with closing(run.journal):
         judged = _judged_plans(run, atlas, points)
-    (folder / FOLDER).mkdir(exist_ok=True)
-    plans = [(one.plan, folder / FOLDER / f"plan-{one.plan.budget.value:.0f}.json") for one in judged]
-    for old in (folder / FOLDER).glob("plan-*.json"):
-        old.unlink()
-    for plan, file in plans:
-        write_text(file, to_json(plan))
-    done = replace(atlas, curve=[*(point for point in atlas.curve if point.kind != KIND), *map(_point, judged)])
+    plans = [one.plan for one in judged]
+    done = replace(
+        atlas, curve=[*(point for point in atlas.curve if point.kind != CURVE), *map(curve_point, judged)], plans=plans
+    )
+    files = write_plans(folder, plans)
     write_text(folder / "atlas.json", to_json(done))
     from bitatlas.report.html import write_reports
 
     write_reports(done, folder)
-    return Curve(done, plans)
+    return Curve(done, list(zip(plans, files, strict=True)))
+
+
+def short_curve(run: Run, tools: Tools, most_critical: list[int], own: Plan) -> list[Judged]:
+    """A few judged plans beside the survey's own, from small to large: knapsacks on the screens' scores, no random plans beside them."""
+    quick = replace(tools, probe=None, told=None)
+    judged = []
+    for size in sizes_beside(own.size.total_bytes, *ends_of(run.subject)):
+        run.reporter.say(f"also at {byte_size(size)}")
+        budget = Budget("size", float(size))
+        one = judge(run.subject, budget, search(run.subject, budget, quick), run.measure, most_critical, random=0)
+        if one.plan.modules != own.modules:
+            judged.append(one)
+    return judged
+
+
+def sizes_beside(own: int, least: int, most: int, points: int = SHORT_POINTS) -> list[int]:
+    """`points` sizes evenly spaced between two ends, without these, and without the one that is nearest to `own`; bytes."""
+    sizes = sorted({int(size) for size in np.linspace(least, most, points + 2)[1:-1]})
+    nearest = min(sizes, key=lambda size: abs(size - own))
+    return [size for size in sizes if size != nearest]
 
 
 def sizes_between(atlas: Atlas, points: int) -> list[int]:
     """`points` sizes of the whole model in bytes, evenly spaced, the two ends left out; fewer where they are not a byte apart."""
-    least, most = size_range("size", atlas.modules, list(atlas.formats), atlas.model)
-    sizes = np.linspace(least, most, points + 2)[1:-1]
+    sizes = np.linspace(*ends_of(subject_of(atlas)), points + 2)[1:-1]
     return sorted({int(size) for size in sizes})
+
+
+def ends_of(subject: Subject) -> tuple[int, int]:
+    """Bytes of the whole model at the narrowest and at the widest format everywhere."""
+    least, most = size_range("size", subject.modules, subject.formats, subject.info)
+    return int(least), int(most)
 
 
 def _judged_plans(run: Run, atlas: Atlas, points: int) -> list[Judged]:
@@ -80,9 +105,3 @@ def _judged_plans(run: Run, atlas: Atlas, points: int) -> list[Judged]:
         judged.append(judge(subject, budget, found, run.measure, critical))
         starts = {"the next smaller plan": found.choice}
     return judged
-
-
-def _point(judged: Judged) -> CurvePoint:
-    own = judged.curve[0]
-    name = f"plan of at most {byte_size(int(judged.plan.budget.value))}"
-    return replace(own, name=name, kind=KIND)

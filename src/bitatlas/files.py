@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 import os
 import tempfile
+from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import TypeVar
@@ -16,6 +17,7 @@ from typing import TypeVar
 from bitatlas.errors import UserError
 from bitatlas.records import ATLAS_SCHEMA, PLAN_SCHEMA, Atlas, Plan
 
+CURVE_FOLDER = "curve"  # of a survey's folder: verified plans at other sizes
 Record = TypeVar("Record", Plan, Atlas)
 
 
@@ -55,15 +57,32 @@ def parse_record(text: str, path: str, kind: type[Record]) -> Record:
         first = error.errors()[0]
         place = ".".join(map(str, first["loc"]))
         raise UserError(f"{path}: {place}: {first['msg']}") from None
-    plan = record if isinstance(record, Plan) else record.plan
-    unknown = sorted(set(plan.modules.values()) - set(plan.formats)) if plan else []
-    if unknown:
-        raise UserError(f"{path}: modules have the format {unknown[0]!r}, which formats does not describe")
+    for plan in [record] if isinstance(record, Plan) else [*([record.plan] if record.plan else []), *record.plans]:
+        unknown = sorted(set(plan.modules.values()) - set(plan.formats))
+        if unknown:
+            raise UserError(f"{path}: modules have the format {unknown[0]!r}, which formats does not describe")
     return record
 
 
 def _refuse_constant(name: str) -> None:
     raise ValueError(f"{name} is not a JSON number")
+
+
+def plan_place(plan: Plan) -> str:
+    """Where a plan of the curve lies, from the survey's folder."""
+    return f"{CURVE_FOLDER}/plan-{plan.budget.value:.0f}.json"
+
+
+def write_plans(folder: Path, plans: Sequence[Plan]) -> list[Path]:
+    """The curve's plans as files, in the place of those that were there; no new folder for none."""
+    if plans:
+        (folder / CURVE_FOLDER).mkdir(exist_ok=True)
+    for old in (folder / CURVE_FOLDER).glob("plan-*.json"):
+        old.unlink()
+    files = [folder / plan_place(plan) for plan in plans]
+    for plan, file in zip(plans, files, strict=True):
+        write_text(file, to_json(plan))
+    return files
 
 
 def write_text(path: Path, text: str) -> None:

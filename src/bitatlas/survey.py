@@ -19,6 +19,7 @@ from pydantic import TypeAdapter
 from torch import Tensor
 
 from bitatlas.assemble import Lines, Measurements, assemble, damage_lines, write_outputs
+from bitatlas.curve import short_curve
 from bitatlas.evaluation.items import TASKS, chance_level, load_items, task_text
 from bitatlas.evaluation.shards import right_of, score_shards
 from bitatlas.journal import content_key
@@ -74,7 +75,9 @@ def _survey(run: Run) -> Atlas:
     removals = remove_heads(run, attention[0])
     names = [unit.name for unit in run.subject.units]
     tools = tools_of(run, damage_tables(names, settings.formats, units.damage, units.base))
-    judged = find_plan(run, tools, by_criticality(modules, widths[high], widths[low], layers))
+    most_critical = by_criticality(modules, widths[high], widths[low], layers)
+    judged = find_plan(run, tools, most_critical)
+    others = short_curve(run, tools, most_critical, judged.plan) if settings.curve else []
     calibration = check_prediction(run, tools, judged.plan.modules)
     screens = screen_tasks(meter, modules, settings.formats, task_rows(run), reporter)
     every = {f"uniform:{name}": uniform(modules, name) for name in reversed(settings.formats)}
@@ -103,6 +106,7 @@ def _survey(run: Run) -> Atlas:
         orders=orders.added if orders else None,
         order_models=orders.models if orders else 0,
         removals=removals,
+        others=others,
     )
     atlas = assemble(run.checkpoint.info, modules, rows.info, settings, versions(), found)
     with reporter.stage("writing the report"):

@@ -81,11 +81,12 @@ def _plan_protecting(folder: Path, budget: Any, model: str | None, device: str |
 
 
 def _plan_curve(folder: Path, other: Any, points: int | None, model: str | None, device: str | None, quiet: bool) -> None:
-    from bitatlas.curve import FOLDER, trace_curve
+    from bitatlas.curve import trace_curve
+    from bitatlas.files import CURVE_FOLDER
     from bitatlas.progress import Reporter
     from bitatlas.terminal import show_curve
 
     if other is not None:
         raise UserError("--curve: covers all sizes and writes its own files; give no budget and no --out beside it")
     show_curve(trace_curve(folder, points if points is not None else 7, model, device, Reporter(quiet)))
-    print(folder / FOLDER)
+    print(folder / CURVE_FOLDER)

@@ -79,6 +79,9 @@ def survey(
             "--refine/--no-refine", help="Search on from the first plans with measurements. Default: on (the demo: off)."
         ),
     ] = None,
+    curve: Annotated[
+        bool, typer.Option("--curve/--no-curve", help="Also a few verified plans at other sizes, for the report's slider.")
+    ] = True,
     device: Device = "cpu",
     revision: Revision = None,
     seed: Seed = 0,
@@ -94,7 +97,7 @@ def survey(
 
     budget = parse_budget(code_bits, stored_bits, size, max_damage, vram, context, cache_dtype, batch, chunk, protect or ())
     settings = default_settings(
-        model=model, formats=formats, quantizer=quantizer, budget=budget, tokens=tokens, rows=rows, row_length=row_length, tasks=tasks, task_data=task_data, limit=limit, tolerance=tolerance, fuse=fuse, refine=refine, device=device,
+        model=model, formats=formats, quantizer=quantizer, budget=budget, tokens=tokens, rows=rows, row_length=row_length, tasks=tasks, task_data=task_data, limit=limit, tolerance=tolerance, fuse=fuse, refine=refine, curve=curve, device=device,
         revision=revision, seed=seed, margin_points=parse_points(margin, "--margin"),
     )  # fmt: skip
     reporter = Reporter(quiet)

@@ -33,12 +33,13 @@ def baselines(
     seed: int = 0,
     formats: Sequence[str] | None = None,
     most_critical: Sequence[int] = (),
+    random: int = RANDOM_PLANS,
 ) -> list[tuple[str, Ints]]:
     """(name, choice [units]) of every baseline, the same for the same seed.
 
     cost: [units, formats] in whole numbers, `limit` the largest allowed sum. With `formats` the uniform one is named after its
     format. "First", "last" and "most critical" (layers in order, the most critical first) use the cheapest and the dearest format
-    alone, random plans use all.
+    alone, the `random` random plans use all.
     Raises UserError where not even the cheapest format everywhere fits, ValueError for a wrong shape.
     """
     cost = np.asarray(cost)
@@ -58,7 +59,7 @@ def baselines(
     ]
     if most_critical:
         plans.append((CRITICAL_HIGH, _layers_high(units, cost, limit, low, high, most_critical)))
-    for number in range(1, RANDOM_PLANS + 1):
+    for number in range(1, random + 1):
         generator = np.random.default_rng([seed, number])
         plans.append((f"{RANDOM} {number}", _random(cost, limit, low, generator)))
     return plans

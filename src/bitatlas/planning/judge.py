@@ -10,16 +10,19 @@ import numpy as np
 from bitatlas.evaluation.bootstrap import measured
 from bitatlas.findings import verdict_on_plan
 from bitatlas.formats import FORMATS
-from bitatlas.planning.baselines import baselines, outside_uniform
+from bitatlas.planning.baselines import RANDOM_PLANS, baselines, outside_uniform
 from bitatlas.planning.budget import assignment_of, costs_of, size_of
 from bitatlas.planning.search import Found, Subject
 from bitatlas.records import Baseline, Budget, CurvePoint, Measured, Plan, PlanDamage, PlanModel
-from bitatlas.words import number
+from bitatlas.words import byte_size, number
 
 NOT_A_CANDIDATE = "not in --formats"
 
 Assignment = dict[str, str]
 MeasureRows = Callable[[Mapping[str, Assignment], str], dict[str, np.ndarray]]  # (plans by name, split) -> damage [rows]
+
+
+CURVE = "curve"  # kind of a point of the atlas's curve: a plan at another size
 
 
 @dataclass(frozen=True)
@@ -47,16 +50,28 @@ def unverified_plan(subject: Subject, budget: Budget, found: Found) -> Plan:
     )
 
 
-def judge(subject: Subject, budget: Budget, found: Found, measure: MeasureRows, most_critical: Sequence[int] = ()) -> Judged:
-    """Measure the plan and the baselines of at most its budget on the test rows. `most_critical`: layers, worst first."""
+def judge(
+    subject: Subject,
+    budget: Budget,
+    found: Found,
+    measure: MeasureRows,
+    most_critical: Sequence[int] = (),
+    random: int = RANDOM_PLANS,
+) -> Judged:
+    """Measure the plan and the baselines of at most its budget on the test rows. `most_critical`: layers, worst first; `random`: plans."""
     plan = unverified_plan(subject, budget, found)
     cost = costs_of(budget, subject.units, subject.formats, subject.info).cost
-    rules = baselines(subject.units, cost, found.limit, subject.seed, subject.formats, most_critical)
+    rules = baselines(subject.units, cost, found.limit, subject.seed, subject.formats, most_critical, random)
     others = {name: assignment_of(subject.units, subject.formats, choice) for name, choice in rules}
     outside = outside_uniform(budget, subject.units, subject.formats, subject.info, found.limit)
     if outside:
         others = {f"uniform {outside} ({NOT_A_CANDIDATE})": {m.name: outside for m in subject.modules}, **others}
     return _judged(subject, plan, others, measure({"plan": plan.modules, **others}, "test"))
+
+
+def curve_point(judged: Judged) -> CurvePoint:
+    """The point of a plan that was found for another size than the survey's own."""
+    return replace(judged.curve[0], name=f"plan of at most {byte_size(int(judged.plan.budget.value))}", kind=CURVE)
 
 
 def on_tolerance(damage: Measured, tolerated: float) -> str:

@@ -312,4 +312,5 @@ class Atlas:
     unit_correlations: list[Correlation] = field(default_factory=list)  # of cheap measures with the damage of units
     shapley: ShapleyCheck | None = None
     ablations: list[Ablation] = field(default_factory=list)
+    plans: list[Plan] = field(default_factory=list)  # verified at other sizes, from small to large; files in curve/
     schema: str = ATLAS_SCHEMA
