@@ -42,6 +42,8 @@ from bitatlas.records import (
     WeightProfile,
     Zone,
 )
+from bitatlas.words import byte_size
+from bitatlas.workload import CacheLayers, MemoryShape
 
 KINDS = {  # kind: (outputs, inputs), a small Llama
     "q_proj": (128, 128),
@@ -71,6 +73,7 @@ class Recipe:
     outside: bool = False  # a format outside --formats does less damage than the plan
     attention: bool = True
     zones: int = 3
+    others: int = 2  # verified plans at other sizes
     notes: list[str] = field(default_factory=lambda: ["No runtime was exported to: none was asked for."])
 
 
@@ -82,6 +85,7 @@ def make_atlas(recipe: Recipe | None = None) -> Atlas:
     info = _model(recipe, modules)
     layers = _layers(recipe, rng, modules)
     plan = _plan(recipe, modules, info, layers) if recipe.plan else None
+    plans = _plans(recipe, modules, info, layers) if recipe.plan else []
     pairs = [pair for task in recipe.tasks for pair in pairs_of(recipe, task)]
     return Atlas(
         model=info,
@@ -115,7 +119,7 @@ def make_atlas(recipe: Recipe | None = None) -> Atlas:
         tasks=[score for task in recipe.tasks for score in scores(recipe, task)],
         task_pairs=pairs,
         plan=plan,
-        curve=_curve(recipe, modules, info, plan),
+        curve=[*_curve(recipe, modules, info, plan), *map(_point, plans)],
         correlations=[
             Correlation("sparsity", -0.21, (-0.66, 0.34), recipe.layers),
             Correlation("relative error at the low format", 0.74, (0.39, 0.91), recipe.layers),
@@ -129,6 +133,7 @@ def make_atlas(recipe: Recipe | None = None) -> Atlas:
         unit_correlations=[Correlation("weights", 0.4, (0.31, 0.47), len({m.unit for m in modules}))],
         shapley=_shapley(recipe, layers),
         ablations=_ablations() if recipe.attention else [],
+        plans=plans,
     )
 
 
@@ -205,8 +210,9 @@ def _modules(layers: int) -> list[Module]:
 def _model(recipe: Recipe, modules: list[Module]) -> ModelInfo:
     weights = sum(module.weights for module in modules)
     other = 4 * 96_000
+    shape = MemoryShape(128, 352, 8, 750, True, [CacheLayers(recipe.layers, 4, 16, None)])
     return ModelInfo(
-        recipe.name, None, SHA, "LlamaForCausalLM", recipe.layers, 8, 256, "float32", weights, other, 4 * weights + other
+        recipe.name, None, SHA, "LlamaForCausalLM", recipe.layers, 8, 1000, "float32", weights, other, 4 * weights + other, shape
     )
 
 
@@ -285,6 +291,45 @@ def _plan(recipe: Recipe, modules: list[Module], info: ModelInfo, layers: list[L
         verdict,
         {"gap": 0.012, "rounds": 5, "seed": recipe.seed},
     )
+
+
+def _plans(recipe: Recipe, modules: list[Module], info: ModelInfo, layers: list[Layer]) -> list[Plan]:
+    """Further plans, from small to large: ever more layers are high."""
+    order = sorted(range(recipe.layers), key=lambda layer: -layers[layer].criticality.mean)
+    found = []
+    for place in range(1, recipe.others + 1):
+        high = set(order[: round(recipe.layers * (place + 0.3) / (recipe.others + 1))])
+        assignment = {m.name: recipe.high if m.layer in high and m.kind != "o_proj" else recipe.low for m in modules}
+        size = _size(modules, assignment, info)
+        value = 1.2 / 3**place
+        rule = _size(modules, dict.fromkeys(assignment, recipe.low), info)
+        lines = [
+            Baseline(name, rule.code_bits, rule.quantized_bytes, _nats(worse, name), _difference(value - worse))
+            for name, worse in ((f"uniform {recipe.low}", 1.58), ("first layers high", 1.4 * value))
+        ]
+        found.append(
+            Plan(
+                PlanModel(recipe.name, None, SHA),
+                {name: FORMATS[name] for name in (recipe.low, recipe.high)},
+                "rtn",
+                assignment,
+                Budget("size", float(size.total_bytes + 5)),
+                size,
+                PlanDamage(value, _nats(value, "plan")),
+                lines,
+                True,
+                "less damage than the simple plans of its size",
+                {"gap": 0.0, "seed": recipe.seed},
+            )
+        )
+    return found
+
+
+def _point(plan: Plan) -> CurvePoint:
+    size, damage = plan.size, plan.damage.measured
+    assert damage is not None
+    name = f"plan of at most {byte_size(int(plan.budget.value))}"
+    return CurvePoint(name, "curve", size.code_bits, size.stored_bits, size.total_bytes, damage)
 
 
 def _calibration(recipe: Recipe) -> Calibration:

@@ -23,4 +23,6 @@ def emptied(atlas: Atlas) -> Atlas:
     """An atlas of which nothing but the model is left: what an interrupted run could hand over."""
     lists = ["uniform", "layers", "zones", "weights", "attention", "heads", "tasks", "task_pairs", "curve"]
     nothing = {name: [] for name in [*lists, "correlations", "unit_correlations", "units", "kinds", "findings"]}
-    return dataclasses.replace(atlas, plan=None, calibration=None, shapley=None, unit_damage={}, base_damage={}, **nothing)
+    return dataclasses.replace(
+        atlas, plan=None, plans=[], calibration=None, shapley=None, unit_damage={}, base_damage={}, **nothing
+    )

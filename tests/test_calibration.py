@@ -293,6 +293,6 @@ def test_hostile_names_stay_text() -> None:
     assert found is not None
     evil = Correlation("<script>alert(1)</script> | `x`", 0.5, None, 50)
     atlas = dataclasses.replace(atlas, calibration=dataclasses.replace(found, others=[evil]))
-    assert html(atlas).count("<script") == 1
+    assert html(atlas).count("<script") == html(make_atlas()).count("<script")
     assert "<script" not in markdown(atlas)
     assert "no interval" in markdown(atlas)

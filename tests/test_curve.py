@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import shutil
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
 import tiny
-from bitatlas.curve import trace_curve
+from bitatlas.curve import SHORT_POINTS, sizes_beside, trace_curve
 from bitatlas.errors import UserError
 from bitatlas.files import read_record
 from bitatlas.prepare import default_settings
@@ -30,12 +33,42 @@ def surveyed(tiny_llama: Path, tmp_path_factory: pytest.TempPathFactory) -> Path
         refine=False, device="cpu", revision=None, seed=0,
     )  # fmt: skip
     run_survey(settings, folder / "out", False, QUIET)
+    shutil.copytree(folder / "out", folder / "first", ignore=shutil.ignore_patterns("bank", "run.sqlite*"))
+    run_survey(replace(settings, curve=False), folder / "out", True, QUIET)
     return folder / "out"
 
 
 @pytest.fixture(scope="module")
 def curve(surveyed: Path):
     return trace_curve(surveyed, 3, None, None, QUIET)
+
+
+def test_a_survey_adds_a_few_verified_plans_unless_told_not_to(surveyed: Path):
+    first, without = (read_record(folder / "atlas.json", Atlas) for folder in (surveyed.parent / "first", surveyed))
+    assert first.plan == without.plan
+    assert without.plans == []
+    assert len(first.plans) == SHORT_POINTS - 1
+    files = [read_record(file, Plan) for file in (surveyed.parent / "first" / "curve").iterdir()]
+    assert sorted(files, key=lambda plan: plan.size.total_bytes) == first.plans
+    ends = [u.size.total_bytes for u in first.uniform]
+    for plan in first.plans:
+        assert min(ends) < plan.size.total_bytes <= plan.budget.value < max(ends)
+        assert plan.damage.measured is not None
+        assert plan.damage.measured.rows == "test"
+        names = {baseline.name for baseline in plan.baselines}
+        assert {"first layers high", "last layers high", "most critical layers high"} <= names
+        assert not any(name.startswith("random") for name in names)
+        uniform = next(b for b in plan.baselines if b.name == "uniform int2_g32")
+        assert uniform.damage.mean == pytest.approx(next(u.damage.mean for u in first.uniform if u.format == "int2_g32"))
+
+
+@given(st.integers(10, 10**6), st.integers(4, 10**6), st.floats(0, 1))
+def test_sizes_beside_the_surveys_plan_leave_out_the_nearest(least: int, span: int, at: float):
+    own = least + int(at * span)
+    sizes = sizes_beside(own, least, least + span)
+    assert len(sizes) == SHORT_POINTS - 1
+    assert all(least < size < least + span for size in sizes)
+    assert all(abs(size - own) >= span / 8 - 1 for size in sizes)
 
 
 def test_every_plan_is_measured_within_its_size_and_larger_ones_do_less(surveyed: Path, curve):

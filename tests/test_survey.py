@@ -87,7 +87,7 @@ def test_an_atlas_from_before_memory_was_recorded(surveyed: Path, tmp_path: Path
 
 def test_every_output_is_there_and_nothing_else(surveyed: Path):
     assert sorted(p.name for p in surveyed.iterdir() if not p.name.startswith("run.sqlite")) == sorted(
-        [*OUTPUTS, "bank", "tables"]
+        [*OUTPUTS, "bank", "curve", "tables"]
     )
     atlas = read_record(surveyed / "atlas.json", Atlas)
     assert [layer.layer for layer in atlas.layers] == [0, 1, 2]

@@ -57,11 +57,17 @@ def parse_record(text: str, path: str, kind: type[Record]) -> Record:
         first = error.errors()[0]
         place = ".".join(map(str, first["loc"]))
         raise UserError(f"{path}: {place}: {first['msg']}") from None
-    for plan in [record] if isinstance(record, Plan) else [*([record.plan] if record.plan else []), *record.plans]:
+    for plan in _plans_in(record):
         unknown = sorted(set(plan.modules.values()) - set(plan.formats))
         if unknown:
             raise UserError(f"{path}: modules have the format {unknown[0]!r}, which formats does not describe")
     return record
+
+
+def _plans_in(record: Plan | Atlas) -> list[Plan]:
+    if isinstance(record, Plan):
+        return [record]
+    return [*([record.plan] if record.plan else []), *record.plans]
 
 
 def _refuse_constant(name: str) -> None:

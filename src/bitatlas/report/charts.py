@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from markupsafe import Markup
+from markupsafe import Markup, escape
 
 from bitatlas import words
 from bitatlas.records import Atlas, Baseline, CurvePoint, Measured
@@ -158,7 +158,8 @@ def size_damage(atlas: Atlas, width: int) -> Markup | None:
             f"{words.number(point.code_bits, 2)} code bits, {words.number(point.stored_bits, 2)} stored bits"
         )
         c.whisker(px, y(bottom_top[0]), y(bottom_top[1]), css)
-        c.mark(px, y(point.damage.mean), shape, css, tip, {"plan": 6, "random": 2.5, "curve": 3.5}.get(point.kind, 4.5))
+        size = {"plan": 6.0, "random": 2.5, "curve": 3.5}.get(point.kind, 4.5)
+        c.mark(px, y(point.damage.mean), shape, css, tip, size, f' data-point="{escape(point.name)}"')
     named = [p for p in points if _is_uniform(p) or p.kind == "plan"]
     _names(c, [(x(p.total_bytes / unit), y(p.damage.mean), p.name, p.kind == "plan") for p in named])
     return c.svg("Damage against size of the whole model, log damage axis, with 95% intervals")

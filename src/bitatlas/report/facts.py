@@ -10,7 +10,7 @@ import re
 from collections.abc import Iterable
 
 from bitatlas.formats import by_width
-from bitatlas.records import Atlas, AttentionLayer, Baseline, Finding, Layer, Measured, Module, TaskPair, Zone
+from bitatlas.records import Atlas, AttentionLayer, Baseline, Finding, Layer, Measured, Module, Plan, TaskPair, Zone
 from bitatlas.words import NOT_MEASURED, interval, listed, named_layers, number, p_value, percent, runs
 
 SHOWN_LAYERS = 8  # of a drawing with one box a layer; the tables list all
@@ -136,13 +136,16 @@ def sparsity_of(atlas: Atlas, layer: int) -> float | None:
 
 def bits_of(atlas: Atlas, modules: Iterable[Module]) -> float | None:
     """Mean code bits that the plan gives to these modules, per weight; None without a plan or a listed module."""
-    if atlas.plan is None:
-        return None
+    return None if atlas.plan is None else mean_bits(atlas.plan, modules)
+
+
+def mean_bits(plan: Plan, modules: Iterable[Module]) -> float | None:
+    """Mean code bits that a plan gives to these modules, per weight; None where it lists none of them."""
     bits = weights = 0
     for module in modules:
-        name = atlas.plan.modules.get(module.name, "")
-        if name in atlas.plan.formats:
-            bits += module.weights * atlas.plan.formats[name].bits
+        name = plan.modules.get(module.name, "")
+        if name in plan.formats:
+            bits += module.weights * plan.formats[name].bits
             weights += module.weights
     return bits / weights if weights else None
 

@@ -12,7 +12,7 @@ from markupsafe import Markup
 
 from bitatlas import words
 from bitatlas.records import Atlas
-from bitatlas.report import charts, facts, heat, prediction, tasks
+from bitatlas.report import charts, facts, heat, prediction, tasks, why
 
 WIDE, HALF, NARROW = 960, 460, 350  # px of a chart across the page, of one of two, and on a phone
 
@@ -93,7 +93,8 @@ def _plan(atlas: Atlas) -> dict[str, Sketch]:
         lines = "one line joins the uniform formats, the other the plans found at each size"
     size = f"Lower left is better. Bars: 95% intervals; {lines}.{added}"
     others = "None of them is larger than the plan. Bars: 95% intervals."
-    bits = "Layers and kinds of module; the stronger the colour, the more bits."
+    bits = "Layers and kinds of module; the stronger the colour, the more bits. Each cell says why."
+    bits += f" {why.basis(atlas)}" if atlas.units or atlas.unit_damage else ""
     return {
         "size": Sketch(charts.size_damage, "Damage against size", size, PLANS),
         "baselines": Sketch(charts.baselines, "The plan and plans that anybody could have made", others),

@@ -7,21 +7,37 @@ Left out: one cell a module; the Parquet tables have every module.
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
 from markupsafe import Markup, escape
 
 from bitatlas import words
-from bitatlas.records import Atlas, Module
+from bitatlas.records import Atlas, Module, Plan
 from bitatlas.report import facts, svg
 from bitatlas.report.svg import Canvas
+from bitatlas.report.why import Steps, steps_of
+
+KEPT = "kept as it is"
+
+
+def shade(bits: float, widest: float) -> tuple[float, str]:
+    """How strong a cell of so many bits is, and the class of the number on it."""
+    depth = min(0.92, 0.1 + 0.8 * max(0.0, bits - 1.5) / max(0.5, widest - 1.5))
+    return depth, "on-dark" if depth > 0.62 else "on-light"
+
+
+def bits_text(bits: float) -> str:
+    """Bits as a cell says them: 2, or 2.5 where several modules share it."""
+    return words.number(bits, 0 if abs(bits - round(bits)) < 0.005 else 1)
 
 
 def bits_cell(c: Canvas, x: float, y: float, width: float, height: float, bits: float, widest: float, room: float) -> None:
     """A cell, darker for more bits, with the number where it fits."""
-    depth = min(0.92, 0.1 + 0.8 * max(0.0, bits - 1.5) / max(0.5, widest - 1.5))
+    depth, css = shade(bits, widest)
     c.rect(x, y, width, height, "bits", f' fill-opacity="{depth:.2f}"')
-    text = words.number(bits, 0 if abs(bits - round(bits)) < 0.005 else 1)
+    text = bits_text(bits)
     if len(text) * svg.GLYPH <= room:
-        c.text(x + width / 2, y + height / 2 + 4, text, "on-dark" if depth > 0.62 else "on-light", "middle")
+        c.text(x + width / 2, y + height / 2 + 4, text, css, "middle")
 
 
 def plan_map(atlas: Atlas, width: int) -> Markup | None:
@@ -29,16 +45,56 @@ def plan_map(atlas: Atlas, width: int) -> Markup | None:
     if atlas.plan is None or not atlas.modules:
         return None
     grid = _Grid(atlas, width)
-    widest = max((fmt.bits for fmt in atlas.plan.formats.values()), default=8)
-    for layer, kind, x, y in grid.cells():
-        bits = facts.bits_of(atlas, grid.members[layer, kind])
+    said = cells_of(atlas)
+    raises = said.raises(atlas.plan)
+    for number, (layer, kind, x, y) in enumerate(grid.cells()):
+        members = grid.members[layer, kind]
+        bits = facts.bits_of(atlas, members)
         if bits is None:
             continue
-        names = {atlas.plan.modules.get(m.name, "kept as it is") for m in grid.members[layer, kind]}
-        grid.tip(f"Layer {layer}, {kind}: {', '.join(sorted(names))}")
-        bits_cell(grid.canvas, x, y, grid.cell_w, grid.cell_h, bits, max(4, widest), grid.cell_w - 4)
+        grid.tip(said.words(number, atlas.plan, raises), f' data-cell="{number}"')
+        bits_cell(grid.canvas, x, y, grid.cell_w, grid.cell_h, bits, widest_bits(atlas), grid.cell_w - 4)
         grid.canvas.add("</g>")
     return grid.canvas.svg(f"The plan's bits for {len(grid.layers)} layers and {len(grid.kinds)} kinds of module")
+
+
+def widest_bits(atlas: Atlas) -> int:
+    """What the strongest shade stands for: the widest format that a plan could have, at least 4 bits."""
+    return max(4, *(fmt.bits for fmt in atlas.formats.values()))
+
+
+@dataclass(frozen=True)
+class Cells:
+    """The cells of the map in the order in which they are drawn: (layer, kind), modules. `steps`: None where units were not measured."""
+
+    keys: list[tuple[int, str]]
+    members: list[list[Module]]
+    steps: Steps | None
+
+    def words(self, number: int, plan: Plan, raises: list[tuple[str, str]]) -> str:
+        """What a cell says of a plan with these `raises`: its formats, and why."""
+        (layer, kind), modules = self.keys[number], self.members[number]
+        names = sorted({plan.modules.get(module.name, KEPT) for module in modules})
+        units, reason = {module.unit for module in modules}, ""
+        if self.steps and len(units) == 1 and names[0] in self.steps.formats:
+            reason = " " + self.steps.sentence(units.pop(), self.steps.formats.index(names[0]), raises)
+        return f"Layer {layer}, {kind}: {', '.join(names)}.{reason}"
+
+    def raises(self, plan: Plan) -> list[tuple[str, str]]:
+        """The best uses of more bytes in a plan."""
+        if self.steps is None:
+            return []
+        units = {module.unit: plan.modules.get(module.name, "") for modules in self.members for module in modules}
+        return self.steps.raises(
+            {unit: self.steps.formats.index(name) for unit, name in units.items() if name in self.steps.formats}
+        )
+
+
+def cells_of(atlas: Atlas) -> Cells:
+    """The cells of an atlas: layer by layer, kinds in the order in which they come."""
+    grid = _Grid(atlas, 960)
+    keys = [(layer, kind) for layer, kind, _, _ in grid.cells()]
+    return Cells(keys, [grid.members[key] for key in keys], steps_of(atlas))
 
 
 def damage_base(atlas: Atlas) -> tuple[str, str] | None:
@@ -149,6 +205,6 @@ class _Grid:
                     found.append((layer, kind, x, y))
         return found
 
-    def tip(self, words: str) -> None:
+    def tip(self, words: str, extra: str = "") -> None:
         """Open a cell's group with its words; the caller closes it."""
-        self.canvas.add(f'<g class="tip"><title>{escape(words)}</title>')
+        self.canvas.add(f'<g class="tip"{extra}><title>{escape(words)}</title>')

@@ -20,7 +20,7 @@ from markupsafe import Markup, escape
 from bitatlas import words
 from bitatlas.files import write_text
 from bitatlas.records import Atlas, Measured
-from bitatlas.report import advice, diagram, facts, panels
+from bitatlas.report import advice, budget, diagram, facts, panels, slider
 from bitatlas.report.cards import LINK_NOTE
 from bitatlas.report.figures import figures
 from bitatlas.report.markdown import markdown
@@ -43,17 +43,22 @@ class Tile:
 
 def html(atlas: Atlas) -> str:
     """The whole of report.html; same atlas, same text."""
-    script = _asset("report.js")
+    script = f"{_asset('report.js')}\n{_asset('budget.js')}"
     digest = base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()
     environment = Environment(autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True)
     environment.filters["kept"] = keep_together
     template = environment.from_string(_read("templates", "report.html.j2"))
+    at, beside = budget.stops(atlas), budget.memory(atlas)
     page = template.render(
         atlas=atlas,
         title=facts.title_of(atlas),
         formats=facts.formats_text(atlas),
         answer=advice.answer(atlas),
         tiles=_tiles(atlas),
+        stops=at,
+        own=next((place for place, stop in enumerate(at) if stop.plan is atlas.plan), 0),
+        memory=beside,
+        slider=slider.data(atlas, at, beside),
         figures=figures(atlas),
         rows=diagram.rows(atlas),
         link_note=LINK_NOTE,

@@ -134,8 +134,8 @@ class Canvas:
         steps = " ".join(f"{'M' if i == 0 else 'L'}{_px(x)} {_px(y)}" for i, (x, y) in enumerate(points))
         self.add(f'<path class="{css}" d="{steps}"/>')
 
-    def mark(self, x: float, y: float, shape: str, css: str, words: str = "", size: float = 5) -> None:
-        """A circle, square, diamond or triangle, with a tooltip and a larger invisible target for it."""
+    def mark(self, x: float, y: float, shape: str, css: str, words: str = "", size: float = 5, extra: str = "") -> None:
+        """A circle, square, diamond or triangle, with a tooltip and a larger invisible target for it. `extra`: attributes."""
         s, d = size, round(1.4 * size, 2)
         shapes = {
             "circle": f'<circle class="{css}" cx="{_px(x)}" cy="{_px(y)}" r="{_px(s)}"/>',
@@ -147,7 +147,7 @@ class Canvas:
             self.add(shapes[shape])
             return
         target = f'<circle class="target" cx="{_px(x)}" cy="{_px(y)}" r="{_px(s + 5)}"/>'
-        self.add(f'<g class="tip"><title>{escape(words)}</title>{target}{shapes[shape]}</g>')
+        self.add(f'<g class="tip"{extra}><title>{escape(words)}</title>{target}{shapes[shape]}</g>')
 
     def whisker(self, x: float, low: float, high: float, css: str, cap: float = 3) -> None:
         """A vertical interval with caps, in px."""
