@@ -12,7 +12,7 @@ import numpy as np
 from bitatlas.evaluation.bootstrap import measured
 from bitatlas.evaluation.items import TASKS
 from bitatlas.evaluation.paired import compare_all
-from bitatlas.files import to_json, write_plans, write_text
+from bitatlas.files import all_or_none, drop_other_plans, to_json, write_plans, write_text
 from bitatlas.findings import LayerRows, TaskEvidence, TaskRows, ablation_record, conclude, insides, shapley_check
 from bitatlas.formats import stored_bytes
 from bitatlas.planning.budget import size_of
@@ -237,12 +237,14 @@ def _line(base: str, target: str, name: str, row: int, value: float, split: str 
 
 
 def write_outputs(out: Path, atlas: Atlas, tables: Mapping[str, Lines]) -> None:
-    """All files of a finished survey: tables first, the reports last, each written beside and renamed."""
+    """All files of a finished survey, together: where one cannot be written, those of an earlier run stay as they were."""
     from bitatlas.report.html import write_reports
 
-    write_tables(out / "tables", tables)
-    write_text(out / "atlas.json", to_json(atlas))
-    if atlas.plan:
-        write_text(out / "plan.json", to_json(atlas.plan))
-    write_plans(out, atlas.plans)
-    write_reports(atlas, out)
+    with all_or_none(out) as folder:
+        write_tables(folder / "tables", tables)
+        write_text(folder / "atlas.json", to_json(atlas))
+        if atlas.plan:
+            write_text(folder / "plan.json", to_json(atlas.plan))
+        write_plans(folder, atlas.plans)
+        write_reports(atlas, folder)
+    drop_other_plans(out, atlas.plans)

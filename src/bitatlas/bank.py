@@ -3,7 +3,7 @@
 One safetensors file a module and format: packed codes, scales, zero-points (or a runtime's own blocks), in exactly the bytes that `formats.stored_bytes` counts.
 A bank belongs to the weights, the quantizer and, where the quantizer uses them, the rows it was fitted on; its folder is named after
 these, so banks of several quantizers lie side by side and none is taken for another. Each file is written beside and renamed: an
-interrupted run goes on with the next module, and a damaged file is made again.
+interrupted run goes on with the next module. Each carries a hash of what it holds: a damaged or changed file is made again.
 
 Unpacked codes of the last used modules are kept in memory. Without a folder everything stays in memory.
 Left out: weights for runtimes (their layouts differ; see `export`), and more than one process writing at a time.
@@ -12,21 +12,21 @@ Left out: weights for runtimes (their layouts differ; see `export`), and more th
 from __future__ import annotations
 
 import json
-import os
 from collections import OrderedDict
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 
 from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from bitatlas.errors import UserError
+from bitatlas.files import write_text
 from bitatlas.formats import FORMATS, Format, stored_bytes
 from bitatlas.journal import content_key
 from bitatlas.quantizers import get_quantizer
 from bitatlas.quantizers.codes import Blocks, Codes, from_tensors, to_tensors
 from bitatlas.records import Module, Plan
+from bitatlas.sealed import load_sealed, save_sealed
 from bitatlas.swap import swapped, weight_of
 from bitatlas.tokens import rows_sha256
 
@@ -141,26 +141,20 @@ class Bank:
 
     def _read(self, key: Key) -> Codes | Blocks:
         out, width = self._reference[key[0]].shape
-        return from_tensors(load_file(self._file(key)), self.formats[key[1]], (out, width))
+        return from_tensors(load_sealed(self._file(key), " ".join(key)), self.formats[key[1]], (out, width))
 
     def _write(self, key: Key, codes: Codes | Blocks) -> None:
         file = self._file(key)
         file.parent.mkdir(parents=True, exist_ok=True)
         self._describe()
-        tensors = to_tensors(codes, self.formats[key[1]])
-        beside = file.with_name(f".{file.name}.{os.getpid()}")
-        try:
-            save_file(tensors, beside)
-            os.replace(beside, file)
-        finally:
-            beside.unlink(missing_ok=True)
+        save_sealed(to_tensors(codes, self.formats[key[1]]), file, " ".join(key))
 
     def _describe(self) -> None:
         """For people who look into the folder."""
         assert self.folder is not None
         note = self.folder / "bank.json"
         if not note.exists():
-            note.write_text(json.dumps({"schema": "bitatlas.bank/1", "codes_are_of": self.identity}, indent=1) + "\n")
+            write_text(note, json.dumps({"schema": "bitatlas.bank/1", "codes_are_of": self.identity}, indent=1) + "\n")
 
 
 def disk_bytes(modules: Sequence[Module], formats: Sequence[str]) -> int:

@@ -58,7 +58,7 @@ class Checkpoint:
     modules: list[Module]
     layers_path: str
     files: list[Path]
-    stamps: list[tuple[int, int]]  # of each file, from before it was hashed
+    stamps: list[tuple[int, ...]]  # of each file, from before it was hashed
     notes: list[str] = field(default_factory=list)
 
     def load_model(self, device: str = "cpu", dtype: torch.dtype = torch.float32) -> PreTrainedModel:
@@ -70,9 +70,12 @@ class Checkpoint:
         return _placed(model, device)
 
     def check_unchanged(self) -> None:
-        """UserError where a weights file is no longer the one that was hashed: what is read now is something else."""
+        """UserError where a weights file is no longer the one that was hashed: what is read now is something else.
+
+        Only a file that was touched is hashed again.
+        """
         changed = [file for file, stamp in zip(self.files, self.stamps, strict=True) if _stamp(file) != stamp]
-        if changed:
+        if changed and not (all(file.is_file() for file in self.files) and _sha256(self.files) == self.info.weights_sha256):
             raise UserError(f"{changed[0]}: the file changed while it was in use; start again once it is whole")
 
     def skeleton(self) -> nn.Module:
@@ -288,13 +291,13 @@ def _describe(
     )
 
 
-def _stamp(file: Path) -> tuple[int, int]:
-    """Size and time of the last change, ns; nothing for a file that is gone."""
+def _stamp(file: Path) -> tuple[int, ...]:
+    """What a write changes, the times in ns; nothing for a file that is gone. The second time cannot be set by anyone."""
     try:
         status = file.stat()
     except OSError:
-        return (0, 0)
-    return status.st_size, status.st_mtime_ns
+        return ()
+    return status.st_ino, status.st_size, status.st_mtime_ns, status.st_ctime_ns
 
 
 def _sha256(files: list[Path]) -> str:

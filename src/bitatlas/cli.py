@@ -11,7 +11,7 @@ import sys
 from collections.abc import Callable
 from typing import Annotated, Any, NoReturn
 
-from bitatlas.errors import UserError
+from bitatlas.errors import UserError, file_trouble
 
 INTERRUPTED = "bitatlas: interrupted; what was measured is kept: run the same command with --resume to go on"
 try:
@@ -32,9 +32,6 @@ app = typer.Typer(
 
 # What typer raises for wrong words on the command line: click's own class, or typer's copy of it.
 WrongUse: Any = next(kind for kind in typer.BadParameter.__mro__ if kind.__name__ == "ClickException")
-CANNOT_BE_USED = (
-    errno.ENOSPC, errno.EACCES, errno.EROFS, errno.EPERM, errno.EDQUOT, errno.ENAMETOOLONG, errno.ENOTDIR, errno.EISDIR, errno.ENOENT,
-)  # fmt: skip
 TYPER_INTERRUPTED = 130  # the exit code that typer makes of Ctrl-C
 
 
@@ -67,9 +64,10 @@ def main() -> None:
         if error.errno == errno.EPIPE:  # the reader of the output went away, like `head`
             os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
             raise SystemExit(1) from None
-        if error.errno not in CANNOT_BE_USED:
+        line = file_trouble(error)
+        if line is None:
             raise
-        _end(f"bitatlas: {error.filename or 'a file'}: {(error.strerror or 'cannot be used').lower()}", 2)
+        _end(f"bitatlas: {line}", 2)
     if code == TYPER_INTERRUPTED:
         _end(INTERRUPTED if sys.argv[1:2] == ["survey"] else "bitatlas: interrupted", 1)
     raise SystemExit(code)

@@ -18,7 +18,7 @@ from pathlib import Path
 import numpy as np
 
 from bitatlas.errors import UserError
-from bitatlas.files import read_record, to_json, write_plans, write_text
+from bitatlas.files import all_or_none, drop_other_plans, plan_place, read_record, to_json, write_plans, write_text
 from bitatlas.planning.budget import size_range
 from bitatlas.planning.judge import CURVE, Judged, curve_point, judge
 from bitatlas.planning.replan import scores_of, subject_of
@@ -48,16 +48,24 @@ def trace_curve(folder: Path, points: int, model: str | None, device: str | None
     run = reopen(folder, atlas, model, device, reporter)
     with closing(run.journal):
         judged = _judged_plans(run, atlas, points)
+    run.checkpoint.check_unchanged()
     plans = [one.plan for one in judged]
     done = replace(
         atlas, curve=[*(point for point in atlas.curve if point.kind != CURVE), *map(curve_point, judged)], plans=plans
     )
-    files = write_plans(folder, plans)
-    write_text(folder / "atlas.json", to_json(done))
+    _write(folder, done)
+    return Curve(done, [(plan, folder / plan_place(plan)) for plan in plans])
+
+
+def _write(folder: Path, atlas: Atlas) -> None:
+    """The plans, the atlas and the reports, together; plans of an earlier curve go."""
     from bitatlas.report.html import write_reports
 
-    write_reports(done, folder)
-    return Curve(done, list(zip(plans, files, strict=True)))
+    with all_or_none(folder) as place:
+        write_plans(place, atlas.plans)
+        write_text(place / "atlas.json", to_json(atlas))
+        write_reports(atlas, place)
+    drop_other_plans(folder, atlas.plans)
 
 
 def short_curve(run: Run, tools: Tools, most_critical: list[int], own: Plan) -> list[Judged]:

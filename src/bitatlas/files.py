@@ -8,8 +8,10 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
 from typing import TypeVar
@@ -18,6 +20,7 @@ from bitatlas.errors import UserError
 from bitatlas.records import ATLAS_SCHEMA, PLAN_SCHEMA, Atlas, Plan
 
 CURVE_FOLDER = "curve"  # of a survey's folder: verified plans at other sizes
+PARTIAL = ".partial"  # folder of files on their way, in the one that they go to
 Record = TypeVar("Record", Plan, Atlas)
 
 
@@ -79,28 +82,59 @@ def plan_place(plan: Plan) -> str:
     return f"{CURVE_FOLDER}/plan-{plan.budget.value:.0f}.json"
 
 
-def write_plans(folder: Path, plans: Sequence[Plan]) -> list[Path]:
-    """The curve's plans as files, in the place of those that were there; no new folder for none."""
+def write_plans(folder: Path, plans: Sequence[Plan]) -> None:
+    """The curve's plans as files; no new folder for none."""
     if plans:
         (folder / CURVE_FOLDER).mkdir(exist_ok=True)
-    for old in (folder / CURVE_FOLDER).glob("plan-*.json"):
+    for plan in plans:
+        write_text(folder / plan_place(plan), to_json(plan))
+
+
+def drop_other_plans(folder: Path, plans: Sequence[Plan]) -> None:
+    """Away with the plans of an earlier curve."""
+    for old in set((folder / CURVE_FOLDER).glob("plan-*.json")) - {folder / plan_place(plan) for plan in plans}:
         old.unlink()
-    files = [folder / plan_place(plan) for plan in plans]
-    for plan, file in zip(plans, files, strict=True):
-        write_text(file, to_json(plan))
-    return files
 
 
 def write_text(path: Path, text: str) -> None:
     """Write beside, then rename: a reader never sees half a file."""
-    handle, beside = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
+    with writing(path):
+        handle, beside = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
+        try:
+            with os.fdopen(handle, "w", encoding="utf-8") as file:
+                file.write(text)
+                file.flush()
+                os.fsync(file.fileno())
+            os.chmod(beside, 0o644)
+            os.replace(beside, path)
+        except BaseException:
+            Path(beside).unlink(missing_ok=True)
+            raise
+
+
+@contextmanager
+def writing(path: Path) -> Iterator[None]:
+    """What goes wrong in the block goes wrong with `path`: a full disk's error does not say which file it was."""
     try:
-        with os.fdopen(handle, "w", encoding="utf-8") as file:
-            file.write(text)
-            file.flush()
-            os.fsync(file.fileno())
-        os.chmod(beside, 0o644)
-        os.replace(beside, path)
-    except BaseException:
-        Path(beside).unlink(missing_ok=True)
-        raise
+        yield
+    except OSError as error:
+        raise OSError(error.errno, os.strerror(error.errno) if error.errno else str(error), str(path)) from None
+
+
+@contextmanager
+def all_or_none(folder: Path) -> Iterator[Path]:
+    """A folder to write files to, which go to their places in `folder` together when the block ends well.
+
+    If it does not, as on a full disk, `folder` stays as it was. What a killed process left is removed by the next.
+    """
+    beside = folder / PARTIAL
+    shutil.rmtree(beside, ignore_errors=True)
+    beside.mkdir()
+    try:
+        yield beside
+        for file in sorted(file for file in beside.rglob("*") if file.is_file()):
+            place = folder / file.relative_to(beside)
+            place.parent.mkdir(parents=True, exist_ok=True)
+            os.replace(file, place)
+    finally:
+        shutil.rmtree(beside, ignore_errors=True)

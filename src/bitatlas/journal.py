@@ -9,13 +9,14 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 import sqlite3
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from bitatlas.errors import UserError
+from bitatlas.errors import MAKE_ROOM, UserError
 
 VERSION = 2  # raise it when a measurement's meaning changes: older entries are then not found
 
@@ -35,6 +36,8 @@ class Journal:
 
     def __init__(self, path: Path | None):
         self.path = path
+        if path and path.parent.is_dir() and not os.access(path.parent, os.W_OK):
+            raise UserError(f"{path.parent}: is read-only, but the run's journal goes there; choose another --out, or copy the folder")
         with self._told():
             self._db = sqlite3.connect(path or ":memory:", timeout=1)
         try:
@@ -68,6 +71,8 @@ class Journal:
                 raise UserError(
                     f"{self.path}: another program has the run's journal open (a second bitatlas?); wait for it, or choose another --out"
                 ) from None
+            if getattr(error, "sqlite_errorcode", None) == sqlite3.SQLITE_FULL:
+                raise UserError(f"{self.path}: no space left on the disk; {MAKE_ROOM}") from None
             raise self._unusable(error) from None
 
     def _unusable(self, reason: object) -> UserError:

@@ -106,4 +106,6 @@ def protect_folder(folder: Path, budget: Budget, model: str | None, device: str 
     critical = [layer.layer for layer in sorted(atlas.layers, key=lambda layer: -layer.criticality.mean)]
     with closing(run.journal):
         check_protected(run)
-        return protect_plan(run, tools_of(run, scores_of(atlas)), critical).plan
+        judged = protect_plan(run, tools_of(run, scores_of(atlas)), critical)
+    run.checkpoint.check_unchanged()
+    return judged.plan

@@ -109,6 +109,7 @@ def _survey(run: Run) -> Atlas:
         others=others,
     )
     atlas = assemble(run.checkpoint.info, modules, rows.info, settings, versions(), found)
+    run.checkpoint.check_unchanged()
     with reporter.stage("writing the report"):
         write_outputs(out, atlas, tables_of(atlas, found))
     return atlas

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -10,16 +9,14 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from bitatlas.files import writing
+
 
 def write_tables(folder: Path, tables: Mapping[str, Sequence[Mapping[str, Any]]]) -> None:
-    """Write `folder`/NAME.parquet for each table with lines in it; beside first, then renamed."""
+    """Write `folder`/NAME.parquet for each table with lines in it."""
     folder.mkdir(parents=True, exist_ok=True)
     for name, lines in tables.items():
         if not lines:
             continue
-        beside = folder / f".{name}.parquet.part"
-        try:
-            pq.write_table(pa.Table.from_pylist(list(lines)), beside)
-            os.replace(beside, folder / f"{name}.parquet")
-        finally:
-            beside.unlink(missing_ok=True)
+        with writing(folder / f"{name}.parquet"):
+            pq.write_table(pa.Table.from_pylist(list(lines)), folder / f"{name}.parquet")
