@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import dataclasses
 import math
+import tempfile
 from pathlib import Path
 
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from safetensors import SafetensorError
 from safetensors.torch import load_file
 
 from bitatlas import bank as bank_file
@@ -18,6 +20,7 @@ from bitatlas.checkpoint import open_checkpoint
 from bitatlas.formats import FORMATS, stored_bytes
 from bitatlas.packing import pack, packed_bytes, unpack
 from bitatlas.quantizers import QUANTIZERS
+from bitatlas.sealed import load_sealed, save_sealed
 from bitatlas.swap import swapped
 from tiny import make_checkpoint
 
@@ -95,6 +98,43 @@ def test_nothing_is_quantized_twice_and_a_damaged_file_is_made_again(opened, tmp
     again.fill(["int2_g32"])
     again.weights(dict.fromkeys(modules, "int2_g32"))
     assert asked == [(modules[3], "int2_g32"), (modules[5], "int2_g32")]
+
+
+@settings(deadline=None, max_examples=150)
+@given(st.integers(0, 10**9), st.integers(0, 7))
+def test_a_changed_bit_is_never_computed_with(place: int, bit: int):
+    """Wherever it is in a bank's file: the same tensors are read, or none. Without the hash most of these would be other weights."""
+    tensors = {"codes": torch.arange(200, dtype=torch.uint8), "scale": torch.ones(3, 2, dtype=torch.float16)}
+    with tempfile.TemporaryDirectory() as folder:
+        file = Path(folder) / "m.safetensors"
+        save_sealed(tensors, file, "m int2_g32")
+        content = bytearray(file.read_bytes())
+        content[place % len(content)] ^= 1 << bit
+        file.write_bytes(content)
+        try:
+            found = load_sealed(file, "m int2_g32")
+        except (SafetensorError, ValueError):
+            return
+        assert found.keys() == tensors.keys() and all(torch.equal(found[key], tensors[key]) for key in tensors)
+
+
+def test_a_file_of_another_module_is_not_taken_for_it(tmp_path: Path):
+    save_sealed({"codes": torch.zeros(3)}, tmp_path / "m", "first int2_g32")
+    with pytest.raises(ValueError, match="something else than was written"):
+        load_sealed(tmp_path / "m", "second int2_g32")
+
+
+def test_a_changed_byte_in_the_bank_is_made_again(opened, tmp_path: Path):
+    checkpoint, model = opened
+    modules = [module.name for module in checkpoint.modules]
+    bank = Bank(model, modules, "rtn", folder=tmp_path / "bank")
+    bank.fill(["int2_g32"])
+    file = bank._file((modules[2], "int2_g32"))
+    whole = file.read_bytes()
+    file.write_bytes(whole[:-7] + bytes([whole[-7] ^ 16]) + whole[-6:])
+    again = Bank(model, modules, "rtn", folder=tmp_path / "bank")
+    assert torch.equal(again.codes(modules[2], "int2_g32").weight(), bank.codes(modules[2], "int2_g32").weight())
+    assert file.read_bytes() == whole
 
 
 def test_banks_of_other_weights_or_rows_are_not_taken_for_this_one(opened, tmp_path: Path):

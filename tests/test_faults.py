@@ -83,7 +83,9 @@ def fill(disk: Path) -> None:
 def written(out: Path) -> dict[str, bytes]:
     """Everything but the journal."""
     return {
-        str(f.relative_to(out)): f.read_bytes() for f in sorted(out.rglob("*")) if f.is_file() and not f.name.startswith("run.sqlite")
+        str(f.relative_to(out)): f.read_bytes()
+        for f in sorted(out.rglob("*"))
+        if f.is_file() and not f.name.startswith("run.sqlite")
     }
 
 
@@ -158,7 +160,10 @@ def test_a_read_only_disk_is_one_line(disk: Path, tiny_llama: Path, text: Path, 
     before = written(disk / "out")
     subprocess.run(["mount", "-o", "remount,ro", disk], check=True)
     tries = [[*words, "--resume"], command(tiny_llama, text, disk / "other"), ["report", str(disk / "out")]]
-    tries += [["plan", str(disk / "out"), "--code-bits", "2.5"], ["plan", str(disk / "out"), "--curve", "--points", "1", "--quiet"]]
+    tries += [
+        ["plan", str(disk / "out"), "--code-bits", "2.5"],
+        ["plan", str(disk / "out"), "--curve", "--points", "1", "--quiet"],
+    ]
     tries += [["apply", str(tiny_llama), str(disk / "out" / "plan.json"), "--out", str(disk / "packed"), "--quiet"]]
     for one in tries:
         code, line = run(one, monkeypatch, capsys)
@@ -199,7 +204,7 @@ def test_weights_that_change_before_the_report_are_told(tiny_llama: Path, text: 
 
     words = command(model, text, tmp_path / "out")
     with monkeypatch.context() as patch:
-        at_stage(patch, "layers", change)
+        at_stage(patch, "uniform widths", change)
         code, line = run(words, patch, capsys)
     assert (code, line.count("\n")) == (2, 1) and "changed while it was in use" in line
     assert not [name for name in OUTPUTS if (tmp_path / "out" / name).exists()]

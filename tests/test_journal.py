@@ -86,6 +86,45 @@ def test_a_changed_byte_is_told_or_harmless(tmp_path: Path):
     assert told > 75  # the hash is what tells of a changed value: without it most of these would pass for measurements
 
 
+KILLED = """
+import os, sys, pathlib, bitatlas.journal as j
+journal = j.Journal(pathlib.Path(sys.argv[1]))
+for n in range(40):
+    journal.put(j.content_key(n), "damage", [n / m for m in range(1, 100)])
+os._exit(9)
+"""
+
+
+def test_what_a_killed_process_left_is_read_and_damage_to_it_told(tmp_path: Path):
+    """The last writes lie in a file beside the journal: cut short, or changed anywhere, it holds what it held or less."""
+    whole = tmp_path / "run.sqlite"
+    subprocess.run([sys.executable, "-c", KILLED, str(whole)], check=False)
+    main, log = whole.read_bytes(), (tmp_path / "run.sqlite-wal").read_bytes()
+    assert len(log) > 40 * 4096
+    values = {content_key(n): [n / m for m in range(1, 100)] for n in range(40)}
+    assert read_all(whole, list(values)) == (values, "")
+    chance, seen = random.Random(1), set()
+    for number in range(60):
+        place, content = tmp_path / f"{number}" / "run.sqlite", bytearray(log)
+        place.parent.mkdir()
+        if number % 2:
+            content = content[: chance.randrange(len(content))]
+        else:
+            content[chance.randrange(len(content))] ^= 1 << chance.randrange(8)
+        place.write_bytes(b"" if number % 7 == 0 else main)
+        place.with_name("run.sqlite-wal").write_bytes(content)
+        found, line = read_all(place, list(values))
+        assert not line or ("journal cannot be used" in line and "\n" not in line)
+        assert all(value is None or value == values[key] for key, value in found.items()), number
+        seen.add(sum(value is not None for value in found.values()))
+    assert len(seen) > 10  # some keep more, some less
+
+
+def test_an_empty_file_is_an_empty_journal(tmp_path: Path):
+    (tmp_path / "run.sqlite").touch()
+    assert Journal(tmp_path / "run.sqlite").count() == 0
+
+
 def test_one_process_at_a_time(tmp_path: Path):
     journal = Journal(tmp_path / "run.sqlite")
     code = "import sys, pathlib, bitatlas.journal as j; j.Journal(pathlib.Path(sys.argv[1]))"

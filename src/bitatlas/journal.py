@@ -37,7 +37,9 @@ class Journal:
     def __init__(self, path: Path | None):
         self.path = path
         if path and path.parent.is_dir() and not os.access(path.parent, os.W_OK):
-            raise UserError(f"{path.parent}: is read-only, but the run's journal goes there; choose another --out, or copy the folder")
+            raise UserError(
+                f"{path.parent}: is read-only, but the run's journal goes there; choose another --out, or copy the folder"
+            )
         with self._told():
             self._db = sqlite3.connect(path or ":memory:", timeout=1)
         try:
