@@ -79,4 +79,5 @@ Margin = Annotated[
 Device = Annotated[str, typer.Option("--device", callback=not_empty, help="cpu, cuda, mps or auto.")]
 Revision = Annotated[str | None, typer.Option("--revision", callback=not_empty, help="Hub revision.")]
 Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="No progress on stderr.")]
+Json = Annotated[bool, typer.Option("--json", help="For scripts: one JSON object on stdout instead of tables.")]
 Seed = Annotated[int, typer.Option("--seed", help="Seed of everything drawn at random.")]

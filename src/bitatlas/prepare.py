@@ -79,7 +79,9 @@ def tools_of(run: Run, scores: Scores) -> Tools:
 
     def on_select(plans: Mapping[str, np.ndarray]) -> dict[str, float]:
         found = run.measure({name: assignment_of(units, subject.formats, choice) for name, choice in plans.items()}, "select")
-        return {name: float(rows.mean()) for name, rows in found.items()}
+        damage = {name: float(rows.mean()) for name, rows in found.items()}
+        run.reporter.found("best of the last plans, select rows", f"{number(min(damage.values()))} nats/token")
+        return damage
 
     if not run.settings.refine:
         return Tools(scores, on_select)

@@ -1,13 +1,30 @@
-"""Show what a long run is doing: a bar with the time left on a terminal, one plain line a stage elsewhere."""
+"""Show what a long run is doing: on a terminal a bar over what was found so far, one plain line a stage elsewhere.
+
+The live part of a terminal is redrawn while a stage runs and gone after it; what is said stays. Left out: a time for the whole run,
+since later stages depend on what earlier ones find.
+"""
 
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 
-from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from rich.console import Console, RenderableType
+from rich.progress import (  # fmt: skip
+    BarColumn,
+    MofNCompleteColumn,
+    Progress,
+    ProgressColumn,
+    Task,
+    TextColumn,
+    TimeElapsedColumn,
+    TimeRemainingColumn,
+)
+from rich.table import Table
+from rich.text import Text
+
+from bitatlas.words import number
 
 Advance = Callable[[int, int], None]
 
@@ -15,32 +32,57 @@ Advance = Callable[[int, int], None]
 class Reporter:
     """Progress on stderr, so that stdout holds results alone."""
 
-    def __init__(self, quiet: bool = False):
-        self.console = Console(stderr=True, quiet=quiet, highlight=False)
+    def __init__(self, quiet: bool = False, console: Console | None = None):
+        self.console = console or Console(stderr=True, quiet=quiet, highlight=False)
+        self.start = time.monotonic()
+        self.results: dict[str, str] = {}  # what was found so far, by name
 
     def say(self, text: str) -> None:
         self.console.print(text, markup=False, soft_wrap=True)
+
+    def found(self, name: str, text: str) -> None:
+        """A result of the run so far: stands under the bar on a terminal until another of its name comes, a line elsewhere."""
+        if self.results.get(name) == text:
+            return
+        self.results[name] = text
+        if not self.console.is_terminal:
+            self.say(f"{name}: {text}")
 
     @contextmanager
     def stage(self, name: str) -> Iterator[Advance]:
         """Yields `advance(done, total)`; safe to never call."""
         start = time.monotonic()
         if self.console.is_terminal and not self.console.quiet:
-            with self._bar() as bar:
-                task = bar.add_task(name, total=None)
-                yield lambda done, total: bar.update(task, completed=done, total=total)
+            with Live(self.console, self.results, self.start) as live:
+                task = live.add_task(name, total=None)
+                yield lambda done, total: live.update(task, completed=done, total=total)
         else:
             yield lambda done, total: None
         self.say(f"{name}: {time.monotonic() - start:.1f} s")
 
-    def _bar(self) -> Progress:
-        return Progress(
-            TextColumn("{task.description}"),
-            BarColumn(bar_width=30),
-            MofNCompleteColumn(),
-            TimeElapsedColumn(),
-            TextColumn("left"),
-            TimeRemainingColumn(),
-            console=self.console,
-            transient=True,
-        )
+
+class Live(Progress):
+    """A stage's bar with its pace and the time left for it; under it the results so far and the time of the whole run."""
+
+    def __init__(self, console: Console, results: Mapping[str, str], start: float):
+        self.results, self.run_start = results, start
+        super().__init__(
+            TextColumn("[bold]{task.description}", markup=True), BarColumn(bar_width=30), MofNCompleteColumn(), Pace(),
+            TimeElapsedColumn(), TextColumn("left"), TimeRemainingColumn(), console=console, transient=True,
+        )  # fmt: skip
+
+    def get_renderables(self) -> Iterable[RenderableType]:
+        yield self.make_tasks_table(self.tasks)
+        so_far = Table(box=None, pad_edge=False, show_header=False)
+        for name, text in self.results.items():
+            so_far.add_row(Text(name, "dim"), Text(text))
+        minutes, seconds = divmod(int(time.monotonic() - self.run_start), 60)
+        so_far.add_row(Text("so far", "dim"), Text(f"{minutes}:{seconds:02d}"))
+        yield so_far
+
+
+class Pace(ProgressColumn):
+    """Steps a second, over the last half minute; from rich's own estimate."""
+
+    def render(self, task: Task) -> Text:
+        return Text(f"{number(task.speed)}/s" if task.speed else "", "dim")

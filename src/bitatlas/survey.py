@@ -20,6 +20,7 @@ from torch import Tensor
 
 from bitatlas.assemble import Lines, Measurements, assemble, damage_lines, write_outputs
 from bitatlas.curve import short_curve
+from bitatlas.evaluation.bootstrap import measured
 from bitatlas.evaluation.items import TASKS, chance_level, load_items, task_text
 from bitatlas.evaluation.shards import right_of, score_shards
 from bitatlas.journal import content_key
@@ -42,6 +43,7 @@ from bitatlas.sensitivity.screens import LayerScreen, screen_layers, screen_unif
 from bitatlas.sensitivity.task_text import ROW_LENGTH, ROWS, screen_tasks
 from bitatlas.settings import Settings
 from bitatlas.tokens import cut_rows
+from bitatlas.words import interval
 
 FOCUS_PROBLEMS = 64
 PROFILED_ROWS = 32
@@ -66,6 +68,8 @@ def _survey(run: Run) -> Atlas:
         run.bank.fill(settings.formats, progress)
     weights = profile_weights(run)
     widths = screen_uniform(meter, modules, settings.formats, rows.test, reporter)
+    for name, nats in widths.items():
+        reporter.found(f"uniform {name}", interval(measured(nats, "nats/token", "reference", "test", settings.seed), unit=True))
     layers = screen_layers(meter, modules, low, high, rows.test, reporter)
     kinds = screen_kinds(meter, modules, low, high, rows.test, reporter)
     orders = screen_orders(meter, modules, low, high, rows.test, settings.seed, reporter, not settings.refine)
@@ -77,6 +81,7 @@ def _survey(run: Run) -> Atlas:
     tools = tools_of(run, damage_tables(names, settings.formats, units.damage, units.base))
     most_critical = by_criticality(modules, widths[high], widths[low], layers)
     judged = find_plan(run, tools, most_critical)
+    reporter.found("plan", f"{interval(judged.plan.damage.measured, unit=True)} on test rows")
     others = short_curve(run, tools, most_critical, judged.plan) if settings.curve else []
     calibration = check_prediction(run, tools, judged.plan.modules)
     screens = screen_tasks(meter, modules, settings.formats, task_rows(run), reporter)
@@ -232,5 +237,6 @@ def run_tasks(run: Run, precisions: Assignments) -> tuple[dict[str, dict[str, np
         for precision, assignment in precisions.items():
             answers = score_shards(run, task, items, assignment, precision)
             outcomes[task][precision] = right_of(answers)
+            run.reporter.found(f"{task} ({precision})", f"{outcomes[task][precision].sum()}/{len(answers)} right")
             records += [{"task": task, "precision": precision, **answer} for answer in answers]
     return outcomes, records

@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from bitatlas.options import Device, Quiet, RowCounts, RowLength, Seed, Tokens, not_empty
+from bitatlas.options import Device, Json, Quiet, RowCounts, RowLength, Seed, Tokens, not_empty
 
 
 def verify(
@@ -26,16 +26,18 @@ def verify(
     device: Device = "cpu",
     seed: Seed = 0,
     quiet: Quiet = False,
+    as_json: Json = False,
 ) -> None:
     """Measure a plan, a packed checkpoint, or a GGUF in llama.cpp, against what it promises: size and damage; exit code 1 if it does worse."""
     from bitatlas.progress import Reporter
+    from bitatlas.scripts import print_verification
     from bitatlas.settings import check_seed, parse_rows
     from bitatlas.terminal import show_verification
     from bitatlas.verify import verify_plan
 
     check_seed(seed)
     result = verify_plan(model, plan_file, tokens, parse_rows(rows), row_length, device, seed, Reporter(quiet), tasks, card)
-    show_verification(result)
+    print_verification(result) if as_json else show_verification(result)
     if not result.kept:
         raise typer.Exit(1)
 

@@ -6,7 +6,7 @@ from typing import Annotated
 
 import typer
 
-from bitatlas.options import Device, Limit, Margin, Quiet, RowCounts, RowLength, Seed, TaskData, Tasks, Tokens
+from bitatlas.options import Device, Json, Limit, Margin, Quiet, RowCounts, RowLength, Seed, TaskData, Tasks, Tokens
 
 
 def compare(
@@ -25,17 +25,20 @@ def compare(
     device: Device = "cpu",
     seed: Seed = 0,
     quiet: Quiet = False,
+    as_json: Json = False,
 ) -> None:
     """Two checkpoints or plans on the same rows and items, paired."""
     from bitatlas.compare import compare_models
     from bitatlas.evaluation.no_loss import parse_points
     from bitatlas.progress import Reporter
+    from bitatlas.scripts import print_comparison
     from bitatlas.settings import check_seed, parse_rows
     from bitatlas.terminal import show_comparison
 
     check_seed(seed)
     points = parse_points(margin, "--margin")
     counts = parse_rows(rows)
-    show_comparison(
-        compare_models(first, second, tokens, counts, row_length, tasks, task_data, limit, device, seed, Reporter(quiet), points)
+    result = compare_models(
+        first, second, tokens, counts, row_length, tasks, task_data, limit, device, seed, Reporter(quiet), points
     )
+    print_comparison(result) if as_json else show_comparison(result)

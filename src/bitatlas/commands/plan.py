@@ -14,6 +14,7 @@ from bitatlas.options import (
     Chunk,
     CodeBits,
     Context,
+    Json,
     MaxDamage,
     Protect,
     Quiet,
@@ -48,16 +49,18 @@ def plan(
         str | None, typer.Option("--device", callback=not_empty, help="For --curve and --protect; cpu, cuda, ...")
     ] = None,
     quiet: Quiet = False,
+    as_json: Json = False,
 ) -> None:
     """Another budget, from the atlas alone, in seconds: its damage is predicted, `verify` measures it. Or the whole --curve, measured."""
     from bitatlas.planning.memory import own_context_text
     from bitatlas.planning.replan import replan, write_plan
+    from bitatlas.scripts import print_plan
     from bitatlas.settings import parse_budget
     from bitatlas.terminal import show_plan
 
     budget = parse_budget(code_bits, stored_bits, size, max_damage, vram, context, cache_dtype, batch, chunk, protect or ())
     if curve:
-        _plan_curve(folder, budget or out, points, model, device, quiet)
+        _plan_curve(folder, budget or out, points, model, device, quiet, as_json)
         return
     if points is not None or ((model is not None or device is not None) and not protect):
         raise UserError("--points, --model, --device: belong to --curve (the last two to --protect, too)")
@@ -67,6 +70,9 @@ def plan(
         )
     found = _plan_protecting(folder, budget, model, device, quiet) if protect else replan(folder, budget)
     file = write_plan(found, folder, out)
+    if as_json:
+        print_plan(found, file)
+        return
     if found.budget.workload and context is None:
         print(own_context_text(found.budget.workload))
     show_plan(found)
@@ -80,13 +86,20 @@ def _plan_protecting(folder: Path, budget: Any, model: str | None, device: str |
     return protect_folder(folder, budget, model, device, Reporter(quiet))
 
 
-def _plan_curve(folder: Path, other: Any, points: int | None, model: str | None, device: str | None, quiet: bool) -> None:
+def _plan_curve(
+    folder: Path, other: Any, points: int | None, model: str | None, device: str | None, quiet: bool, as_json: bool
+) -> None:
     from bitatlas.curve import trace_curve
     from bitatlas.files import CURVE_FOLDER
     from bitatlas.progress import Reporter
+    from bitatlas.scripts import print_curve
     from bitatlas.terminal import show_curve
 
     if other is not None:
         raise UserError("--curve: covers all sizes and writes its own files; give no budget and no --out beside it")
-    show_curve(trace_curve(folder, points if points is not None else 7, model, device, Reporter(quiet)))
+    found = trace_curve(folder, points if points is not None else 7, model, device, Reporter(quiet))
+    if as_json:
+        print_curve(found)
+        return
+    show_curve(found)
     print(folder / CURVE_FOLDER)

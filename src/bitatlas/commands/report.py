@@ -7,12 +7,28 @@ from typing import Annotated
 
 import typer
 
+from bitatlas.options import Json
 
-def report(folder: Annotated[Path, typer.Argument(help="Folder of a finished survey.")]) -> None:
+
+def report(
+    folder: Annotated[Path, typer.Argument(help="Folder of a finished survey.")],
+    with_figures: Annotated[
+        bool, typer.Option("--figures", help="Also every figure as SVG and PNG, into FOLDER/figures (extra: figures).")
+    ] = False,
+    as_json: Json = False,
+) -> None:
     """Write report.md and report.html again from atlas.json."""
     from bitatlas.files import read_record
     from bitatlas.records import Atlas
     from bitatlas.report.html import write_reports
+    from bitatlas.report.standalone import write_figures
+    from bitatlas.scripts import print_files
 
-    write_reports(read_record(folder / "atlas.json", Atlas), folder)
-    print(folder / "report.html")
+    atlas = read_record(folder / "atlas.json", Atlas)
+    figures = write_figures(atlas, folder) if with_figures else []
+    write_reports(atlas, folder)
+    files = [folder / "report.html", folder / "report.md", *figures]
+    if as_json:
+        print_files(files)
+        return
+    print(*([files[0], figures[0].parent] if figures else files[:1]), sep="\n")

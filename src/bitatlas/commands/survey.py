@@ -14,6 +14,7 @@ from bitatlas.options import (
     CodeBits,
     Context,
     Device,
+    Json,
     Limit,
     Margin,
     MaxDamage,
@@ -87,6 +88,7 @@ def survey(
     seed: Seed = 0,
     resume: Annotated[bool, typer.Option("--resume", help="Go on with the run in --out.")] = False,
     quiet: Quiet = False,
+    as_json: Json = False,
 ) -> None:
     """Measure a checkpoint, plan its precision, verify the plan, write the report (the main job)."""
     from bitatlas.evaluation.no_loss import parse_points
@@ -102,6 +104,11 @@ def survey(
     )  # fmt: skip
     reporter = Reporter(quiet)
     atlas = run_survey(settings, out, resume, reporter)
+    if as_json:
+        from bitatlas.scripts import print_survey
+
+        print_survey(atlas, out)
+        return
     from bitatlas.terminal import show_summary
 
     if not quiet:
