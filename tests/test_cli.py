@@ -16,6 +16,7 @@ from safetensors.torch import load_file, save_file
 from transformers import BertConfig
 
 import tiny
+from atlas_factory import make_atlas
 from bitatlas import cli
 from bitatlas.checkpoint import open_checkpoint
 from bitatlas.errors import UserError
@@ -346,3 +347,37 @@ def test_plan_of_another_model_is_refused(capsys, monkeypatch, tmp_path: Path, t
     code, _, err = run(capsys, monkeypatch, "verify", other, tmp_path / "plan.json", "--tokens", text)
     assert (code, err.count("\n")) == (2, 1)
     assert "not the weights that the plan was made for" in err
+
+
+def test_json_of_a_plan_and_of_a_report(capsys, monkeypatch, tmp_path: Path):
+    """One object on stdout, nothing else; its records are those of the files."""
+    atlas = make_atlas()
+    (tmp_path / "atlas.json").write_text(to_json(atlas), encoding="utf-8")
+    code, out, err = run(capsys, monkeypatch, "plan", tmp_path, "--code-bits", "3", "--json")
+    told = json.loads(out)
+    assert (code, err, told["schema"]) == (0, "", "bitatlas.planned/1")
+    assert told["plan"] == json.loads(Path(told["file"]).read_text())
+    code, out, err = run(capsys, monkeypatch, "report", tmp_path, "--json")
+    told = json.loads(out)
+    assert (code, err, told["schema"]) == (0, "", "bitatlas.files/1")
+    assert all(Path(file).is_file() for file in told["files"])
+
+
+def test_json_of_a_survey_and_of_its_verification(capsys, monkeypatch, tmp_path: Path, text: Path, tiny_llama: Path):
+    out = tmp_path / "out"
+    code, said, err = run(
+        capsys, monkeypatch, "survey", tiny_llama, *SMALL, "--no-refine", "--tokens", text, "--out", out, "--json"
+    )
+    told, atlas = json.loads(said), json.loads((out / "atlas.json").read_text())
+    assert (code, err, told.pop("schema")) == (0, "", "bitatlas.survey/1")
+    assert all(Path(file).is_file() for file in told.pop("files").values())
+    assert told == {name: atlas[name] for name in told} and told["plan"]["modules"]
+    rows = ["--rows", "8,8,8", "--row-length", "16", "--tokens", text, "--quiet", "--json"]
+    code, said, err = run(capsys, monkeypatch, "verify", tiny_llama, out / "plan.json", *rows)
+    told = json.loads(said)
+    assert (told["schema"], told["kept"], code) == ("bitatlas.verification/1", True, 0)
+    assert told["found"]["size"] == atlas["plan"]["size"] == told["promised"]["size"]
+    code, said, err = run(capsys, monkeypatch, "compare", tiny_llama, out / "plan.json", *rows)
+    told = json.loads(said)
+    assert (told["schema"], code) == ("bitatlas.comparison/1", 0)
+    assert told["damage"]["mean"] > 0 and told["damage"]["rows"] == "test"

@@ -1,16 +1,40 @@
-"""The command line's options that several commands share: their names, types and help texts, each told once."""
+"""The command line's options that several commands share: their names, types and help texts, each told once.
+
+A shell completes values from the names below. They repeat what the registries have, because asking those imports torch, two
+seconds a key press; `tests/test_completion.py` compares them.
+"""
 
 from __future__ import annotations
 
+from collections.abc import Callable, Iterable
 from typing import Annotated
 
 import typer
+
+QUANTIZER_NAMES = ("rtn", "gptq", "hqq", "autoround", "llama.cpp")
+RUNTIME_NAMES = ("vllm", "mlx", "torchao", "llm-compressor", "gptqmodel", "autoround", "exllamav3", "llama.cpp")
+TASK_NAMES = ("demo_problems", "demo_questions", "arc_easy", "arc_challenge", "svamp", "gsm8k")
 
 
 def not_empty(text: str | None) -> str | None:
     if text is not None and not text.strip():
         raise typer.BadParameter("is empty")
     return text
+
+
+def one_of(names: Iterable[str]) -> Callable[[str], list[str]]:
+    """What completes an option's value."""
+    return lambda incomplete: [name for name in names if name.startswith(incomplete)]
+
+
+def some_of(names: Iterable[str]) -> Callable[[str], list[str]]:
+    """The same for a list with commas: its last name is completed."""
+
+    def complete(incomplete: str) -> list[str]:  # typer asks for that name
+        before, comma, last = incomplete.rpartition(",")
+        return [before + comma + name for name in names if name.startswith(last) and name not in before.split(",")]
+
+    return complete
 
 
 CodeBits = Annotated[
@@ -58,7 +82,10 @@ RowLength = Annotated[int, typer.Option("--row-length", help="Tokens in a row.")
 Tasks = Annotated[
     str | None,
     typer.Option(
-        "--tasks", callback=not_empty, help="Tasks, like arc_easy,svamp; or none. Default: the demo's two, else arc_easy,svamp."
+        "--tasks",
+        callback=not_empty,
+        autocompletion=some_of((*TASK_NAMES, "none")),
+        help="Tasks, like arc_easy,svamp; or none. Default: the demo's two, else arc_easy,svamp.",
     ),
 ]
 TaskData = Annotated[

@@ -7,7 +7,9 @@ from typing import Annotated
 
 import typer
 
+from bitatlas.formats import FORMATS
 from bitatlas.options import (
+    QUANTIZER_NAMES,
     Batch,
     CacheDtype,
     Chunk,
@@ -31,6 +33,8 @@ from bitatlas.options import (
     Tokens,
     Vram,
     not_empty,
+    one_of,
+    some_of,
 )
 
 
@@ -42,13 +46,16 @@ def survey(
         typer.Option(
             "--formats",
             callback=not_empty,
+            autocompletion=some_of(FORMATS),
             help="Candidate formats, int{2,3,4,8}_g{32,64,128}[_sym], or llama.cpp's, like q4_0,q8_0. Default: int{2,3,4}_g64 (the demo: _g128).",
         ),
     ] = None,
     quantizer: Annotated[
         str,
         typer.Option(
-            "--quantizer", help="How codes are chosen: rtn, gptq (fitted on the fit rows); hqq, autoround, llama.cpp (extras)."
+            "--quantizer",
+            autocompletion=one_of(QUANTIZER_NAMES),
+            help="How codes are chosen: rtn, gptq (fitted on the fit rows); hqq, autoround, llama.cpp (extras).",
         ),
     ] = "rtn",
     code_bits: CodeBits = None,

@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from bitatlas.options import Quiet, not_empty
+from bitatlas.options import RUNTIME_NAMES, Quiet, not_empty, one_of
 
 
 def apply(
@@ -30,7 +30,10 @@ def export(
     to: Annotated[
         str,
         typer.Option(
-            "--to", callback=not_empty, help="The runtime: mlx, vllm, torchao, gptqmodel, ...; docs/runtimes.md has them all."
+            "--to",
+            callback=not_empty,
+            autocompletion=one_of(RUNTIME_NAMES),
+            help="The runtime: mlx, vllm, torchao, gptqmodel, ...; docs/runtimes.md has them all.",
         ),
     ],
     out: Annotated[Path, typer.Option("--out", help="A new folder for what the runtime reads.")],

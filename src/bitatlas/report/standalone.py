@@ -93,7 +93,9 @@ def _legend(keys: Keys, width: int, top: int) -> tuple[str, int]:
         if x and x + room > width:
             x, lines = 0.0, lines + 1
         y = top + LEGEND * (lines - 1) + 16
-        parts.append(f'<text x="{x:.0f}" y="{y}"><tspan class="key {css}">{shape}</tspan> {escape(meaning)}</text>')
+        parts.append(
+            f'<text class="key {css}" x="{x:.0f}" y="{y}">{shape}</text><text x="{x + 14:.0f}" y="{y}">{escape(meaning)}</text>'
+        )
         x += room
     return "".join(parts), lines
 
