@@ -48,6 +48,6 @@ def test_every_option_that_is_named_exists():
         option
         for command in typer.main.get_command(cli.app).commands.values()
         for parameter in command.params
-        for option in parameter.opts
-    } | {"--no-fuse"}
+        for option in (*parameter.opts, *parameter.secondary_opts)
+    }
     assert set(re.findall(r"(?<![\w-])--[a-z][a-z-]+", README)) <= help_texts

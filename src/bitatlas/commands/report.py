@@ -18,17 +18,18 @@ def report(
     as_json: Json = False,
 ) -> None:
     """Write report.md and report.html again from atlas.json."""
-    from bitatlas.files import read_record
+    from bitatlas.files import all_or_none, read_record
     from bitatlas.records import Atlas
     from bitatlas.report.html import write_reports
     from bitatlas.report.standalone import write_figures
     from bitatlas.scripts import print_files
 
     atlas = read_record(folder / "atlas.json", Atlas)
-    figures = write_figures(atlas, folder) if with_figures else []
-    write_reports(atlas, folder)
-    files = [folder / "report.html", folder / "report.md", *figures]
+    with all_or_none(folder) as place:
+        figures = write_figures(atlas, place) if with_figures else []
+        write_reports(atlas, place)
+    files = [folder / "report.html", folder / "report.md", *(folder / file.relative_to(place) for file in figures)]
     if as_json:
         print_files(files)
         return
-    print(*([files[0], figures[0].parent] if figures else files[:1]), sep="\n")
+    print(*([files[0], files[-1].parent] if figures else files[:1]), sep="\n")
