@@ -100,6 +100,12 @@ class Journal:
             self._db.execute("INSERT OR REPLACE INTO measured VALUES (?, ?, ?, ?)", (key, stage, text, _check(key, text)))
             self._db.commit()
 
+    def entries(self) -> list[tuple[str, str, Any]]:
+        """Everything that was put: key, stage, value."""
+        with self._told():
+            found = self._db.execute("SELECT key, stage, value FROM measured").fetchall()
+        return [(key, stage, json.loads(value)) for key, stage, value in found]
+
     def claim(self, weights_sha256: str, model: str) -> None:
         """Tie the journal to one model; UserError where it already belongs to another."""
         with self._told():
