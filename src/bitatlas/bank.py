@@ -19,6 +19,7 @@ from pathlib import Path
 from safetensors import SafetensorError
 from torch import Tensor, nn
 
+from bitatlas.crew.crew import Crew
 from bitatlas.errors import UserError
 from bitatlas.files import write_text
 from bitatlas.formats import FORMATS, Format, stored_bytes
@@ -65,10 +66,24 @@ class Bank:
         self.folder = folder / f"{quantizer}-{content_key(weights_sha256, self.identity)[:12]}" if folder else None
         self._kept: OrderedDict[Key, Codes | Blocks] = OrderedDict()
         self._kept_bytes = 0
+        self.crew: Crew | None = None
+        self._ready: set[Key] = set()
 
     def fill(self, formats: Sequence[str], progress: Callable[[int, int], None] | None = None) -> None:
         """Quantize whatever is missing of all modules in `formats`."""
-        self._make([(module, name) for module in self._reference for name in formats], progress)
+        self.ready([(module, name) for module in self._reference for name in formats], progress)
+
+    def ready(self, keys: Iterable[Key], progress: Callable[[int, int], None] | None = None) -> None:
+        """All of `keys` (module, format) are made, by the crew where there is one; its workers then find their files."""
+        new = [key for key in keys if key not in self._ready]
+        if self.crew and self.folder:
+            self._describe()
+            missing = self._missing(new)
+            by_names = {tuple(names): [m for m, own in missing.items() if own == names] for names in missing.values()}
+            pieces = [piece for names, own in by_names.items() for piece in self.quantizer.pieces(own, names, self.crew.slots)]
+            self.crew.share("bank", pieces, progress)
+        self._make(new, progress)
+        self._ready.update(new)
 
     def holds(self, assignment: Mapping[str, str]) -> bool:
         """Is all of it there already?"""
@@ -98,12 +113,17 @@ class Bank:
     # --- making what is missing ------------------------------------------------------------------------------------------
 
     def _make(self, keys: Iterable[Key], progress: Callable[[int, int], None] | None = None) -> None:
+        missing = self._missing(keys)
+        for wanted in dict.fromkeys(tuple(names) for names in missing.values()):
+            self._quantize([module for module, names in missing.items() if tuple(names) == wanted], wanted, progress)
+
+    def _missing(self, keys: Iterable[Key]) -> dict[str, list[str]]:
+        """Module -> formats that are neither in memory nor whole on disk."""
         missing: dict[str, list[str]] = {}
         for module, name in keys:
             if (module, name) not in self._kept and not self._readable((module, name)):
                 missing.setdefault(module, []).append(name)
-        for wanted in dict.fromkeys(tuple(names) for names in missing.values()):
-            self._quantize([module for module, names in missing.items() if tuple(names) == wanted], wanted, progress)
+        return missing
 
     def _quantize(self, modules: list[str], names: Sequence[str], progress: Callable[[int, int], None] | None) -> None:
         table = [self.formats[name] for name in names]
@@ -152,6 +172,7 @@ class Bank:
     def _describe(self) -> None:
         """For people who look into the folder."""
         assert self.folder is not None
+        self.folder.mkdir(parents=True, exist_ok=True)
         note = self.folder / "bank.json"
         if not note.exists():
             write_text(note, json.dumps({"schema": "bitatlas.bank/1", "codes_are_of": self.identity}, indent=1) + "\n")

@@ -18,6 +18,7 @@ from pydantic import TypeAdapter
 import bitatlas.demo as demo
 from bitatlas.bank import BANK, Bank, disk_bytes
 from bitatlas.checkpoint import Checkpoint, check_causal, check_finite, free_bytes, open_checkpoint
+from bitatlas.crew.crew import Crew
 from bitatlas.errors import UserError
 from bitatlas.evaluation.items import Item, check_task_names, load_items, split_items, task_text
 from bitatlas.formats import FORMATS, check_rows
@@ -58,6 +59,7 @@ class Run:
     journal: Journal
     meter: DamageMeter
     reporter: Reporter
+    crew: Crew | None = None
 
     @property
     def subject(self) -> Subject:
@@ -118,8 +120,8 @@ def default_budget(formats: Sequence[str]) -> Budget:
     return Budget("code_bits", (min(widths) + max(widths)) / 2)
 
 
-def prepare(settings: Settings, out: Path, resume: bool, reporter: Reporter) -> Run:
-    """Open and check everything; UserError at the first thing that is wrong, with nothing written."""
+def prepare(settings: Settings, out: Path, resume: bool, reporter: Reporter, crew: Crew | None = None) -> Run:
+    """Open and check everything; UserError at the first thing that is wrong, with nothing written. A crew joins and is briefed."""
     get_quantizer(settings.quantizer).check(list(settings.format_table().values()))
     device = check_device(settings.device)
     with reporter.stage("opening the checkpoint"):
@@ -139,7 +141,19 @@ def prepare(settings: Settings, out: Path, resume: bool, reporter: Reporter) -> 
         check_finite(checkpoint, progress)
     model = checkpoint.load_model(device)
     check_causal(model, checkpoint.info.name)
-    journal = _open_journal(out, checkpoint)
+    if crew:
+        crew.join(out, checkpoint)
+    run = run_of(settings, out, checkpoint, model, tokenizer, rows, items, _open_journal(out, checkpoint), reporter)
+    if crew:
+        crew.brief(run)
+        run.crew = run.meter.crew = run.bank.crew = crew
+    return run
+
+
+def run_of(
+    settings: Settings, out: Path, checkpoint: Checkpoint, model: Any, tokenizer: Any, rows: Rows, items: dict[str, list[Item]], journal: Journal, reporter: Reporter,
+) -> Run:  # fmt: skip
+    """A run with its bank and its meter."""
     bank = bank_of(settings.quantizer, checkpoint, model, rows, out)
     meter = DamageMeter(model, bank, checkpoint.info.weights_sha256, bank.identity, journal)
     return Run(settings, out, checkpoint, model, tokenizer, bank, rows, items, journal, meter, reporter)
@@ -270,7 +284,5 @@ def reopen(folder: Path, atlas: Atlas, model_name: str | None, device: str | Non
         rows = rows_of_survey(atlas, checkpoint)
         check_finite(checkpoint)
         model = checkpoint.load_model(place)
-    journal = _open_journal(folder, checkpoint)
-    bank = bank_of(settings.quantizer, checkpoint, model, rows, folder)
-    meter = DamageMeter(model, bank, checkpoint.info.weights_sha256, bank.identity, journal)
-    return Run(settings, folder, checkpoint, model, checkpoint.load_tokenizer(), bank, rows, {}, journal, meter, reporter)
+    tokenizer = checkpoint.load_tokenizer()
+    return run_of(settings, folder, checkpoint, model, tokenizer, rows, {}, _open_journal(folder, checkpoint), reporter)

@@ -19,6 +19,7 @@ from pydantic import TypeAdapter
 from torch import Tensor
 
 from bitatlas.assemble import Lines, Measurements, assemble, damage_lines, write_outputs
+from bitatlas.crew.crew import hired
 from bitatlas.curve import short_curve
 from bitatlas.evaluation.bootstrap import measured
 from bitatlas.evaluation.items import TASKS, chance_level, load_items, task_text
@@ -52,11 +53,12 @@ LIBRARIES = ("bitatlas", "torch", "transformers", "lm_eval", "numpy", "scipy")
 Assignments = dict[str, dict[str, str]]  # precision -> module -> format
 
 
-def run_survey(settings: Settings, out: Path, resume: bool, reporter: Reporter) -> Atlas:
-    """Measure, plan, verify and write; returns the finished atlas."""
-    run = prepare(settings, out, resume, reporter)
-    with closing(run.journal):
-        return _survey(run)
+def run_survey(settings: Settings, out: Path, resume: bool, reporter: Reporter, ray: str | None = None) -> Atlas:
+    """Measure, plan, verify and write; returns the finished atlas. `ray`: auto or a cluster's address, whose workers measure."""
+    with hired(ray, reporter) as crew:
+        run = prepare(settings, out, resume, reporter, crew)
+        with closing(run.journal):
+            return _survey(run)
 
 
 def _survey(run: Run) -> Atlas:

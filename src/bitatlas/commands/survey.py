@@ -91,6 +91,14 @@ def survey(
         bool, typer.Option("--curve/--no-curve", help="Also a few verified plans at other sizes, for the report's slider.")
     ] = True,
     device: Device = "cpu",
+    ray: Annotated[
+        str | None,
+        typer.Option(
+            "--ray",
+            callback=not_empty,
+            help="Measure on a Ray cluster: auto (a running one, else this machine's processors), host:port or ray://host:port.",
+        ),
+    ] = None,
     revision: Revision = None,
     seed: Seed = 0,
     resume: Annotated[bool, typer.Option("--resume", help="Go on with the run in --out.")] = False,
@@ -110,7 +118,7 @@ def survey(
         revision=revision, seed=seed, margin_points=parse_points(margin, "--margin"),
     )  # fmt: skip
     reporter = Reporter(quiet)
-    atlas = run_survey(settings, out, resume, reporter)
+    atlas = run_survey(settings, out, resume, reporter, ray)
     if as_json:
         from bitatlas.scripts import print_survey
 

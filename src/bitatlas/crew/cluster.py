@@ -75,7 +75,9 @@ class Cluster:
         except Exception as error:  # Ray raises whatever it likes
             self.leave()
             reason = " ".join(str(error).split()) or type(error).__name__
-            raise UserError(f"--ray {address}: {'the cluster' if found else 'a local cluster'} cannot be used ({reason})") from None
+            raise UserError(
+                f"--ray {address}: {'the cluster' if found else 'a local cluster'} cannot be used ({reason})"
+            ) from None
         self.joined = True
 
     def hosts(self) -> list[Host]:

@@ -13,13 +13,15 @@ import os
 import secrets
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import TYPE_CHECKING, Any
 
+import torch
 from torch import Tensor
 
 from bitatlas.crew.cluster import Cluster, Needs, check_ray, slots
+from bitatlas.crew.place import TOKEN, Place, greet, versions
 from bitatlas.errors import UserError
 from bitatlas.words import byte_size
 
@@ -29,7 +31,6 @@ if TYPE_CHECKING:
     from bitatlas.progress import Reporter
 
 Progress = Callable[[int, int], None]
-T = TypeVar("T")
 
 RETRIES = 5  # of a piece whose worker or host was lost
 PATIENCE = 30.0  # seconds without a result, after which is looked whether any host is left
@@ -37,6 +38,20 @@ WORKER_BYTES = 2**30  # of a process that has imported everything and loaded not
 KEPT_BYTES = 2**31  # of unpacked codes, at most (see `bank`)
 LOGIT_ARRAYS = 8  # of a batch's size, alive at a time
 MOST_PARTS = 64  # of one batch
+
+
+@dataclass(frozen=True)
+class Share:
+    """How things that are missing of a batch become a piece of work.
+
+    `piece_of(things, batch)`: the arguments of the worker's `job`. `passes`: of the model, that one thing costs; `fixed`: that any
+    piece costs besides.
+    """
+
+    job: str
+    piece_of: Callable[[list[Any], Tensor], tuple[Any, ...]]
+    passes: float
+    fixed: float
 
 
 class Crew:
@@ -49,13 +64,12 @@ class Crew:
         self.slots = 1
         self._cluster: Cluster | None = None
         self._token: Path | None = None
+        self._threads_before = torch.get_num_threads()
 
     # --- joining and leaving ---------------------------------------------------------------------------------------------
 
     def join(self, out: Path, checkpoint: Checkpoint) -> None:
         """Connect, and ask every host whether it can take part; UserError naming the first that cannot."""
-        from bitatlas.crew.worker import TOKEN, Place, versions
-
         with self.reporter.stage("joining the Ray cluster"):
             self._cluster = Cluster(self.address)
             token = secrets.token_hex(16)
@@ -76,8 +90,6 @@ class Crew:
     def _greet(self) -> None:
         from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy as On
 
-        from bitatlas.crew.worker import greet
-
         hosts = self._here.hosts()
         task = self._here.ray.remote(greet)
         asked = [
@@ -96,15 +108,16 @@ class Crew:
         device = run.model.device.type
         settings = replace(run.settings, model=self._place.checkpoint, revision=None, device=device)
         threads = threads_of(device)
+        torch.set_num_threads(threads)
         needs = Needs(threads, worker_bytes(run, device), int(device == "cuda"))
         hosts = self._here.hosts()
         self.slots = slots(hosts, needs)
         self._journal = run.journal
         brief = Brief(self._place, settings, run.rows, run.checkpoint.info.weights_sha256, run.meter.identity, threads)
         self._brief = self._here.ray.put(brief)
-        self._work = self._here.ray.remote(work).options(
-            num_cpus=needs.processors, memory=needs.memory, num_gpus=needs.gpus, max_retries=RETRIES, max_calls=0
-        )
+        # max_calls=0: also with a GPU, a worker's process and its model stay for the next piece
+        placed = {"num_cpus": needs.processors, "memory": needs.memory, "num_gpus": needs.gpus}
+        self._work = self._here.ray.remote(**placed, max_retries=RETRIES, max_calls=0)(work)
         self._needs = needs
         self.reporter.say(
             f"Ray: {self.slots} at a time on {len(hosts)} host{'s' * (len(hosts) > 1)}{' (started here)' * self._here.local}, "
@@ -112,6 +125,7 @@ class Crew:
         )
 
     def leave(self) -> None:
+        torch.set_num_threads(self._threads_before)
         if self._token:
             self._token.unlink(missing_ok=True)
         if self._cluster:
@@ -124,29 +138,18 @@ class Crew:
 
     # --- work ------------------------------------------------------------------------------------------------------------
 
-    def spread(
-        self,
-        job: str,
-        missing: Sequence[tuple[Tensor, Sequence[T]]],
-        piece_of: Callable[[list[T], Tensor], tuple[Any, ...]],
-        passes: float,
-        fixed: float,
-        progress: Progress | None = None,
-    ) -> None:
-        """Measure what is `missing` of each batch: cut so that all workers are busy, sent out, journaled.
-
-        `passes`: model passes that one missing thing costs; `fixed`: that any piece costs besides.
-        """
+    def spread(self, share: Share, missing: Sequence[tuple[Tensor, Sequence[Any]]], progress: Progress | None = None) -> None:
+        """Measure what is `missing` of each batch: cut so that all workers are busy, sent out, journaled."""
         todo = [(batch, things) for batch, things in missing if things]
         most = max((len(things) for _, things in todo), default=0)
-        count = parts(len(todo), most * passes, fixed, self.slots, min(most, MOST_PARTS))
+        count = parts(len(todo), most * share.passes, share.fixed, self.slots, min(most, MOST_PARTS))
         pieces = [
             # A batch is a view of all rows, which would travel whole. Things are dealt out, so that early and late layers mix.
-            piece_of(list(things[part::count]), batch.clone())
+            share.piece_of(list(things[part::count]), batch.clone())
             for batch, things in todo
             for part in range(min(count, len(things)))
         ]
-        self.share(job, pieces, progress)
+        self.share(share.job, pieces, progress)
 
     def share(self, job: str, pieces: Sequence[tuple[Any, ...]], progress: Progress | None = None) -> None:
         """Each piece to a worker, its measurements into the journal. A single piece is left to the caller, who would only wait."""
@@ -212,7 +215,7 @@ def worker_bytes(run: Run, device: str) -> int:
     """Host memory of one worker, at most: the model where it is on the CPU, codes at hand, a few arrays of logits."""
     from bitatlas.layerwise import LOGIT_BYTES
 
-    model = sum(tensor.numel() * tensor.element_size() for tensor in run.model.state_dict().values())
+    model = sum(tensor.numel() * tensor.element_size() for tensor in run.model.parameters())
     codes = min(KEPT_BYTES, run.checkpoint.info.quantizable_weights * len(run.settings.formats))
     return WORKER_BYTES + model + codes + LOGIT_ARRAYS * LOGIT_BYTES
 

@@ -12,7 +12,6 @@ import os
 import socket
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +19,7 @@ import torch
 from torch import Tensor
 
 from bitatlas.checkpoint import open_checkpoint
+from bitatlas.crew.place import Place, greet
 from bitatlas.errors import UserError
 from bitatlas.evaluation.items import Item
 from bitatlas.evaluation.shards import score_shards
@@ -33,20 +33,7 @@ from bitatlas.sensitivity.interactions import swap_interactions
 from bitatlas.settings import Settings
 from bitatlas.tokens import Rows
 
-TOKEN = ".ray"  # file in the run's folder, there while the survey runs: a worker that sees it sees the bank
-LIBRARIES = ("bitatlas", "torch", "transformers", "numpy", "lm_eval")  # whose version a measurement may depend on
-
 Entry = tuple[str, str, Any]  # of the journal: key, stage, value
-
-
-@dataclass(frozen=True)
-class Place:
-    """Where the survey is, and what a worker must have to take part. Paths are the same on all hosts."""
-
-    out: str
-    token: str
-    checkpoint: str
-    versions: dict[str, str]
 
 
 @dataclass(frozen=True)
@@ -59,27 +46,6 @@ class Brief:
     weights_sha256: str
     identity: tuple[str, ...]  # of the meter: everything that makes its measurements what they are
     threads: int
-
-
-def versions() -> dict[str, str]:
-    return {name: version(name) for name in LIBRARIES}
-
-
-def greet(place: Place) -> str:
-    """What is wrong with this host, as the rest of a sentence; nothing where all is well."""
-    theirs = versions()
-    differing = [f"{name} {theirs[name]} (here: {own})" for name, own in place.versions.items() if theirs[name] != own]
-    if differing:
-        return f"has {', '.join(differing)}; the same versions are needed everywhere"
-    try:
-        seen = (Path(place.out) / TOKEN).read_text(encoding="utf-8") == place.token
-    except OSError:
-        seen = False
-    if not seen:
-        return f"does not see {place.out}; --out must be on a disk that all hosts share, under the same path"
-    if not Path(place.checkpoint).is_dir():
-        return f"does not see the checkpoint's folder {place.checkpoint}; it must be there under the same path on all hosts"
-    return ""
 
 
 def work(brief: Brief, job: str, piece: tuple[Any, ...]) -> list[Entry]:
@@ -115,7 +81,9 @@ def _open_run(brief: Brief, device: str) -> Run:
     checkpoint = open_checkpoint(settings.model, settings.revision, settings.fuse)
     if checkpoint.info.weights_sha256 != brief.weights_sha256:
         raise UserError(f"has other weights in {settings.model}; they must be the same on all hosts")
-    run = run_of(settings, Path(brief.place.out), checkpoint, device, brief.rows, {}, Journal(None), Reporter(quiet=True))
+    model, tokenizer = checkpoint.load_model(device), checkpoint.load_tokenizer()
+    out, quiet = Path(brief.place.out), Reporter(quiet=True)
+    run = run_of(settings, out, checkpoint, model, tokenizer, brief.rows, {}, Journal(None), quiet)
     if run.meter.identity != brief.identity:
         raise UserError(f"would measure another model: {run.meter.identity}, not {brief.identity}")
     return run
@@ -140,7 +108,7 @@ def _own_device(device: str) -> str:
 
 
 def _bank(run: Run, modules: Sequence[str], formats: Sequence[str]) -> None:
-    run.bank.make([(module, name) for module in modules for name in formats])
+    run.bank.ready([(module, name) for module in modules for name in formats])
 
 
 def _plans(run: Run, plans: Mapping[str, Assignment], batch: Tensor) -> None:

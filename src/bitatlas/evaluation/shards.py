@@ -21,16 +21,20 @@ SHARD_ITEMS = 50  # of a task, between two entries of the journal
 def score_shards(run: Run, task: str, items: list[Item], assignment: Mapping[str, str], precision: str) -> list[dict[str, Any]]:
     """One record an item, of the model with `assignment`; `precision`: its name, for the reader of the progress."""
     answers: list[dict[str, Any]] = []
-    with run.reporter.stage(f"{task} ({precision})") as progress, swapped(run.model, run.bank.weights(assignment)):
-        for start in range(0, len(items), SHARD_ITEMS):
-            shard = items[start : start + SHARD_ITEMS]
-            key = content_key("task", run.meter.identity, dict(assignment), task, items_sha256(shard))
-            value = run.journal.get(key)
-            if value is None:
-                value = score_items(run.model, run.tokenizer, task, shard)
-                run.journal.put(key, "task", value)
-            answers += value
-            progress(start + len(shard), len(items))
+    shards = [items[start : start + SHARD_ITEMS] for start in range(0, len(items), SHARD_ITEMS)]
+    keys = [content_key("task", run.meter.identity, dict(assignment), task, items_sha256(shard)) for shard in shards]
+    with run.reporter.stage(f"{task} ({precision})") as progress:
+        if run.crew:
+            missing = [shard for shard, key in zip(shards, keys, strict=True) if run.journal.get(key) is None]
+            run.crew.share("tasks", [(task, shard, assignment) for shard in missing], progress)
+        with swapped(run.model, run.bank.weights(assignment)):
+            for shard, key in zip(shards, keys, strict=True):
+                value = run.journal.get(key)
+                if value is None:
+                    value = score_items(run.model, run.tokenizer, task, shard)
+                    run.journal.put(key, "task", value)
+                answers += value
+                progress(len(answers), len(items))
     return answers
 
 

@@ -14,6 +14,8 @@ from bitatlas.formats import FORMATS, LLAMA_CPP, Format
 from bitatlas.quantizers import autoround, gptq, hqq, llamacpp, rtn
 from bitatlas.quantizers.codes import Blocks, Codes
 
+PIECES_EACH = 4  # of a bank's pieces, for a worker: modules differ in size
+
 Quantize = Callable[[nn.Module, Sequence[str], Sequence[Format], Tensor | None], Iterator[tuple[str, Sequence[Codes | Blocks]]]]
 
 
@@ -34,6 +36,16 @@ class Quantizer:
     symmetric: bool = True  # it can do formats without a zero-point
     whole_zeros: bool = True  # its zero-points are codes, not numbers in between
     runtime: str = ""  # whose formats it makes; "": integer formats
+    by_format: bool = False  # one run over the whole model makes a format, whichever modules are asked for
+
+    def pieces(self, modules: Sequence[str], formats: Sequence[str], slots: int) -> list[tuple[list[str], list[str]]]:
+        """Modules and formats cut into what `slots` workers make at a time, each making as little twice as the method allows."""
+        if self.by_format:
+            return [(list(modules), [name]) for name in formats]
+        # fitted ones pass through all layers before a module's own, so each worker gets one run of neighbours
+        count = slots if self.uses_rows else PIECES_EACH * slots
+        size = max(1, -(-len(modules) // count))
+        return [(list(modules[start : start + size]), list(formats)) for start in range(0, len(modules), size)]
 
     def check(self, formats: Sequence[Format]) -> None:
         """UserError where its package is missing, or where it cannot do one of `formats`."""
@@ -63,7 +75,7 @@ QUANTIZERS: dict[str, Quantizer] = {
         Quantizer("rtn", rtn.quantize_modules, uses_rows=False, version=1),
         Quantizer("gptq", gptq.quantize, uses_rows=True, version=1),
         Quantizer("hqq", hqq.quantize_modules, uses_rows=False, version=1, package="hqq", symmetric=False, whole_zeros=False),
-        Quantizer("autoround", autoround.quantize, uses_rows=True, version=1, package="auto_round"),
+        Quantizer("autoround", autoround.quantize, uses_rows=True, version=1, package="auto_round", by_format=True),
         Quantizer(
             LLAMA_CPP, llamacpp.quantize_modules, uses_rows=False, version=1, package="llama_cpp", extra="gguf", runtime=LLAMA_CPP
         ),

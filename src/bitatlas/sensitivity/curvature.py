@@ -59,6 +59,11 @@ def expand(
     key = ("curvature", meter.identity, dict(base), [[m.name, m.unit] for m in modules], list(formats), seed, draws)
     first, scores = [], []
     batches = rows.split(batch_rows(rows.shape[1], meter.vocabulary))
+    if meter.crew:
+        missing = [batch for batch in batches if meter.journal.get(content_key(*key, rows_sha256(batch))) is None]
+        # a batch is a view of all rows, which would travel whole
+        pieces = [(modules, formats, base, batch.clone(), seed, draws) for batch in missing]
+        meter.crew.share("curvature", pieces, progress)
     for done, batch in enumerate(batches, start=1):
         own = content_key(*key, rows_sha256(batch))
         value = meter.journal.get(own)

@@ -19,6 +19,7 @@ import torch
 from torch import Tensor
 
 from bitatlas.bank import Bank
+from bitatlas.crew.crew import Crew, Share
 from bitatlas.journal import Journal, content_key
 from bitatlas.layerwise import batch_rows, resume, trace
 from bitatlas.swap import swapped
@@ -45,12 +46,13 @@ class Swap:
 
 
 class DamageMeter:
-    """Measures assignments of one model. `model` holds the reference weights between calls."""
+    """Measures assignments of one model. `model` holds the reference weights between calls. `crew`: who measures ahead of it."""
 
     def __init__(self, model: torch.nn.Module, bank: Bank, weights_sha256: str, quantizer: str, journal: Journal):
         self.model = model
         self.bank = bank
         self.journal = journal
+        self.crew: Crew | None = None
         weight = next(model.parameters())
         self.identity = (weights_sha256, quantizer, str(weight.dtype), weight.device.type)
         self.vocabulary = int(model.get_output_embeddings().weight.shape[0])  # type: ignore[operator]
@@ -76,7 +78,8 @@ class DamageMeter:
                 with swapped(self.model, self.bank.weights(plans[name])):
                     yield name, self.model(input_ids=batch, use_cache=False).logits
 
-        return self._measure(rows, plans, logits_of, progress)
+        share = Share("plans", lambda names, batch: ({name: plans[name] for name in names}, batch), passes=1, fixed=1)
+        return self._measure(rows, plans, logits_of, share, progress)
 
     def swaps(
         self, base: Assignment, swaps: Mapping[str, Swap], rows: Tensor, progress: Progress | None = None
@@ -90,20 +93,23 @@ class DamageMeter:
                     with swapped(self.model, self.bank.weights(swaps[name].assignment)):
                         yield name, resume(self.model, batch, swaps[name].layer, outputs)
 
-        return self._measure(rows, {name: {**base, **swap.assignment} for name, swap in swaps.items()}, logits_of, progress)
+        whole = {name: {**base, **swap.assignment} for name, swap in swaps.items()}
+        share = Share("swaps", lambda names, batch: (base, {name: swaps[name] for name in names}, batch), passes=0.5, fixed=2)
+        return self._measure(rows, whole, logits_of, share, progress)
 
     @torch.no_grad()
     def _measure(
-        self, rows: Tensor, plans: Mapping[str, Assignment], logits_of: LogitsOf, progress: Progress | None
+        self, rows: Tensor, plans: Mapping[str, Assignment], logits_of: LogitsOf, share: Share, progress: Progress | None
     ) -> dict[str, np.ndarray]:
         """Take each (assignment, batch) from the journal, or from `logits_of(batch, missing names)`."""
         batches = rows.split(batch_rows(rows.shape[1], self.vocabulary))
+        if self.crew:
+            ahead = [(batch, list(self._look_up(batch, plans)[2].values())) for batch in batches]
+            self.bank.ready(sorted({pair for _, names in ahead for name in names for pair in plans[name].items()}))
+            self.crew.spread(share, ahead, progress)
         parts: dict[str, list[Any]] = {name: [] for name in plans}
         for number, batch in enumerate(batches):
-            batch_sha = rows_sha256(batch)
-            keys = {name: content_key("damage", self.identity, batch_sha, dict(plan)) for name, plan in plans.items()}
-            known = {key: self.journal.get(key) for key in keys.values()}
-            missing = {key: name for name, key in keys.items() if known[key] is None}  # equal plans once
+            keys, known, missing = self._look_up(batch, plans)
             if missing:
                 batch = batch.to(self.model.device)  # type: ignore[arg-type]
                 reference = self.reference(batch)
@@ -118,3 +124,10 @@ class DamageMeter:
         if progress:
             progress(len(batches) * len(plans), len(batches) * len(plans))
         return {name: np.concatenate([np.asarray(part) for part in chunks]) for name, chunks in parts.items()}
+
+    def _look_up(self, batch: Tensor, plans: Mapping[str, Assignment]) -> tuple[dict[str, str], dict[str, Any], dict[str, str]]:
+        """Name -> key of the journal; key -> what it holds, or None; key -> name of what is missing."""
+        batch_sha = rows_sha256(batch)
+        keys = {name: content_key("damage", self.identity, batch_sha, dict(plan)) for name, plan in plans.items()}
+        known = {key: self.journal.get(key) for key in keys.values()}
+        return keys, known, {key: name for name, key in keys.items() if known[key] is None}  # equal plans once

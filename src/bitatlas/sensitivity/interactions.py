@@ -23,6 +23,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from bitatlas.crew.crew import Share
 from bitatlas.journal import content_key
 from bitatlas.layerwise import batch_rows, resume, trace
 from bitatlas.sensitivity.curvature import draw_labels
@@ -51,6 +52,10 @@ def swap_interactions(
 ) -> Interactions:
     """Every swap alone, around `base`. rows: int64 [rows, tokens]"""
     batches = rows.split(batch_rows(rows.shape[1], meter.vocabulary))
+    if meter.crew:
+        share = Share("interactions", lambda some, batch: (base, some, batch, seed), passes=0.5, fixed=2)
+        ahead = [(batch, list(_look_up(meter, base, swaps, batch, seed)[2].values())) for batch in batches]
+        meter.crew.spread(share, ahead, progress)
     by_row, together = [], np.zeros((len(swaps), len(swaps)))
     for number, batch in enumerate(batches):
         found = _batch(meter, base, swaps, batch, seed, progress, (number, len(batches)))
@@ -71,10 +76,7 @@ def _batch(
     at: tuple[int, int],
 ) -> list[dict[str, Any]]:
     """Each swap on one batch, from the journal or measured: added damage of each row, and scores."""
-    key = ("swap by row", meter.identity, rows_sha256(batch), dict(base), seed)
-    keys = [content_key(*key, swap.layer, dict(swap.assignment)) for swap in swaps]
-    known = {key: meter.journal.get(key) for key in keys}
-    missing = {key: swap for key, swap in zip(keys, swaps, strict=True) if known[key] is None}
+    keys, known, missing = _look_up(meter, base, swaps, batch, seed)
     measured = _measured(meter, base, list(missing.values()), batch, seed) if missing else ()
     number, batches = at
     for done, (own, value) in enumerate(zip(missing, measured, strict=True), start=len(swaps) - len(missing) + 1):
@@ -85,6 +87,16 @@ def _batch(
     if progress:
         progress((number + 1) * len(swaps), batches * len(swaps))
     return [known[own] for own in keys]  # type: ignore[misc]
+
+
+def _look_up(
+    meter: DamageMeter, base: Assignment, swaps: Sequence[Swap], batch: Tensor, seed: int
+) -> tuple[list[str], dict[str, Any], dict[str, Swap]]:
+    """Each swap's key of the journal; key -> what it holds, or None; key -> swap that is missing."""
+    key = ("swap by row", meter.identity, rows_sha256(batch), dict(base), seed)
+    keys = [content_key(*key, swap.layer, dict(swap.assignment)) for swap in swaps]
+    known = {key: meter.journal.get(key) for key in keys}
+    return keys, known, {key: swap for key, swap in zip(keys, swaps, strict=True) if known[key] is None}
 
 
 @torch.no_grad()
