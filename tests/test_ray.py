@@ -4,45 +4,44 @@ from __future__ import annotations
 
 import importlib.util
 import os
-import re
 import signal
-import subprocess
 import sys
 import threading
 import time
 from collections.abc import Iterator
 from pathlib import Path
 
+import numpy as np
 import psutil
 import pytest
+import torch
 
 import tiny
+from bitatlas.checkpoint import open_checkpoint
+from bitatlas.cli import main
 from bitatlas.crew.cluster import Host, Needs, parse_address, slots
-from bitatlas.crew.crew import parts
+from bitatlas.crew.crew import Crew, parts
+from bitatlas.crew.place import TOKEN, Place, greet, versions
+from bitatlas.crew.worker import Brief, work
 from bitatlas.errors import UserError
+from bitatlas.prepare import default_settings, rows_and_items
+from bitatlas.progress import Reporter
+from bitatlas.records import Budget
+from bitatlas.settings import Settings
+from bitatlas.survey import run_survey
 
 needs_ray = pytest.mark.skipif(importlib.util.find_spec("ray") is None, reason="ray is not installed (pip install 'bitatlas[ray]')")
-OUTPUTS = ("plan.json", "atlas.json", "report.md")
+OUTPUTS = ("plan.json", "atlas.json", "report.md", "report.html")
+QUIET = Reporter(quiet=True)
 GIB = 2**30
 
 
-def survey(model: Path, text: Path, out: Path, *options: str, python: tuple[str, ...] = ("-m", "bitatlas")) -> subprocess.Popen:
-    command = [sys.executable, *python, "survey", str(model), "--tokens", str(text), "--out", str(out)]
-    command += ["--rows", "8,8,8", "--row-length", "24", "--formats", "int2_g32,int4_g32", "--tasks", "demo_questions", "--limit", "60"]
-    environment = {name: value for name, value in os.environ.items() if not name.startswith("RAY_")}
-    return subprocess.Popen(
-        [*command, *options], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environment, start_new_session=True
-    )
-
-
-def refused(process: subprocess.Popen) -> str:
-    """The one line that a survey ended with."""
-    _, told = process.communicate(timeout=60)
-    assert process.returncode == 2, told
-    lines = [line for line in told.splitlines() if line.startswith("bitatlas:")]
-    assert len(lines) == 1, told
-    assert "Traceback" not in told
-    return lines[0]
+def settings_for(model: Path, text: Path) -> Settings:
+    return default_settings(
+        model=str(model), formats="int2_g32,int4_g32", budget=Budget("code_bits", 3.0), rows="20,6,8", tasks="demo_questions",
+        tokens=str(text), quantizer="rtn", row_length=16, task_data=None, limit=60, tolerance=0.05, fuse=False, refine=True,
+        device="cpu", revision=None, seed=0,
+    )  # fmt: skip
 
 
 @pytest.fixture(scope="module")
@@ -53,57 +52,143 @@ def text(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="module")
-def cluster() -> Iterator[str]:
-    """The address of a cluster on this machine with two workers of one thread each."""
+def cluster() -> Iterator[None]:
+    """A cluster on this machine with two workers, which this process is in."""
     os.environ["RAY_USAGE_STATS_ENABLED"] = "0"
     import ray
 
     ray.init(num_cpus=2, include_dashboard=False, logging_level="ERROR", log_to_driver=False, object_store_memory=2**27)
-    yield ray.get_runtime_context().gcs_address
+    yield
     ray.shutdown()
 
 
 @pytest.fixture(scope="module")
 def alone(tiny_llama: Path, text: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     out = tmp_path_factory.mktemp("alone") / "out"
-    process = survey(tiny_llama, text, out)
-    _, told = process.communicate(timeout=200)
-    assert process.returncode == 0, told
+    run_survey(settings_for(tiny_llama, text), out, False, QUIET)
     return out
 
 
-def workers(out: Path) -> list[psutil.Process]:
-    """The processes of Ray that have a survey open, by what they are called while they work on a piece."""
-    return [p for p in psutil.process_iter(["cmdline"]) if (p.info["cmdline"] or [""])[0].startswith("ray::work")]
+class Killing(Reporter):
+    """Once a stage begins, the next worker that is seen at work on a piece is killed."""
+
+    def __init__(self, stage: str):
+        super().__init__(quiet=True)
+        self.at = stage
+        self.killed: list[int] = []
+
+    def stage(self, name: str):
+        if name.startswith(self.at):
+            threading.Thread(target=self._kill_one, daemon=True).start()
+        return super().stage(name)
+
+    def _kill_one(self) -> None:
+        end = time.time() + 30
+        while time.time() < end and not self.killed:
+            for process in psutil.Process().children(recursive=True):
+                if process.cmdline()[:1] == ["ray::work"]:
+                    process.send_signal(signal.SIGKILL)
+                    self.killed.append(process.pid)
+                    return
 
 
 @needs_ray
 @pytest.mark.slow
-def test_the_same_bytes_on_two_workers_one_killed_in_the_middle(
-    cluster: str, alone: Path, tiny_llama: Path, text: Path, tmp_path: Path
+def test_two_workers_one_killed_in_the_middle_the_same_bytes(
+    cluster: None, alone: Path, tiny_llama: Path, text: Path, tmp_path: Path
 ):
-    process = survey(tiny_llama, text, tmp_path / "out", "--ray", cluster)
-    assert process.stderr
-    told, killed = [], []
-    for line in process.stderr:
-        told.append(line)
-        if line.startswith("uniform widths:"):  # the bank is there, all screens are yet to come
-            thread = threading.Thread(target=lambda: killed.append(kill_one(tmp_path / "out")))
-            thread.start()
-    assert process.wait(timeout=200) == 0, "".join(told)
-    assert killed and killed[0], "no worker was seen at work"
+    reporter, out = Killing("units, one at a time (base uniform:int2"), tmp_path / "out"
+    run_survey(settings_for(tiny_llama, text), out, False, reporter, ray="auto")
+    assert reporter.killed, "no worker was seen at work"
     for name in OUTPUTS:
-        assert (tmp_path / "out" / name).read_bytes() == (alone / name).read_bytes(), name
-    assert sorted(p.name for p in (tmp_path / "out").iterdir()) == sorted(p.name for p in alone.iterdir())
-    assert any(re.match(r"Ray: 2 at a time on 1 host, 1 thread", line) for line in told), told
+        assert (out / name).read_bytes() == (alone / name).read_bytes(), name
+    assert sorted(p.name for p in out.iterdir()) == sorted(p.name for p in alone.iterdir())
+    banks = [{f.relative_to(o): f.read_bytes() for f in (o / "bank").rglob("*") if f.is_file()} for o in (out, alone)]
+    assert banks[0] == banks[1]
 
 
-def kill_one(out: Path) -> int:
-    """SIGKILL to the first worker that is seen at work on a piece; its process id, 0 if none was."""
-    end = time.time() + 60
-    while time.time() < end:
-        for process in workers(out):
-            process.send_signal(signal.SIGKILL)
-            return process.pid
-        time.sleep(0.01)
-    return 0
+# --- what is refused -----------------------------------------------------------------------------------------------------
+
+
+def refused(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], out: Path, *words: str) -> str:
+    """The one line that the command line ends with, exit code 2 and nothing written."""
+    monkeypatch.setattr(sys, "argv", ["bitatlas", "survey", "--out", str(out), "--quiet", *words])
+    with pytest.raises(SystemExit) as ended:
+        main()
+    told = capsys.readouterr().err
+    assert (ended.value.code, len(told.splitlines()), out.exists()) == (2, 1, False), told
+    return told
+
+
+@needs_ray
+@pytest.mark.parametrize(
+    ("address", "reason"),
+    [
+        ("127.0.0.1:1", "nobody answers there"),
+        ("ray://127.0.0.1:1", "nobody answers there"),
+        ("somewhere", "give auto, host:port, or ray://host:port"),
+        ("127.0.0.1:99999", "give auto, host:port, or ray://host:port"),
+    ],
+)
+def test_a_wrong_address_is_one_line(
+    address: str, reason: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path
+):
+    assert f"--ray {address}: {reason}" in refused(monkeypatch, capsys, tmp_path / "out", "--ray", address)
+
+
+def test_without_ray_the_extra_is_named(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path):
+    there = importlib.util.find_spec
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name, *rest: None if name == "ray" else there(name, *rest))
+    told = refused(monkeypatch, capsys, tmp_path / "out", "--ray", "auto")
+    assert "pip install 'bitatlas[ray]'" in told
+
+
+def test_addresses():
+    assert parse_address("ray://head.example:10001") == ("head.example", 10001)
+    assert parse_address("[::1]:6379") == ("::1", 6379)
+    assert parse_address("http://head:1") is parse_address("head") is parse_address("head:") is None
+
+
+def test_a_host_that_cannot_take_part_says_why(tmp_path: Path):
+    (tmp_path / TOKEN).write_text("abc")
+    place = Place(str(tmp_path), "abc", str(tmp_path), versions())
+    assert greet(place) == ""
+    assert "does not see" in greet(Place(str(tmp_path), "of another survey", str(tmp_path), versions()))
+    assert "does not see the checkpoint's folder" in greet(Place(str(tmp_path), "abc", str(tmp_path / "none"), versions()))
+    other = greet(Place(str(tmp_path), "abc", str(tmp_path), {**versions(), "torch": "1.0"}))
+    assert f"has torch {versions()['torch']} (here: 1.0)" in other
+
+
+def test_other_weights_on_a_host_are_refused(tiny_llama: Path, text: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr("bitatlas.crew.worker._own_device", lambda device: device)
+    (tmp_path / TOKEN).write_text("abc")
+    settings, checkpoint = settings_for(tiny_llama, text), open_checkpoint(str(tiny_llama))
+    rows, _ = rows_and_items(settings, checkpoint, checkpoint.load_tokenizer())
+    place = Place(str(tmp_path), "abc", str(tiny_llama), versions())
+    with pytest.raises(UserError, match=r"--ray: \S+ has other weights in "):
+        work(Brief(place, settings, rows, "another hash", (), 1), "plans", ({}, rows.fit))
+
+
+def test_pieces_run_where_they_fit():
+    hosts = [Host("a", "first", 8, 64 * GIB, 0), Host("b", "second", 4, 256 * GIB, 2), Host("c", "head", 0, 8 * GIB, 0)]
+    assert slots(hosts, Needs(1, 20 * GIB, 0)) == 3 + 4
+    assert slots(hosts, Needs(2, GIB, 0)) == 4 + 2
+    assert slots(hosts, Needs(1, GIB, 1)) == 2
+    with pytest.raises(UserError, match="a worker needs 1 processors, .* second has 4 processors"):
+        slots(hosts, Needs(1, 300 * GIB, 0))
+    with pytest.raises(UserError, match="and a GPU"):
+        slots(hosts[:1], Needs(1, GIB, 1))
+
+
+@pytest.mark.parametrize(
+    ("batches", "passes", "fixed", "workers", "expected"),
+    [
+        (5, 100, 2, 2, 2),  # ten pieces, five rounds of 52, against three rounds of 102
+        (4, 100, 2, 2, 1),  # even as it is
+        (5, 5, 2, 2, 1),  # cutting would cost more than it levels out
+        (1, 100, 2, 8, 8),
+        (0, 0, 2, 8, 1),  # nothing to do
+    ],
+)
+def test_batches_are_cut_so_that_all_are_done_soonest(batches: int, passes: float, fixed: float, workers: int, expected: int):
+    assert parts(batches, passes, fixed, workers, 50 if passes else 0) == expected

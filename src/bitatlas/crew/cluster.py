@@ -15,6 +15,7 @@ import re
 import shutil
 import socket
 import tempfile
+import uuid
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -62,14 +63,14 @@ class Cluster:
 
     def _join(self, address: str) -> None:
         found = running_address() if address == AUTO else address
-        options: dict[str, Any] = {"log_to_driver": False, "logging_level": "ERROR"}
-        if found:
-            options["address"] = found
-        else:
+        options: dict[str, Any] = {"log_to_driver": False, "logging_level": "ERROR", "address": found}
+        if not found:
             self.local = True
             self._folder = tempfile.mkdtemp(prefix="bitatlas-", dir=TEMPORARY if Path(TEMPORARY).is_dir() else None)
             options |= {"include_dashboard": False, "object_store_memory": STORE_BYTES, "_temp_dir": self._folder}
             options["address"] = "local"
+            if not any(name.startswith("RAY_AUTH") for name in os.environ):
+                os.environ["RAY_AUTH_TOKEN"] = uuid.uuid4().hex  # else Ray would write one into the home folder
         try:
             self.ray.init(**options)
         except Exception as error:  # Ray raises whatever it likes
@@ -121,6 +122,7 @@ def check_ray(address: str) -> None:
         raise UserError(f"--ray {address}: needs a package that is not here: pip install 'bitatlas[ray]'")
     os.environ["RAY_USAGE_STATS_ENABLED"] = "0"  # before Ray is imported
     os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")  # what Ray would otherwise warn about
+    os.environ.setdefault("RAY_BACKEND_LOG_LEVEL", "fatal")  # its core's own lines on our stderr; what matters is raised
     if address == AUTO:
         return
     place = parse_address(address)
@@ -145,9 +147,9 @@ def listens(host: str, port: int) -> bool:
 
 
 def running_address() -> str | None:
-    """Of the cluster of RAY_ADDRESS, else of the one that `ray start` noted on this machine, if it still runs.
+    """The cluster of RAY_ADDRESS, else "auto" where the one that `ray start` noted on this machine still runs, else None.
 
-    Ray's own `auto` takes any cluster on the machine, another user's local one too.
+    Without such a note, Ray's own `auto` would take any cluster that it finds on the machine, another survey's local one too.
     """
     named = os.environ.get("RAY_ADDRESS", "")
     if named and named != AUTO:
@@ -158,4 +160,4 @@ def running_address() -> str | None:
     except OSError:
         return None
     place = parse_address(noted)
-    return noted if place and listens(*place) else None
+    return AUTO if place and listens(*place) else None  # by this word Ray takes the cluster's own access token, too
