@@ -11,16 +11,14 @@ import time
 from collections.abc import Iterator
 from pathlib import Path
 
-import numpy as np
 import psutil
 import pytest
-import torch
 
 import tiny
 from bitatlas.checkpoint import open_checkpoint
 from bitatlas.cli import main
 from bitatlas.crew.cluster import Host, Needs, parse_address, slots
-from bitatlas.crew.crew import Crew, parts
+from bitatlas.crew.crew import parts
 from bitatlas.crew.place import TOKEN, Place, greet, versions
 from bitatlas.crew.worker import Brief, work
 from bitatlas.errors import UserError
@@ -30,7 +28,9 @@ from bitatlas.records import Budget
 from bitatlas.settings import Settings
 from bitatlas.survey import run_survey
 
-needs_ray = pytest.mark.skipif(importlib.util.find_spec("ray") is None, reason="ray is not installed (pip install 'bitatlas[ray]')")
+needs_ray = pytest.mark.skipif(
+    importlib.util.find_spec("ray") is None, reason="ray is not installed (pip install 'bitatlas[ray]')"
+)
 OUTPUTS = ("plan.json", "atlas.json", "report.md", "report.html")
 QUIET = Reporter(quiet=True)
 GIB = 2**30
@@ -174,7 +174,7 @@ def test_pieces_run_where_they_fit():
     assert slots(hosts, Needs(1, 20 * GIB, 0)) == 3 + 4
     assert slots(hosts, Needs(2, GIB, 0)) == 4 + 2
     assert slots(hosts, Needs(1, GIB, 1)) == 2
-    with pytest.raises(UserError, match="a worker needs 1 processors, .* second has 4 processors"):
+    with pytest.raises(UserError, match=r"a worker needs 1 processors, .* second has 4 processors"):
         slots(hosts, Needs(1, 300 * GIB, 0))
     with pytest.raises(UserError, match="and a GPU"):
         slots(hosts[:1], Needs(1, GIB, 1))
