@@ -4,7 +4,7 @@ Everything that can be known without reading weights is read first, from the con
 folder or an impossible budget is refused at once. The model's skeleton is built on torch's meta device, which costs no memory.
 
 Any causal language model of transformers will do: decoder layers are the largest list of equal blocks that hold linear modules.
-Left out: pickle weights, remote code, checkpoints that are quantized already, and experts fused into one 3-D tensor, which stay
+Left out: pickle weights (see `pickled.py`), remote code, checkpoints that are quantized already, and experts fused into one 3-D tensor, which stay
 as they are (a note says so).
 """
 
@@ -75,12 +75,12 @@ class Checkpoint:
         Only a file that was touched is hashed again.
         """
         changed = [file for file, stamp in zip(self.files, self.stamps, strict=True) if _stamp(file) != stamp]
-        if changed and not (all(file.is_file() for file in self.files) and _sha256(self.files) == self.info.weights_sha256):
+        if changed and not (all(file.is_file() for file in self.files) and sha256_of(self.files) == self.info.weights_sha256):
             raise UserError(f"{changed[0]}: the file changed while it was in use; start again once it is whole")
 
     def skeleton(self) -> nn.Module:
         """The model without its weights, on torch's meta device."""
-        return _skeleton(self.config, str(self.folder))
+        return skeleton_of(self.config, str(self.folder))
 
     def _check_unexpected(self, keys: list[str]) -> None:
         """Tensors that transformers passed over: harmless buffers, or weights that the config has no place for."""
@@ -98,7 +98,7 @@ class Checkpoint:
     def load_tokenizer(self) -> Any:
         try:
             with _quiet():
-                return AutoTokenizer.from_pretrained(self.folder, local_files_only=True)
+                return AutoTokenizer.from_pretrained(self.folder, local_files_only=True, trust_remote_code=False)
         except Exception as error:  # tokenizers raises bare Exceptions
             raise UserError(f"{self.folder}: no usable tokenizer ({reason_of(error)})") from None
 
@@ -110,7 +110,7 @@ def open_checkpoint(name: str, revision: str | None = None, fuse: bool = True) -
     files = weight_files(folder)
     stamps = [_stamp(file) for file in files]
     headers = [read_header(file) for file in files]
-    model = _skeleton(config, name)
+    model = skeleton_of(config, name)
     layers_path = find_layers(model, name)
     modules = linear_modules(model, layers_path, fuse)
     tensors = {key: entry for header in headers for key, entry in header.items() if key != "__metadata__"}
@@ -133,7 +133,7 @@ def open_model(name: str, device: str = "cpu") -> tuple[Any, Any]:
     _check_loaded(report, name)
     try:
         with _quiet():
-            tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True)
+            tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
     except Exception as error:  # tokenizers raises bare Exceptions
         raise UserError(f"{name}: no usable tokenizer ({reason_of(error)})") from None
     return _placed(model, device), tokenizer
@@ -155,7 +155,7 @@ def _load(folder: Path, name: str, dtype: torch.dtype) -> tuple[PreTrainedModel,
     try:
         with _quiet():
             return AutoModelForCausalLM.from_pretrained(
-                folder, dtype=dtype, local_files_only=True, use_safetensors=True, output_loading_info=True, ignore_mismatched_sizes=True
+                folder, dtype=dtype, local_files_only=True, trust_remote_code=False, use_safetensors=True, output_loading_info=True, ignore_mismatched_sizes=True
             )  # type: ignore[return-value]  # fmt: skip
     except Exception as error:  # each model type and each quantizer fails in its own way
         raise UserError(f"{name}: transformers cannot load it ({reason_of(error)})") from None
@@ -188,10 +188,11 @@ def check_causal(model: PreTrainedModel, name: str) -> None:
         raise UserError(f"{name}: {type(model).__name__} reads ahead, so it is not a causal language model")
 
 
-def _skeleton(config: Any, name: str) -> nn.Module:
+def skeleton_of(config: Any, name: str) -> nn.Module:
+    """The model of a config without its weights, on torch's meta device."""
     try:
         with torch.device("meta"), _quiet():
-            return AutoModelForCausalLM.from_config(config)
+            return AutoModelForCausalLM.from_config(config, trust_remote_code=False)
     except Exception as error:  # each model type fails in its own way on numbers that make no sense
         raise UserError(f"{name}: transformers cannot build this model ({reason_of(error)})") from None
 
@@ -278,7 +279,7 @@ def _describe(
     return ModelInfo(
         name=Path(name).name if Path(name).is_dir() else name,
         revision=revision,
-        weights_sha256=_sha256(files),
+        weights_sha256=sha256_of(files),
         architecture=(getattr(config, "architectures", None) or [config.model_type])[0],
         layers=layers,
         heads=int(getattr(text, "num_attention_heads", 0) or 0),
@@ -300,7 +301,8 @@ def _stamp(file: Path) -> tuple[int, ...]:
     return status.st_ino, status.st_size, status.st_mtime_ns, status.st_ctime_ns
 
 
-def _sha256(files: list[Path]) -> str:
+def sha256_of(files: list[Path]) -> str:
+    """Of all bytes of the files, in their order."""
     digest = hashlib.sha256()
     for file in files:
         with file.open("rb") as stream:

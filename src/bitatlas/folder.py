@@ -1,7 +1,7 @@
 """A checkpoint's folder, before anything is built from it: where it is, its config, its weight files and their headers.
 
 Everything here reads a few kilobytes; a folder that cannot be used is refused in one line, whatever a library raises about it.
-Left out: pickle weights, encoders and encoder-decoders, and (except for comparisons) checkpoints that are quantized already.
+Left out: pickle weights (`pickled.py` converts them, where that is asked for), code that comes with a checkpoint, encoders and encoder-decoders, and (except for comparisons) checkpoints that are quantized already.
 """
 
 from __future__ import annotations
@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from transformers import AutoConfig
+from transformers.models.auto.configuration_auto import CONFIG_MAPPING_NAMES
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
 from bitatlas.errors import UserError
@@ -28,6 +29,8 @@ HUB_FILES = [
     "LICENSE*",
     "NOTICE*",
 ]
+PICKLE_FILE = "pytorch_model.bin"
+PICKLE_HUB_FILES = ["pytorch_model*.bin"]
 LONGEST_REASON = 200  # characters of a library's message that are repeated
 
 
@@ -36,8 +39,11 @@ def reason_of(error: BaseException) -> str:
     return " ".join(str(error).split())[:LONGEST_REASON] or type(error).__name__
 
 
-def find_folder(name: str, revision: str | None) -> Path:
-    """The local folder `name`, or a hub name's files in the hub's own cache; UserError where there is neither."""
+def find_folder(name: str, revision: str | None, pickle: bool = False) -> Path:
+    """The local folder `name`, or a hub name's files in the hub's own cache; UserError where there is neither.
+
+    `pickle`: with weights of that kind, where the hub has no others.
+    """
     if not name.strip():
         raise UserError("the model's name is empty: give a checkpoint folder, or a hub name like owner/model")
     try:
@@ -54,7 +60,10 @@ def find_folder(name: str, revision: str | None) -> Path:
     from huggingface_hub import snapshot_download
 
     try:
-        return Path(snapshot_download(name, revision=revision, allow_patterns=HUB_FILES))
+        folder = Path(snapshot_download(name, revision=revision, allow_patterns=HUB_FILES))
+        if pickle and not any(folder.glob("*.safetensors")):
+            folder = Path(snapshot_download(name, revision=revision, allow_patterns=[*HUB_FILES, *PICKLE_HUB_FILES]))
+        return folder
     except Exception as error:  # the hub client raises many kinds; each means that the model cannot be had
         raise UserError(f"{name}: no such folder, and the hub did not give it ({reason_of(error)})") from None
 
@@ -63,8 +72,9 @@ def read_config(folder: Path, name: str, quantized: bool = False) -> Any:
     """The transformers config; UserError where it is unusable, of another kind of model, or quantized and not `quantized`."""
     if not (folder / "config.json").is_file():
         raise UserError(f"{name}: no config.json, so not a checkpoint in Hugging Face layout")
+    _refuse_code(folder, name)
     try:
-        config = AutoConfig.from_pretrained(folder, local_files_only=True)
+        config = AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
         config.get_text_config()
     except Exception as error:  # each model type validates its fields in its own way
         raise UserError(f"{name}: config.json cannot be used ({reason_of(error)})") from None
@@ -72,6 +82,24 @@ def read_config(folder: Path, name: str, quantized: bool = False) -> Any:
     if getattr(config, "quantization_config", None) and not quantized:
         raise UserError(f"{name}: is quantized already; give the unquantized checkpoint")
     return config
+
+
+def _refuse_code(folder: Path, name: str) -> None:
+    """What a config may ask transformers to run: Python files beside it, or attention code from the hub."""
+    try:
+        content = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError):
+        return  # transformers says what is wrong
+    if not isinstance(content, dict):
+        return
+    if content.get("auto_map") and content.get("model_type") not in CONFIG_MAPPING_NAMES:
+        raise UserError(
+            f"{name}: needs Python code of its own (auto_map in config.json), and no code that comes with a model is run; "
+            "give a checkpoint of a model type that transformers itself has"
+        )
+    for key in ("attn_implementation", "_attn_implementation", "experts_implementation", "_experts_implementation"):
+        if "/" in str(content.get(key)):
+            raise UserError(f"{name}: config.json asks for code from the hub ({key}), which is not run; take that line out")
 
 
 def _refuse_other_models(config: Any, name: str) -> None:
@@ -96,10 +124,25 @@ def weight_files(folder: Path) -> list[Path]:
     if missing:
         raise UserError(f"{folder}: weights file {missing[0]} is missing ({len(missing)} of {len(files)} shards)")
     if not files:
-        pickles = sorted(folder.glob("*.bin")) + sorted(folder.glob("*.pt"))
-        hint = f"; {pickles[0].name} is pickle, which is not read: convert it to safetensors" if pickles else ""
-        raise UserError(f"{folder}: no safetensors weights{hint}")
+        raise UserError(f"{folder}: no safetensors weights{_pickle_hint(folder)}")
     return files
+
+
+def pickle_files(folder: Path) -> list[Path]:
+    """The pickle files of a checkpoint that has such weights; UserError where one is missing."""
+    index = folder / f"{PICKLE_FILE}.index.json"
+    files = _indexed(index) if index.is_file() else [folder / PICKLE_FILE] if (folder / PICKLE_FILE).is_file() else []
+    missing = [file.name for file in files if not file.is_file()]
+    if missing:
+        raise UserError(f"{folder}: weights file {missing[0]} is missing ({len(missing)} of {len(files)})")
+    return files
+
+
+def _pickle_hint(folder: Path) -> str:
+    if (folder / PICKLE_FILE).is_file() or (folder / f"{PICKLE_FILE}.index.json").is_file():
+        return f"; {PICKLE_FILE} is pickle, which can run code as it is read: if you trust it, `survey --allow-pickle` converts it first"
+    pickles = sorted(file for pattern in ("*.bin", "*.pt", "*.pth") for file in folder.glob(pattern))
+    return f"; {pickles[0].name} is pickle, which is not read: convert it to safetensors" if pickles else ""
 
 
 def _indexed(index: Path) -> list[Path]:

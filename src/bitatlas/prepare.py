@@ -19,10 +19,11 @@ import bitatlas.demo as demo
 from bitatlas.bank import BANK, Bank, disk_bytes
 from bitatlas.checkpoint import Checkpoint, check_causal, check_finite, free_bytes, open_checkpoint
 from bitatlas.crew.crew import Crew
-from bitatlas.errors import UserError
+from bitatlas.errors import FULL, UserError
 from bitatlas.evaluation.items import Item, check_task_names, load_items, split_items, task_text
 from bitatlas.formats import FORMATS, check_rows
 from bitatlas.journal import Journal
+from bitatlas.pickled import as_safetensors, notes_of
 from bitatlas.planning.budget import assignment_of, check_budget, size_of
 from bitatlas.planning.choose import Scores
 from bitatlas.planning.memory import own_context_text, settled
@@ -124,8 +125,13 @@ def prepare(settings: Settings, out: Path, resume: bool, reporter: Reporter, cre
     """Open and check everything; UserError at the first thing that is wrong, with nothing written. A crew joins and is briefed."""
     get_quantizer(settings.quantizer).check(list(settings.format_table().values()))
     device = check_device(settings.device)
+    if settings.allow_pickle:
+        _check_place(out, resume)
+        with _told(out), reporter.stage("converting pickle weights to safetensors"):
+            settings = replace(settings, model=as_safetensors(settings.model, settings.revision, out))
     with reporter.stage("opening the checkpoint"):
         checkpoint = open_checkpoint(settings.model, settings.revision, settings.fuse)
+        checkpoint = replace(checkpoint, notes=[*checkpoint.notes, *notes_of(checkpoint.folder)])
         check_rows(checkpoint.modules, settings.formats)
         asked = settings.budget.workload
         settings = replace(settings, budget=settled(settings.budget, checkpoint.info))
@@ -211,17 +217,24 @@ def _documents(settings: Settings, spare: dict[str, list[Item]]) -> tuple[str, l
 
 
 def _check_folder(out: Path, resume: bool, checkpoint: Checkpoint, formats: Sequence[str]) -> None:
+    if _check_place(out, resume):
+        _open_journal(out, checkpoint).close()
     with _told(out):
-        is_file, holds_run, free = out.exists() and not out.is_dir(), (out / "run.sqlite").exists(), free_bytes(out.absolute())
+        free = free_bytes(out.absolute())
+    needed = OUTPUT_BYTES + disk_bytes(checkpoint.modules, [*formats, formats[-1]])  # a uniform width outside may be asked for
+    if free < needed:
+        raise UserError(f"--out {out}: only {free // 2**20} MiB free on that disk; about {needed // 2**20} MiB are needed")
+
+
+def _check_place(out: Path, resume: bool) -> bool:
+    """Does the folder hold a run that may be gone on with?"""
+    with _told(out):
+        is_file, holds_run = out.exists() and not out.is_dir(), (out / "run.sqlite").exists()
     if is_file:
         raise UserError(f"--out {out}: is a file; give a folder")
     if holds_run and not resume:
         raise UserError(f"--out {out}: holds a run already; add --resume to go on with it, or choose another folder")
-    if holds_run:
-        _open_journal(out, checkpoint).close()
-    needed = OUTPUT_BYTES + disk_bytes(checkpoint.modules, [*formats, formats[-1]])  # a uniform width outside may be asked for
-    if free < needed:
-        raise UserError(f"--out {out}: only {free // 2**20} MiB free on that disk; about {needed // 2**20} MiB are needed")
+    return holds_run
 
 
 @contextmanager
@@ -230,6 +243,8 @@ def _told(out: Path) -> Iterator[None]:
     try:
         yield
     except OSError as error:
+        if error.errno in FULL:
+            raise
         raise UserError(f"--out {out}: cannot be made ({(error.strerror or 'no permission').lower()})") from None
 
 

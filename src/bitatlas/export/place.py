@@ -55,5 +55,9 @@ def beside(out: Path) -> Iterator[Path]:
 
 def carried(folder: Path) -> list[Path]:
     """What else belongs to a model: tokenizer, generation config, chat template, licence."""
-    found = {file for pattern in CARRIED for file in folder.glob(pattern) if file.is_file()}
-    return sorted(found - set(weight_files(folder)))
+    return sorted(set(belongings(folder)) - set(weight_files(folder)))
+
+
+def belongings(folder: Path) -> list[Path]:
+    """The same of a folder whose weights are of any kind."""
+    return sorted({file for pattern in CARRIED for file in folder.glob(pattern) if file.is_file()})

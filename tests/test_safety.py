@@ -1,0 +1,224 @@
+"""Inputs that want more than to be read: pickle, code, paths, markup, escape sequences; and what a survey opens, writes and connects to."""
+
+from __future__ import annotations
+
+import json
+import os
+import pickle
+import shutil
+import subprocess
+import sys
+import textwrap
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+import tiny
+from bitatlas.checkpoint import open_checkpoint
+from bitatlas.errors import UserError
+from bitatlas.files import read_record
+from bitatlas.pickled import STORY, as_safetensors
+from bitatlas.records import Atlas
+from tiny import make_checkpoint
+
+
+@pytest.fixture
+def copy(tiny_llama: Path, tmp_path: Path) -> Path:
+    return shutil.copytree(tiny_llama, tmp_path / "given" / "model")
+
+
+def as_pickle(folder: Path, shards: int = 1) -> dict[str, torch.Tensor]:
+    """The folder's weights as transformers used to store them: lm_head and embeddings are one memory."""
+    tensors = load_file(folder / "model.safetensors")
+    (folder / "model.safetensors").unlink()
+    names = list(tensors)
+    tensors["lm_head.weight"] = tensors["model.embed_tokens.weight"]
+    if shards == 1:
+        torch.save(tensors, folder / "pytorch_model.bin")
+        return tensors
+    places = {name: f"pytorch_model-{number % shards + 1:05}-of-{shards:05}.bin" for number, name in enumerate(names)}
+    for file in set(places.values()):
+        torch.save({name: tensors[name] for name in names if places[name] == file}, folder / file)
+    (folder / "pytorch_model.bin.index.json").write_text(json.dumps({"metadata": {}, "weight_map": places}))
+    return tensors
+
+
+# --- pickle ------------------------------------------------------------------------------------------------------------
+
+
+def test_pickle_is_refused_and_the_flag_named(copy: Path):
+    as_pickle(copy)
+    with pytest.raises(UserError, match=r"is pickle, which can run code as it is read: .* `survey --allow-pickle` converts it"):
+        open_checkpoint(str(copy))
+
+
+@pytest.mark.parametrize("shards", [1, 3])
+def test_converted_weights_are_the_same_to_the_byte(copy: Path, tmp_path: Path, tiny_llama: Path, shards: int):
+    tensors = as_pickle(copy, shards)
+    before = {file.name: file.read_bytes() for file in copy.iterdir()}
+    place = Path(as_safetensors(str(copy), None, tmp_path / "out"))
+    assert place == tmp_path / "out" / "safetensors" / "model"
+    found = load_file(place / "model.safetensors")
+    assert found.keys() == tensors.keys() - {"lm_head.weight"}  # tied: stored once
+    assert all(torch.equal(found[name], tensors[name]) for name in found)
+    converted, original = open_checkpoint(str(place)), open_checkpoint(str(tiny_llama))
+    assert (converted.info.total_bytes, converted.info.name) == (original.info.total_bytes, "model")
+    ids = torch.arange(20)[None]
+    assert torch.equal(converted.load_model()(ids).logits, original.load_model()(ids).logits)
+    assert {file.name: file.read_bytes() for file in copy.iterdir()} == before
+    stamp = (place / "model.safetensors").stat().st_mtime_ns
+    assert Path(as_safetensors(str(copy), None, tmp_path / "out")) == place
+    assert (place / "model.safetensors").stat().st_mtime_ns == stamp  # made once
+    sums = json.loads((place / STORY).read_text())["sha256"]
+    assert len(sums) == shards and all(len(value) == 64 for value in sums.values())
+
+
+def test_safetensors_are_used_where_there_are_any(copy: Path, tmp_path: Path):
+    (copy / "pytorch_model.bin").write_bytes(b"whatever")
+    assert as_safetensors(str(copy), None, tmp_path / "out") == str(copy)
+    assert not (tmp_path / "out").exists()
+
+
+class Bomb:
+    def __init__(self, place: str):
+        self.place = place
+
+    def __reduce__(self):
+        return (os.mkdir, (self.place,))
+
+
+@pytest.mark.parametrize("kind", ["zip", "plain", "cut", "nested", "numbers", "empty"])
+def test_pickle_that_is_more_than_tensors_is_refused_and_not_run(copy: Path, tmp_path: Path, kind: str):
+    tensors = as_pickle(copy)
+    file, out = copy / "pytorch_model.bin", tmp_path / "out"
+    bomb = {**tensors, "bomb": Bomb(str(tmp_path / "ran"))}
+    if kind == "zip":
+        torch.save(bomb, file)
+    elif kind == "plain":
+        file.write_bytes(pickle.dumps(bomb))
+    elif kind == "cut":
+        file.write_bytes(file.read_bytes()[:2000])
+    else:
+        torch.save({"nested": {"state_dict": tensors}, "numbers": {**tensors, "step": 3}, "empty": {}}[kind], file)
+    with pytest.raises(UserError, match=r"pytorch_model.bin: .*(so it is|the file is) not read") as error:
+        as_safetensors(str(copy), None, out)
+    assert "\n" not in str(error.value)
+    assert not (tmp_path / "ran").exists()
+    assert not out.exists() or not any(out.rglob("*.*"))
+
+
+def test_an_index_of_pickles_may_not_leave_the_folder(copy: Path, tmp_path: Path):
+    as_pickle(copy)
+    (copy / "pytorch_model.bin.index.json").write_text(json.dumps({"weight_map": {"a": "../elsewhere.bin"}}))
+    with pytest.raises(UserError, match="outside the folder"):
+        as_safetensors(str(copy), None, tmp_path / "out")
+
+
+# --- code that comes with a model ----------------------------------------------------------------------------------------
+
+BOMB_CODE = "import os\nos.mkdir(os.environ['BITATLAS_BOMB'])\nfrom transformers import LlamaConfig as Own\n"
+
+
+@pytest.mark.parametrize(
+    ("change", "told"),
+    [
+        ({"model_type": "own", "auto_map": {"AutoConfig": "own.Own", "AutoModelForCausalLM": "own.Own"}}, "needs Python code of its own"),
+        ({"attn_implementation": "somebody/kernel"}, "asks for code from the hub"),
+    ],
+)  # fmt: skip
+def test_code_of_a_model_is_refused(copy: Path, tmp_path: Path, monkeypatch, change: dict, told: str):
+    monkeypatch.setenv("BITATLAS_BOMB", str(tmp_path / "ran"))
+    (copy / "own.py").write_text(BOMB_CODE)
+    config = json.loads((copy / "config.json").read_text())
+    (copy / "config.json").write_text(json.dumps(config | change))
+    with pytest.raises(UserError, match=told):
+        open_checkpoint(str(copy))
+    assert not (tmp_path / "ran").exists()
+
+
+def test_code_beside_a_known_model_or_tokenizer_is_not_run(copy: Path, tmp_path: Path, monkeypatch):
+    monkeypatch.setenv("BITATLAS_BOMB", str(tmp_path / "ran"))
+    (copy / "own.py").write_text(BOMB_CODE)
+    for name, auto in (("config.json", {"AutoConfig": "own.Own", "AutoModelForCausalLM": "own.Own"}), ("tokenizer_config.json", {"AutoTokenizer": ["own.Own", None]})):  # fmt: skip
+        content = json.loads((copy / name).read_text())
+        (copy / name).write_text(json.dumps(content | {"auto_map": auto}))
+    checkpoint = open_checkpoint(str(copy))
+    checkpoint.load_model()
+    checkpoint.load_tokenizer()
+    assert not (tmp_path / "ran").exists()
+
+
+# --- what a survey touches ---------------------------------------------------------------------------------------------
+
+WATCHER = textwrap.dedent("""
+    import json, os, sys
+    log = open(os.environ["BITATLAS_WATCH"], "a", buffering=1)
+    def watch(event, args):
+        if event in ("socket.connect", "socket.getaddrinfo", "socket.gethostbyname", "socket.sendto", "socket.bind"):
+            log.write(json.dumps([event, repr(args[1:])]) + "\\n")
+    sys.addaudithook(watch)
+""")
+
+
+def listing(*folders: Path) -> dict[str, tuple[int, int]]:
+    return {
+        str(file): (file.stat().st_size, file.stat().st_mtime_ns)
+        for folder in folders
+        for file in folder.rglob("*")
+        if file.is_file()
+    }
+
+
+@pytest.mark.slow
+def test_a_survey_writes_only_to_its_folder_and_connects_to_nothing(tmp_path: Path):
+    """Of a hostile-looking local model given as pickle, with tasks: a process of its own, whose home, cache and working folder are watched."""
+    name = "<img src=x onerror=alert(1)>[red]\x1b[31m"
+    model = make_checkpoint(tmp_path / "given" / name)
+    as_pickle(model)
+    (tmp_path / "given" / "text.txt").write_text(tiny.TEXT)
+    (tmp_path / "watch").mkdir()
+    (tmp_path / "watch" / "sitecustomize.py").write_text(WATCHER)
+    places = {
+        "HOME": "home",
+        "XDG_CACHE_HOME": "cache",
+        "HF_HOME": "cache/hf",
+        "TMPDIR": "tmp",
+        "XDG_CONFIG_HOME": "config",
+        "PWD": "here",
+    }
+    for place in (*places.values(), "out"):
+        (tmp_path / place).mkdir(parents=True, exist_ok=True)
+    watched = [tmp_path / part for part in ("given", "home", "tmp", "config", "here", "watch")]
+    before = listing(*watched)
+    environment = {
+        **os.environ, **{key: str(tmp_path / place) for key, place in places.items()}, "BITATLAS_WATCH": str(tmp_path / "connections"),
+        "PYTHONPATH": os.pathsep.join([str(tmp_path / "watch"), os.environ.get("PYTHONPATH", "")]), "HF_HUB_OFFLINE": "1", "PYTHONDONTWRITEBYTECODE": "1",
+    }  # fmt: skip
+    words = [
+        "survey", str(model), "--allow-pickle", "--tokens", str(tmp_path / "given" / "text.txt"), "--rows", "2,2,4", "--row-length", "24",
+        "--formats", "int2_g32,int4_g32", "--tasks", "demo_questions", "--limit", "2", "--no-refine", "--out", str(tmp_path / "out"),
+    ]  # fmt: skip
+    done = subprocess.run(
+        [sys.executable, "-m", "bitatlas", *words],
+        env=environment,
+        cwd=tmp_path / "here",
+        capture_output=True,
+        text=True,
+        timeout=280,
+    )
+    assert done.returncode == 0, done.stderr
+    assert (tmp_path / "connections").read_text() == ""
+    assert listing(*watched) == before
+    assert sorted(p.name for p in tmp_path.iterdir()) == sorted(
+        {"connections", "given", "home", "cache", "tmp", "config", "here", "watch", "out"}
+    )
+    atlas = read_record(tmp_path / "out" / "atlas.json", Atlas)
+    assert atlas.model.name == name
+    assert any("converted to safetensors" in note for note in atlas.notes)
+    said = (done.stdout + done.stderr).removesuffix(f"{tmp_path}/out/report.html\n")
+    assert "\x1b" not in said and "\\x1b[31m" in said and "[red]" in said
+    page = (tmp_path / "out" / "report.html").read_text(encoding="utf-8")
+    assert "<img" not in page and "\x1b" not in page
+    assert "<img" not in (tmp_path / "out" / "report.md").read_text(encoding="utf-8").replace("\\<", "")
