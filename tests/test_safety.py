@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import io
 import json
 import os
 import pickle
+import re
 import shutil
 import subprocess
 import sys
@@ -13,13 +15,18 @@ from pathlib import Path
 
 import pytest
 import torch
+from rich.table import Table
+from rich.text import Text
 from safetensors.torch import load_file
 
 import tiny
+from bitatlas import cli
 from bitatlas.checkpoint import open_checkpoint
 from bitatlas.errors import UserError
 from bitatlas.files import read_record
 from bitatlas.pickled import STORY, as_safetensors
+from bitatlas.plain import PlainConsole
+from bitatlas.progress import Reporter
 from bitatlas.records import Atlas
 from tiny import make_checkpoint
 
@@ -150,6 +157,48 @@ def test_code_beside_a_known_model_or_tokenizer_is_not_run(copy: Path, tmp_path:
     assert not (tmp_path / "ran").exists()
 
 
+# --- names that would steer a terminal or a page ---------------------------------------------------------------------------
+
+EVIL = "<script>alert(1)</script>[red]x[/red][/]\x1b[31m\x9b1m\u202eolleh"
+
+
+def test_a_terminal_is_sent_no_escape_and_no_markup_of_others():
+    told = io.StringIO()
+    console = PlainConsole(file=told, force_terminal=True, width=300)
+    table = Table(title=EVIL)
+    table.add_column(EVIL)
+    table.add_row(EVIL)
+    table.add_row(Text(EVIL, "green"))
+    console.print(table)
+    console.print(EVIL, soft_wrap=True)
+    ours = re.sub(r"\x1b\[[0-9;]*m", "", told.getvalue())
+    assert not re.search(r"[\x1b\x9b\u202e]", ours)
+    assert ours.count("<script>alert(1)</script>[red]x[/red][/]") == 5
+    assert "\\x1b[31m\\x9b1m\\u202eolleh" in ours
+    assert "\x1b[31m" not in told.getvalue()  # red is nothing of ours here
+
+
+def test_progress_is_sent_none_either(capsys):
+    reporter = Reporter()
+    with reporter.stage(EVIL):
+        reporter.say(EVIL)
+    shown = Reporter()
+    shown.console = PlainConsole(file=(told := io.StringIO()), force_terminal=True, width=300)
+    with shown.stage(EVIL) as advance:
+        advance(1, 2)
+    assert "\x1b[31m" not in capsys.readouterr().err + told.getvalue()
+
+
+@pytest.mark.parametrize("words", [["report", f"/nowhere/{EVIL}"], ["survey", EVIL], [EVIL], ["survey", "--tasks", EVIL]])
+def test_errors_are_sent_none_either(words: list[str], monkeypatch, capsys):
+    monkeypatch.setattr(sys, "argv", ["bitatlas", *words])
+    with pytest.raises(SystemExit) as end:
+        cli.main()
+    line = capsys.readouterr().err
+    assert end.value.code == 2 and line.count("\n") == 1
+    assert not re.search(r"[\x1b\x9b\u202e]", line)
+
+
 # --- what a survey touches ---------------------------------------------------------------------------------------------
 
 WATCHER = textwrap.dedent("""
@@ -160,6 +209,8 @@ WATCHER = textwrap.dedent("""
             log.write(json.dumps([event, repr(args[1:])]) + "\\n")
     sys.addaudithook(watch)
 """)
+
+PROBE = json.dumps(["socket.bind", "(('::1', 0),)"])  # urllib3, as it is imported: is there IPv6? Nothing leaves the machine
 
 
 def listing(*folders: Path) -> dict[str, tuple[int, int]]:
@@ -209,7 +260,8 @@ def test_a_survey_writes_only_to_its_folder_and_connects_to_nothing(tmp_path: Pa
         timeout=280,
     )
     assert done.returncode == 0, done.stderr
-    assert (tmp_path / "connections").read_text() == ""
+    connections = (tmp_path / "connections").read_text().splitlines()
+    assert set(connections) <= {PROBE}
     assert listing(*watched) == before
     assert sorted(p.name for p in tmp_path.iterdir()) == sorted(
         {"connections", "given", "home", "cache", "tmp", "config", "here", "watch", "out"}
@@ -219,6 +271,6 @@ def test_a_survey_writes_only_to_its_folder_and_connects_to_nothing(tmp_path: Pa
     assert any("converted to safetensors" in note for note in atlas.notes)
     said = (done.stdout + done.stderr).removesuffix(f"{tmp_path}/out/report.html\n")
     assert "\x1b" not in said and "\\x1b[31m" in said and "[red]" in said
-    page = (tmp_path / "out" / "report.html").read_text(encoding="utf-8")
-    assert "<img" not in page and "\x1b" not in page
-    assert "<img" not in (tmp_path / "out" / "report.md").read_text(encoding="utf-8").replace("\\<", "")
+    assert "<img" not in (tmp_path / "out" / "report.html").read_text(encoding="utf-8")
+    text = (tmp_path / "out" / "report.md").read_text(encoding="utf-8")
+    assert "<img" not in text.replace("\\<", "") and "\x1b" not in text

@@ -86,5 +86,7 @@ def _told(error: Any) -> str:
 
 
 def _end(line: str, code: int) -> NoReturn:
-    print(" ".join(line.split()), file=sys.stderr)
+    from bitatlas.words import visible
+
+    print(visible(" ".join(line.split())), file=sys.stderr)
     raise SystemExit(code)

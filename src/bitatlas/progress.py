@@ -24,6 +24,7 @@ from rich.progress import (  # fmt: skip
 from rich.table import Table
 from rich.text import Text
 
+from bitatlas.plain import PlainConsole
 from bitatlas.words import number
 
 Advance = Callable[[int, int], None]
@@ -33,7 +34,7 @@ class Reporter:
     """Progress on stderr, so that stdout holds results alone."""
 
     def __init__(self, quiet: bool = False, console: Console | None = None):
-        self.console = console or Console(stderr=True, quiet=quiet, highlight=False)
+        self.console = console or PlainConsole(stderr=True, quiet=quiet)
         self.start = time.monotonic()
         self.results: dict[str, str] = {}  # what was found so far, by name
 
@@ -67,7 +68,7 @@ class Live(Progress):
     def __init__(self, console: Console, results: Mapping[str, str], start: float):
         self.results, self.run_start = results, start
         super().__init__(
-            TextColumn("[bold]{task.description}", markup=True), BarColumn(bar_width=30), MofNCompleteColumn(), Pace(),
+            TextColumn("{task.description}", "bold", markup=False), BarColumn(bar_width=30), MofNCompleteColumn(), Pace(),
             TimeElapsedColumn(), TextColumn("left"), TimeRemainingColumn(), console=console, transient=True,
         )  # fmt: skip
 

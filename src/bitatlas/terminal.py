@@ -15,6 +15,7 @@ from bitatlas.curve import Curve
 from bitatlas.export.targets import Exported
 from bitatlas.findings.tasks import smallest_held, task_widths
 from bitatlas.llamacpp.bench import Benchmark
+from bitatlas.plain import PlainConsole
 from bitatlas.records import Atlas, Measured, Plan, Size, TaskPair, TaskScore
 from bitatlas.verify import Verification
 from bitatlas.words import MINUS, byte_size, interval, listed, memory_text, number, protect_text
@@ -23,7 +24,7 @@ STYLES = {"critical": "red", "safe": "green", "uncertain": "yellow"}
 
 
 def _console() -> Console:
-    return Console(highlight=False)
+    return PlainConsole()
 
 
 def _table(title: str, columns: Sequence[str]) -> Table:
@@ -45,7 +46,7 @@ def show_summary(atlas: Atlas) -> None:
     layers = _table("Layers (criticality = share of damage / share of weights)", ["layer", "criticality", "verdict"])
     for layer in atlas.layers:
         style = STYLES[layer.verdict]
-        layers.add_row(str(layer.layer), interval(layer.criticality), f"[{style}]{layer.verdict}[/]")
+        layers.add_row(str(layer.layer), interval(layer.criticality), Text(layer.verdict, style))
     console.print(layers)
     _show_scores(console, atlas.tasks)
     _show_widths(console, atlas.task_pairs)
@@ -73,9 +74,9 @@ def show_plan(plan: Plan) -> None:
         table.add_row(f"best of {len(random)} random plans", "", number(best.code_bits), _nats(best.damage))
     console.print(table)
     if memory:
-        console.print(memory, markup=False, soft_wrap=True)
+        console.print(memory, soft_wrap=True)
     if plan.budget.protect:
-        console.print(f"Verdict: {plan.verdict}", markup=False, soft_wrap=True)
+        console.print(f"Verdict: {plan.verdict}", soft_wrap=True)
 
 
 def show_curve(curve: Curve) -> None:
@@ -95,9 +96,9 @@ def show_exported(exported: Exported) -> None:
     """What was written for which runtime, and what to know about it."""
     console = _console()
     files = f"{exported.target.name}: {', '.join(exported.files)}"
-    console.print(files, markup=False, soft_wrap=True)
+    console.print(files, soft_wrap=True)
     for note in exported.notes:
-        console.print(note, markup=False, soft_wrap=True)
+        console.print(note, soft_wrap=True)
 
 
 def show_applied(result: Applied) -> None:
@@ -109,7 +110,7 @@ def show_applied(result: Applied) -> None:
     table.add_row("weights' files on disk", f"{result.disk_bytes:,}")
     console = _console()
     console.print(table)
-    console.print(f"Carried over: {listed(result.carried)}", markup=False, soft_wrap=True)
+    console.print(f"Carried over: {listed(result.carried)}", soft_wrap=True)
 
 
 def show_verification(result: Verification) -> None:
@@ -149,17 +150,17 @@ def show_benchmark(result: Benchmark) -> None:
     console.print(table)
     repeats = len(result.speed.rates["prompt"])
     told = "; ratios: median of pairs that took turns, 95 % interval" if result.ratios else ""
-    console.print(f"Medians of {repeats} repeats{told}.", markup=False, soft_wrap=True)
+    console.print(f"Medians of {repeats} repeats{told}.", soft_wrap=True)
 
 
-def _kept(kept: bool) -> str:
-    return "[green]kept[/]" if kept else "[red]NOT KEPT[/]"
+def _kept(kept: bool) -> Text:
+    return Text("kept", "green") if kept else Text("NOT KEPT", "red")
 
 
 def show_comparison(result: Comparison) -> None:
     """Damage, losses and paired task results of two checkpoints."""
     console = _console()
-    console.print(f"A: {result.first}\nB: {result.second}", markup=False)
+    console.print(f"A: {result.first}\nB: {result.second}")
     if result.losses and result.loss_difference:
         table = _table("On the same rows", ["", "nats/token"])
         table.add_row("KL(A || B)", interval(result.damage))
@@ -170,7 +171,7 @@ def show_comparison(result: Comparison) -> None:
     _show_scores(console, result.scores)
     for pair in result.pairs:
         seen = f"(smallest detectable difference {number(pair.detectable_points, 1)} points)"
-        console.print(f"{pair.task}, {pair.first} to {pair.second}: {pair.text} {seen}", markup=False, soft_wrap=True)
+        console.print(f"{pair.task}, {pair.first} to {pair.second}: {pair.text} {seen}", soft_wrap=True)
 
 
 def _show_widths(console: Console, pairs: list[TaskPair]) -> None:

@@ -6,12 +6,15 @@ Numbers carry as many decimals as their interval supports (two digits of its wid
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Iterable, Sequence
 
 from bitatlas.records import Measured, Plan
 
 MINUS = "−"
 NOT_MEASURED = "not measured"
+# C0 but tab and newline, DEL, C1, and the marks that reorder a line's letters
+_STEERING = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\u061c\u200e\u200f\u202a-\u202e\u2066-\u2069]")
 
 
 def number(value: float, decimals: int | None = None) -> str:
@@ -117,3 +120,8 @@ def listed(parts: Iterable[str]) -> str:
     if len(found) < 2:
         return found[0] if found else "none"
     return f"{', '.join(found[:-1])} and {found[-1]}"
+
+
+def visible(text: str) -> str:
+    """Every character that a terminal would obey, as its escape: an ESC becomes the four letters \\x1b."""
+    return _STEERING.sub(lambda m: f"\\x{ord(m[0]):02x}" if ord(m[0]) < 256 else f"\\u{ord(m[0]):04x}", text)

@@ -13,6 +13,7 @@ from bitatlas.report import advice, facts
 from bitatlas.report.cards import LINK_NOTE
 from bitatlas.report.mermaid import overview
 from bitatlas.report.tables import Table, tables
+from bitatlas.words import visible
 
 MARKS = {"holds": "✅", "does not hold": "❌", "inconclusive": "⚠️", "critical": "🔴", "safe": "✅", "uncertain": "⚠️"}
 MARKS |= {"falls": "📉", "rises": "📈"}
@@ -42,7 +43,7 @@ def markdown(atlas: Atlas) -> str:
     ]
     for table in tables(atlas):
         blocks += _table(table)
-    return "\n\n".join(blocks) + "\n"
+    return visible("\n\n".join(blocks) + "\n")  # for people who print it on a terminal
 
 
 def _key_findings(atlas: Atlas) -> list[str]:
