@@ -5,7 +5,7 @@
 
 The first inputs are valid files; atheris changes them, and keeps what reaches new code. A finding ends the run with the input that
 made it, in a file that `python tests/fuzz_readers.py READER FILE` runs again. Not a test module by its name: `test_fuzz.py` runs it for a
-moment where atheris is installed. Each reader runs in a process of its own, since atheris ends its process.
+moment where atheris is installed.
 """
 
 from __future__ import annotations
@@ -17,7 +17,6 @@ import json
 import operator
 import os
 import random
-import subprocess
 import sys
 import tempfile
 from collections.abc import Callable, Iterator
@@ -165,7 +164,7 @@ def places(value: Any, path: tuple = ()) -> Iterator[tuple]:
 
 
 def fuzz(name: str, seconds: int, seed: bytes, place: Path, findings: Path) -> None:
-    """Does not return: atheris ends the process, with 0 where nothing was found."""
+    """Does not return: atheris ends the process, with 0 where nothing was found, and without a word of the readers' own."""
     folder, corpus = place / "work", place / "corpus"
     folder.mkdir()
     corpus.mkdir()
@@ -193,16 +192,22 @@ def main() -> None:
         "--findings", type=Path, default=Path(tempfile.gettempdir()), help="folder for the inputs that were findings"
     )
     args = parser.parse_args()
-    if args.reader == "all":
-        command = [sys.executable, __file__, "--seconds", str(args.seconds), "--findings", str(args.findings)]
-        raise SystemExit(max(subprocess.run([*command, name]).returncode for name in READERS))
     with tempfile.TemporaryDirectory() as place:
         if args.file:
-            (Path(place) / "work").mkdir()
-            once(args.reader, args.file.read_bytes(), Path(place) / "work")
-        else:
-            (Path(place) / "seeds").mkdir()
-            fuzz(args.reader, args.seconds, seeds(Path(place) / "seeds")[args.reader], Path(place), args.findings)
+            once(args.reader, args.file.read_bytes(), Path(place))
+            return
+        valid = seeds(Path(place))
+        names = list(READERS) if args.reader == "all" else [args.reader]
+        raise SystemExit(max([apart(name, args.seconds, valid[name], args.findings) for name in names]))
+
+
+def apart(name: str, seconds: int, seed: bytes, findings: Path) -> int:
+    """Fuzz in a process of its own, since atheris ends the one it runs in; its exit code."""
+    with tempfile.TemporaryDirectory() as place:
+        print(f"--- {name}", file=sys.stderr, flush=True)
+        if (child := os.fork()) == 0:
+            fuzz(name, seconds, seed, Path(place), findings)
+        return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
 
 
 if __name__ == "__main__":
