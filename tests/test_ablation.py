@@ -113,7 +113,7 @@ def test_what_is_journaled_is_not_measured_again(tiny_llama: Path, tmp_path: Pat
     done = journal.count()
     resumed = ablate(model, tokenizer, heads, ["x"], journal, seed=3, sequences=6)
     assert 0 < done < journal.count()
-    monkeypatch.setattr(ablation, "trace", None)  # nothing is run any more
+    monkeypatch.setattr(ablation, "record", None)  # nothing is run any more
     again = ablate(model, tokenizer, heads, ["x"], journal, seed=3, sequences=6)
     for one, other, third in zip(whole, resumed, again, strict=True):
         assert (one.role, one.heads, one.draws) == (other.role, other.heads, other.draws)

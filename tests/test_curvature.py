@@ -123,7 +123,7 @@ def test_nothing_depends_on_the_batch_or_the_journal(tiny_llama: Path, monkeypat
     again = expand(meter, checkpoint.modules, NAMES, base, rows)
     assert (whole.scores == again.scores).all()
     assert (whole.first == again.first).all()
-    monkeypatch.setattr(curvature, "batch_rows", lambda *_: 1)
+    monkeypatch.setattr("bitatlas.sensitivity.damage.batch_rows", lambda *_: 1)
     single = expand(meter, checkpoint.modules, NAMES, base, rows)
     assert single.scores == pytest.approx(whole.scores, rel=1e-3, abs=1e-3 * np.abs(whole.scores).max())
     assert single.first == pytest.approx(whole.first, rel=1e-3, abs=1e-5 * np.abs(whole.first).max())

@@ -9,8 +9,9 @@ from bitatlas.bank import Bank
 from bitatlas.checkpoint import Checkpoint, open_checkpoint
 from bitatlas.formats import FORMATS
 from bitatlas.journal import Journal
-from bitatlas.layerwise import batch_rows, resume, run_layer, trace
+from bitatlas.layerwise import Job, follow, logits_of, record
 from bitatlas.sensitivity.damage import DamageMeter, Swap
+from bitatlas.shelf import Shelf
 from bitatlas.swap import swapped, weight_of
 from bitatlas.tokens import make_rows
 from tiny import FAMILIES, TEXT, make_checkpoint
@@ -30,22 +31,33 @@ def rows_for(checkpoint: Checkpoint) -> torch.Tensor:
 
 
 @pytest.mark.parametrize("family", sorted(FAMILIES))
-def test_resumed_passes_equal_full_passes_to_the_last_bit(family: str, tmp_path: Path):
+def test_passes_in_pieces_equal_full_passes_to_the_last_bit(family: str, tmp_path: Path):
     checkpoint, model, meter = setup(make_checkpoint(tmp_path / family, family))
-    ids = rows_for(checkpoint)[:4]
+    ids = rows_for(checkpoint)[:6]
+    batches = [ids[:4], ids[4:]]
     before = {name: p.clone() for name, p in model.named_parameters()}
-    recorded = trace(model, ids)
-    hidden = recorded.embedded
-    for layer, call in enumerate(recorded.calls):
-        changed = meter.bank.weights({m.name: "int2_g32" for m in checkpoint.modules if m.layer == layer})
-        with swapped(model, changed):
-            assert torch.equal(resume(model, ids, layer, recorded.outputs), model(ids).logits)
-            assert not torch.equal(model(ids).logits, recorded.logits)
-        hidden = run_layer(model, layer, hidden, call)
-        output = recorded.outputs[layer]
-        assert torch.equal(hidden, output[0] if isinstance(output, tuple) else output)
+    whole = [model(part).logits for part in batches]
+    with Shelf(2**12) as shelf:  # so little that most states go through files
+        recorded = record(model, batches, shelf)
+        assert shelf.spilled
+        assert all(
+            torch.equal(logits_of(model, *pair), logits) for *pair, logits in zip(batches, recorded.final, whole, strict=True)
+        )
+        weights = [meter.bank.weights({m.name: "int2_g32" for m in checkpoint.modules if m.layer == layer}) for layer in range(3)]
+        jobs = [
+            Job(layer, lambda at, own=own, layer=layer: swapped(model, own if at == layer else {}))
+            for layer, own in enumerate(weights)
+        ]
+        finals = follow(model, recorded, jobs)
+    for own, states in zip(weights, finals, strict=True):
+        with swapped(model, own):
+            assert all(
+                torch.equal(logits_of(model, part, state), model(part).logits)
+                for part, state in zip(batches, states, strict=True)
+            )
+            assert not torch.equal(model(batches[0]).logits, whole[0])
     assert all(torch.equal(before[name], p) for name, p in model.named_parameters())
-    assert torch.equal(model(ids).logits, recorded.logits)
+    assert torch.equal(model(batches[0]).logits, whole[0])
 
 
 def test_a_swap_restores_after_an_error_and_refuses_a_wrong_shape(tiny_llama: Path):
@@ -86,27 +98,24 @@ def test_swaps_equal_whole_plans(tiny_llama: Path):
 
 def test_nothing_is_measured_twice(tiny_llama: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     journal = Journal(tmp_path / "run.sqlite")
-    checkpoint, model, meter = setup(tiny_llama, journal)
+    checkpoint, _, meter = setup(tiny_llama, journal)
     rows = rows_for(checkpoint)
     plans = {name: dict.fromkeys([m.name for m in checkpoint.modules], name) for name in CANDIDATES}
     first = meter.plans({"int2_g32": plans["int2_g32"]}, rows)
     journal.close()
-    _, model, meter = setup(tiny_llama, Journal(tmp_path / "run.sqlite"))
-    count = 0
-    forward = model.forward
+    _, _, meter = setup(tiny_llama, Journal(tmp_path / "run.sqlite"))
+    passes: list[int] = []
 
-    def counted(*args, **kwargs):
-        nonlocal count
-        count += 1
-        return forward(*args, **kwargs)
+    def counted(model, batches, inputs=None):
+        passes.append(sum(map(len, batches)))
+        return record(model, batches, inputs)
 
-    monkeypatch.setattr(model, "forward", counted)
+    monkeypatch.setattr("bitatlas.sensitivity.damage.record", counted)
     second = meter.plans(plans, rows)
-    batches = -(-len(rows) // batch_rows(16, 300))
-    assert count == 2 * batches  # the reference and the one plan that was missing
+    assert sum(passes) == 2 * len(rows)  # the reference and the one plan that was missing
     assert (second["int2_g32"] == first["int2_g32"]).all()
     meter.plans(plans, rows)
-    assert count == 2 * batches
+    assert sum(passes) == 2 * len(rows)
 
 
 def test_zero_damage_of_the_reference(tiny_llama: Path):

@@ -134,26 +134,26 @@ class Interrupted(KeyboardInterrupt):
 def test_an_interrupted_run_resumes_to_the_same_bytes(
     after: int, surveyed: Path, tiny_llama: Path, text: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ):
-    put = Journal.put
+    put_all = Journal.put_all
     written: list[str] = []
 
-    def interrupting(self: Journal, key: str, stage: str, value: object) -> None:
+    def interrupting(self: Journal, stage: str, values: dict[str, object]) -> None:
         if len(written) == after:
             raise Interrupted
-        put(self, key, stage, value)
-        written.append(key)
+        put_all(self, stage, values)
+        written.extend(values)
 
-    monkeypatch.setattr(Journal, "put", interrupting)
+    monkeypatch.setattr(Journal, "put_all", interrupting)
     with pytest.raises(Interrupted):
         run_survey(settings_for(tiny_llama, text), tmp_path / "out", False, QUIET)
     assert not any((tmp_path / "out" / name).exists() for name in OUTPUTS)
     first = list(written)
 
-    def recording(self: Journal, key: str, stage: str, value: object) -> None:
-        put(self, key, stage, value)
-        written.append(key)
+    def recording(self: Journal, stage: str, values: dict[str, object]) -> None:
+        put_all(self, stage, values)
+        written.extend(values)
 
-    monkeypatch.setattr(Journal, "put", recording)
+    monkeypatch.setattr(Journal, "put_all", recording)
     run_survey(settings_for(tiny_llama, text), tmp_path / "out", True, QUIET)
     assert len(written) == len(set(written)), "something was measured twice"
     assert len(first) == after

@@ -5,7 +5,8 @@ A bank belongs to the weights, the quantizer and, where the quantizer uses them,
 these, so banks of several quantizers lie side by side and none is taken for another. Each file is written beside and renamed: an
 interrupted run goes on with the next module. Each carries a hash of what it holds: a damaged or changed file is made again.
 
-Unpacked codes of the last used modules are kept in memory. Without a folder everything stays in memory.
+Unpacked codes of the last used modules are kept in memory. Without a folder everything stays in memory. Of a streamed model (see
+`streaming`) nothing is held of the weights themselves: what is asked for is read, or made of its codes, when it is looked up.
 Left out: weights for runtimes (their layouts differ; see `export`), and more than one process writing at a time.
 """
 
@@ -28,7 +29,8 @@ from bitatlas.quantizers import get_quantizer
 from bitatlas.quantizers.codes import Blocks, Codes, from_tensors, to_tensors
 from bitatlas.records import Module, Plan
 from bitatlas.sealed import load_sealed, save_sealed
-from bitatlas.swap import swapped, weight_of
+from bitatlas.streaming import Lookup, stream_of
+from bitatlas.swap import shape_of, swapped, weight_of
 from bitatlas.tokens import rows_sha256
 
 BANK = "bank"  # folder of quantized weights, in a run's folder
@@ -50,10 +52,11 @@ class Bank:
         folder: Path | None = None,
         weights_sha256: str = "",
         identity: str | None = None,
+        kept_bytes: int = KEPT_BYTES,
     ):
         """rows: int64 [rows, tokens], for quantizers that are fitted on inputs. `folder`: where banks lie; None: in memory.
 
-        `identity`: of a bank made earlier, whose rows are not at hand.
+        `identity`: of a bank made earlier, whose rows are not at hand. `kept_bytes`: of unpacked codes that stay in memory.
         """
         self.formats = dict(formats)
         self.model = model
@@ -61,8 +64,14 @@ class Bank:
         self.rows = rows if self.quantizer.uses_rows else None
         fitted = [] if self.rows is None else [rows_sha256(self.rows)]
         self.identity = identity or "-".join([quantizer, str(self.quantizer.version), *fitted])
+        self.modules = list(modules)
+        stream = stream_of(model)
+        self._streamed = stream is not None
         # The tensors themselves, not the parameters: a swap exchanges the parameter's storage and leaves these as they are.
-        self._reference = {name: weight_of(model, name) for name in modules}
+        self._reference: Mapping[str, Tensor] = (
+            Lookup(self.modules, stream.stored) if stream else {name: weight_of(model, name) for name in modules}
+        )
+        self._kept_limit = kept_bytes
         self.folder = folder / f"{quantizer}-{content_key(weights_sha256, self.identity)[:12]}" if folder else None
         self._kept: OrderedDict[Key, Codes | Blocks] = OrderedDict()
         self._kept_bytes = 0
@@ -71,7 +80,7 @@ class Bank:
 
     def fill(self, formats: Sequence[str], progress: Callable[[int, int], None] | None = None) -> None:
         """Quantize whatever is missing of all modules in `formats`."""
-        self.ready([(module, name) for module in self._reference for name in formats], progress)
+        self.ready([(module, name) for module in self.modules for name in formats], progress)
 
     def ready(self, keys: Iterable[Key], progress: Callable[[int, int], None] | None = None) -> None:
         """All of `keys` (module, format) are made, by the crew where there is one; its workers then find their files."""
@@ -101,14 +110,17 @@ class Bank:
         """The unquantized weight [out, in]."""
         return self._reference[module]
 
-    def weights(self, assignment: Mapping[str, str]) -> dict[str, Tensor]:
-        """Module name -> weight [out, in] in its assigned format, in the reference's dtype and on its device."""
+    def weights(self, assignment: Mapping[str, str]) -> Mapping[str, Tensor]:
+        """Module name -> weight [out, in] in its assigned format, in the model's dtype and on its device; of a streamed model, when looked up."""
+        if self._streamed:
+            return Lookup(assignment, lambda module: self._weight(module, assignment[module]))
         self._make(list(assignment.items()))
         return {module: self._weight(module, name) for module, name in assignment.items()}
 
     def _weight(self, module: str, format_name: str) -> Tensor:
-        reference = self._reference[module]
-        return self.codes(module, format_name).weight(reference.dtype).to(reference.device)
+        like = self.model.get_submodule(module).weight
+        assert isinstance(like, Tensor)
+        return self.codes(module, format_name).weight(like.dtype).to(like.device)
 
     # --- making what is missing ------------------------------------------------------------------------------------------
 
@@ -140,7 +152,7 @@ class Bank:
         """In memory; the least recently used give way, if they can be read again."""
         self._kept[key] = codes
         self._kept_bytes += codes.held_bytes
-        while self.folder and self._kept_bytes > KEPT_BYTES and len(self._kept) > 1:
+        while self.folder and self._kept_bytes > self._kept_limit and len(self._kept) > 1:
             self._kept_bytes -= self._kept.popitem(last=False)[1].held_bytes
 
     # --- files -----------------------------------------------------------------------------------------------------------
@@ -160,8 +172,7 @@ class Bank:
         return True
 
     def _read(self, key: Key) -> Codes | Blocks:
-        out, width = self._reference[key[0]].shape
-        return from_tensors(load_sealed(self._file(key), " ".join(key)), self.formats[key[1]], (out, width))
+        return from_tensors(load_sealed(self._file(key), " ".join(key)), self.formats[key[1]], shape_of(self.model, key[0]))
 
     def _write(self, key: Key, codes: Codes | Blocks) -> None:
         file = self._file(key)

@@ -21,7 +21,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError, safe_open
 from torch import nn
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 from transformers.pytorch_utils import Conv1D
@@ -30,8 +29,10 @@ from transformers.utils import logging
 from bitatlas.errors import UserError
 from bitatlas.folder import find_folder, read_config, read_header, reason_of, weight_files
 from bitatlas.planning.memory import dtype_bytes
+from bitatlas.reader import Reader
 from bitatlas.records import ModelInfo, Module
 from bitatlas.shape import memory_shape
+from bitatlas.streaming import open_stream, without_weights
 from bitatlas.workload import MemoryShape
 
 DTYPE_NAMES = {"F64": "float64", "F32": "float32", "F16": "float16", "BF16": "bfloat16"}
@@ -69,14 +70,22 @@ class Checkpoint:
         self.check_unchanged()
         return _placed(model, device)
 
+    def stream_model(self, device: str = "cpu", dtype: torch.dtype = torch.float32) -> PreTrainedModel:
+        """The model in evaluation mode with its decoder layers on disk (see `streaming`); UserError where that cannot be."""
+        with without_weights():
+            model = skeleton_of(self.config, str(self.folder), "cpu")
+        return open_stream(model, self.layers_path, Reader(self.files), device, dtype, self.check_unchanged)
+
     def check_unchanged(self) -> None:
         """UserError where a weights file is no longer the one that was hashed: what is read now is something else.
 
         Only a file that was touched is hashed again.
         """
-        changed = [file for file, stamp in zip(self.files, self.stamps, strict=True) if _stamp(file) != stamp]
+        now = [_stamp(file) for file in self.files]
+        changed = [file for file, stamp, before in zip(self.files, now, self.stamps, strict=True) if stamp != before]
         if changed and not (all(file.is_file() for file in self.files) and sha256_of(self.files) == self.info.weights_sha256):
             raise UserError(f"{changed[0]}: the file changed while it was in use; start again once it is whole")
+        self.stamps[:] = now
 
     def skeleton(self) -> nn.Module:
         """The model without its weights, on torch's meta device."""
@@ -188,10 +197,10 @@ def check_causal(model: PreTrainedModel, name: str) -> None:
         raise UserError(f"{name}: {type(model).__name__} reads ahead, so it is not a causal language model")
 
 
-def skeleton_of(config: Any, name: str) -> nn.Module:
-    """The model of a config without its weights, on torch's meta device."""
+def skeleton_of(config: Any, name: str, device: str = "meta") -> nn.Module:
+    """The model of a config without its weights, on torch's meta device; another `device` is for its buffers (see `streaming`)."""
     try:
-        with torch.device("meta"), _quiet():
+        with torch.device(device), _quiet():
             return AutoModelForCausalLM.from_config(config, trust_remote_code=False)
     except Exception as error:  # each model type fails in its own way on numbers that make no sense
         raise UserError(f"{name}: transformers cannot build this model ({reason_of(error)})") from None
@@ -313,23 +322,14 @@ def sha256_of(files: list[Path]) -> str:
 
 def check_finite(checkpoint: Checkpoint, progress: Callable[[int, int], None] | None = None) -> None:
     """Read every weight once, one at a time; UserError naming the first tensor that holds NaN or infinity."""
-    for done, (total, name, tensor) in enumerate(_tensors(checkpoint.files), start=1):
+    reader = Reader(checkpoint.files)
+    for done, name in enumerate(reader, start=1):
+        tensor = reader.read(name)
         if tensor.is_floating_point() and not bool(torch.isfinite(tensor).all()):
             bad = int((~torch.isfinite(tensor)).sum())
             raise UserError(f"{checkpoint.info.name}: {name} holds {bad} NaN or infinite weights; nothing can be measured on it")
         if progress:
-            progress(done, total)
-
-
-def _tensors(files: list[Path]) -> Iterator[tuple[int, str, torch.Tensor]]:
-    try:
-        readers = [safe_open(file, framework="pt") for file in files]
-        total = sum(len(list(reader.keys())) for reader in readers)
-        for reader in readers:
-            for name in reader.keys():  # noqa: SIM118 (safe_open is not a dict)
-                yield total, name, reader.get_tensor(name)
-    except (SafetensorError, OSError) as error:
-        raise UserError(f"{files[0].parent}: weights cannot be read ({reason_of(error)})") from None
+            progress(done, len(reader))
 
 
 def decoder_layers(model: nn.Module) -> nn.ModuleList:

@@ -11,7 +11,7 @@ import hashlib
 import json
 import os
 import sqlite3
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -95,9 +95,16 @@ class Journal:
 
     def put(self, key: str, stage: str, value: Any) -> None:
         """Record a measurement; on return it is safe from a crash of this process."""
-        text = json.dumps(value, allow_nan=False)
+        self.put_all(stage, {key: value})
+
+    def put_all(self, stage: str, values: Mapping[str, Any]) -> None:
+        """Record measurements by key, all of them or none."""
+        texts = {key: json.dumps(value, allow_nan=False) for key, value in values.items()}
         with self._told():
-            self._db.execute("INSERT OR REPLACE INTO measured VALUES (?, ?, ?, ?)", (key, stage, text, _check(key, text)))
+            self._db.executemany(
+                "INSERT OR REPLACE INTO measured VALUES (?, ?, ?, ?)",
+                [(key, stage, text, _check(key, text)) for key, text in texts.items()],
+            )
             self._db.commit()
 
     def entries(self) -> list[tuple[str, str, Any]]:

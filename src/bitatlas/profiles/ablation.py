@@ -15,7 +15,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -28,10 +28,11 @@ from transformers.pytorch_utils import Conv1D
 
 from bitatlas.checkpoint import decoder_layers
 from bitatlas.journal import Journal, content_key
-from bitatlas.layerwise import batch_rows, resume, trace
+from bitatlas.layerwise import Job, batch_rows, follow, logits_of, record
 from bitatlas.profiles.capture import attention_of
 from bitatlas.profiles.roles import ABLATION_PART, repeated_tokens
 from bitatlas.records import AttentionHead
+from bitatlas.shelf import Shelf
 from bitatlas.tokens import rows_sha256
 
 ABLATED_ROLES = ("induction", "previous")
@@ -39,6 +40,9 @@ ABLATION_SEQUENCES = 32
 SHORT_SEQUENCES = 8  # in a short survey: where heads do the repeating, the effect is many times the interval of so few
 ABLATION_DRAWS = 20  # fewest with which "none of them does as much" is rarer than 1 in 20 by chance
 OUTPUT_NAMES = ("o_proj", "out_proj", "c_proj", "dense", "wo", "proj")
+
+STATE_BYTES = 2**28  # of what goes into the layers, in memory
+GROUP = 8  # sets of heads that are removed side by side
 
 Head = tuple[int, int]  # layer, head
 Heads = tuple[Head, ...]
@@ -192,19 +196,31 @@ def _losses(
         keys = {heads: content_key("ablation", list(identity), rows_sha256(batch), heads) for heads in removals}
         known = {heads: journal.get(key) for heads, key in keys.items()}
         missing = [heads for heads in removals if known[heads] is None]
-        if missing:
-            batch = batch.to(model.device)
-            recorded = trace(model, batch)
-        for heads in missing:
-            with without_heads(model, heads, count):
-                logits = resume(model, batch, heads[0][0], recorded.outputs) if heads else recorded.logits
-            known[heads] = half_losses(logits, batch).tolist()
+        for heads, logits in _logits_without(model, batch.to(model.device), missing, count) if missing else ():
+            known[heads] = half_losses(logits, batch.to(model.device)).tolist()
             journal.put(keys[heads], "ablation", known[heads])
         for heads in removals:
             parts[heads].append(known[heads])
         if progress:
             progress(number + 1, len(batches))
     return {heads: np.concatenate([np.asarray(part, dtype=np.float64) for part in of_set]) for heads, of_set in parts.items()}
+
+
+def _logits_without(model: Any, ids: Tensor, removals: Sequence[Heads], count: dict[int, int]) -> Iterator[tuple[Heads, Tensor]]:
+    """Logits [rows, tokens, vocabulary] without each set of heads."""
+    with Shelf(STATE_BYTES) as shelf:
+        recorded = record(model, [ids], shelf)
+        ordered = sorted(removals)  # the empty set first, then by the first layer that is changed
+        for start in range(0, len(ordered), GROUP):
+            group = ordered[start : start + GROUP]
+            jobs = [Job(heads[0][0], _in_force(model, heads, count)) for heads in group if heads]
+            finals = iter(follow(model, recorded, jobs))
+            for heads in group:
+                yield heads, logits_of(model, ids, next(finals)[0] if heads else recorded.final[0])
+
+
+def _in_force(model: nn.Module, heads: Heads, count: dict[int, int]) -> Callable[[int], AbstractContextManager[None]]:
+    return lambda layer: without_heads(model, [head for head in heads if head[0] == layer], count)
 
 
 def half_losses(logits: Tensor, ids: Tensor) -> Tensor:

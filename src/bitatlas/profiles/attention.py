@@ -32,6 +32,7 @@ from bitatlas.profiles.masses import Floats
 from bitatlas.profiles.roles import REPEATED_ROLES, TEXT_ROLES, RoleMasses, repeated_tokens, role_masses
 from bitatlas.profiles.scoring import score
 from bitatlas.records import AttentionHead, AttentionLayer, Module
+from bitatlas.streaming import Lookup
 from bitatlas.swap import swapped
 
 REPEATED_SEQUENCES = 32
@@ -68,7 +69,7 @@ def attention_profile(
     Without attention maps, or with rows too short for them, the lists are empty and a note says so. Equal arguments give equal
     results. Raises ValueError where `changed` names an unknown module.
     """
-    reader = _Reader(model, _by_layer(modules, changed), batch_size, seed)
+    reader = _Reader(model, _by_layer(modules, changed), changed or {}, batch_size, seed)
     if not rows.shape[0] or rows.shape[1] < LEAST_KEYS + 2:
         return AttentionResult(
             [], [], [f"attention: text rows of {rows.shape[1]} tokens are too short ({LEAST_KEYS + 2} are needed)"]
@@ -91,7 +92,7 @@ def attention_profile(
     return AttentionResult(layers, heads, [*notes, *reader.notes(), *more])
 
 
-def _by_layer(modules: Sequence[Module], changed: Mapping[str, Tensor] | None) -> dict[int, dict[str, Tensor]] | None:
+def _by_layer(modules: Sequence[Module], changed: Mapping[str, Tensor] | None) -> dict[int, Mapping[str, Tensor]] | None:
     """Changed weights by decoder layer; None for the reference."""
     if changed is None:
         return None
@@ -99,10 +100,10 @@ def _by_layer(modules: Sequence[Module], changed: Mapping[str, Tensor] | None) -
     unknown = sorted(set(changed) - set(layer_of))
     if unknown:
         raise ValueError(f"changed: {unknown[0]} is not one of the model's modules")
-    grouped: dict[int, dict[str, Tensor]] = defaultdict(dict)
-    for name, weight in changed.items():
-        grouped[layer_of[name]][name] = weight
-    return dict(grouped)
+    grouped: dict[int, list[str]] = defaultdict(list)
+    for name in changed:
+        grouped[layer_of[name]].append(name)
+    return {layer: Lookup(names, changed.__getitem__) for layer, names in grouped.items()}
 
 
 def _limits(model: Any, rows: Tensor) -> tuple[int, int]:
@@ -151,11 +152,18 @@ class Tally:
 class _Reader:
     """Runs the passes; each is a generator that yields after every batch."""
 
-    def __init__(self, model: Any, changed: Mapping[int, Mapping[str, Tensor]] | None, batch_size: int, seed: int):
+    def __init__(
+        self,
+        model: Any,
+        changed: Mapping[int, Mapping[str, Tensor]] | None,
+        everything: Mapping[str, Tensor],
+        batch_size: int,
+        seed: int,
+    ):
         self.model = model
         self.layers = decoder_layers(model)
         self.changed = changed
-        self.everything = {name: weight for layer in (changed or {}).values() for name, weight in layer.items()}
+        self.everything = everything
         self.batch_size = batch_size
         self.seed = seed
         self.tally = Tally()

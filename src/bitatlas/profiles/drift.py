@@ -6,8 +6,7 @@ Three Jensen-Shannon distances to the reference's map of the same layer and sequ
 - *noise*: the reference weights, the whole model in the other precision (bfloat16 for a float32 model, float32 for a half-precision
   one): what nobody would call a change.
 
-The reference runs once to record what each layer is called with; then each layer runs as often as there are maps to compare, so
-that only one layer's maps live at a time.
+Each layer runs as often as there are maps to compare before the next one does, so that only one layer's maps live at a time.
 """
 
 from __future__ import annotations
@@ -22,9 +21,10 @@ import torch
 from torch import Tensor, nn
 
 from bitatlas.checkpoint import decoder_layers
-from bitatlas.layerwise import Call, hidden_of, trace
+from bitatlas.layerwise import enter, run_layer
 from bitatlas.profiles.capture import capturing
 from bitatlas.profiles.maps import js_distance, mean_where, strip_sinks, usable_queries
+from bitatlas.streaming import held
 from bitatlas.swap import swapped
 
 
@@ -49,30 +49,26 @@ def in_step(
 
     `model` holds the reference weights; changed: layer -> module name -> weight [out, in].
     """
-    recorded = trace(model, input_ids, keep_outputs=False)
+    start = enter(model, input_ids)
     layers = decoder_layers(model)
-    other = torch.float32 if recorded.embedded.dtype != torch.float32 else torch.bfloat16
-    reference = moved = recorded.embedded
-    rounded = recorded.embedded.to(other)
+    other = torch.float32 if start.hidden.dtype != torch.float32 else torch.bfloat16
+    reference = moved = start.hidden
+    rounded = start.hidden.to(other)
     found: list[Tensor] = []
     with capturing(layers, partial(_keep, found)):
-        for index, (layer, call) in enumerate(zip(layers, recorded.calls, strict=True)):
+        for index, (layer, call) in enumerate(zip(layers, start.calls, strict=True)):
             found.clear()
             before = (reference, moved)
-            following = _run(layer, reference, call)
-            with swapped(model, changed.get(index, {})):
-                _run(layer, reference, call)
-                moved = _run(layer, moved, call)
-            with in_dtype(layer, other):
-                rounded = _run(layer, rounded, to_dtype(call, other))
+            with held(model, index):
+                following = run_layer(layer, reference, call)
+                with swapped(model, changed.get(index, {})):
+                    run_layer(layer, reference, call)
+                    moved = run_layer(layer, moved, call)
+                with in_dtype(layer, other):
+                    rounded = run_layer(layer, rounded, to_dtype(call, other))
             reference = following
             if len(found) == 4:
                 on_step(InStep(index, *before, *found))
-
-
-def _run(layer: nn.Module, hidden: Tensor, call: Call) -> Tensor:
-    args, kwargs = call
-    return hidden_of(layer(hidden, *args, **kwargs))
 
 
 def _keep(found: list[Tensor], layer: int, hidden: Tensor, maps: Tensor) -> None:

@@ -15,11 +15,13 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from bitatlas.checkpoint import decoder_layers
-from bitatlas.layerwise import batch_rows, run_layer, trace
-from bitatlas.swap import weight_of
+from bitatlas.layerwise import batch_rows, enter, run_layer
+from bitatlas.streaming import held
+from bitatlas.swap import shape_of
 
 
 def input_moments(model: nn.Module, modules: Sequence[str], rows: Tensor) -> Iterator[tuple[list[str], Tensor]]:
@@ -30,26 +32,27 @@ def input_moments(model: nn.Module, modules: Sequence[str], rows: Tensor) -> Ite
     Raises ValueError for a module outside the decoder layers.
     """
 
-    layers = [_inside(model, layer, modules) for layer in decoder_layers(model)]
+    decoder = decoder_layers(model)
+    layers = [_inside(model, layer, modules) for layer in decoder]
     if sum(map(len, layers)) < len(set(modules)):
         raise ValueError("a module outside the decoder layers has no recorded input")
     vocabulary = int(model.get_output_embeddings().weight.shape[0])  # type: ignore[operator, union-attr]
     batches = rows.split(batch_rows(rows.shape[1], vocabulary))
-    traces = [trace(model, batch.to(model.device), keep_outputs=False) for batch in batches]  # type: ignore[arg-type]
-    hidden = [recorded.embedded for recorded in traces]
+    starts = [enter(model, batch.to(model.device)) for batch in batches]  # type: ignore[arg-type]
+    hidden = [start.hidden for start in starts]
     for number, named in enumerate(layers):
         if not any(layers[number:]):
             return
         sums = _Sums()
-        with sums.watching(named):
-            for batch, recorded in enumerate(traces):
-                sums.next_batch()
-                hidden[batch] = run_layer(model, number, hidden[batch], recorded.calls[number])
-        for name in named:
-            if name not in sums.owner:
-                weight = weight_of(model, name)
-                sums.add(name, weight.new_zeros(1, weight.shape[1]))
-        yield from sums.means()
+        with held(model, number):
+            with sums.watching(named), torch.no_grad():
+                for batch, start in enumerate(starts):
+                    sums.next_batch()
+                    hidden[batch] = run_layer(decoder[number], hidden[batch], start.calls[number])
+            for name in named:
+                if name not in sums.owner:
+                    sums.add(name, hidden[0].new_zeros(1, shape_of(model, name)[1]))
+            yield from sums.means()
 
 
 def precise(values: Tensor) -> Tensor:

@@ -6,8 +6,10 @@ every linear module as `delta` [rows, tokens, out]; with the module's input x [r
 
     <gradient of one row, dW> = sum_t delta_t . (dW x_t) = <sum_t delta_t x_t', dW>,
 
-contracted either way, whichever is cheaper for the shape and the number of formats. Only one batch's worth of one module's row gradients is alive at a
-time; no weight gradient of the model is ever formed. Labels depend on the seed and on a row's tokens alone, not on the batch.
+contracted either way, whichever is cheaper for the shape and the number of formats. Backwards goes layer by layer: what went into each
+layer is kept from the pass forwards, the layer is run again, and every gradient is sent through it before the layer in front is
+looked at. One layer's activations and changes are alive at a time, at the price of one more pass forwards; no weight gradient of
+the model is ever formed. Labels depend on the seed and on a row's tokens alone, not on the batch.
 
 Left out: sequences of unequal length, and modules that one pass calls more than once (shared weights).
 Sources: HAWQ-V3 (ICML 2021) and CLADO (arXiv 2307.05657) for what it is used for; Fisher = Gauss-Newton for KL: Martens, arXiv 1412.1193.
@@ -17,29 +19,32 @@ from __future__ import annotations
 
 import base64
 import hashlib
+from collections import defaultdict
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from itertools import chain
+from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 
 from bitatlas.bank import Bank
+from bitatlas.checkpoint import decoder_layers
 from bitatlas.journal import content_key
-from bitatlas.layerwise import batch_rows
+from bitatlas.layerwise import Recorded, logits_of, record, run_layer
 from bitatlas.planning.expansion import Expansion
 from bitatlas.records import Module
 from bitatlas.sensitivity.damage import Assignment, DamageMeter, Progress
+from bitatlas.streaming import held
 from bitatlas.swap import swapped
 from bitatlas.tokens import rows_sha256
 
 DRAWS = 4  # of labels, a row
-CHANGES_BYTES = (
-    2**28
-)  # dW of all modules and formats is kept for the length of a call up to this size, else made again when needed
 WORK_PER_MOVE = 16  # multiply-adds that take as long as moving one number through memory
 
 Contracted = Callable[[str, Tensor], None]  # (module name, <gradient of each row, dW of each format> [rows, formats])
+Found = tuple[np.ndarray, np.ndarray]  # of a batch: first order, scores
 
 
 def expand(
@@ -57,25 +62,25 @@ def expand(
     rows: int64 [rows, tokens]. Units are in the order in which their first module comes.
     """
     key = ("curvature", meter.identity, dict(base), [[m.name, m.unit] for m in modules], list(formats), seed, draws)
-    first, scores = [], []
-    batches = rows.split(batch_rows(rows.shape[1], meter.vocabulary))
     if meter.crew:
-        missing = [batch for batch in batches if meter.journal.get(content_key(*key, rows_sha256(batch))) is None]
+        batches = chain.from_iterable(meter.chunks(rows))
+        ahead = [batch for batch in batches if meter.journal.get(content_key(*key, rows_sha256(batch))) is None]
         # a batch is a view of all rows, which would travel whole
-        pieces = [(modules, formats, base, batch.clone(), seed, draws) for batch in missing]
-        meter.crew.share("curvature", pieces, progress)
-    for done, batch in enumerate(batches, start=1):
-        own = content_key(*key, rows_sha256(batch))
-        value = meter.journal.get(own)
-        if value is None:
-            found = expand_batch(meter, modules, formats, base, batch, seed, draws)
-            meter.journal.put(own, "curvature", [_packed(array) for array in found])
-        else:
-            found = (_unpacked(value[0]), _unpacked(value[1]))
-        first.append(found[0])
-        scores.append(found[1])
+        meter.crew.share("curvature", [(modules, formats, base, batch.clone(), seed, draws) for batch in ahead], progress)
+    found: list[Found] = []
+    total = sum(map(len, meter.chunks(rows)))
+    for chunk in meter.chunks(rows):
+        keys = [content_key(*key, rows_sha256(batch)) for batch in chunk]
+        known: dict[str, Any] = {own: meter.journal.get(own) for own in keys}
+        missing = {own: batch for own, batch in zip(keys, chunk, strict=True) if known[own] is None}
+        if missing:
+            new = expand_batches(meter, modules, formats, base, list(missing.values()), seed, draws)
+            known |= {own: [_packed(array) for array in arrays] for own, arrays in zip(missing, new, strict=True)}
+            meter.journal.put_all("curvature", {own: known[own] for own in missing})
+        found += [(_unpacked(known[own][0]), _unpacked(known[own][1])) for own in keys]
         if progress:
-            progress(done, len(batches))
+            progress(len(found), total)
+    first, scores = zip(*found, strict=True)
     return Expansion(np.concatenate(first), np.concatenate(scores), rows.shape[1])
 
 
@@ -88,90 +93,120 @@ def _unpacked(value: dict[str, object]) -> np.ndarray:
     return numbers.reshape(value["shape"]).copy()  # type: ignore[call-overload, no-any-return]
 
 
-def expand_batch(
+def expand_batches(
     meter: DamageMeter,
     modules: Sequence[Module],
     formats: Sequence[str],
     base: Assignment,
-    batch: Tensor,
+    batches: Sequence[Tensor],
     seed: int,
     draws: int,
-) -> tuple[np.ndarray, np.ndarray]:
-    """(first [rows, units, formats], scores [rows, draws, units, formats]) of one batch [rows, tokens], float64."""
-    model, bank = meter.model, meter.bank
-    batch = batch.to(model.device)  # type: ignore[arg-type]
-    tokens = batch.shape[1]
+) -> list[Found]:
+    """By batch [rows, tokens]: first order [rows, units, formats] and scores [rows, draws, units, formats], float64."""
+    own = [batch.to(meter.model.device) for batch in batches]
+    if base:
+        meter.reference.see(own)
     place = {name: index for index, name in enumerate(dict.fromkeys(module.unit for module in modules))}
-    unit_of = {module.name: place[module.unit] for module in modules}
-    sums = np.zeros((draws + 1, len(batch), len(place), len(formats)))
+    sums = [np.zeros((draws + 1, len(batch), len(place), len(formats))) for batch in batches]
+    layers: dict[int, list[Module]] = defaultdict(list)
+    for module in modules:
+        layers[module.layer].append(module)
+    with meter.shelf() as shelf, swapped(meter.model, meter.bank.weights(base)):
+        recorded = record(meter.model, own, shelf)
+        back = [
+            _at_the_end(meter, batch, final, bool(base), seed, draws) for batch, final in zip(own, recorded.final, strict=True)
+        ]
+        for index in reversed(range(max(layers) + 1)):
+            with held(meter.model, index):
+                changes = {module.name: changes_of(meter.bank, module.name, formats, base) for module in layers[index]}
+                for number, total in enumerate(sums):
+                    meets = _through(meter.model, index, recorded, number, back[number], changes)
+                    for module in layers[index]:
+                        total[:, :, place[module.unit]] += meets[module.name]
+    return [(total[0], total[1:].swapaxes(0, 1).copy()) for total in sums]
+
+
+def _at_the_end(
+    meter: DamageMeter, batch: Tensor, final: Tensor, first_order: bool, seed: int, draws: int
+) -> list[Tensor | None]:
+    """Gradients [rows, tokens, width] with respect to the last hidden state: of the KL (None at the reference, where it is 0), of each draw."""
+    back: list[Tensor | None] = [
+        torch.zeros_like(final) if first_order else None,
+        *(torch.zeros_like(final) for _ in range(draws)),
+    ]
+    points = [label_points(batch, seed, draw) for draw in range(draws)]
+    for span in meter.spans(batch):
+        leaf = final[:, span].detach().requires_grad_(True)
+        with torch.enable_grad():
+            logits = logits_of(meter.model, batch[:, span], leaf)
+        q = torch.softmax(logits.detach().float(), dim=-1)
+        for number, own in enumerate(back):
+            if own is None:
+                continue
+            if number == 0:
+                score = (q - meter.reference.log_p(batch, span).exp()) / batch.shape[1]
+            else:
+                labels = labels_at(q, points[number - 1][:, span])
+                score = -q.scatter_add(-1, labels.unsqueeze(-1), torch.full_like(q[..., :1], -1.0))
+            (own[:, span],) = torch.autograd.grad(logits, leaf, score.to(logits.dtype), retain_graph=number < draws)
+    return back
+
+
+def _through(
+    model: nn.Module, index: int, recorded: Recorded, number: int, back: list[Tensor | None], changes: dict[str, Tensor]
+) -> dict[str, np.ndarray]:
+    """Send the gradients `back` through one layer, in place, and contract them with its modules' changes: float64 [draws + 1, rows, formats]."""
+    leaf = recorded.inputs.get((index, number)).detach().requires_grad_(True)
+    meets = {name: np.zeros((len(back), len(leaf), len(dW))) for name, dW in changes.items()}
     current = [0]
 
     def add(name: str, contracted: Tensor) -> None:
-        sums[current[0], :, unit_of[name]] += contracted.double().cpu().numpy()
+        meets[name][current[0]] += contracted.double().cpu().numpy()
 
-    reference = meter.reference(batch) if base else None
-    changes = Changes(bank, modules, formats, base)
-    with swapped(model, bank.weights(base)), _watched(model, modules, changes, add), torch.enable_grad():
-        logits = model(input_ids=batch, use_cache=False).logits
-        q = torch.softmax(logits.detach().float(), dim=-1)
-        if reference is not None:
-            logits.backward(((q - reference.exp()) / tokens).to(logits.dtype), retain_graph=draws > 0)
-        for draw in range(draws):
-            current[0] = draw + 1
-            labels = draw_labels(q, batch, seed, draw)
-            score = -q.scatter_add(-1, labels.unsqueeze(-1), torch.full_like(q[..., :1], -1.0))
-            logits.backward(score.to(logits.dtype), retain_graph=draw + 1 < draws)
-    return sums[0], sums[1:].swapaxes(0, 1).copy()
+    with torch.enable_grad(), _watched(model, changes, add):
+        output = run_layer(decoder_layers(model)[index], leaf, recorded.starts[number].calls[index])
+        for place, gradient in enumerate(back):
+            if gradient is not None:
+                current[0] = place
+                (back[place],) = torch.autograd.grad(output, leaf, gradient, retain_graph=place + 1 < len(back))
+    return meets
 
 
-def draw_labels(q: Tensor, batch: Tensor, seed: int, draw: int) -> Tensor:
-    """One label a position, drawn from q [rows, tokens, vocabulary]; seeded by the row's own tokens. int64 [rows, tokens]"""
+def label_points(batch: Tensor, seed: int, draw: int) -> Tensor:
+    """A uniform number for each position, float64 [rows, tokens], seeded by the row's own tokens: where its label is drawn."""
     uniform = []
     for row in batch.cpu().numpy().astype("<i8"):
         digest = hashlib.sha256(row.tobytes() + f"{seed},{draw}".encode()).digest()
         uniform.append(np.random.default_rng(int.from_bytes(digest[:16], "big")).random(batch.shape[1]))
-    points = torch.from_numpy(np.stack(uniform)).to(q.device, q.dtype).unsqueeze(-1)
+    return torch.from_numpy(np.stack(uniform))
+
+
+def labels_at(q: Tensor, points: Tensor) -> Tensor:
+    """One label a position, drawn from q [rows, tokens, vocabulary] at `points` [rows, tokens]: int64 [rows, tokens]."""
     below = q.cumsum(-1)
-    return torch.searchsorted(below, points * below[..., -1:]).squeeze(-1).clamp(max=q.shape[-1] - 1)
+    found = torch.searchsorted(below, points.to(q.device, q.dtype).unsqueeze(-1) * below[..., -1:])
+    return found.squeeze(-1).clamp(max=q.shape[-1] - 1)
 
 
-class Changes:
-    """dW of a module in every format, [formats, out, in]; kept where all of them are small."""
-
-    def __init__(self, bank: Bank, modules: Sequence[Module], formats: Sequence[str], base: Assignment):
-        self.bank = bank
-        self.formats = list(formats)
-        self.base = dict(base)
-        self.keep = 4 * len(self.formats) * sum(module.weights for module in modules) <= CHANGES_BYTES
-        self.kept: dict[str, Tensor] = {}
-
-    def of(self, name: str) -> Tensor:
-        if name in self.kept:
-            return self.kept[name]
-        weights = [self.bank.weights({name: fmt})[name] for fmt in self.formats]
-        base = weights[self.formats.index(self.base[name])] if name in self.base else self.bank.reference(name)
-        changes = torch.stack([weight - base for weight in weights])
-        if self.keep:
-            self.kept[name] = changes
-        return changes
+def changes_of(bank: Bank, name: str, formats: Sequence[str], base: Assignment) -> Tensor:
+    """dW of a module in every format, [formats, out, in]."""
+    weights = [bank.weights({name: fmt})[name] for fmt in formats]
+    at_base = weights[list(formats).index(base[name])] if name in base else bank.reference(name)
+    return torch.stack([weight - at_base for weight in weights])
 
 
 @contextmanager
-def _watched(model: nn.Module, modules: Sequence[Module], changes: Changes, add: Contracted) -> Iterator[None]:
-    """Within the block, each backward pass hands every module's row gradients, contracted with its dW's, to `add`."""
+def _watched(model: nn.Module, changes: dict[str, Tensor], add: Contracted) -> Iterator[None]:
+    """Within the block, each pass backwards hands every module's row gradients, contracted with its dW's, to `add`."""
 
     def after(name: str) -> Callable[[nn.Module, tuple[Tensor, ...], Tensor], None]:
         def hook(module: nn.Module, args: tuple[Tensor, ...], output: Tensor) -> None:
             x = args[0].detach()
-            output.register_hook(lambda delta: add(name, contract(x, delta, changes.of(name))))
+            output.register_hook(lambda delta: add(name, contract(x, delta, changes[name])))
 
         return hook
 
-    def start(module: nn.Module, args: tuple[Tensor, ...], output: Tensor) -> Tensor:
-        return output.detach().requires_grad_(True)  # the graph begins here; no parameter needs a gradient
-
-    hooks = [model.get_submodule(module.name).register_forward_hook(after(module.name)) for module in modules]
-    hooks.append(model.get_input_embeddings().register_forward_hook(start))  # type: ignore[operator]
+    hooks = [model.get_submodule(name).register_forward_hook(after(name)) for name in changes]
     try:
         yield
     finally:

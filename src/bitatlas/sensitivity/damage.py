@@ -3,15 +3,19 @@
 Every result belongs to one *assignment* (module -> format; modules not named keep the reference weights) and one batch of rows,
 and is journaled under their hash, so nothing is measured twice, whichever way it was asked for.
 
-Swapping the modules of one layer changes nothing in front of that layer: the base model's pass over a batch is recorded once and
-every swap resumes at its own layer (see `layerwise`), which halves the work and gives the same bits as a full pass.
+Swapping the modules of one layer changes nothing in front of that layer: what goes into every layer of the base is recorded once and
+every swap begins at its own layer (see `layerwise`), which halves the work and gives the same bits as a full pass. Of the reference
+its last hidden states are kept, which say the same as its logits in a fraction of the bytes; logits are made of them where they are needed.
 Batches are a fixed cut of the rows; where a run was interrupted does not change them.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager
+from dataclasses import dataclass, field
+from itertools import chain
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -21,14 +25,40 @@ from torch import Tensor
 from bitatlas.bank import Bank
 from bitatlas.crew.crew import Crew, Share
 from bitatlas.journal import Journal, content_key
-from bitatlas.layerwise import batch_rows, resume, trace
+from bitatlas.layerwise import Job, Recorded, batch_rows, follow, logits_of, record, token_spans
+from bitatlas.shelf import Shelf
 from bitatlas.swap import swapped
 from bitatlas.tokens import rows_sha256
 
 Assignment = Mapping[str, str]
 Progress = Callable[[int, int], None]
-LogitsOf = Callable[[Tensor, list[str]], Iterator[tuple[str, Tensor]]]
+Finals = dict[str, list[Tensor]]  # plan -> what comes out of the last layer, by batch
+FinalsOf = Callable[[Sequence[Tensor], Sequence[str]], Iterator[Finals]]
 REFERENCE_BYTES = 2**28  # of the reference's log-probabilities that are kept: a search asks for the same rows again and again
+STATE_BYTES = 2**28  # of hidden states in memory, where nothing else is said
+GROUP = 8  # models that go through a layer together: what is measured of them is journaled together
+
+
+@dataclass(frozen=True)
+class Room:
+    """What hidden states may take. `state_bytes` in memory, the rest in files below `folder`; `whole`: all weights are in memory.
+
+    Where they are not, as many batches and models as have room go through a layer together, since reading it is what takes long.
+    """
+
+    state_bytes: int = STATE_BYTES
+    reference_bytes: int = REFERENCE_BYTES
+    whole: bool = True
+    folder: Path | None = None
+
+    def batches(self, count: int, state_bytes: int) -> int:
+        """How many of `count` batches at a time; `state_bytes`: of one batch's hidden state."""
+        return 1 if self.whole else max(1, min(count, self.state_bytes // (4 * state_bytes)))
+
+    def models(self, batches: int, state_bytes: int) -> int:
+        """How many models at a time."""
+        fitting = max(1, self.state_bytes // (2 * batches * state_bytes))
+        return min(GROUP, fitting) if self.whole else fitting
 
 
 def kl_per_row(reference: Tensor, logits: Tensor) -> Tensor:
@@ -45,89 +75,181 @@ class Swap:
     assignment: Assignment
 
 
+@dataclass
+class Reference:
+    """The unquantized model on batches that it has seen: last hidden states, and log-probabilities as far as there is room."""
+
+    model: Any
+    room: Room
+    states: Shelf = field(init=False)
+    _log_p: dict[str, Tensor] = field(default_factory=dict)
+    _kept: int = 0
+
+    def __post_init__(self) -> None:
+        self.states = Shelf(self.room.state_bytes, self.room.folder)
+
+    def see(self, batches: Sequence[Tensor]) -> None:
+        """Run the model over those of `batches` that it has not seen; call it outside any `swapped` block."""
+        new = [batch for batch in batches if rows_sha256(batch) not in self.states]
+        if new:
+            for batch, final in zip(new, record(self.model, new).final, strict=True):
+                self.states.put(rows_sha256(batch), final)
+
+    @torch.no_grad()
+    def log_p(self, batch: Tensor, span: slice) -> Tensor:
+        """Log-probabilities [rows, tokens of the span, vocabulary] on a batch that was seen."""
+        key = f"{rows_sha256(batch)} {span.start}"
+        if key in self._log_p:
+            return self._log_p[key]
+        final = self.states.get(rows_sha256(batch))
+        found = torch.log_softmax(logits_of(self.model, batch[:, span], final[:, span]).float(), dim=-1)
+        if self._kept + 4 * found.numel() <= self.room.reference_bytes:
+            self._log_p[key] = found
+            self._kept += 4 * found.numel()
+        return found
+
+
 class DamageMeter:
     """Measures assignments of one model. `model` holds the reference weights between calls. `crew`: who measures ahead of it."""
 
-    def __init__(self, model: torch.nn.Module, bank: Bank, weights_sha256: str, quantizer: str, journal: Journal):
+    def __init__(
+        self,
+        model: Any,
+        bank: Bank,
+        weights_sha256: str,
+        quantizer: str,
+        journal: Journal,
+        room: Room | None = None,
+    ):
         self.model = model
         self.bank = bank
         self.journal = journal
+        self.room = room or Room()
         self.crew: Crew | None = None
         weight = next(model.parameters())
         self.identity = (weights_sha256, quantizer, str(weight.dtype), weight.device.type)
-        self.vocabulary = int(model.get_output_embeddings().weight.shape[0])  # type: ignore[operator]
-        self._references: dict[str, Tensor] = {}
-
-    @torch.no_grad()
-    def reference(self, batch: Tensor) -> Tensor:
-        """The reference's log-probabilities [rows, tokens, vocabulary] on a batch; call it outside any `swapped` block."""
-        key = rows_sha256(batch)
-        if key in self._references:
-            return self._references[key]
-        found = torch.log_softmax(self.model(input_ids=batch, use_cache=False).logits.float(), dim=-1)
-        kept = sum(4 * other.numel() for other in self._references.values())
-        if kept + 4 * found.numel() <= REFERENCE_BYTES:
-            self._references[key] = found
-        return found
+        self.vocabulary = int(self.model.get_output_embeddings().weight.shape[0])
+        self.width = int(self.model.get_input_embeddings().weight.shape[1])
+        self.reference = Reference(model, self.room)
 
     def plans(self, plans: Mapping[str, Assignment], rows: Tensor, progress: Progress | None = None) -> dict[str, np.ndarray]:
         """Damage of whole assignments, by name: float64 [rows] each, nats/token."""
 
-        def logits_of(batch: Tensor, names: list[str]) -> Iterator[tuple[str, Tensor]]:
-            for name in names:
-                with swapped(self.model, self.bank.weights(plans[name])):
-                    yield name, self.model(input_ids=batch, use_cache=False).logits
+        def finals_of(batches: Sequence[Tensor], names: Sequence[str]) -> Iterator[Finals]:
+            for group in self.groups(names, batches):
+                found = {}
+                for name in group:
+                    with swapped(self.model, self.bank.weights(plans[name])):
+                        found[name] = record(self.model, batches).final
+                yield found
 
         share = Share("plans", lambda names, batch: ({name: plans[name] for name in names}, batch), passes=1, fixed=1)
-        return self._measure(rows, plans, logits_of, share, progress)
+        return self._measure(rows, plans, finals_of, share, progress)
 
     def swaps(
         self, base: Assignment, swaps: Mapping[str, Swap], rows: Tensor, progress: Progress | None = None
     ) -> dict[str, np.ndarray]:
         """Damage of `base` with each swap made alone, by name: float64 [rows] each, nats/token."""
 
-        def logits_of(batch: Tensor, names: list[str]) -> Iterator[tuple[str, Tensor]]:
-            with swapped(self.model, self.bank.weights(base)):
-                outputs = trace(self.model, batch).outputs
-                for name in names:
-                    with swapped(self.model, self.bank.weights(swaps[name].assignment)):
-                        yield name, resume(self.model, batch, swaps[name].layer, outputs)
+        def finals_of(batches: Sequence[Tensor], names: Sequence[str]) -> Iterator[Finals]:
+            with self.shelf() as shelf, swapped(self.model, self.bank.weights(base)):
+                recorded = record(self.model, batches, shelf)
+                for group in self.groups(sorted(names, key=lambda name: swaps[name].layer), batches):
+                    yield dict(zip(group, self.follow(recorded, [swaps[name] for name in group]), strict=True))
 
         whole = {name: {**base, **swap.assignment} for name, swap in swaps.items()}
         share = Share("swaps", lambda names, batch: (base, {name: swaps[name] for name in names}, batch), passes=0.5, fixed=2)
-        return self._measure(rows, whole, logits_of, share, progress)
+        return self._measure(rows, whole, finals_of, share, progress)
+
+    def shelf(self) -> Shelf:
+        """For the states of one pass."""
+        return Shelf(self.room.state_bytes, self.room.folder)
+
+    def follow(self, recorded: Recorded, swaps: Sequence[Swap]) -> list[list[Tensor]]:
+        """What comes out of the last layer with each swap made alone, by batch, in the block of the base that was recorded."""
+        return follow(self.model, recorded, [Job(swap.layer, self._in_force(swap)) for swap in swaps])
+
+    def _in_force(self, swap: Swap) -> Callable[[int], AbstractContextManager[Any]]:
+        weights = self.bank.weights(swap.assignment)
+        return lambda layer: swapped(self.model, weights if layer == swap.layer else {})
+
+    def chunks(self, rows: Tensor) -> list[list[Tensor]]:
+        """The rows' batches [rows, tokens], in runs of as many as go through a layer together."""
+        batches = list(rows.split(batch_rows(rows.shape[1], self.vocabulary)))
+        step = self.room.batches(len(batches), self._state_bytes(batches[0])) if batches else 1
+        return [batches[start : start + step] for start in range(0, len(batches), step)]
+
+    def groups(self, names: Sequence[Any], batches: Sequence[Tensor]) -> Iterator[Sequence[Any]]:
+        """`names` in runs of as many models as go through a layer together."""
+        step = self.room.models(len(batches), self._state_bytes(batches[0]))
+        return (names[start : start + step] for start in range(0, len(names), step))
+
+    def _state_bytes(self, batch: Tensor) -> int:
+        return batch.numel() * self.width * next(self.model.parameters()).element_size()
+
+    def spans(self, batch: Tensor) -> list[slice]:
+        """The runs of tokens in which a batch's logits are made."""
+        return token_spans(len(batch), batch.shape[1], self.vocabulary)
 
     @torch.no_grad()
-    def _measure(
-        self, rows: Tensor, plans: Mapping[str, Assignment], logits_of: LogitsOf, share: Share, progress: Progress | None
-    ) -> dict[str, np.ndarray]:
-        """Take each (assignment, batch) from the journal, or from `logits_of(batch, missing names)`."""
-        batches = rows.split(batch_rows(rows.shape[1], self.vocabulary))
-        if self.crew:
-            ahead = [(batch, list(self._look_up(batch, plans)[2].values())) for batch in batches]
-            self.bank.ready(sorted({pair for _, names in ahead for name in names for pair in plans[name].items()}))
-            self.crew.spread(share, ahead, progress)
-        parts: dict[str, list[Any]] = {name: [] for name in plans}
-        for number, batch in enumerate(batches):
-            keys, known, missing = self._look_up(batch, plans)
-            if missing:
-                batch = batch.to(self.model.device)  # type: ignore[arg-type]
-                reference = self.reference(batch)
-                measured = logits_of(batch, list(missing.values()))
-                for done, (name, logits) in enumerate(measured, start=len(plans) - len(missing) + 1):
-                    known[keys[name]] = kl_per_row(reference, logits).tolist()
-                    self.journal.put(keys[name], "damage", known[keys[name]])
-                    if progress:
-                        progress(number * len(plans) + done, len(batches) * len(plans))
-            for name, key in keys.items():
-                parts[name].append(known[key])
-        if progress:
-            progress(len(batches) * len(plans), len(batches) * len(plans))
-        return {name: np.concatenate([np.asarray(part) for part in chunks]) for name, chunks in parts.items()}
+    def _kl(self, batch: Tensor, finals: Sequence[Tensor]) -> list[Tensor]:
+        """Damage of each model whose last hidden state on `batch` is given: float64 [rows] each."""
+        sums = [torch.zeros(len(batch), dtype=torch.float64) for _ in finals]
+        for span in self.spans(batch):
+            reference = self.reference.log_p(batch, span)
+            share = reference.shape[1] / batch.shape[1]
+            for total, final in zip(sums, finals, strict=True):
+                total += share * kl_per_row(reference, logits_of(self.model, batch[:, span], final[:, span])).cpu()
+        return sums
 
-    def _look_up(self, batch: Tensor, plans: Mapping[str, Assignment]) -> tuple[dict[str, str], dict[str, Any], dict[str, str]]:
-        """Name -> key of the journal; key -> what it holds, or None; key -> name of what is missing."""
-        batch_sha = rows_sha256(batch)
-        keys = {name: content_key("damage", self.identity, batch_sha, dict(plan)) for name, plan in plans.items()}
-        known = {key: self.journal.get(key) for key in keys.values()}
-        return keys, known, {key: name for name, key in keys.items() if known[key] is None}  # equal plans once
+    def _measure(
+        self, rows: Tensor, plans: Mapping[str, Assignment], finals_of: FinalsOf, share: Share, progress: Progress | None
+    ) -> dict[str, np.ndarray]:
+        """Take each (assignment, batch) from the journal, or from `finals_of(batches, missing names)`."""
+        self._ahead(rows, plans, share, progress)
+        parts: dict[str, list[Any]] = {name: [] for name in plans}
+        done, total = 0, len(plans) * -(-len(rows) // batch_rows(rows.shape[1], self.vocabulary))
+        for chunk in self.chunks(rows):
+            keys = {name: self._keys(plan, chunk) for name, plan in plans.items()}
+            known = {key: self.journal.get(key) for of_plan in keys.values() for key in of_plan}
+            missing = {
+                of_plan: name for name, of_plan in keys.items() if any(known[key] is None for key in of_plan)
+            }  # equal plans once
+            done += len(chunk) * (len(plans) - len(missing))
+            for found in self._found(chunk, finals_of, list(missing.values())) if missing else ():
+                for name, values in found.items():
+                    new = dict(zip(keys[name], values, strict=True))
+                    self.journal.put_all("damage", new)
+                    known |= new
+                done += len(found) * len(chunk)
+                if progress:
+                    progress(done, total)
+            for name, of_plan in keys.items():
+                parts[name] += [known[key] for key in of_plan]
+        if progress:
+            progress(total, total)
+        return {name: np.concatenate([np.asarray(part) for part in own]) for name, own in parts.items()}
+
+    def _ahead(self, rows: Tensor, plans: Mapping[str, Assignment], share: Share, progress: Progress | None) -> None:
+        """What is missing, measured by the crew where there is one."""
+        if not self.crew:
+            return
+        ahead = []
+        for batch in chain.from_iterable(self.chunks(rows)):
+            keys = {self._keys(plan, [batch])[0]: name for name, plan in plans.items()}  # equal plans once
+            ahead.append((batch, [name for key, name in keys.items() if self.journal.get(key) is None]))
+        self.bank.ready(sorted({pair for _, names in ahead for name in names for pair in plans[name].items()}))
+        self.crew.spread(share, ahead, progress)
+
+    def _keys(self, plan: Assignment, batches: Sequence[Tensor]) -> tuple[str, ...]:
+        return tuple(content_key("damage", self.identity, rows_sha256(batch), dict(plan)) for batch in batches)
+
+    def _found(
+        self, batches: Sequence[Tensor], finals_of: FinalsOf, names: Sequence[str]
+    ) -> Iterator[dict[str, list[list[float]]]]:
+        """Damage by name, batch and row, as it is measured."""
+        own = [batch.to(self.model.device) for batch in batches]
+        self.reference.see(own)
+        for finals in finals_of(own, names):
+            by_batch = [self._kl(batch, states) for batch, states in zip(own, zip(*finals.values(), strict=True), strict=True)]
+            yield {name: [of_batch[place].tolist() for of_batch in by_batch] for place, name in enumerate(finals)}

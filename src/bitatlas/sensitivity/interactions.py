@@ -15,8 +15,9 @@ Left out: third-order terms, and how a swap changes q itself.
 from __future__ import annotations
 
 import base64
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import chain
 from typing import Any
 
 import numpy as np
@@ -25,14 +26,17 @@ from torch import Tensor
 
 from bitatlas.crew.crew import Share
 from bitatlas.journal import content_key
-from bitatlas.layerwise import batch_rows, resume, trace
-from bitatlas.sensitivity.curvature import draw_labels
+from bitatlas.layerwise import logits_of, record
+from bitatlas.sensitivity.curvature import label_points, labels_at
 from bitatlas.sensitivity.damage import Assignment, DamageMeter, Progress, Swap
 from bitatlas.swap import swapped
 from bitatlas.tokens import rows_sha256
 
 LABELS = 2  # drawn at each token
 LARGEST_SCORE = 60000.0  # nats; scores are journaled as float16
+
+Keys = tuple[str, ...]  # of one swap in the journal, by batch
+Value = dict[str, Any]  # "added" of each row, "scores"
 
 
 @dataclass(frozen=True)
@@ -51,70 +55,104 @@ def swap_interactions(
     meter: DamageMeter, base: Assignment, swaps: Sequence[Swap], rows: Tensor, seed: int = 0, progress: Progress | None = None
 ) -> Interactions:
     """Every swap alone, around `base`. rows: int64 [rows, tokens]"""
-    batches = rows.split(batch_rows(rows.shape[1], meter.vocabulary))
     if meter.crew:
         share = Share("interactions", lambda some, batch: (base, some, batch, seed), passes=0.5, fixed=2)
-        ahead = [(batch, list(_look_up(meter, base, swaps, batch, seed)[2].values())) for batch in batches]
+        ahead = [
+            (
+                batch,
+                [
+                    swap
+                    for (key,), swap in zip(_keys(meter, base, swaps, [batch], seed), swaps, strict=True)
+                    if meter.journal.get(key) is None
+                ],
+            )
+            for batch in chain.from_iterable(meter.chunks(rows))
+        ]
         meter.crew.spread(share, ahead, progress)
-    by_row, together = [], np.zeros((len(swaps), len(swaps)))
-    for number, batch in enumerate(batches):
-        found = _batch(meter, base, swaps, batch, seed, progress, (number, len(batches)))
-        scores = np.stack([_unpacked(value["scores"]) for value in found]) if found else np.zeros((0, 1))
-        by_row.append(np.array([value["added"] for value in found]).reshape(len(swaps), len(batch)).T)
-        together += scores @ scores.T
+    by_row, together, done = [], np.zeros((len(swaps), len(swaps))), 0
+    total = len(swaps) * sum(map(len, meter.chunks(rows)))
+    for chunk in meter.chunks(rows):
+        for found in _chunk(meter, base, swaps, chunk, seed, progress and _counted(progress, done, total)):
+            scores = np.stack([_unpacked(value["scores"]) for value in found]) if found else np.zeros((0, 1))
+            by_row.append(np.array([value["added"] for value in found]).reshape(len(swaps), -1).T)
+            together += scores @ scores.T
+        done += len(swaps) * len(chunk)
     every = np.concatenate(by_row)
     return Interactions(every.mean(axis=0), together / (2 * LABELS * rows.numel()), every)
 
 
-def _batch(
+def _keys(meter: DamageMeter, base: Assignment, swaps: Sequence[Swap], batches: Sequence[Tensor], seed: int) -> list[Keys]:
+    start = [("swap by row", meter.identity, rows_sha256(batch), dict(base), seed) for batch in batches]
+    return [tuple(content_key(*own, swap.layer, dict(swap.assignment)) for own in start) for swap in swaps]
+
+
+def _counted(progress: Progress, before: int, total: int) -> Callable[[int], None]:
+    return lambda done: progress(before + done, total)
+
+
+def _chunk(
     meter: DamageMeter,
     base: Assignment,
     swaps: Sequence[Swap],
-    batch: Tensor,
+    batches: Sequence[Tensor],
     seed: int,
-    progress: Progress | None,
-    at: tuple[int, int],
-) -> list[dict[str, Any]]:
-    """Each swap on one batch, from the journal or measured: added damage of each row, and scores."""
-    keys, known, missing = _look_up(meter, base, swaps, batch, seed)
-    measured = _measured(meter, base, list(missing.values()), batch, seed) if missing else ()
-    number, batches = at
-    for done, (own, value) in enumerate(zip(missing, measured, strict=True), start=len(swaps) - len(missing) + 1):
-        known[own] = value
-        meter.journal.put(own, "interactions", value)
-        if progress:
-            progress(number * len(swaps) + done, batches * len(swaps))
-    if progress:
-        progress((number + 1) * len(swaps), batches * len(swaps))
-    return [known[own] for own in keys]  # type: ignore[misc]
-
-
-def _look_up(
-    meter: DamageMeter, base: Assignment, swaps: Sequence[Swap], batch: Tensor, seed: int
-) -> tuple[list[str], dict[str, Any], dict[str, Swap]]:
-    """Each swap's key of the journal; key -> what it holds, or None; key -> swap that is missing."""
-    key = ("swap by row", meter.identity, rows_sha256(batch), dict(base), seed)
-    keys = [content_key(*key, swap.layer, dict(swap.assignment)) for swap in swaps]
-    known = {key: meter.journal.get(key) for key in keys}
-    return keys, known, {key: swap for key, swap in zip(keys, swaps, strict=True) if known[key] is None}
+    told: Callable[[int], None] | None,
+) -> list[list[Value]]:
+    """By batch: each swap, from the journal or measured: added damage of each row, and scores."""
+    keys = _keys(meter, base, swaps, batches, seed)
+    known = {key: meter.journal.get(key) for of_swap in keys for key in of_swap}
+    missing = {own: swap for own, swap in zip(keys, swaps, strict=True) if any(known[key] is None for key in own)}
+    done = len(batches) * (len(swaps) - len(missing))
+    for group, values in _measured(meter, base, missing, batches, seed) if missing else ():
+        for own, of_swap in zip(group, values, strict=True):
+            new = dict(zip(own, of_swap, strict=True))
+            meter.journal.put_all("interactions", new)
+            known |= new
+        done += len(batches) * len(group)
+        if told:
+            told(done)
+    if told:
+        told(len(batches) * len(swaps))
+    return [[known[own[number]] for own in keys] for number in range(len(batches))]  # type: ignore[misc]
 
 
 @torch.no_grad()
-def _measured(meter: DamageMeter, base: Assignment, swaps: Sequence[Swap], batch: Tensor, seed: int) -> Iterator[dict[str, Any]]:
-    own = batch.to(meter.model.device)  # type: ignore[arg-type]
-    p = meter.reference(own).exp()
-    with swapped(meter.model, meter.bank.weights(base)):
-        recorded = trace(meter.model, own)
-        logits = recorded.logits.float()
+def _measured(
+    meter: DamageMeter, base: Assignment, swaps: Mapping[Keys, Swap], batches: Sequence[Tensor], seed: int
+) -> Iterator[tuple[Sequence[Keys], list[list[Value]]]]:
+    """Groups of swaps by their keys, with what was measured of each by batch."""
+    own = [batch.to(meter.model.device) for batch in batches]
+    meter.reference.see(own)
+    with meter.shelf() as shelf, swapped(meter.model, meter.bank.weights(base)):
+        recorded = record(meter.model, own, shelf)
+        for group in meter.groups(sorted(swaps, key=lambda keys: swaps[keys].layer), own):
+            finals = meter.follow(recorded, [swaps[keys] for keys in group])
+            by_batch = [
+                _against_base(meter, *one, seed) for one in zip(own, recorded.final, zip(*finals, strict=True), strict=True)
+            ]
+            yield group, [list(of_swap) for of_swap in zip(*by_batch, strict=True)]
+
+
+def _against_base(meter: DamageMeter, batch: Tensor, base: Tensor, finals: Sequence[Tensor], seed: int) -> list[Value]:
+    """What each swap adds on one batch. base, finals: last hidden states [rows, tokens, width]"""
+    added = torch.zeros(len(finals), len(batch), dtype=torch.float64)
+    scores: list[list[Tensor]] = [[] for _ in finals]
+    points = [label_points(batch, seed, draw) for draw in range(LABELS)]
+    for span in meter.spans(batch):
+        p = meter.reference.log_p(batch, span).exp()
+        logits = logits_of(meter.model, batch[:, span], base[:, span]).float()
         level = logits.logsumexp(-1)  # [rows, tokens]
         q = torch.softmax(logits, dim=-1)
-        labels = torch.stack([draw_labels(q, batch, seed, draw) for draw in range(LABELS)], dim=-1)
-        for swap in swaps:
-            with swapped(meter.model, meter.bank.weights(swap.assignment)):
-                changed = resume(meter.model, own, swap.layer, recorded.outputs).float()
+        labels = torch.stack([labels_at(q, own[:, span]) for own in points], dim=-1)
+        for place, final in enumerate(finals):
+            changed = logits_of(meter.model, batch[:, span], final[:, span]).float()
             moved = changed - logits
-            added = (changed.logsumexp(-1) - level - (p * moved).sum(-1)).double().mean(-1)  # [rows]
-            yield {"added": added.tolist(), "scores": _packed(moved.gather(-1, labels) - (q * moved).sum(-1, keepdim=True))}
+            added[place] += (changed.logsumexp(-1) - level - (p * moved).sum(-1)).double().sum(-1).cpu()
+            scores[place].append(moved.gather(-1, labels) - (q * moved).sum(-1, keepdim=True))
+    return [
+        {"added": (own / batch.shape[1]).tolist(), "scores": _packed(torch.cat(parts, dim=1))}
+        for own, parts in zip(added, scores, strict=True)
+    ]
 
 
 def _packed(scores: Tensor) -> str:

@@ -1,0 +1,124 @@
+"""How much memory a survey will need at its peak, with all weights in memory or with one decoder layer at a time; and which of both it will be.
+
+The sum has a term for each thing that is alive at the same time: this process as it is, what is outside the layers, the weights (of all
+layers, or of the largest), its changes of weights in every format, the activations of one layer, a few arrays of logits, codes and hidden
+states. Terms are upper bounds, so the prediction is an upper bound of what `peak_bytes` measures, tested to be within a half of it.
+
+On an accelerator `--memory` is of the device; hidden states wait in the host's memory. Left out: tasks, whose generation adds a cache.
+"""
+
+from __future__ import annotations
+
+import resource
+import sys
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import psutil
+import torch
+
+from bitatlas.bank import KEPT_BYTES
+from bitatlas.errors import UserError
+from bitatlas.layerwise import LOGIT_BYTES, batch_rows
+from bitatlas.planning.memory import dtype_bytes
+from bitatlas.records import ModelInfo, Module
+from bitatlas.sensitivity.damage import REFERENCE_BYTES, STATE_BYTES, Room
+from bitatlas.words import byte_size
+
+LIBRARIES_BYTES = 2**28  # what later stages import and allocate: tables, statistics, templates, the allocator's slack
+LOGIT_ARRAYS = 7  # alive at once where two models' logits are compared and sent backwards
+SHARE = 0.9  # of the memory at hand that is taken without being asked
+LEAST_STATES = 2**24  # bytes of hidden states without which nothing can be measured
+
+
+@dataclass(frozen=True)
+class Need:
+    """Bytes at the peak, and what of that is for hidden states and codes, which can do with less."""
+
+    whole: int
+    streamed: int  # with the least room for hidden states and codes
+
+
+@dataclass(frozen=True)
+class Way:
+    """How a survey will run. `predicted_bytes`: at the peak, of the host on a CPU, else of the device."""
+
+    streamed: bool
+    room: Room
+    kept_bytes: int  # of unpacked codes in memory
+    predicted_bytes: int
+
+
+def need(
+    info: ModelInfo, modules: Sequence[Module], vocabulary: int, row_length: int, formats: int, dtype: torch.dtype, device: str
+) -> Need:
+    """What a survey needs with rows of `row_length` tokens and so many formats."""
+    size = dtype.itemsize
+    stored = dtype_bytes(info.dtype)
+    outside = info.other_bytes // stored * size
+    layers = Counter[int]()
+    for module in modules:
+        layers[module.layer] += module.weights
+    layer, largest = max(layers.values()), max(module.weights for module in modules)
+    rows = batch_rows(row_length, vocabulary)
+    tokens = rows * row_length
+    wide = sum(out + inputs for out, inputs in (m.shape for m in modules if m.layer == modules[0].layer))
+    activations = (
+        8 * tokens * wide + 24 * max(rows, 8) * info.heads * row_length**2
+    )  # forwards and backwards; attention maps, eager
+    logits = LOGIT_ARRAYS * min(4 * tokens * vocabulary, LOGIT_BYTES + 4 * vocabulary)
+    changes = (formats * layer + (formats + 2) * largest) * size + 16 * largest
+    loading = info.other_bytes  # the stored bytes beside the converted ones
+    base = (psutil.Process().memory_info().rss + LIBRARIES_BYTES) if device == "cpu" else 2**29
+    fixed = base + outside + max(loading, activations + logits + changes)
+    states = 3 * STATE_BYTES + REFERENCE_BYTES if device == "cpu" else REFERENCE_BYTES + STATE_BYTES
+    codes = min(KEPT_BYTES, formats * info.quantizable_weights) if device == "cpu" else 0
+    return Need(
+        fixed + info.quantizable_weights * size + states + codes,
+        fixed + layer * (size + stored) + 4 * LEAST_STATES,
+    )
+
+
+def choose_way(needed: Need, memory_bytes: int | None, device: str, folder: Path) -> Way:
+    """In memory where that fits into what was asked for, or into what is there; else layer by layer; UserError where neither does."""
+    limit = memory_bytes if memory_bytes is not None else at_hand(device)
+    if needed.whole <= limit:
+        return Way(False, Room(), KEPT_BYTES, needed.whole)
+    if needed.streamed > limit:
+        asked = f"--memory {byte_size(limit)}" if memory_bytes is not None else f"{byte_size(limit)} of memory are free here"
+        raise UserError(
+            f"{asked}: too little; layer by layer this survey needs {byte_size(needed.streamed)} "
+            f"(all weights in memory: {byte_size(needed.whole)}); shorter rows (--row-length) or fewer formats need less"
+        )
+    spare = min(limit - needed.streamed, 4 * 2**30) + 4 * LEAST_STATES
+    room = Room(spare // 5, spare // 5, whole=False, folder=folder)
+    return Way(True, room, spare // 5, needed.streamed + spare - 4 * LEAST_STATES)
+
+
+def at_hand(device: str) -> int:
+    """Bytes that this process may reach: what it has and most of what is free, of the device or of the host (its control group's limit included)."""
+    if device.startswith("cuda"):
+        free, _ = torch.cuda.mem_get_info(device)
+        return int(SHARE * free)
+    own = psutil.Process().memory_info().rss
+    return own + int(SHARE * min(psutil.virtual_memory().available, _group_free()))
+
+
+def _group_free() -> int:
+    """What the control group that this process is in still allows; no limit where there is none."""
+    folder = Path("/sys/fs/cgroup")
+    try:
+        limit = (folder / "memory.max").read_text().strip()
+        return int(limit) - int((folder / "memory.current").read_text()) if limit.isdigit() else sys.maxsize
+    except OSError:
+        return sys.maxsize
+
+
+def peak_bytes(device: str) -> int:
+    """The most that this process has had, of the device or of the host."""
+    if device.startswith("cuda"):
+        return int(torch.cuda.max_memory_reserved(device))
+    unit = 1 if sys.platform == "darwin" else 1024
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit

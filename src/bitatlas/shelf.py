@@ -1,0 +1,80 @@
+"""Hidden states that wait for their turn: in memory up to a limit, in files beyond it."""
+
+from __future__ import annotations
+
+import shutil
+import tempfile
+from collections.abc import Hashable
+from pathlib import Path
+from types import TracebackType
+
+import torch
+from torch import Tensor
+
+
+class Shelf:
+    """Tensors by key. `room_bytes`: what may stay in memory; `folder`: where a temporary folder for the rest is made (None: the system's).
+
+    What is taken out of a file comes back bit for bit, on the device that it came from. Use it as a context: the files go at its end.
+    """
+
+    def __init__(self, room_bytes: int, folder: Path | None = None):
+        self.room_bytes = room_bytes
+        self._parent = folder
+        self._folder: Path | None = None
+        self._near: dict[Hashable, Tensor] = {}
+        self._far: dict[Hashable, tuple[Path, torch.device]] = {}
+        self._used = 0
+        self._files = 0
+
+    def __enter__(self) -> Shelf:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+        self.clear()
+
+    def __contains__(self, key: Hashable) -> bool:
+        return key in self._near or key in self._far
+
+    @property
+    def spilled(self) -> int:
+        """Tensors that lie in files."""
+        return len(self._far)
+
+    def put(self, key: Hashable, tensor: Tensor) -> None:
+        """Keep `tensor`; what was there under this key is gone."""
+        self._drop(key)
+        size = tensor.numel() * tensor.element_size()
+        if self._used + size <= self.room_bytes:
+            self._near[key] = tensor
+            self._used += size
+            return
+        if self._folder is None:
+            self._folder = Path(tempfile.mkdtemp(prefix=".states-", dir=self._parent))
+        self._files += 1
+        file = self._folder / f"{self._files}.pt"
+        torch.save(tensor.clone(), file)  # a view's whole storage would be written
+        self._far[key] = (file, tensor.device)
+
+    def get(self, key: Hashable) -> Tensor:
+        if key in self._near:
+            return self._near[key]
+        file, device = self._far[key]
+        return torch.load(file, map_location=device, weights_only=True)
+
+    def _drop(self, key: Hashable) -> None:
+        near = self._near.pop(key, None)
+        if near is not None:
+            self._used -= near.numel() * near.element_size()
+        far = self._far.pop(key, None)
+        if far is not None:
+            far[0].unlink(missing_ok=True)
+
+    def clear(self) -> None:
+        """Forget everything, and remove the files."""
+        self._near.clear()
+        self._far.clear()
+        self._used = 0
+        if self._folder is not None:
+            shutil.rmtree(self._folder, ignore_errors=True)
+            self._folder = None
