@@ -14,8 +14,11 @@ import os
 import re
 import shutil
 import socket
+import sys
 import tempfile
 import uuid
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -72,7 +75,8 @@ class Cluster:
             if not any(name.startswith("RAY_AUTH") for name in os.environ):
                 os.environ["RAY_AUTH_TOKEN"] = uuid.uuid4().hex  # else Ray would write one into the home folder
         try:
-            self.ray.init(**options)
+            with _silent():
+                self.ray.init(**options)
         except Exception as error:  # Ray raises whatever it likes
             self.leave()
             reason = " ".join(str(error).split()) or type(error).__name__
@@ -99,6 +103,20 @@ class Cluster:
             shutil.rmtree(self._folder, ignore_errors=True)
 
 
+@contextmanager
+def _silent() -> Iterator[None]:
+    """Without what Ray's core writes to stderr as it tries: what matters is raised."""
+    sys.stderr.flush()
+    kept, nothing = os.dup(2), os.open(os.devnull, os.O_WRONLY)
+    os.dup2(nothing, 2)
+    try:
+        yield
+    finally:
+        os.dup2(kept, 2)
+        os.close(kept)
+        os.close(nothing)
+
+
 def slots(hosts: list[Host], needs: Needs) -> int:
     """Pieces that can run at once; UserError where there is none."""
     at_once = sum(_slots_of(host, needs) for host in hosts)
@@ -122,7 +140,6 @@ def check_ray(address: str) -> None:
         raise UserError(f"--ray {address}: needs a package that is not here: pip install 'bitatlas[ray]'")
     os.environ["RAY_USAGE_STATS_ENABLED"] = "0"  # before Ray is imported
     os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")  # what Ray would otherwise warn about
-    os.environ.setdefault("RAY_BACKEND_LOG_LEVEL", "fatal")  # its core's own lines on our stderr; what matters is raised
     if address == AUTO:
         return
     place = parse_address(address)

@@ -112,7 +112,7 @@ class Crew:
         needs = Needs(threads, worker_bytes(run, device), int(device == "cuda"))
         hosts = self._here.hosts()
         self.slots = slots(hosts, needs)
-        self._journal = run.journal
+        self._run = run
         brief = Brief(self._place, settings, run.rows, run.checkpoint.info.weights_sha256, run.meter.identity, threads)
         self._brief = self._here.ray.put(brief)
         # max_calls=0: also with a GPU, a worker's process and its model stay for the next piece
@@ -165,7 +165,7 @@ class Crew:
                 for answer in done:
                     waiting.discard(answer)
                     for entry in self._result(answer):
-                        self._journal.put(*entry)
+                        self._run.journal.put(*entry)
                     if progress:
                         progress(len(pieces) - len(waiting), len(pieces))
         finally:

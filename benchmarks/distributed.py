@@ -1,0 +1,123 @@
+"""Swap measurements on one and on two Ray workers of this machine, one thread each, and without Ray, in one run.
+
+    python benchmarks/distributed.py [MODEL] [--rows 16] [--repeats 5]
+
+Every unit of the model is measured in its narrow format around the wide one (`DamageMeter.swaps`), again and again in turns: without Ray,
+with one worker, with two. Workers are warm: their processes have opened the model and hold its codes, as they do in a survey but for
+its first stage. "One worker" is the same cluster with pieces that take both processors each. Results must be equal to the last bit, or
+it stops. Prints medians and ratios and writes benchmarks/results/distributed.json. Run it on a quiet machine, or with real-time
+priority (`chrt -r 10 python benchmarks/distributed.py`); which it was stands in the result.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import platform
+import statistics
+import tempfile
+import time
+from contextlib import closing
+from datetime import date
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+import bitatlas.demo as demo
+from bitatlas.crew.crew import Crew, hired
+from bitatlas.journal import Journal
+from bitatlas.planning.budget import units_of
+from bitatlas.prepare import Run, default_settings, prepare
+from bitatlas.progress import Reporter
+from bitatlas.sensitivity.damage import Swap
+from bitatlas.sensitivity.screens import uniform
+
+LOW, HIGH = "int2_g64", "int4_g64"
+WORKERS = 2
+RESULTS = Path(__file__).parent / "results"
+
+
+def opened(model: str, rows: int, out: Path, crew: Crew) -> Run:
+    settings = default_settings(
+        model=model, formats=f"{LOW},{HIGH}", budget=None, rows=f"{rows},2,2", tasks="none", tokens=str(demo.TEXT_FILE),
+        quantizer="rtn", row_length=192, task_data=None, limit=None, tolerance=0.05, refine=False,
+    )  # fmt: skip
+    return prepare(settings, out, False, Reporter(quiet=True), crew)
+
+
+def only(crew: Crew, task: Any, workers: int) -> None:
+    """As many pieces at once: each takes its share of the processors. `task`: the crew's own."""
+    crew.slots = workers
+    crew._work = task.options(num_cpus=WORKERS // workers)
+
+
+def measured(run: Run, swaps: dict[str, Swap], crew: Crew | None) -> tuple[float, np.ndarray]:
+    """Seconds, and the damage of every swap on every row."""
+    run.journal = run.meter.journal = Journal(None)
+    run.meter.crew = crew
+    start = time.perf_counter()
+    found = run.meter.swaps(uniform(run.checkpoint.modules, HIGH), swaps, run.rows.fit)
+    return time.perf_counter() - start, np.stack([found[name] for name in swaps])
+
+
+def timed(run: Run, crew: Crew, swaps: dict[str, Swap], repeats: int) -> dict[str, list[float]]:
+    times: dict[str, list[float]] = {"without Ray": [], "1 worker": [], "2 workers": []}
+    task = crew._work
+    for repeat in range(-1, repeats):
+        results = []
+        for name, workers in (("without Ray", 0), ("1 worker", 1), ("2 workers", WORKERS)):
+            only(crew, task, workers or 1)
+            seconds, values = measured(run, swaps, crew if workers else None)
+            results.append(values)
+            if repeat >= 0:  # the first round warms up
+                times[name].append(seconds)
+        assert all(np.array_equal(results[0], other) for other in results[1:]), "results differ"
+    return times
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("model", nargs="?", default=str(demo.MODEL_DIR))
+    parser.add_argument("--rows", type=int, default=16)
+    parser.add_argument("--repeats", type=int, default=5)
+    args = parser.parse_args()
+    torch.set_num_threads(1)
+    load = os.getloadavg()[0]
+    with tempfile.TemporaryDirectory() as folder, hired("auto", Reporter(quiet=True)) as crew:
+        assert crew
+        run = opened(args.model, args.rows, Path(folder) / "out", crew)
+        assert crew.slots == WORKERS, f"this machine offers {crew.slots} workers"
+        with closing(run.journal):
+            run.bank.fill((LOW, HIGH))
+            units = units_of(run.checkpoint.modules)
+            swaps = {unit.name: Swap(unit.layer, {m.name: LOW for m in unit.modules}) for unit in units}
+            times = timed(run, crew, swaps, args.repeats)
+    medians = {name: statistics.median(values) for name, values in times.items()}
+    ratios = [one / two for one, two in zip(times["1 worker"], times["2 workers"], strict=True)]
+    report = {
+        "benchmark": "swap measurements on one and two Ray workers, one thread each",
+        "model": run.checkpoint.info.name,
+        "swaps": len(swaps),
+        "rows": list(run.rows.fit.shape),
+        "machine": f"{platform.machine()}, {os.cpu_count()} processors, torch {torch.__version__}",
+        "load_before": load,
+        "real_time_priority": os.sched_getscheduler(0) in (os.SCHED_RR, os.SCHED_FIFO),
+        "date": date.today().isoformat(),
+        "median_seconds": medians,
+        "median_speedup_2_workers_over_1": statistics.median(ratios),
+        "speedups_2_workers_over_1": ratios,
+        "median_speedup_2_workers_over_none": statistics.median(
+            none / two for none, two in zip(times["without Ray"], times["2 workers"], strict=True)
+        ),
+        "equal_to_the_last_bit": True,
+    }
+    RESULTS.mkdir(exist_ok=True)
+    (RESULTS / "distributed.json").write_text(json.dumps(report, indent=1) + "\n")
+    print(json.dumps(report, indent=1))
+
+
+if __name__ == "__main__":
+    main()
