@@ -9,6 +9,7 @@ import sys
 import threading
 import time
 from collections.abc import Iterator
+from contextlib import suppress
 from pathlib import Path
 
 import psutil
@@ -39,7 +40,7 @@ GIB = 2**30
 def settings_for(model: Path, text: Path) -> Settings:
     return default_settings(
         model=str(model), formats="int2_g32,int4_g32", budget=Budget("code_bits", 3.0), rows="20,6,8", tasks="demo_questions",
-        tokens=str(text), quantizer="rtn", row_length=16, task_data=None, limit=60, tolerance=0.05, fuse=False, refine=True,
+        tokens=str(text), quantizer="rtn", row_length=16, task_data=None, limit=60, tolerance=0.05, fuse=True, refine=True, curve=False,
         device="cpu", revision=None, seed=0,
     )  # fmt: skip
 
@@ -85,11 +86,12 @@ class Killing(Reporter):
     def _kill_one(self) -> None:
         end = time.time() + 30
         while time.time() < end and not self.killed:
-            for process in psutil.Process().children(recursive=True):
-                if process.cmdline()[:1] == ["ray::work"]:
-                    process.send_signal(signal.SIGKILL)
-                    self.killed.append(process.pid)
-                    return
+            with suppress(psutil.Error):  # processes come and go
+                for process in psutil.Process().children(recursive=True):
+                    if process.cmdline()[:1] == ["ray::work"]:
+                        process.send_signal(signal.SIGKILL)
+                        self.killed.append(process.pid)
+                        return
 
 
 @needs_ray
