@@ -185,14 +185,20 @@ def _placed(model: PreTrainedModel, device: str) -> PreTrainedModel:
     return model.eval().requires_grad_(False)
 
 
+def probe_ids(model: PreTrainedModel) -> torch.Tensor:
+    """A few tokens to try a model on: int64 [1, tokens], on its device."""
+    vocabulary = len(model.get_input_embeddings().weight)  # type: ignore[arg-type]
+    ids = torch.randint(vocabulary, (1, CAUSAL_TOKENS), generator=torch.Generator().manual_seed(0))
+    return ids.to(model.device)
+
+
 @torch.no_grad()
 def check_causal(model: PreTrainedModel, name: str) -> None:
     """UserError where a changed last token changes the logits before it: an encoder with a causal head, for one."""
-    vocabulary = len(model.get_input_embeddings().weight)  # type: ignore[arg-type]
-    ids = torch.randint(vocabulary, (CAUSAL_TOKENS,), generator=torch.Generator().manual_seed(0)).repeat(2, 1)
-    ids[1, -1] = (ids[1, -1] + 1) % vocabulary
+    ids = probe_ids(model).repeat(2, 1)
+    ids[1, -1] = (ids[1, -1] + 1) % len(model.get_input_embeddings().weight)  # type: ignore[arg-type]
     with _quiet():
-        logits = model(input_ids=ids.to(model.device), use_cache=False).logits[:, :-1].float()  # [2, tokens - 1, vocabulary]
+        logits = model(input_ids=ids, use_cache=False).logits[:, :-1].float()  # [2, tokens - 1, vocabulary]
     if (logits[0] - logits[1]).abs().max() > CAUSAL_TOLERANCE * logits.abs().max():
         raise UserError(f"{name}: {type(model).__name__} reads ahead, so it is not a causal language model")
 

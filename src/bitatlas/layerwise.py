@@ -198,8 +198,9 @@ def _wraps(model: Any, layers: nn.ModuleList) -> bool:
 
 
 @torch.no_grad()
-def check_chain(model: Any, name: str, input_ids: Tensor, logits: Tensor) -> None:
-    """UserError where a pass in pieces is not the whole pass, whose `logits` are given: something happens between the layers."""
+def check_chain(model: Any, name: str, input_ids: Tensor) -> None:
+    """UserError where a pass in pieces is not the whole pass: something happens between the layers."""
+    logits = model(input_ids=input_ids, use_cache=False).logits
     pieces = logits_of(model, input_ids, record(model, [input_ids]).final[0])
     if not (pieces - logits).abs().max() <= CHAIN_TOLERANCE * logits.abs().max():
         raise UserError(

@@ -104,6 +104,22 @@ Margin = Annotated[
     ),
 ]
 Device = Annotated[str, typer.Option("--device", callback=not_empty, help="cpu, cuda, mps or auto.")]
+Memory = Annotated[
+    str | None,
+    typer.Option(
+        "--memory",
+        callback=not_empty,
+        help="What this may take at its peak, like 6GiB (of the GPU with --device cuda); layer by layer where all weights do not fit. Default: what is free.",
+    ),
+]
+Dtype = Annotated[
+    str,
+    typer.Option(
+        "--dtype",
+        callback=not_empty,
+        help="What the model computes in: float32, bfloat16, float16; auto: float32 on a CPU, else bfloat16.",
+    ),
+]
 Revision = Annotated[str | None, typer.Option("--revision", callback=not_empty, help="Hub revision.")]
 Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="No progress on stderr.")]
 Json = Annotated[bool, typer.Option("--json", help="For scripts: one JSON object on stdout instead of tables.")]

@@ -17,12 +17,14 @@ from pydantic import TypeAdapter
 
 import bitatlas.demo as demo
 from bitatlas.bank import BANK, Bank, disk_bytes
-from bitatlas.checkpoint import Checkpoint, check_causal, check_finite, free_bytes, open_checkpoint
+from bitatlas.checkpoint import Checkpoint, check_causal, check_finite, free_bytes, open_checkpoint, probe_ids
 from bitatlas.crew.crew import Crew
 from bitatlas.errors import FULL, UserError
 from bitatlas.evaluation.items import Item, check_task_names, load_items, split_items, task_text
+from bitatlas.footprint import Way, choose_way, need
 from bitatlas.formats import FORMATS, check_rows
 from bitatlas.journal import Journal
+from bitatlas.layerwise import check_chain
 from bitatlas.pickled import as_safetensors, notes_of
 from bitatlas.planning.budget import assignment_of, check_budget, size_of
 from bitatlas.planning.choose import Scores
@@ -52,6 +54,7 @@ class Run:
     settings: Settings
     out: Path
     checkpoint: Checkpoint
+    way: Way
     model: Any
     tokenizer: Any
     bank: Bank
@@ -145,31 +148,53 @@ def prepare(settings: Settings, out: Path, resume: bool, reporter: Reporter, cre
         check_items(settings.budget, {task: len(of_task) for task, of_task in items.items()})
     with reporter.stage("reading every weight once") as progress:
         check_finite(checkpoint, progress)
-    model = checkpoint.load_model(device)
+    way = way_of(settings, checkpoint, device, out)
+    reporter.say(way_text(way, device))
+    model = model_of(settings, checkpoint, way, device)
     check_causal(model, checkpoint.info.name)
+    check_chain(model, checkpoint.info.name, probe_ids(model))
     if crew:
         crew.join(out, checkpoint)
-    run = run_of(settings, out, checkpoint, model, tokenizer, rows, items, _open_journal(out, checkpoint), reporter)
+    run = run_of(settings, out, checkpoint, way, model, tokenizer, rows, items, _open_journal(out, checkpoint), reporter)
     if crew:
         crew.brief(run)
         run.crew = run.meter.crew = run.bank.crew = crew
     return run
 
 
+def way_of(settings: Settings, checkpoint: Checkpoint, device: str, out: Path) -> Way:
+    """In memory or layer by layer, by what was asked for and what is there; UserError where neither is possible."""
+    vocabulary = int(checkpoint.config.get_text_config().vocab_size)
+    dtype, formats = settings.torch_dtype(device), len(settings.formats)
+    needed = need(checkpoint.info, checkpoint.modules, vocabulary, settings.row_length, formats, dtype, device)
+    way = choose_way(needed, settings.memory_bytes, device, out)
+    if way.streamed and get_quantizer(settings.quantizer).needs_all:
+        raise UserError(
+            f"--quantizer {settings.quantizer}: needs all weights in memory, {byte_size(needed.whole)}; rtn and gptq go layer by layer"
+        )
+    return way
+
+
+def way_text(way: Way, device: str) -> str:
+    where = "" if device == "cpu" else f" of {device}"
+    how = "one decoder layer's weights at a time" if way.streamed else "all weights in memory"
+    return f"{how}; at most about {byte_size(way.predicted_bytes)}{where}"
+
+
+def model_of(settings: Settings, checkpoint: Checkpoint, way: Way, device: str) -> Any:
+    """The model, opened that way."""
+    opened = checkpoint.stream_model if way.streamed else checkpoint.load_model
+    return opened(device, settings.torch_dtype(device))
+
+
 def run_of(
-    settings: Settings, out: Path, checkpoint: Checkpoint, model: Any, tokenizer: Any, rows: Rows, items: dict[str, list[Item]], journal: Journal, reporter: Reporter,
+    settings: Settings, out: Path, checkpoint: Checkpoint, way: Way, model: Any, tokenizer: Any, rows: Rows, items: dict[str, list[Item]], journal: Journal, reporter: Reporter,
 ) -> Run:  # fmt: skip
     """A run with its bank and its meter."""
-    bank = bank_of(settings.quantizer, checkpoint, model, rows, out)
-    meter = DamageMeter(model, bank, checkpoint.info.weights_sha256, bank.identity, journal)
-    return Run(settings, out, checkpoint, model, tokenizer, bank, rows, items, journal, meter, reporter)
-
-
-def bank_of(quantizer: str, checkpoint: Checkpoint, model: Any, rows: Rows, out: Path) -> Bank:
-    """The run's bank, in its folder; what is there already is used."""
-    names = [module.name for module in checkpoint.modules]
-    sha = checkpoint.info.weights_sha256
-    return Bank(model, names, quantizer, rows=rows.fit, folder=out / BANK, weights_sha256=sha)
+    names, sha = [module.name for module in checkpoint.modules], checkpoint.info.weights_sha256
+    bank = Bank(model, names, settings.quantizer, rows=rows.fit, folder=out / BANK, weights_sha256=sha, kept_bytes=way.kept_bytes)
+    meter = DamageMeter(model, bank, sha, bank.identity, journal, way.room)
+    return Run(settings, out, checkpoint, way, model, tokenizer, bank, rows, items, journal, meter, reporter)
 
 
 def rows_and_items(settings: Settings, checkpoint: Checkpoint, tokenizer: Any) -> tuple[Rows, dict[str, list[Item]]]:
@@ -298,6 +323,7 @@ def reopen(folder: Path, atlas: Atlas, model_name: str | None, device: str | Non
             raise UserError(f"{settings.model}: these are not the weights that {folder} is a survey of ({atlas.model.name})")
         rows = rows_of_survey(atlas, checkpoint)
         check_finite(checkpoint)
-        model = checkpoint.load_model(place)
+        way = way_of(settings, checkpoint, place, folder)
+        model = model_of(settings, checkpoint, way, place)
     tokenizer = checkpoint.load_tokenizer()
-    return run_of(settings, folder, checkpoint, model, tokenizer, rows, {}, _open_journal(folder, checkpoint), reporter)
+    return run_of(settings, folder, checkpoint, way, model, tokenizer, rows, {}, _open_journal(folder, checkpoint), reporter)

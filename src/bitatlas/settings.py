@@ -20,6 +20,7 @@ from bitatlas.records import Budget
 
 DEFAULT_FORMATS = "int2_g64,int3_g64,int4_g64"
 DEFAULT_ROWS = "24,24,64"
+DTYPES = ("auto", "float32", "bfloat16", "float16")
 LARGEST_BYTES = 2**80  # more than any disk; a larger --size or --vram asks for the same
 TOO_FEW_FORMATS = "--formats: give at least two, a narrow and a wide one, like int2_g64,int4_g64"
 
@@ -42,6 +43,8 @@ class Settings:
     fuse: bool = True
     refine: bool = True
     device: str = "cpu"
+    dtype: str = "auto"  # that the model computes in
+    memory_bytes: int | None = None  # at the peak; None: what is free
     revision: str | None = None
     seed: int = 0
     margin_points: float = MARGIN_POINTS  # of "no loss within x points"
@@ -76,9 +79,18 @@ class Settings:
     def format_table(self) -> dict[str, Format]:
         return {name: FORMATS[name] for name in self.formats}
 
+    def torch_dtype(self, device: str) -> Any:
+        """What the model computes in on a device; UserError for a word that is no such dtype."""
+        import torch
+
+        if self.dtype not in DTYPES:
+            raise UserError(f"--dtype {self.dtype}: unknown; one of {', '.join(DTYPES)}")
+        return getattr(torch, ("float32" if device == "cpu" else "bfloat16") if self.dtype == "auto" else self.dtype)
+
     def recorded(self) -> dict[str, Any]:
         """What goes into the atlas: everything that a result depends on."""
         content = asdict(self)
+        del content["memory_bytes"]  # changes no result
         content["formats"] = list(self.formats)
         content["rows"] = list(self.rows)
         content["tasks"] = list(self.tasks)

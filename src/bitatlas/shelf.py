@@ -14,16 +14,19 @@ from torch import Tensor
 
 class Shelf:
     """Tensors by key. `room_bytes`: what may stay in memory; `folder`: where a temporary folder for the rest is made (None: the system's).
+    `host`: in the host's memory, wherever they come from.
 
     What is taken out of a file comes back bit for bit, on the device that it came from. Use it as a context: the files go at its end.
     """
 
-    def __init__(self, room_bytes: int, folder: Path | None = None):
+    def __init__(self, room_bytes: int, folder: Path | None = None, host: bool = False):
         self.room_bytes = room_bytes
         self._parent = folder
+        self._host = host
+        self._device: dict[Hashable, torch.device] = {}
         self._folder: Path | None = None
         self._near: dict[Hashable, Tensor] = {}
-        self._far: dict[Hashable, tuple[Path, torch.device]] = {}
+        self._far: dict[Hashable, Path] = {}
         self._used = 0
         self._files = 0
 
@@ -44,9 +47,10 @@ class Shelf:
     def put(self, key: Hashable, tensor: Tensor) -> None:
         """Keep `tensor`; what was there under this key is gone."""
         self._drop(key)
+        self._device[key] = tensor.device
         size = tensor.numel() * tensor.element_size()
         if self._used + size <= self.room_bytes:
-            self._near[key] = tensor
+            self._near[key] = tensor.cpu() if self._host else tensor
             self._used += size
             return
         if self._folder is None:
@@ -54,13 +58,12 @@ class Shelf:
         self._files += 1
         file = self._folder / f"{self._files}.pt"
         torch.save(tensor.clone(), file)  # a view's whole storage would be written
-        self._far[key] = (file, tensor.device)
+        self._far[key] = file
 
     def get(self, key: Hashable) -> Tensor:
         if key in self._near:
-            return self._near[key]
-        file, device = self._far[key]
-        return torch.load(file, map_location=device, weights_only=True)
+            return self._near[key].to(self._device[key])
+        return torch.load(self._far[key], map_location=self._device[key], weights_only=True)
 
     def _drop(self, key: Hashable) -> None:
         near = self._near.pop(key, None)
@@ -68,7 +71,7 @@ class Shelf:
             self._used -= near.numel() * near.element_size()
         far = self._far.pop(key, None)
         if far is not None:
-            far[0].unlink(missing_ok=True)
+            far.unlink(missing_ok=True)
 
     def clear(self) -> None:
         """Forget everything, and remove the files."""

@@ -16,10 +16,12 @@ from bitatlas.options import (
     CodeBits,
     Context,
     Device,
+    Dtype,
     Json,
     Limit,
     Margin,
     MaxDamage,
+    Memory,
     Protect,
     Quiet,
     Revision,
@@ -91,6 +93,8 @@ def survey(
         bool, typer.Option("--curve/--no-curve", help="Also a few verified plans at other sizes, for the report's slider.")
     ] = True,
     device: Device = "cpu",
+    dtype: Dtype = "auto",
+    memory: Memory = None,
     ray: Annotated[
         str | None,
         typer.Option(
@@ -113,6 +117,7 @@ def survey(
 ) -> None:
     """Measure a checkpoint, plan its precision, verify the plan, write the report (the main job)."""
     from bitatlas.evaluation.no_loss import parse_points
+    from bitatlas.planning.budget import parse_size
     from bitatlas.prepare import default_settings
     from bitatlas.progress import Reporter
     from bitatlas.settings import parse_budget
@@ -120,7 +125,7 @@ def survey(
 
     budget = parse_budget(code_bits, stored_bits, size, max_damage, vram, context, cache_dtype, batch, chunk, protect or ())
     settings = default_settings(
-        model=model, formats=formats, quantizer=quantizer, budget=budget, tokens=tokens, rows=rows, row_length=row_length, tasks=tasks, task_data=task_data, limit=limit, tolerance=tolerance, fuse=fuse, refine=refine, curve=curve, device=device,
+        model=model, formats=formats, quantizer=quantizer, budget=budget, tokens=tokens, rows=rows, row_length=row_length, tasks=tasks, task_data=task_data, limit=limit, tolerance=tolerance, fuse=fuse, refine=refine, curve=curve, device=device, dtype=dtype, memory_bytes=parse_size(memory, "--memory") if memory else None,
         revision=revision, seed=seed, allow_pickle=allow_pickle, margin_points=parse_points(margin, "--margin"),
     )  # fmt: skip
     reporter = Reporter(quiet)

@@ -113,7 +113,7 @@ class Crew:
         hosts = self._here.hosts()
         self.slots = slots(hosts, needs)
         self._run = run
-        brief = Brief(self._place, settings, run.rows, run.checkpoint.info.weights_sha256, run.meter.identity, threads)
+        brief = Brief(self._place, settings, run.rows, run.way, run.checkpoint.info.weights_sha256, run.meter.identity, threads)
         self._brief = self._here.ray.put(brief)
         # max_calls=0: also with a GPU, a worker's process and its model stay for the next piece
         placed = {"num_cpus": needs.processors, "memory": needs.memory, "num_gpus": needs.gpus}
@@ -215,6 +215,8 @@ def worker_bytes(run: Run, device: str) -> int:
     """Host memory of one worker, at most: the model where it is on the CPU, codes at hand, a few arrays of logits."""
     from bitatlas.layerwise import LOGIT_BYTES
 
+    if run.way.streamed and device == "cpu":
+        return run.way.predicted_bytes
     model = sum(tensor.numel() * tensor.element_size() for tensor in run.model.parameters())
     codes = min(KEPT_BYTES, run.checkpoint.info.quantizable_weights * len(run.settings.formats))
     return WORKER_BYTES + model + codes + LOGIT_ARRAYS * LOGIT_BYTES

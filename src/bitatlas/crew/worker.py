@@ -23,8 +23,9 @@ from bitatlas.crew.place import Place, greet
 from bitatlas.errors import UserError
 from bitatlas.evaluation.items import Item
 from bitatlas.evaluation.shards import score_shards
+from bitatlas.footprint import Way
 from bitatlas.journal import Journal
-from bitatlas.prepare import Run, run_of
+from bitatlas.prepare import Run, model_of, run_of
 from bitatlas.progress import Reporter
 from bitatlas.records import Module
 from bitatlas.sensitivity.curvature import expand
@@ -43,6 +44,7 @@ class Brief:
     place: Place
     settings: Settings  # with the checkpoint's folder and the device in full
     rows: Rows
+    way: Way
     weights_sha256: str
     identity: tuple[str, ...]  # of the meter: everything that makes its measurements what they are
     threads: int
@@ -81,9 +83,9 @@ def _open_run(brief: Brief, device: str) -> Run:
     checkpoint = open_checkpoint(settings.model, settings.revision, settings.fuse)
     if checkpoint.info.weights_sha256 != brief.weights_sha256:
         raise UserError(f"has other weights in {settings.model}; they must be the same on all hosts")
-    model, tokenizer = checkpoint.load_model(device), checkpoint.load_tokenizer()
+    model, tokenizer = model_of(settings, checkpoint, brief.way, device), checkpoint.load_tokenizer()
     out, quiet = Path(brief.place.out), Reporter(quiet=True)
-    run = run_of(settings, out, checkpoint, model, tokenizer, brief.rows, {}, Journal(None), quiet)
+    run = run_of(settings, out, checkpoint, brief.way, model, tokenizer, brief.rows, {}, Journal(None), quiet)
     if run.meter.identity != brief.identity:
         raise UserError(f"would measure another model: {run.meter.identity}, not {brief.identity}")
     return run

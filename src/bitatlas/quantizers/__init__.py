@@ -34,6 +34,7 @@ class Quantizer:
     package: str | None = None  # that it needs
     extra: str | None = None  # of ours, that installs the package; None: the one of the quantizer's own name
     symmetric: bool = True  # it can do formats without a zero-point
+    needs_all: bool = False  # of the model's weights in memory at once
     whole_zeros: bool = True  # its zero-points are codes, not numbers in between
     runtime: str = ""  # whose formats it makes; "": integer formats
     by_format: bool = False  # one run over the whole model makes a format, whichever modules are asked for
@@ -75,7 +76,9 @@ QUANTIZERS: dict[str, Quantizer] = {
         Quantizer("rtn", rtn.quantize_modules, uses_rows=False, version=1),
         Quantizer("gptq", gptq.quantize, uses_rows=True, version=1),
         Quantizer("hqq", hqq.quantize_modules, uses_rows=False, version=1, package="hqq", symmetric=False, whole_zeros=False),
-        Quantizer("autoround", autoround.quantize, uses_rows=True, version=1, package="auto_round", by_format=True),
+        Quantizer(
+            "autoround", autoround.quantize, uses_rows=True, version=1, package="auto_round", needs_all=True, by_format=True
+        ),
         Quantizer(
             LLAMA_CPP, llamacpp.quantize_modules, uses_rows=False, version=1, package="llama_cpp", extra="gguf", runtime=LLAMA_CPP
         ),

@@ -86,7 +86,7 @@ class Reference:
     _kept: int = 0
 
     def __post_init__(self) -> None:
-        self.states = Shelf(self.room.state_bytes, self.room.folder)
+        self.states = Shelf(self.room.state_bytes, self.room.folder, host=not self.room.whole)
 
     def see(self, batches: Sequence[Tensor]) -> None:
         """Run the model over those of `batches` that it has not seen; call it outside any `swapped` block."""
@@ -163,7 +163,7 @@ class DamageMeter:
 
     def shelf(self) -> Shelf:
         """For the states of one pass."""
-        return Shelf(self.room.state_bytes, self.room.folder)
+        return Shelf(self.room.state_bytes, self.room.folder, host=not self.room.whole)
 
     def follow(self, recorded: Recorded, swaps: Sequence[Swap]) -> list[list[Tensor]]:
         """What comes out of the last layer with each swap made alone, by batch, in the block of the base that was recorded."""
