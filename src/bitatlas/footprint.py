@@ -24,7 +24,7 @@ from bitatlas.errors import UserError
 from bitatlas.layerwise import LOGIT_BYTES, batch_rows
 from bitatlas.planning.memory import dtype_bytes
 from bitatlas.records import ModelInfo, Module
-from bitatlas.sensitivity.damage import REFERENCE_BYTES, STATE_BYTES, Room
+from bitatlas.sensitivity.damage import GROUP, REFERENCE_BYTES, STATE_BYTES, Room
 from bitatlas.words import byte_size
 
 LIBRARIES_BYTES = 2**28  # what later stages import and allocate: tables, statistics, templates, the allocator's slack
@@ -52,9 +52,16 @@ class Way:
 
 
 def need(
-    info: ModelInfo, modules: Sequence[Module], vocabulary: int, row_length: int, formats: int, dtype: torch.dtype, device: str
+    info: ModelInfo,
+    modules: Sequence[Module],
+    vocabulary: int,
+    rows: int,
+    row_length: int,
+    formats: int,
+    dtype: torch.dtype,
+    device: str,
 ) -> Need:
-    """What a survey needs with rows of `row_length` tokens and so many formats."""
+    """What a survey needs with so many rows of `row_length` tokens and so many formats."""
     size = dtype.itemsize
     stored = dtype_bytes(info.dtype)
     outside = info.other_bytes // stored * size
@@ -62,18 +69,20 @@ def need(
     for module in modules:
         layers[module.layer] += module.weights
     layer, largest = max(layers.values()), max(module.weights for module in modules)
-    rows = batch_rows(row_length, vocabulary)
-    tokens = rows * row_length
+    batch = batch_rows(row_length, vocabulary)
+    tokens = batch * row_length
     wide = sum(out + inputs for out, inputs in (m.shape for m in modules if m.layer == modules[0].layer))
     activations = (
-        8 * tokens * wide + 24 * max(rows, 8) * info.heads * row_length**2
+        8 * tokens * wide + 24 * max(batch, 8) * info.heads * row_length**2
     )  # forwards and backwards; attention maps, eager
     logits = LOGIT_ARRAYS * min(4 * tokens * vocabulary, LOGIT_BYTES + 4 * vocabulary)
     changes = (formats * layer + (formats + 2) * largest) * size + 16 * largest
     loading = info.other_bytes  # the stored bytes beside the converted ones
     base = (psutil.Process().memory_info().rss + LIBRARIES_BYTES) if device == "cpu" else 2**29
     fixed = base + outside + max(loading, activations + logits + changes)
-    states = 3 * STATE_BYTES + REFERENCE_BYTES if device == "cpu" else REFERENCE_BYTES + STATE_BYTES
+    state = tokens * modules[0].shape[1] * size
+    states = min(STATE_BYTES, rows * row_length * modules[0].shape[1] * size) + min(STATE_BYTES, (info.layers + 1) * state)
+    states += 3 * GROUP * state + min(REFERENCE_BYTES, 4 * rows * row_length * vocabulary)
     codes = min(KEPT_BYTES, formats * info.quantizable_weights) if device == "cpu" else 0
     return Need(
         fixed + info.quantizable_weights * size + states + codes,

@@ -166,7 +166,9 @@ def way_of(settings: Settings, checkpoint: Checkpoint, device: str, out: Path) -
     """In memory or layer by layer, by what was asked for and what is there; UserError where neither is possible."""
     vocabulary = int(checkpoint.config.get_text_config().vocab_size)
     dtype, formats = settings.torch_dtype(device), len(settings.formats)
-    needed = need(checkpoint.info, checkpoint.modules, vocabulary, settings.row_length, formats, dtype, device)
+    needed = need(
+        checkpoint.info, checkpoint.modules, vocabulary, sum(settings.rows), settings.row_length, formats, dtype, device
+    )
     way = choose_way(needed, settings.memory_bytes, device, out)
     if way.streamed and get_quantizer(settings.quantizer).needs_all:
         raise UserError(
