@@ -13,6 +13,7 @@ from bitatlas.journal import Journal
 from bitatlas.sensitivity.curvature import expand
 from bitatlas.sensitivity.damage import DamageMeter, Room, Swap
 from bitatlas.sensitivity.interactions import swap_interactions
+from bitatlas.shelf import Shelf, sweep
 from bitatlas.streaming import held, stream_of
 from bitatlas.swap import swapped, weight_of
 from bitatlas.tokens import make_rows
@@ -132,3 +133,19 @@ def test_names_that_are_not_the_models_own_are_refused(tmp_path: Path):
     save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
     with pytest.raises(UserError, match=r"--memory: model.layers.0.self_attn.q_proj.weight is not in the weights files"):
         open_checkpoint(str(folder)).stream_model()
+
+
+def test_states_in_files_come_back_bit_for_bit_and_the_files_go(tmp_path: Path):
+    with Shelf(100, tmp_path) as shelf:
+        tensors = {number: torch.randn(5, 4, generator=torch.Generator().manual_seed(number)) for number in range(4)}
+        for number, tensor in tensors.items():
+            shelf.put(number, tensor[:, 1:])
+        assert shelf.spilled == 3  # 60 of 100 bytes hold one
+        shelf.put(3, tensors[0])
+        assert torch.equal(shelf.get(3), tensors[0])
+        assert all(torch.equal(shelf.get(number), tensors[number][:, 1:]) for number in range(3))
+        assert list(tmp_path.iterdir())
+    assert not list(tmp_path.iterdir())
+    (tmp_path / ".states-killed").mkdir()
+    sweep(tmp_path)
+    assert not list(tmp_path.iterdir())

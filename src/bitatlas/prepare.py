@@ -38,6 +38,7 @@ from bitatlas.records import Atlas, Budget
 from bitatlas.sensitivity.damage import DamageMeter
 from bitatlas.sensitivity.probe import probe_of
 from bitatlas.settings import DEFAULT_FORMATS, Settings, check_device, parse_formats, parse_rows
+from bitatlas.shelf import sweep
 from bitatlas.tokens import Rows, check_vocabulary, make_rows, read_documents
 from bitatlas.words import byte_size, number
 
@@ -284,6 +285,7 @@ def _open_journal(out: Path, checkpoint: Checkpoint) -> Journal:
     except UserError:
         journal.close()
         raise
+    sweep(out)
     return journal
 
 

@@ -11,6 +11,14 @@ from types import TracebackType
 import torch
 from torch import Tensor
 
+PREFIX = ".states-"  # of the folders
+
+
+def sweep(folder: Path) -> None:
+    """Remove what a killed process left in `folder`, which nobody else uses now."""
+    for left in folder.glob(f"{PREFIX}*"):
+        shutil.rmtree(left, ignore_errors=True)
+
 
 class Shelf:
     """Tensors by key. `room_bytes`: what may stay in memory; `folder`: where a temporary folder for the rest is made (None: the system's).
@@ -24,7 +32,7 @@ class Shelf:
         self._parent = folder
         self._host = host
         self._device: dict[Hashable, torch.device] = {}
-        self._folder: Path | None = None
+        self._folder: tempfile.TemporaryDirectory[str] | None = None  # goes with this object, or with the process
         self._near: dict[Hashable, Tensor] = {}
         self._far: dict[Hashable, Path] = {}
         self._used = 0
@@ -54,9 +62,9 @@ class Shelf:
             self._used += size
             return
         if self._folder is None:
-            self._folder = Path(tempfile.mkdtemp(prefix=".states-", dir=self._parent))
+            self._folder = tempfile.TemporaryDirectory(prefix=PREFIX, dir=self._parent, ignore_cleanup_errors=True)
         self._files += 1
-        file = self._folder / f"{self._files}.pt"
+        file = Path(self._folder.name) / f"{self._files}.pt"
         torch.save(tensor.clone(), file)  # a view's whole storage would be written
         self._far[key] = file
 
@@ -79,5 +87,5 @@ class Shelf:
         self._far.clear()
         self._used = 0
         if self._folder is not None:
-            shutil.rmtree(self._folder, ignore_errors=True)
+            self._folder.cleanup()
             self._folder = None
