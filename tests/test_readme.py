@@ -1,4 +1,4 @@
-"""The README cannot lie: its commands parse, its file tree is the real one, its make targets exist."""
+"""The README and the pages cannot lie: their commands parse; the README's file tree is the real one, its make targets exist."""
 
 from __future__ import annotations
 
@@ -14,10 +14,22 @@ from bitatlas import cli
 ROOT = Path(__file__).resolve().parents[1]
 README = (ROOT / "README.md").read_text(encoding="utf-8")
 BLOCKS = re.findall(r"```\n(.*?)```", README, re.DOTALL)
-COMMANDS = [line.partition("#")[0].strip() for block in BLOCKS for line in block.splitlines()]
+PAGES = [
+    page for page in (ROOT / "docs").rglob("*.md") if page.name not in ("extend.md",)
+]  # what extend.md adds is tested with it
 
 
-@pytest.mark.parametrize("command", [line for line in COMMANDS if line.startswith("bitatlas ")])
+def commands(text: str) -> list[str]:
+    """The lines of the blocks that name no language, without their comments."""
+    blocks = re.findall(r"^ *```(\w*)\n(.*?)^ *```$", text, re.DOTALL | re.MULTILINE)
+    return [line.partition("#")[0].strip() for language, block in blocks if not language for line in block.splitlines()]
+
+
+COMMANDS = commands(README)
+EVERYWHERE = sorted({line for page in PAGES for line in commands(page.read_text(encoding="utf-8"))} | set(COMMANDS))
+
+
+@pytest.mark.parametrize("command", [line for line in EVERYWHERE if re.match("bitatlas [a-z]", line) and "[OPTIONS]" not in line])
 def test_commands_parse(command: str):
     group = typer.main.get_command(cli.app)
     words = shlex.split(command)[1:]
