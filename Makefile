@@ -1,6 +1,8 @@
 # make demo   set everything up, survey the bundled model, end with the path of its report
 # make test   set everything up, run the tests
 # make lint   ruff and mypy
+# make docs   the pages as a site in docs/_build; a broken link is an error
+# make figures  what the pages show of the demo: its figures, and the executed notebook (after make demo)
 # make bench  the benchmarks, into benchmarks/results/ and docs/peers.md (two peers get environments of their own: .venv-autoround, .venv-modelopt)
 
 PYTHON ?= python3
@@ -9,8 +11,9 @@ BIN    := $(VENV)/bin
 OUT    ?= demo-out
 TORCH  ?= torch==2.13.0
 PEERS  ?=
+SHOWN  := criticality baselines size tasks plan
 
-.PHONY: demo test lint bench clean
+.PHONY: demo test lint docs figures bench clean
 
 demo: $(VENV)/.ready
 	$(BIN)/bitatlas survey --out $(OUT) --resume
@@ -22,6 +25,15 @@ lint: $(VENV)/.ready
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
+
+docs: $(VENV)/.docs
+	$(BIN)/python -m sphinx -W --keep-going -q -b html docs docs/_build
+	@echo docs/_build/index.html
+
+figures: $(VENV)/.docs demo
+	$(BIN)/bitatlas report $(OUT) --figures
+	for name in $(SHOWN); do cp $(OUT)/figures/$$name.svg docs/images/demo-$$name.svg; done
+	$(BIN)/python examples/execute.py $(OUT)
 
 bench: $(VENV)/.ready
 	$(BIN)/python benchmarks/resume.py
@@ -37,4 +49,8 @@ $(VENV)/.ready: pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check "$(TORCH)"
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable '.[dev]'
+	touch $@
+
+$(VENV)/.docs: $(VENV)/.ready
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable '.[docs]'
 	touch $@
