@@ -10,4 +10,4 @@ exclude_patterns = ["_build"]
 nitpicky = True
 myst_heading_anchors = 3
 myst_links_external_new_tab = True
-suppress_warnings = ["misc.highlighting_failure"]  # blocks of commands without a language
+suppress_warnings = ["misc.highlighting_failure", "toc.not_included"]  # commands without a language; pages that are linked alone
