@@ -24,6 +24,7 @@ from bitatlas.records import (
     Correlation,
     CurvePoint,
     Finding,
+    HeadMap,
     KindDamage,
     Layer,
     Measured,
@@ -39,6 +40,8 @@ from bitatlas.records import (
     TokensInfo,
     Uniform,
     UnitDamage,
+    UnitInteractions,
+    UnitPair,
     WeightProfile,
     Zone,
 )
@@ -133,6 +136,8 @@ def make_atlas(recipe: Recipe | None = None) -> Atlas:
         unit_correlations=[Correlation("weights", 0.4, (0.31, 0.47), len({m.unit for m in modules}))],
         shapley=_shapley(recipe, layers),
         ablations=_ablations() if recipe.attention else [],
+        interactions=_interactions(recipe, modules),
+        head_maps=_head_maps() if recipe.attention else [],
         plans=plans,
     )
 
@@ -447,6 +452,30 @@ def _drift(rng: np.random.Generator, layer: int, layers: int) -> dict[str, Measu
 
 def _about(value: float, half: float, unit: str, base: str, n: int = 96, rows: str = "test") -> Measured:
     return Measured(float(value), (float(value) - half, float(value) + half), unit, base, rows, n)
+
+
+def _interactions(recipe: Recipe, modules: list[Module]) -> UnitInteractions:
+    """Units of one layer hurt together, the others a little or not at all."""
+    rng = np.random.default_rng([recipe.seed, 9])
+    units = {module.unit: module.layer for module in modules}
+    names, layers = list(units), list(units.values())
+    extra = [
+        [float(f"{rng.normal(0.004 if layers[i] == layers[j] else 0, 0.0005):.2e}") for j in range(i)] for i in range(len(names))
+    ]
+    base = f"uniform:{recipe.high}"
+    worst = sorted(((value, i, j) for i, row in enumerate(extra) for j, value in enumerate(row)), reverse=True)[:6]
+    pairs = [
+        UnitPair(names[i], names[j], Measured(value, (value - 0.001, value + 0.001), "nats/token", base, "fit", SPLITS["fit"]))
+        for value, i, j in worst
+    ]
+    return UnitInteractions(base, recipe.low, names, extra, pairs)
+
+
+def _head_maps() -> list[HeadMap]:
+    def line(back: int) -> list[list[int]]:
+        return [[100 if key == max(0, query - back) else 0 for key in range(query + 1)] for query in range(24)]
+
+    return [HeadMap(3, 1, "previous", 0.71, line(1)), HeadMap(5, 1, "induction", 0.64, line(11))]
 
 
 def _ablations() -> list[Ablation]:

@@ -1,6 +1,6 @@
-"""A headless Chromium and the real Mermaid for tests of the report; a test is skipped, with the reason, where one of them is missing.
+"""A headless Chromium, the real Mermaid and axe-core for tests of the report; a test is skipped, with the reason, where one is missing.
 
-Chromium is the system's (BITATLAS_CHROMIUM names another). Mermaid comes from npm in the version that package.json pins, once, into
+Chromium is the system's (BITATLAS_CHROMIUM names another). Mermaid and axe-core come from npm in the versions that package.json pins, once, into
 BITATLAS_TEST_CACHE (else a folder under the system's temporary one), never into the repository.
 """
 
@@ -12,7 +12,7 @@ import shutil
 import subprocess
 import tempfile
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -78,23 +78,34 @@ def opened(browser: Any, url: str = "about:blank", width: int = 1280, dark: bool
 
 
 def mermaid_script() -> Path:
-    """`mermaid.min.js` of the pinned version, installed on first use; skips the test where there is no npm."""
-    version = json.loads(PINNED.read_text())["dependencies"]["mermaid"]
+    """`mermaid.min.js` of the pinned version."""
+    return _installed() / "mermaid" / "dist" / "mermaid.min.js"
+
+
+def axe_script() -> Path:
+    """`axe.min.js` of the pinned version."""
+    return _installed() / "axe-core" / "axe.min.js"
+
+
+def _installed() -> Path:
+    """The folder of the packages that package.json pins, installed on first use; skips the test where there is no npm."""
+    versions = json.loads(PINNED.read_text())["dependencies"]
     cache = Path(os.environ.get("BITATLAS_TEST_CACHE") or Path(tempfile.gettempdir()) / "bitatlas-test-cache")
-    home = cache / f"mermaid-{version}"
-    script = home / "node_modules" / "mermaid" / "dist" / "mermaid.min.js"
-    if script.is_file():
-        return script
+    home = cache / "-".join(f"{name}-{version}" for name, version in sorted(versions.items()))
+    if (home / "node_modules").is_dir():
+        return home / "node_modules"
     npm = shutil.which("npm")
     if npm is None:
-        pytest.skip("no npm found (install npm to render Mermaid)")
+        pytest.skip("no npm found (install npm for Mermaid and axe-core)")
     cache.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=cache) as beside:
         shutil.copy(PINNED, beside)
         command = [npm, "install", "--prefix", beside, "--ignore-scripts", "--no-audit", "--no-fund", "--no-package-lock"]
         done = subprocess.run(command, cwd=beside, capture_output=True, text=True, timeout=240)
         assert done.returncode == 0, f"npm install failed:\n{done.stderr}"
-        if not home.exists():
-            shutil.copytree(beside, home.with_suffix(".part"), dirs_exist_ok=True)
-            home.with_suffix(".part").rename(home)
-    return script
+        part = home.with_name(f"{home.name}.{os.getpid()}.part")
+        shutil.copytree(beside, part, dirs_exist_ok=True)
+        with suppress(OSError):  # another process was first
+            part.rename(home)
+        shutil.rmtree(part, ignore_errors=True)
+    return home / "node_modules"

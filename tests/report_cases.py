@@ -22,7 +22,9 @@ RECIPES = {
 def emptied(atlas: Atlas) -> Atlas:
     """An atlas of which nothing but the model is left: what an interrupted run could hand over."""
     lists = ["uniform", "layers", "zones", "weights", "attention", "heads", "tasks", "task_pairs", "curve"]
-    nothing = {name: [] for name in [*lists, "correlations", "unit_correlations", "units", "kinds", "findings"]}
+    nothing = {
+        name: [] for name in [*lists, "correlations", "unit_correlations", "units", "kinds", "findings", "plans", "head_maps"]
+    }
     return dataclasses.replace(
-        atlas, plan=None, plans=[], calibration=None, shapley=None, unit_damage={}, base_damage={}, **nothing
+        atlas, plan=None, interactions=None, calibration=None, shapley=None, unit_damage={}, base_damage={}, **nothing
     )

@@ -14,7 +14,7 @@ from bitatlas.journal import Journal
 from bitatlas.planning.expansion import quadratic
 from bitatlas.sensitivity.curvature import contract, expand
 from bitatlas.sensitivity.damage import DamageMeter, Swap
-from bitatlas.sensitivity.interactions import swap_interactions
+from bitatlas.sensitivity.interactions import pair_rows, swap_interactions
 from bitatlas.swap import swapped
 from bitatlas.tokens import make_rows
 from tiny import TEXT, make_checkpoint
@@ -94,6 +94,10 @@ def test_measured_swaps_and_their_interactions(tmp_path: Path):
             predicted.append(2 * together[i, j])
     assert np.corrcoef(true, predicted)[0, 1] > 0.9
     assert np.diag(together) == pytest.approx(found.added, rel=0.35)
+    pairs = [(0, 1), (2, 5), (6, 3)]
+    by_row = pair_rows(meter, {}, swaps, pairs, rows)
+    assert by_row.shape == (len(rows), len(pairs))
+    np.testing.assert_allclose(by_row.mean(axis=0), [2 * found.together[pair] for pair in pairs], rtol=1e-9)
 
 
 def test_units_add_up_their_modules(tiny_llama: Path):

@@ -62,6 +62,21 @@ def test_a_survey_adds_a_few_verified_plans_unless_told_not_to(surveyed: Path):
         assert uniform.damage.mean == pytest.approx(next(u.damage.mean for u in first.uniform if u.format == "int2_g32"))
 
 
+def test_a_survey_keeps_how_any_two_units_interact(surveyed: Path):
+    atlas = read_record(surveyed / "atlas.json", Atlas)
+    found = atlas.interactions
+    assert found is not None
+    assert (found.base, found.format) == ("uniform:int4_g32", "int2_g32")
+    assert found.units == list(dict.fromkeys(m.unit for m in atlas.modules))
+    assert [len(row) for row in found.extra] == list(range(len(found.units)))
+    strongest = sorted((value for row in found.extra for value in row), reverse=True)[: len(found.pairs)]
+    for pair, value in zip(found.pairs, strongest, strict=True):
+        places = sorted(map(found.units.index, (pair.first, pair.second)))
+        assert found.extra[places[1]][places[0]] == value
+        assert pair.extra.mean == pytest.approx(value, rel=6e-3)  # three digits
+        assert (pair.extra.base, pair.extra.rows, pair.extra.n) == (found.base, "fit", 4)
+
+
 @given(st.integers(10, 10**6), st.integers(4, 10**6), st.floats(0, 1))
 def test_sizes_beside_the_surveys_plan_leave_out_the_nearest(least: int, span: int, at: float):
     own = least + int(at * span)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
 
 import pytest
@@ -15,6 +16,7 @@ from bitatlas.journal import Journal
 from bitatlas.profiles.ablation import Removal, ablate
 from bitatlas.profiles.attention import AttentionResult, attention_profile
 from bitatlas.profiles.capture import eager, run_captured
+from bitatlas.profiles.examples import BLOCK, example_maps
 from bitatlas.profiles.maps import LEAST_KEYS, Sinks, allowed_keys, count_keys, spread, strip_sinks
 from bitatlas.profiles.scoring import RESTING_SINK_MASS
 from planted import DUPLICATE, EVEN, INDUCTION, PREVIOUS, SINK, planted_model
@@ -51,6 +53,23 @@ def test_each_head_is_called_what_it_is(profiled: AttentionResult) -> None:
                 assert head.p_values[role] > 0.05
     assert [layer.roles["sink"] for layer in profiled.layers] == [1, 0]
     assert [layer.specialization_percent.mean for layer in profiled.layers] == [50, 25]
+
+
+def test_example_maps_show_each_role_as_its_line(profiled: AttentionResult) -> None:
+    found = {(one.layer, one.head): one for one in example_maps(planted_model(), tiny.tokenizer(), profiled.heads)}
+    assert {at: one.role for at, one in found.items()} == ROLE_OF
+    start = len(found[INDUCTION].percent) - 2 * BLOCK  # a beginning token, where there is one
+    for at, back in ((PREVIOUS, 1), (DUPLICATE, BLOCK), (INDUCTION, BLOCK - 1)):
+        rows = found[at].percent
+        assert [len(row) for row in rows] == list(range(1, len(rows) + 1))
+        assert all(96 <= sum(row) <= 104 for row in rows)
+        second = range(start + BLOCK, len(rows))
+        assert min(rows[query][query - back] for query in second) >= (40 if at == DUPLICATE else 95)
+
+
+def test_without_roles_there_are_no_example_maps(profiled: AttentionResult) -> None:
+    plain = [dataclasses.replace(head, role=None) for head in profiled.heads]
+    assert example_maps(planted_model(), tiny.tokenizer(), plain) == []
 
 
 def test_the_sinks_mass_is_reported_and_rests_on_nothing_else(profiled: AttentionResult) -> None:

@@ -23,10 +23,13 @@ from bitatlas.records import (
     AttentionLayer,
     Calibration,
     CurvePoint,
+    HeadMap,
     ModelInfo,
     Module,
     TokensInfo,
     Uniform,
+    UnitInteractions,
+    UnitPair,
     WeightProfile,
 )
 from bitatlas.settings import Settings
@@ -34,6 +37,7 @@ from bitatlas.tables import write_tables
 
 if TYPE_CHECKING:
     from bitatlas.profiles.ablation import Removal
+    from bitatlas.sensitivity.screens import PairScreen
     from bitatlas.sensitivity.task_text import TaskScreen
 
 Lines = list[dict[str, Any]]
@@ -67,6 +71,8 @@ class Measurements:
     orders: np.ndarray | None = None  # [pairs, rows, layers]: what each layer adds in sampled orders, on the first test rows
     order_models: int = 0  # that were measured for it
     removals: Sequence[Removal] = ()  # of heads from the reference
+    pairs: PairScreen | None = None
+    head_maps: Sequence[HeadMap] = ()
     others: Sequence[Judged] = ()  # plans at other sizes, from small to large
 
 
@@ -131,6 +137,8 @@ def assemble(
         unit_correlations=inside.unit_correlations,
         shapley=shapley,
         ablations=ablations,
+        interactions=interactions_of(modules, settings, found.pairs),
+        head_maps=list(found.head_maps),
         plans=[other.plan for other in found.others],
     )
 
@@ -189,6 +197,19 @@ def unit_rows(modules: Sequence[Module], settings: Settings, found: Measurements
     raised = np.stack([found.unit_rows[low][unit][settings.high] for unit in units])
     bases = found.base_rows
     return LayerRows(bases[high], bases[low], lowered, raised, weights, settings.high, settings.low, "fit")
+
+
+def interactions_of(modules: Sequence[Module], settings: Settings, pairs: PairScreen | None) -> UnitInteractions | None:
+    """The pairs of units as a record, numbers cut to three digits."""
+    if pairs is None:
+        return None
+    units, base = list(dict.fromkeys(module.unit for module in modules)), f"uniform:{settings.high}"
+    named = [
+        UnitPair(units[u], units[v], measured(rows, "nats/token", base, "fit", settings.seed))
+        for (u, v), rows in zip(pairs.pairs, pairs.by_row.T, strict=True)
+    ]
+    below = [[float(f"{value:.2e}") for value in row[:place]] for place, row in enumerate(pairs.extra)]
+    return UnitInteractions(base, settings.low, units, below, named)
 
 
 def uniform_records(info: ModelInfo, modules: Sequence[Module], widths: Mapping[str, np.ndarray], seed: int) -> list[Uniform]:

@@ -34,6 +34,7 @@ from bitatlas.planning.search import Tools, search
 from bitatlas.prepare import Run, prepare, tools_of
 from bitatlas.profiles.ablation import ABLATION_SEQUENCES, SHORT_SEQUENCES, Removal, ablate
 from bitatlas.profiles.attention import AttentionResult, attention_profile
+from bitatlas.profiles.examples import example_maps
 from bitatlas.profiles.focus import Problem, problems_of
 from bitatlas.profiles.weights import weight_profile
 from bitatlas.progress import Reporter
@@ -114,6 +115,8 @@ def _survey(run: Run) -> Atlas:
         orders=orders.added if orders else None,
         order_models=orders.models if orders else 0,
         removals=removals,
+        pairs=units.pairs,
+        head_maps=example_maps(run.model, run.tokenizer, attention[0].heads, settings.seed),
         others=others,
     )
     atlas = assemble(run.checkpoint.info, modules, rows.info, settings, versions(), found)

@@ -39,6 +39,7 @@ Q_TYPED = 0.05
 BLOCK_TOKENS = (24, 32, 40, 48)  # lengths of the repeated block: with one length, a fixed distance would pass for induction
 FEWEST_BLOCK_TOKENS = 8
 MOST_PERMUTATIONS = 20_000
+EXAMPLE_PART = 2  # the sequence of the example maps
 ABLATION_PART = 1  # of the repeated sequences: those that heads are named on are part 0
 
 Bools = NDArray[np.bool_]
@@ -190,6 +191,16 @@ def repeated_tokens(tokenizer: Any, vocabulary: int, context: int, sequences: in
         blocks = [generator.choice(ordinary, min(block, longest), replace=False) for _ in range(count)]
         groups.append([[*start, *tokens, *tokens] for tokens in blocks])
     return [torch.tensor(np.asarray(group, dtype=np.int64)) for group in groups if group]
+
+
+def one_repeated(tokenizer: Any, vocabulary: int, block: int, seed: int) -> Tensor | None:
+    """One such sequence, int64 [1, tokens]; None where there are not so many ordinary tokens."""
+    ordinary = ordinary_tokens(tokenizer, vocabulary)
+    if len(ordinary) < block:
+        return None
+    tokens = np.random.default_rng([seed, len(ROLES), EXAMPLE_PART]).choice(ordinary, block, replace=False)
+    bos = getattr(tokenizer, "bos_token_id", None)
+    return torch.tensor([[*([] if bos is None else [bos]), *tokens, *tokens]], dtype=torch.int64)
 
 
 def ordinary_tokens(tokenizer: Any, vocabulary: int) -> NDArray[np.int64]:

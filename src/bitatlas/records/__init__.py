@@ -15,6 +15,7 @@ from bitatlas.records.atlas import (
     Correlation,
     CurvePoint,
     Finding,
+    HeadMap,
     KindDamage,
     Layer,
     NoLoss,
@@ -26,6 +27,8 @@ from bitatlas.records.atlas import (
     TokensInfo,
     Uniform,
     UnitDamage,
+    UnitInteractions,
+    UnitPair,
     WeightProfile,
     Zone,
 )
@@ -56,6 +59,7 @@ __all__ = [
     "Correlation",
     "CurvePoint",
     "Finding",
+    "HeadMap",
     "KindDamage",
     "Layer",
     "Measured",
@@ -74,6 +78,8 @@ __all__ = [
     "TokensInfo",
     "Uniform",
     "UnitDamage",
+    "UnitInteractions",
+    "UnitPair",
     "WeightProfile",
     "Zone",
 ]

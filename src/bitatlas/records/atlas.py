@@ -82,6 +82,17 @@ class AttentionLayer:
 
 
 @dataclass(frozen=True)
+class HeadMap:
+    """Where a head looks in one short sequence: a random block of tokens twice, reference weights, sinks included."""
+
+    layer: int
+    head: int
+    role: str
+    score: float  # kappa of that role
+    percent: list[list[int]]  # of the query's attention, by query; row i has the keys 0 .. i
+
+
+@dataclass(frozen=True)
 class Ablation:
     """What removing the heads of one role from the reference does to the repetition of a random block, beside as many random other heads."""
 
@@ -139,6 +150,26 @@ class KindDamage:
     share: Measured
     criticality: Measured
     q_value: float  # Benjamini-Hochberg over kinds
+
+
+@dataclass(frozen=True)
+class UnitPair:
+    """Two units, and what they do together beyond both alone."""
+
+    first: str
+    second: str
+    extra: Measured
+
+
+@dataclass(frozen=True)
+class UnitInteractions:
+    """What any two units lowered together do beyond both alone (second order), on the rows that plans are found on; nats/token."""
+
+    base: str
+    format: str  # that they are lowered to
+    units: list[str]
+    extra: list[list[float]]  # below the diagonal, three digits: row i has i numbers, with the units before it
+    pairs: list[UnitPair]  # those that hurt most together, the worst first
 
 
 @dataclass(frozen=True)
@@ -312,5 +343,7 @@ class Atlas:
     unit_correlations: list[Correlation] = field(default_factory=list)  # of cheap measures with the damage of units
     shapley: ShapleyCheck | None = None
     ablations: list[Ablation] = field(default_factory=list)
+    interactions: UnitInteractions | None = None
+    head_maps: list[HeadMap] = field(default_factory=list)
     plans: list[Plan] = field(default_factory=list)  # verified at other sizes, from small to large; files in curve/
     schema: str = ATLAS_SCHEMA

@@ -12,7 +12,7 @@ from markupsafe import Markup
 
 from bitatlas import words
 from bitatlas.records import Atlas
-from bitatlas.report import charts, facts, heat, prediction, tasks, why
+from bitatlas.report import charts, facts, heat, pairs, prediction, tasks, why
 
 WIDE, HALF, NARROW = 960, 460, 350  # px of a chart across the page, of one of two, and on a phone
 
@@ -25,6 +25,7 @@ PLANS: Keys = [
     ("●", "c-muted", "random plans"),
 ]
 HELD: Keys = [("●", "v-safe", "held"), ("◆", "v-critical", "lost"), ("▲", "v-uncertain", "inconclusive or at chance")]
+PAIRS: Keys = [("■", "c-heat", "worse together than apart"), ("■", "c-bits", "they spare each other")]
 AROUND: Keys = [("●", "c-high", "random plan"), ("◆", "c-plan", "the plan")]
 
 
@@ -53,7 +54,7 @@ class Sketch:
 def figures(atlas: Atlas) -> dict[str, Figure]:
     """The figures that this atlas has, by the name that the template uses."""
     made = {}
-    for key, sketch in {**_layers(atlas), **_plan(atlas), **_others()}.items():
+    for key, sketch in {**_layers(atlas), **_plan(atlas), **_others(atlas)}.items():
         wide, narrow = sketch.draw(atlas, sketch.width), sketch.draw(atlas, NARROW)
         if wide is not None and narrow is not None:
             made[key] = Figure(sketch.title, sketch.caption, wide, narrow, sketch.keys)
@@ -103,10 +104,12 @@ def _plan(atlas: Atlas) -> dict[str, Sketch]:
     }
 
 
-def _others() -> dict[str, Sketch]:
+def _others(atlas: Atlas) -> dict[str, Sketch]:
     held = "Difference from the reference on the same items. Bars: 95% intervals; dashed: the margin of loss that is ruled out where a task is held."
     earns = "Rank correlation over layers; the interval is over rows. Whether a measure beats chance is said in the findings."
+    together = pairs.caption(atlas)
     return {
+        "pairs": Sketch(pairs.matrix, "Which units hurt together", together, PAIRS, HALF),
         "tasks": Sketch(charts.tasks, "Accuracy", "Bars: 95% Wilson intervals; the dotted tick is chance."),
         "widths": Sketch(tasks.held_chart, tasks.WIDTHS_TITLE, held, HELD),
         "correlations": Sketch(charts.correlations, "Do cheap measures foretell damage?", earns),

@@ -7,6 +7,7 @@ Left out: one cell a module; the Parquet tables have every module.
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 from markupsafe import Markup, escape
@@ -18,12 +19,13 @@ from bitatlas.report.svg import Canvas
 from bitatlas.report.why import Steps, steps_of
 
 KEPT = "kept as it is"
+FAINTEST_BITS = 1.7  # a cell of so many is a tenth of the full colour
 
 
 def shade(bits: float, widest: float) -> tuple[float, str]:
-    """How strong a cell of so many bits is, and the class of the number on it."""
-    depth = min(0.92, 0.1 + 0.8 * max(0.0, bits - 1.5) / max(0.5, widest - 1.5))
-    return depth, "on-dark" if depth > 0.62 else "on-light"
+    """How strong a cell of so many bits is, and the class of the number on it. By the logarithm, so that 2, 3, 4 and 8 all stand apart."""
+    depth = min(0.92, max(0.08, 0.1 + 0.8 * math.log2(max(1.0, bits) / FAINTEST_BITS) / math.log2(widest / FAINTEST_BITS)))
+    return depth, "on-light" if depth < 0.53 else "on-middle" if depth < 0.72 else "on-dark"
 
 
 def bits_text(bits: float) -> str:

@@ -20,7 +20,7 @@ from markupsafe import Markup, escape
 from bitatlas import words
 from bitatlas.files import write_text
 from bitatlas.records import Atlas, Measured
-from bitatlas.report import advice, budget, diagram, facts, panels, slider
+from bitatlas.report import advice, budget, diagram, facts, heads, panels, slider
 from bitatlas.report.cards import LINK_NOTE
 from bitatlas.report.figures import figures
 from bitatlas.report.markdown import markdown
@@ -64,6 +64,8 @@ def html(atlas: Atlas) -> str:
         link_note=LINK_NOTE,
         mermaid=overview(atlas),
         panels={"Attention": panels.attention_panels(atlas), "Weights": panels.weight_panels(atlas)},
+        heads=heads.multiples(atlas),
+        head_maps=heads.examples(atlas),
         tables={table.key: table for table in tables(atlas)},
         strategy=advice.strategy(atlas),
         findings=facts.findings_by_topic(atlas),

@@ -12,7 +12,7 @@ from collections.abc import Callable
 
 from bitatlas import words
 from bitatlas.records import Atlas, Measured, Plan, TaskPair, WeightProfile, Zone
-from bitatlas.report import advice, attention, facts, inside, prediction, tasks
+from bitatlas.report import advice, attention, facts, inside, pairs, prediction, tasks
 from bitatlas.report.table import Table
 from bitatlas.words import interval, number, percent
 
@@ -25,6 +25,7 @@ def tables(atlas: Atlas) -> list[Table]:
         zone_table,
         inside.kind_table,
         inside.unit_table,
+        pairs.table,
         plan_table,
         prediction.table,
         task_table,

@@ -81,6 +81,25 @@ def swap_interactions(
     return Interactions(every.mean(axis=0), together / (2 * LABELS * rows.numel()), every)
 
 
+def pair_rows(
+    meter: DamageMeter, base: Assignment, swaps: Sequence[Swap], pairs: Sequence[tuple[int, int]], rows: Tensor, seed: int = 0
+) -> np.ndarray:
+    """What each pair of `swaps` adds beyond both alone, row by row: float64 [rows, pairs], nats/token; twice `together`, on average.
+
+    After `swap_interactions` of the same swaps around the same base this reads the journal and runs nothing.
+    """
+    asked = sorted({place for pair in pairs for place in pair})
+    by_row = []
+    for chunk in meter.chunks(rows):
+        for found in _chunk(meter, base, [swaps[place] for place in asked], chunk, seed, None):
+            scores = {
+                place: _unpacked(value["scores"]).reshape(len(value["added"]), -1)
+                for place, value in zip(asked, found, strict=True)
+            }
+            by_row.append(np.stack([(scores[u] * scores[v]).mean(axis=1) for u, v in pairs], axis=1))
+    return np.concatenate(by_row)
+
+
 def _keys(meter: DamageMeter, base: Assignment, swaps: Sequence[Swap], batches: Sequence[Tensor], seed: int) -> list[Keys]:
     start = [("swap by row", meter.identity, rows_sha256(batch), dict(base), seed) for batch in batches]
     return [tuple(content_key(*own, swap.layer, dict(swap.assignment)) for own in start) for swap in swaps]

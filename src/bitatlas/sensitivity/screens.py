@@ -16,7 +16,9 @@ from bitatlas.planning.budget import units_of
 from bitatlas.progress import Reporter
 from bitatlas.records import Module
 from bitatlas.sensitivity.damage import DamageMeter, Swap
-from bitatlas.sensitivity.interactions import swap_interactions
+from bitatlas.sensitivity.interactions import pair_rows, swap_interactions
+
+STRONGEST = 12  # pairs of units that are told by name
 
 
 @dataclass(frozen=True)
@@ -28,11 +30,21 @@ class LayerScreen:
 
 
 @dataclass(frozen=True)
+class PairScreen:
+    """What two units lowered together do beyond both alone, at base uniform high on the fit rows; nats/token, second order."""
+
+    extra: np.ndarray  # float64 [units, units], zero on the diagonal
+    pairs: list[tuple[int, int]]  # those that hurt most together, the worst first
+    by_row: np.ndarray  # float64 [rows, pairs]
+
+
+@dataclass(frozen=True)
 class UnitScreen:
     """Damage of the whole model, nats/token. base -> unit -> format -> float64 [rows]; the base's own damage beside it."""
 
     by_row: dict[str, dict[str, dict[str, np.ndarray]]]
     base_by_row: dict[str, np.ndarray]
+    pairs: PairScreen | None = None  # of one unit alone there are none
 
     @property
     def damage(self) -> dict[str, dict[str, dict[str, float]]]:
@@ -90,16 +102,30 @@ def screen_units(
     units = units_of(modules)
     damage: dict[str, dict[str, dict[str, np.ndarray]]] = {}
     bases: dict[str, np.ndarray] = {}
+    pairs = None
     for base in (formats[-1], formats[0]):
         whole = uniform(modules, base)
         level = meter.plans({base: whole}, rows)[base]
         changes = [(unit, name) for unit in units for name in formats if name != base]
         swaps = [Swap(unit.layer, {module.name: name for module in unit.modules}) for unit, name in changes]
         with reporter.stage(f"units, one at a time (base uniform:{base})") as progress:
-            added = swap_interactions(meter, whole, swaps, rows, seed, progress).by_row
+            found = swap_interactions(meter, whole, swaps, rows, seed, progress)
+        added = found.by_row
         assert added is not None
+        if base == formats[-1] and len(units) > 1:
+            lowered = [place for place, (_, name) in enumerate(changes) if name == formats[0]]
+            extra = 2 * found.together[np.ix_(lowered, lowered)]
+            pairs = _pairs(meter, whole, [swaps[place] for place in lowered], extra, rows, seed)
         bases[f"uniform:{base}"] = level
         own = damage[f"uniform:{base}"] = {unit.name: {} for unit in units}
         for (unit, name), more in zip(changes, added.T, strict=True):
             own[unit.name][name] = level + more
-    return UnitScreen(damage, bases)
+    return UnitScreen(damage, bases, pairs)
+
+
+def _pairs(meter: DamageMeter, base: dict[str, str], swaps: list[Swap], extra: np.ndarray, rows: Tensor, seed: int) -> PairScreen:
+    """The matrix without its diagonal, and its strongest pairs row by row."""
+    np.fill_diagonal(extra, 0.0)
+    upper = [(int(u), int(v)) for u, v in zip(*np.triu_indices(len(swaps), 1), strict=True)]
+    strongest = sorted(upper, key=lambda pair: -extra[pair])[:STRONGEST]
+    return PairScreen(extra, strongest, pair_rows(meter, base, swaps, strongest, rows, seed))

@@ -17,19 +17,62 @@
     group.dataset.tip = title.textContent;
     title.remove();
   }
-  const show = (event) => {
-    const group = event.target instanceof Element ? event.target.closest("g.tip") : null;
-    if (!group) { tip.hidden = true; return; }
+  const tell = (group, x, y) => {
     tip.textContent = group.dataset.tip;
     tip.hidden = false;
     const room = document.documentElement.clientWidth - tip.offsetWidth - 8;
-    tip.style.left = Math.max(8, Math.min(event.clientX + 12, room)) + "px";
-    const above = event.clientY - tip.offsetHeight - 12;
-    tip.style.top = (above < 8 ? event.clientY + 16 : above) + "px";
+    tip.style.left = Math.max(8, Math.min(x + 12, room)) + "px";
+    const above = y - tip.offsetHeight - 12;
+    tip.style.top = (above < 8 ? y + 16 : above) + "px";
+  };
+  const show = (event) => {
+    const group = event.target instanceof Element ? event.target.closest("g.tip") : null;
+    if (group) tell(group, event.clientX, event.clientY);
+    else tip.hidden = true;
   };
   document.addEventListener("pointermove", show);
   document.addEventListener("pointerdown", show);
   document.addEventListener("scroll", () => { tip.hidden = true; }, { passive: true });
+
+  // By keyboard: a chart takes the focus, arrows go to the nearest mark in their direction, Escape leaves.
+  const ways = { ArrowRight: [1, 0], ArrowLeft: [-1, 0], ArrowDown: [0, 1], ArrowUp: [0, -1] };
+  const middle = (group) => {
+    const box = group.getBoundingClientRect();
+    return [box.x + box.width / 2, box.y + box.height / 2];
+  };
+  const next = (groups, from, [dx, dy]) => {
+    const [x, y] = middle(from);
+    let best = from, least = Infinity;
+    for (const group of groups) {
+      const [a, b] = middle(group);
+      const along = (a - x) * dx + (b - y) * dy;
+      const distance = along + 3 * Math.abs((a - x) * dy + (b - y) * dx);
+      if (along > 0.5 && distance < least) { best = group; least = distance; }
+    }
+    return best;
+  };
+  for (const chart of document.querySelectorAll("svg.chart")) {
+    const groups = [...chart.querySelectorAll("g.tip")];
+    if (!groups.length) continue;
+    let at = null;
+    const go = (group) => {
+      at?.classList.remove("at");
+      at = group;
+      if (!group) { tip.hidden = true; return; }
+      group.classList.add("at");
+      tell(group, ...middle(group));
+    };
+    chart.tabIndex = 0;
+    chart.setAttribute("aria-description", "Arrow keys go from mark to mark.");
+    chart.addEventListener("keydown", (event) => {
+      const way = ways[event.key];
+      if (event.key === "Escape") go(null);
+      if (!way) return;
+      event.preventDefault();
+      go(at ? next(groups, at, way) : groups[0]);
+    });
+    chart.addEventListener("blur", () => go(null));
+  }
 
   const folded = () => [...document.querySelectorAll("details:not([open]):not(.source)")];
   let opened = [];
