@@ -34,13 +34,14 @@
   document.addEventListener("pointerdown", show);
   document.addEventListener("scroll", () => { tip.hidden = true; }, { passive: true });
 
-  // By keyboard: a chart takes the focus, arrows go to the nearest mark in their direction, Escape leaves.
+  // By keyboard: a chart takes the focus, arrows go from mark to mark (in the map of bits: to the cell in their direction), Escape leaves.
   const ways = { ArrowRight: [1, 0], ArrowLeft: [-1, 0], ArrowDown: [0, 1], ArrowUp: [0, -1] };
   const middle = (group) => {
     const box = group.getBoundingClientRect();
     return [box.x + box.width / 2, box.y + box.height / 2];
   };
   const next = (groups, from, [dx, dy]) => {
+    if (!from.dataset.cell) return groups[groups.indexOf(from) + dx + dy] ?? from;
     const [x, y] = middle(from);
     let best = from, least = Infinity;
     for (const group of groups) {
