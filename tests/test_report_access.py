@@ -93,9 +93,9 @@ def test_on_paper_one_stop_stands_and_nothing_is_cut(browser: Any, tmp_path: Pat
         assert page.evaluate("document.querySelectorAll('details:not([open]):not(.source)').length") == 0
         widths = page.evaluate("[document.documentElement.scrollWidth, document.documentElement.clientWidth]")
         assert widths[0] <= widths[1]
-        paper = page.pdf(format="A4", print_background=True)
         page.evaluate("window.dispatchEvent(new Event('afterprint'))")
         assert page.evaluate("document.querySelectorAll('details[open]').length") == 0
+        paper = page.pdf(format="A4", print_background=True)
         assert page.locator(".stop:visible").count() == 1
     assert paper.startswith(b"%PDF")
     assert len(budget.stops(atlas)) > 1
