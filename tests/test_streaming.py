@@ -105,7 +105,7 @@ def test_a_pass_reads_each_layer_once_however_many_batches(tiny_llama: Path, tmp
     streamed.reference.see(streamed.chunks(rows)[0])
     before = stream_of(streamed.model).reads
     assert len(streamed.chunks(rows)) == 1 and len(streamed.chunks(rows)[0]) == 10
-    streamed.plans({"low": {module.name: "int2_g32" for module in checkpoint.modules}}, rows)
+    streamed.plans({name: {module.name: name for module in checkpoint.modules} for name in FORMATS}, rows)
     assert stream_of(streamed.model).reads - before == 3
 
 

@@ -123,6 +123,15 @@ def record(model: Any, batches: Sequence[Tensor], inputs: Shelf | None = None) -
     return Recorded(batches, starts, inputs if inputs is not None else Shelf(0), hidden)
 
 
+def begin(model: Any, batches: Sequence[Tensor]) -> Recorded:
+    """What goes into layer 0, for jobs that begin there; no layer is run."""
+    starts = [enter(model, ids) for ids in batches]
+    inputs = Shelf(sum(start.hidden.nbytes for start in starts))
+    for number, start in enumerate(starts):
+        inputs.put((0, number), start.hidden)
+    return Recorded(batches, starts, inputs, [])
+
+
 @torch.no_grad()
 def follow(model: Any, recorded: Recorded, jobs: Sequence[Job]) -> list[list[Tensor]]:
     """What comes out of the last layer, by job and batch; each job's change is in force from its layer on, the base's weights around it.

@@ -118,6 +118,10 @@ class Stream:
                 for _, parameter, _ in self._parameters[layer]:
                     parameter.data = torch.full((1,), torch.nan, device=self._device, dtype=self._dtype).expand(parameter.shape)
 
+    def layer_of(self, module: str) -> int:
+        """The decoder layer that a module is in."""
+        return self._layer_of[module]
+
     def weight(self, module: str) -> Tensor:
         """The weight [out, in] that a linear module has now, swaps included."""
         parameter = self.model.get_submodule(module).weight

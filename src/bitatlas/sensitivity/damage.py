@@ -11,6 +11,7 @@ Batches are a fixed cut of the rows; where a run was interrupted does not change
 
 from __future__ import annotations
 
+from collections import defaultdict
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
@@ -25,8 +26,9 @@ from torch import Tensor
 from bitatlas.bank import Bank
 from bitatlas.crew.crew import Crew, Share
 from bitatlas.journal import Journal, content_key
-from bitatlas.layerwise import Job, Recorded, batch_rows, follow, logits_of, record, token_spans
+from bitatlas.layerwise import Job, Recorded, batch_rows, begin, follow, logits_of, record, token_spans
 from bitatlas.shelf import Shelf
+from bitatlas.streaming import Lookup, Stream, stream_of
 from bitatlas.swap import swapped
 from bitatlas.tokens import rows_sha256
 
@@ -109,6 +111,23 @@ class Reference:
         return found
 
 
+class _Made:
+    """Weights made of their codes, kept while one layer is looked at: most plans share them."""
+
+    def __init__(self, bank: Bank):
+        self._bank = bank
+        self._layer = -1
+        self._weights: dict[tuple[str, str], Tensor] = {}
+
+    def of(self, layer: int, module: str, format_name: str) -> Tensor:
+        if layer != self._layer:
+            self._layer, self._weights = layer, {}
+        key = (module, format_name)
+        if key not in self._weights:
+            self._weights[key] = self._bank.weights({module: format_name})[module]
+        return self._weights[key]
+
+
 class DamageMeter:
     """Measures assignments of one model. `model` holds the reference weights between calls. `crew`: who measures ahead of it."""
 
@@ -137,11 +156,7 @@ class DamageMeter:
 
         def finals_of(batches: Sequence[Tensor], names: Sequence[str]) -> Iterator[Finals]:
             for group in self.groups(names, batches):
-                found = {}
-                for name in group:
-                    with swapped(self.model, self.bank.weights(plans[name])):
-                        found[name] = record(self.model, batches).final
-                yield found
+                yield dict(zip(group, self._whole_models(batches, [plans[name] for name in group]), strict=True))
 
         share = Share("plans", lambda names, batch: ({name: plans[name] for name in names}, batch), passes=1, fixed=1)
         return self._measure(rows, plans, finals_of, share, progress)
@@ -160,6 +175,24 @@ class DamageMeter:
         whole = {name: {**base, **swap.assignment} for name, swap in swaps.items()}
         share = Share("swaps", lambda names, batch: (base, {name: swaps[name] for name in names}, batch), passes=0.5, fixed=2)
         return self._measure(rows, whole, finals_of, share, progress)
+
+    def _whole_models(self, batches: Sequence[Tensor], plans: Sequence[Assignment]) -> list[list[Tensor]]:
+        """What comes out of the last layer, by plan and batch. Of a streamed model, all plans go through a layer before the next is read."""
+        stream = stream_of(self.model)
+        if stream is not None:
+            made = _Made(self.bank)
+            return follow(self.model, begin(self.model, batches), [Job(0, self._planned(plan, stream, made)) for plan in plans])
+        found = []
+        for plan in plans:
+            with swapped(self.model, self.bank.weights(plan)):
+                found.append(record(self.model, batches).final)
+        return found
+
+    def _planned(self, plan: Assignment, stream: Stream, made: _Made) -> Callable[[int], AbstractContextManager[Any]]:
+        names: dict[int, list[str]] = defaultdict(list)
+        for name in plan:
+            names[stream.layer_of(name)].append(name)
+        return lambda layer: swapped(self.model, Lookup(names[layer], lambda name: made.of(layer, name, plan[name])))
 
     def shelf(self) -> Shelf:
         """For the states of one pass."""
