@@ -153,6 +153,19 @@ def test_a_dotted_link_reaches_layers_only_where_a_score_is_shown_to_fall() -> N
             assert ends == {"TASKS"}
 
 
+def test_the_page_draws_the_nodes_and_links_of_the_mermaid_source(atlas: Atlas) -> None:
+    source, page = overview(atlas), html(atlas)
+    nodes = re.findall(r'^ +(?!subgraph)(\w+)\["', source, re.MULTILINE)
+    links = re.findall(r'^ +(\w+) -\.?->(?:\|"[^"]*"\|)? (\w+)$', source, re.MULTILINE)
+    drawn = re.findall(r'data-node="(\w+)" data-to="([\w ]*)"', page)
+    assert [key for key, _ in drawn] == nodes
+    assert sorted((key, end) for key, ends in drawn for end in ends.split()) == sorted(links)
+    assert len(nodes) >= 9
+    assert links
+    said = re.findall(r'data-to="[\w ]+".*?</li>', page, re.DOTALL)
+    assert all('class="leads' in card for card in said)  # a card with links says where they go
+
+
 def test_what_was_not_measured_is_said() -> None:
     source = overview(emptied(make_atlas()))
     for key in ("NOTASKS", "NOLAYERS", "NOATTENTION", "NOZONES"):

@@ -145,3 +145,14 @@ def test_without_scripts_and_on_paper_nothing_is_lost(browser: Any, atlas: Atlas
         assert not seen.page.locator(".buttons button").first.is_visible()
         widths = seen.page.evaluate("[document.documentElement.scrollWidth, document.documentElement.clientWidth]")
         assert widths[0] <= widths[1]
+
+
+@pytest.mark.parametrize(("layers", "seconds"), [(32, 1.5), (80, 3.0)])
+def test_a_large_report_opens_quickly(browser: Any, layers: int, seconds: float, tmp_path: Path) -> None:
+    """The bar, times four: other work runs beside the tests. Best of two."""
+    write_reports(make_atlas(Recipe(layers=layers, zones=5)), tmp_path)
+    times = []
+    for _ in range(2):
+        with opened(browser, (tmp_path / "report.html").as_uri()) as seen:
+            times.append(seen.page.evaluate("performance.getEntriesByType('navigation')[0].loadEventEnd") / 1000)
+    assert 0 < min(times) < 4 * seconds

@@ -32,6 +32,8 @@ class Box:
     mark: str
     leads: str
     span: int = 1
+    key: str = ""  # the node's name in the Mermaid source, and where its links end there
+    ends: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -120,7 +122,8 @@ def _box(card: Card, links: list[Link], titles: dict[str, str], span: int) -> Bo
     for line in card.lines:
         name, colon, value = line.partition(": ")
         lines.append((name, value) if colon and len(name) <= 24 else ("", line))
-    return Box(card.title, lines, card.css, SIGNS.get(card.css, ""), card.mark, _leads(card, links, titles), span)
+    ends = tuple(link.end for link in links if link.start == card.key)
+    return Box(card.title, lines, card.css, SIGNS.get(card.css, ""), card.mark, _leads(card, links, titles), span, card.key, ends)
 
 
 def _leads(card: Card, links: list[Link], titles: dict[str, str]) -> str:
