@@ -56,9 +56,10 @@ def test_the_tree_is_the_real_one():
 
 
 def test_every_option_that_is_named_exists():
+    group = typer.main.get_command(cli.app)
     help_texts = {
         option
-        for command in typer.main.get_command(cli.app).commands.values()
+        for command in (group, *group.commands.values())
         for parameter in command.params
         for option in (*parameter.opts, *parameter.secondary_opts)
     }
