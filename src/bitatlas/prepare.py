@@ -21,7 +21,7 @@ from bitatlas.checkpoint import Checkpoint, check_causal, check_finite, free_byt
 from bitatlas.crew.crew import Crew
 from bitatlas.errors import FULL, UserError
 from bitatlas.evaluation.items import Item, check_task_names, load_items, split_items, task_text
-from bitatlas.footprint import Way, choose_way, need
+from bitatlas.footprint import Way, choose_way, need, return_memory
 from bitatlas.formats import FORMATS, check_rows
 from bitatlas.journal import Journal
 from bitatlas.layerwise import check_chain
@@ -186,6 +186,8 @@ def way_text(way: Way, device: str) -> str:
 
 def model_of(settings: Settings, checkpoint: Checkpoint, way: Way, device: str) -> Any:
     """The model, opened that way."""
+    if way.streamed:
+        return_memory()
     opened = checkpoint.stream_model if way.streamed else checkpoint.load_model
     return opened(device, settings.torch_dtype(device))
 
