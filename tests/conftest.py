@@ -23,8 +23,12 @@ for _name, _place in {
 
 import pytest  # noqa: E402  (the environment must be set before any library is imported)
 import torch  # noqa: E402
+from hypothesis import settings  # noqa: E402
 
 from tiny import SHARED, make_checkpoint  # noqa: E402
+
+settings.register_profile("no deadline", deadline=None)  # how long an example takes says more about the machine's other work
+settings.load_profile("no deadline")
 
 # Tiny models on two busy cores: threads that wait for each other cost a hundred times what they save.
 torch.set_num_threads(1)

@@ -189,7 +189,7 @@ def test_mlx_sensitivity_is_the_slope_of_kl_at_the_low_model(problem: Problem) -
         values = []
         for share in (step, -step):
             weights = {**meter.bank.weights(low), name: start + share * (end - start)}
-            reference = meter.reference(problem.rows)
+            reference = meter.reference.whole(problem.rows)
             with torch.no_grad(), swapped(meter.model, weights):
                 changed = torch.log_softmax(meter.model(problem.rows).logits.double(), -1)
             values.append(float((reference.double().exp() * (reference - changed)).sum(-1).mean()))

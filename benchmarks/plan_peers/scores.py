@@ -73,7 +73,7 @@ def mlx_sensitivity(problem: Problem) -> Floats:
     meter, names = problem.meter, [module.name for module in problem.modules]
     total = dict.fromkeys(names, 0.0)
     batches = problem.rows.split(batch_rows(problem.rows.shape[1], meter.vocabulary))
-    references = [meter.reference(batch) for batch in batches]
+    references = [meter.reference.whole(batch) for batch in batches]
     with swapped(meter.model, meter.bank.weights(uniform(problem.modules, problem.low))), weight_gradients(meter.model, names):
         for batch, reference in zip(batches, references, strict=True):
             changed = torch.log_softmax(meter.model(input_ids=batch, use_cache=False).logits.float(), dim=-1)

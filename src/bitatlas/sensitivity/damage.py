@@ -97,6 +97,11 @@ class Reference:
             for batch, final in zip(new, record(self.model, new).final, strict=True):
                 self.states.put(rows_sha256(batch), final)
 
+    def whole(self, batch: Tensor) -> Tensor:
+        """Log-probabilities [rows, tokens, vocabulary] on a batch, which is run if it was not seen."""
+        self.see([batch])
+        return self.log_p(batch, slice(0, batch.shape[1]))
+
     @torch.no_grad()
     def log_p(self, batch: Tensor, span: slice) -> Tensor:
         """Log-probabilities [rows, tokens of the span, vocabulary] on a batch that was seen."""
