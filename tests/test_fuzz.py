@@ -6,6 +6,8 @@ import contextlib
 import copy
 import json
 import shutil
+import subprocess
+import sys
 import tempfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -20,7 +22,9 @@ from bitatlas.checkpoint import open_checkpoint
 from bitatlas.errors import UserError
 from bitatlas.evaluation.items import load_items
 from bitatlas.files import read_record, to_json
-from bitatlas.folder import read_header, weight_files
+from bitatlas.folder import pickle_files, read_header, weight_files
+from bitatlas.journal import Journal
+from bitatlas.pickled import SCHEMA, STORY, notes_of
 from bitatlas.records import Atlas, Plan
 from bitatlas.tokens import read_documents
 from task_files import PROBLEMS, QUESTIONS
@@ -169,3 +173,54 @@ def test_configs(tiny_llama: Path, data: st.DataObject):
         with contextlib.suppress(UserError):
             open_checkpoint(str(folder))
         assert {path.name: path.read_bytes() for path in folder.iterdir()} == before
+
+
+def journal_file(folder: Path) -> bytes:
+    written = Journal(folder / "run.sqlite")
+    for key in ("a", "b"):
+        written.put(key, "damage", [1.0, 2.0])
+    written.close()
+    return (folder / "run.sqlite").read_bytes()
+
+
+@FEW
+@given(st.data())
+def test_journals(data: st.DataObject):
+    """SQLite leaves files of its own beside it; what is found must be what was written, or nothing."""
+    with tempfile.TemporaryDirectory() as folder:
+        file = Path(folder) / "run.sqlite"
+        file.write_bytes(data.draw(changed_bytes(journal_file(Path(folder)))))
+        with contextlib.suppress(UserError):
+            found = Journal(file)
+            try:
+                assert all(found.get(key) in (None, [1.0, 2.0]) for key in ("a", "b"))
+            finally:
+                found.close()
+
+
+@SPENT
+@given(st.data())
+def test_pickle_indexes(data: st.DataObject):
+    index = {"metadata": {}, "weight_map": {"a.weight": "pytorch_model-1.bin"}}
+    answers(lambda file: pickle_files(file.parent), "pytorch_model.bin.index.json", data.draw(damaged(index)))
+
+
+def test_what_fuzzing_found(tmp_path: Path):
+    """A name that no file system takes, and a note of another form."""
+    (tmp_path / "model.safetensors.index.json").write_text(json.dumps({"weight_map": {"a": "9" * 400}}))
+    with pytest.raises(UserError, match="outside the folder"):
+        weight_files(tmp_path)
+    (tmp_path / STORY).write_text(json.dumps({"schema": SCHEMA, "sha256": 1e308}))
+    assert notes_of(tmp_path) == []
+
+
+@pytest.mark.slow
+def test_every_reader_with_coverage_guided_inputs(tmp_path: Path):
+    """A moment of what `fuzz_readers.py` does by hand for long."""
+    pytest.importorskip("atheris", reason="atheris is not installed")
+    script = Path(__file__).with_name("fuzz_readers.py")
+    words = [sys.executable, str(script), "all", "--seconds", "1", "--findings", str(tmp_path)]
+    done = subprocess.run(words, capture_output=True, text=True, timeout=280)
+    assert done.returncode == 0, done.stderr[-4000:]
+    assert done.stderr.count("Done ") == done.stderr.count("--- ") > 10
+    assert list(tmp_path.iterdir()) == []

@@ -31,6 +31,7 @@ HUB_FILES = [
 ]
 PICKLE_FILE = "pytorch_model.bin"
 PICKLE_HUB_FILES = ["pytorch_model*.bin"]
+LONGEST_NAME = 100  # of a weights file; what a file system takes is a little more than 250 bytes
 LONGEST_REASON = 200  # characters of a library's message that are repeated
 
 
@@ -155,9 +156,9 @@ def _indexed(index: Path) -> list[Path]:
     if wrong:
         raise UserError(f"{index}: not a readable index ({wrong[0]!r} is not a file name)")
     names = sorted(set(values))
-    outside = [name for name in names if Path(name).name != name]
+    outside = [name for name in names if Path(name).name != name or len(name) > LONGEST_NAME]
     if outside:
-        raise UserError(f"{index}: names a file outside the folder: {outside[0]}")
+        raise UserError(f"{index}: names a file outside the folder: {outside[0][:LONGEST_REASON]}")
     return [index.parent / name for name in names]
 
 

@@ -68,7 +68,7 @@ class Journal:
         """Turn SQLite's errors (damaged file, full disk, no permission) into one clear line."""
         try:
             yield
-        except sqlite3.Error as error:
+        except (sqlite3.Error, UnicodeDecodeError) as error:  # the second: a damaged page in an error's own text
             if "locked" in str(error):
                 raise UserError(
                     f"{self.path}: another program has the run's journal open (a second bitatlas?); wait for it, or choose another --out"

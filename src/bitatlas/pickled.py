@@ -74,9 +74,10 @@ def notes_of(folder: Path) -> list[str]:
 def _story(folder: Path) -> dict[str, dict[str, str]]:
     try:
         content = json.loads((folder / STORY).read_text(encoding="utf-8"))
-    except (OSError, ValueError):
+    except (OSError, ValueError, RecursionError):
         return {}
-    return content if isinstance(content, dict) and content.get("schema") == SCHEMA else {}
+    known = isinstance(content, dict) and content.get("schema") == SCHEMA and isinstance(content.get("sha256"), dict)
+    return content if known else {}
 
 
 def _read(files: list[Path], skeleton: nn.Module) -> dict[str, Tensor]:
