@@ -191,6 +191,7 @@ class _Grid:
         for place, layer in enumerate(self.layers):
             if place % every == 0:
                 c.text(c.left - 8, c.top + self.pitch_y * (place + 0.5) + 4, str(layer), "tick", "end")
+        c.text(2, c.top - 6, "layer", "axis")
         for place, kind in enumerate(self.kinds):
             c.add(f'<g transform="translate({c.left + self.pitch_x * (place + 0.5) + 4:.1f} 56) rotate(-38)">')
             c.text(0, 0, _short(kind), "tick")

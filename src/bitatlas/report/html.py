@@ -20,14 +20,14 @@ from markupsafe import Markup, escape
 from bitatlas import words
 from bitatlas.files import write_text
 from bitatlas.records import Atlas, Measured
-from bitatlas.report import advice, budget, diagram, facts, heads, panels, slider
+from bitatlas.report import advice, budget, diagram, facts, heads, links, panels, slider
 from bitatlas.report.cards import LINK_NOTE
 from bitatlas.report.figures import figures
 from bitatlas.report.markdown import markdown
 from bitatlas.report.mermaid import overview
 from bitatlas.report.tables import Table, tables
 
-_KEPT = re.compile(r"(\[[−0-9., ]+\])|\d+–\d+|\b\d-bit\b|(?<!\w)--[a-z]+")
+_KEPT = re.compile(r"(\[[−0-9., ]+\])|\d+–\d+|\bn = \d+|\b\d-bit\b|(?<!\w)--[a-z]+")
 LONG_TABLE = 12  # rows from which a table starts folded
 LONG_LAYERS = 40  # the same for the table of layers
 
@@ -70,6 +70,7 @@ def html(atlas: Atlas) -> str:
         strategy=advice.strategy(atlas),
         findings=facts.findings_by_topic(atlas),
         critical=facts.critical_lines(atlas),
+        numbers_of=links.numbers_of,
         facts=facts,
         is_long=_is_long,
         long_layers=LONG_LAYERS,
@@ -81,7 +82,7 @@ def html(atlas: Atlas) -> str:
 
 
 def keep_together(text: str) -> Markup:
-    """Escaped text in which intervals, ranges, widths and options are not torn apart at a line's end, and intervals stand back."""
+    """Escaped text in which intervals, ranges, counts, widths and options are not torn apart at a line's end, and intervals stand back."""
     return Markup(_KEPT.sub(lambda m: f'<span class="{"ci" if m[1] else "nb"}">{m[0]}</span>', str(escape(text))))
 
 

@@ -11,6 +11,14 @@
   dark.addEventListener("change", label);
   label();
 
+  // A link to a folded table opens it.
+  const unfold = () => {
+    const end = document.getElementById(location.hash.slice(1));
+    if (end instanceof HTMLDetailsElement) end.open = true;
+  };
+  addEventListener("hashchange", unfold);
+  unfold();
+
   const tip = document.getElementById("tip");
   for (const group of document.querySelectorAll("g.tip")) {
     const title = group.querySelector("title");
