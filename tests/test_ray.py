@@ -23,9 +23,11 @@ from bitatlas.crew.crew import parts
 from bitatlas.crew.place import TOKEN, Place, greet, versions
 from bitatlas.crew.worker import Brief, work
 from bitatlas.errors import UserError
+from bitatlas.footprint import Way
 from bitatlas.prepare import default_settings, rows_and_items
 from bitatlas.progress import Reporter
 from bitatlas.records import Budget
+from bitatlas.sensitivity.damage import Room
 from bitatlas.settings import Settings
 from bitatlas.survey import run_survey
 
@@ -168,7 +170,7 @@ def test_other_weights_on_a_host_are_refused(tiny_llama: Path, text: Path, tmp_p
     rows, _ = rows_and_items(settings, checkpoint, checkpoint.load_tokenizer())
     place = Place(str(tmp_path), "abc", str(tiny_llama), versions())
     with pytest.raises(UserError, match=r"--ray: \S+ has other weights in "):
-        work(Brief(place, settings, rows, "another hash", (), 1), "plans", ({}, rows.fit))
+        work(Brief(place, settings, rows, Way(False, Room(), 0, 0), "another hash", (), 1), "plans", ({}, rows.fit))
 
 
 def test_pieces_run_where_they_fit():

@@ -79,16 +79,18 @@ def survey(
     code_bits: float | None = None, stored_bits: float | None = None, size: str | None = None, max_damage: float | None = None,
     vram: str | None = None, context: int | None = None, tokens: Place | None = None, rows: Rows = (24, 24, 64), row_length: int = 192,
     tasks: Sequence[str] | None = None, task_data: Place | None = None, limit: int | None = 300, tolerance: float = 0.05,
-    margin: str = "2pp", protect: Sequence[str] = (), fuse: bool = True, refine: bool | None = None, curve: bool = True, device: str = "cpu", ray: str | None = None,
-    revision: str | None = None, allow_pickle: bool = False, seed: int = 0, resume: bool = False, quiet: bool = False,
+    margin: str = "2pp", protect: Sequence[str] = (), fuse: bool = True, refine: bool | None = None, curve: bool = True, device: str = "cpu",
+    dtype: str = "auto", memory: str | None = None, ray: str | None = None, revision: str | None = None, allow_pickle: bool = False, seed: int = 0,
+    resume: bool = False, quiet: bool = False,
 ) -> Atlas:  # fmt: skip
     """Measure a checkpoint, plan its precision, verify the plan, write everything to `out`. Without `model`: the bundled demo.
 
     `tasks`: None for the usual ones, an empty list for none. `margin`: a task is held where a loss of so much can be ruled out.
-    `protect`: a budget by tasks, like `["svamp=1pp"]`: the smallest model found that holds them. `ray`: measure on a Ray cluster,
-    "auto" or an address (docs/distribution.md).
+    `protect`: a budget by tasks, like `["svamp=1pp"]`: the smallest model found that holds them. `memory`: at most so much
+    at the peak, like "6GiB". `ray`: measure on a Ray cluster, "auto" or an address (docs/distribution.md).
     """
     from bitatlas.evaluation.no_loss import parse_points
+    from bitatlas.planning.budget import parse_size
     from bitatlas.prepare import default_settings
     from bitatlas.progress import Reporter
     from bitatlas.settings import parse_budget
@@ -98,7 +100,8 @@ def survey(
         model=_text(model), formats=None if formats is None else ",".join(formats), quantizer=quantizer,
         budget=parse_budget(code_bits, stored_bits, size, max_damage, vram, context, protect=protect), tokens=_text(tokens),
         rows=",".join(map(str, rows)), row_length=row_length, tasks=_tasks(tasks), task_data=_text(task_data), limit=limit,
-        tolerance=tolerance, fuse=fuse, refine=refine, curve=curve, device=device, revision=revision, allow_pickle=allow_pickle, seed=seed,
+        tolerance=tolerance, fuse=fuse, refine=refine, curve=curve, device=device, dtype=dtype,
+        memory_bytes=parse_size(memory, "memory") if memory else None, revision=revision, allow_pickle=allow_pickle, seed=seed,
         margin_points=parse_points(margin, "margin"),
     )  # fmt: skip
     return _as(Atlas, run_survey(settings, Path(out), resume, Reporter(quiet), ray))
