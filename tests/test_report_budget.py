@@ -10,11 +10,11 @@ import pytest
 
 from atlas_factory import Recipe, make_atlas
 from bitatlas import words
-from bitatlas.checkpoint import FUSED
-from bitatlas.export.target import unlike_partners
+from bitatlas.export import targets
 from bitatlas.export.targets import TARGETS
 from bitatlas.files import to_json
 from bitatlas.formats import FORMATS
+from bitatlas.planning.budget import unlike_partners
 from bitatlas.planning.memory import activation_bytes, cache_bytes
 from bitatlas.records import Atlas, Plan
 from bitatlas.report import budget, commands, heat, slider
@@ -138,7 +138,7 @@ def test_the_data_block_cannot_be_left_and_says_what_the_plans_hold(recipe: Reci
 
 def test_the_runtimes_are_those_of_the_export_and_hold_what_it_says() -> None:
     assert set(commands.RUNTIMES) == set(TARGETS)
-    assert commands.FUSED == FUSED
+    assert commands.unlike_partners is targets.unlike_partners  # the page asks what the export asks
     for name, target in TARGETS.items():
         own = commands.RUNTIMES[name]
         assert (own.whole, own.fused) == (target.whole_groups, target.fused)

@@ -28,6 +28,7 @@ from transformers.utils import logging
 
 from bitatlas.errors import UserError
 from bitatlas.folder import find_folder, read_config, read_header, reason_of, weight_files
+from bitatlas.planning.budget import FUSED
 from bitatlas.planning.memory import dtype_bytes
 from bitatlas.reader import Reader
 from bitatlas.records import ModelInfo, Module
@@ -36,7 +37,6 @@ from bitatlas.streaming import open_stream, without_weights
 from bitatlas.workload import MemoryShape
 
 DTYPE_NAMES = {"F64": "float64", "F32": "float32", "F16": "float16", "BF16": "bfloat16"}
-FUSED = {"q_proj": "qkv", "k_proj": "qkv", "v_proj": "qkv", "gate_proj": "gate_up", "up_proj": "gate_up"}
 ROUTERS = ("gate", "router")  # of mixtures of experts: a few weights that choose the way, kept by every runtime
 WEIGHTS = (
     ".weight",
@@ -44,6 +44,7 @@ WEIGHTS = (
     ".weight_packed",
     ".weight_scale",
 )  # what no quantized checkpoint can do without, where it has it
+FOUND = "bitatlas_layers"  # attribute of a model: the path of its decoder layers
 CAUSAL_TOKENS = 8  # of the text on which `check_causal` looks for a model that reads ahead
 CAUSAL_TOLERANCE = 1e-4  # of the largest logit
 logging.disable_progress_bar()  # loading a local file; our own progress is enough
@@ -339,8 +340,12 @@ def check_finite(checkpoint: Checkpoint, progress: Callable[[int, int], None] | 
 
 
 def decoder_layers(model: nn.Module) -> nn.ModuleList:
-    """The decoder layers of a loaded model."""
-    return _layer_list(model, find_layers(model, type(model).__name__))
+    """The decoder layers of a loaded model, which are looked for once."""
+    path = getattr(model, FOUND, None)
+    if path is None:
+        path = find_layers(model, type(model).__name__)
+        setattr(model, FOUND, path)
+    return _layer_list(model, path)
 
 
 def _layer_list(model: nn.Module, path: str) -> nn.ModuleList:

@@ -23,7 +23,7 @@ def plan_html(plan: Plan) -> str:
     rows += [
         [baseline.name, "", number(baseline.code_bits), interval(baseline.damage, unit=True)]
         for baseline in plan.baselines
-        if not baseline.name.startswith("random")
+        if not baseline.is_random
     ]
     counts = {name: sum(given == name for given in plan.modules.values()) for name in plan.formats}
     used = ", ".join(f"{name} × {count}" for name, count in counts.items() if count)

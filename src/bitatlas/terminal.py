@@ -66,9 +66,9 @@ def show_plan(plan: Plan) -> None:
     damage = _nats(plan.damage.measured) if plan.damage.measured else predicted
     table.add_row("this plan", byte_size(plan.size.total_bytes), number(plan.size.code_bits), damage)
     for baseline in plan.baselines:
-        if not baseline.name.startswith("random"):
+        if not baseline.is_random:
             table.add_row(baseline.name, "", number(baseline.code_bits), _nats(baseline.damage))
-    random = [baseline for baseline in plan.baselines if baseline.name.startswith("random")]
+    random = [baseline for baseline in plan.baselines if baseline.is_random]
     if random:
         best = min(random, key=lambda baseline: baseline.damage.mean)
         table.add_row(f"best of {len(random)} random plans", "", number(best.code_bits), _nats(best.damage))

@@ -11,9 +11,10 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from bitatlas.export.target import Integers, Job, Target, unlike_partners
+from bitatlas.export.target import Integers, Job, Target
 from bitatlas.export.words import write_recipe, yaml_text
 from bitatlas.formats import Format
+from bitatlas.planning.budget import unlike_partners
 
 USE = """```
 pip install llmcompressor

@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol
 
-from bitatlas.checkpoint import FUSED, Checkpoint
+from bitatlas.checkpoint import Checkpoint
 from bitatlas.formats import FORMATS, Format
 from bitatlas.progress import Reporter
 from bitatlas.records import Module, Plan
@@ -96,15 +96,3 @@ class Target:
     whole_groups: bool = False  # a group size must divide the rows
     transposed: bool = False  # it knows Conv1D, GPT-2's transposed linear layer
     fused: bool = False  # it runs q/k/v, and gate/up, as one matrix: one format for all of them
-
-
-def unlike_partners(plan: Plan) -> tuple[str, str, str, str] | None:
-    """(module, its format, other module, its format) of the first two that runtimes like vLLM make one matrix of and that differ."""
-    first: dict[str, tuple[str, str]] = {}
-    for name, format_name in plan.modules.items():
-        parent, _, last = name.rpartition(".")
-        if last in FUSED:
-            other, told = first.setdefault(f"{parent}.{FUSED[last]}", (name, format_name))
-            if told != format_name:
-                return name, format_name, other, told
-    return None

@@ -18,9 +18,10 @@ from bitatlas.errors import UserError
 from bitatlas.export import autoround, exllamav3, gptqmodel, llamacpp, llm_compressor, mlx, torchao, vllm
 from bitatlas.export.card import atlas_beside
 from bitatlas.export.place import beside, check_out
-from bitatlas.export.target import Job, Target, unlike_partners
+from bitatlas.export.target import Job, Target
 from bitatlas.files import read_record, to_json, write_text
 from bitatlas.formats import GROUP_SIZES, Format
+from bitatlas.planning.budget import unlike_partners
 from bitatlas.progress import Reporter
 from bitatlas.records import Module, Plan
 

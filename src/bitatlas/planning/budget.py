@@ -20,13 +20,14 @@ from numpy.typing import NDArray
 from bitatlas.errors import UserError
 from bitatlas.formats import Format, get_format, stored_bytes
 from bitatlas.planning.memory import beside_weights, dtype_bytes
-from bitatlas.records import Budget, ModelInfo, Module, Size
+from bitatlas.records import Budget, ModelInfo, Module, Plan, Size
 
 Ints = NDArray[np.int64]
 
 SIZE_UNITS = {"": 1, "b": 1} | {
     f"{letter}{infix}b": base**power for power, letter in enumerate("kmgt", start=1) for infix, base in (("", 1000), ("i", 1024))
 }
+FUSED = {"q_proj": "qkv", "k_proj": "qkv", "v_proj": "qkv", "gate_proj": "gate_up", "up_proj": "gate_up"}
 RANGE_DIGITS = 4  # significant digits of a possible range
 EXACT_DIGITS = 15  # significant digits that show a number as it was given
 MEASURED = {"max_damage": "--max-damage", "protect": "--protect"}  # kinds whose size is sought, not given
@@ -74,6 +75,18 @@ def units_of(modules: Sequence[Module]) -> list[Unit]:
             raise ValueError(f"unit {name!r} spans more than one layer")
         units.append(Unit(name, tuple(group), group[0].layer, sum(module.weights for module in group)))
     return units
+
+
+def unlike_partners(plan: Plan) -> tuple[str, str, str, str] | None:
+    """(module, its format, other module, its format) of the first two that runtimes like vLLM make one matrix of and that differ."""
+    first: dict[str, tuple[str, str]] = {}
+    for name, format_name in plan.modules.items():
+        parent, _, last = name.rpartition(".")
+        if last in FUSED:
+            other, told = first.setdefault(f"{parent}.{FUSED[last]}", (name, format_name))
+            if told != format_name:
+                return name, format_name, other, told
+    return None
 
 
 def assignment_of(units: Sequence[Unit], formats: Sequence[str], choice: NDArray[np.integer]) -> dict[str, str]:

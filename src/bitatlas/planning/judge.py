@@ -104,6 +104,6 @@ def _judged(subject: Subject, plan: Plan, others: Mapping[str, Assignment], rows
     curve = [CurvePoint("plan", "plan", size.code_bits, size.stored_bits, size.total_bytes, damage)]
     for line in lines:
         own = sizes[line.name]
-        kind = "random" if line.name.startswith("random") else "baseline"
+        kind = "random" if line.is_random else "baseline"
         curve.append(CurvePoint(line.name, kind, own.code_bits, own.stored_bits, own.total_bytes, line.damage))
     return Judged(done, curve)

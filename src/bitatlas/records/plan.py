@@ -93,6 +93,11 @@ class Baseline:
     damage: Measured
     difference: Measured | None = None
 
+    @property
+    def is_random(self) -> bool:
+        """Drawn, and no rule that somebody would follow."""
+        return self.name.startswith("random")
+
 
 @dataclass(frozen=True)
 class PlanModel:

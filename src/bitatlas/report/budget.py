@@ -100,23 +100,22 @@ def _stop(atlas: Atlas, plan: Plan, name: str, place: str, kept: bool, point: st
 
 def _facts(plan: Plan) -> list[tuple[str, str, str]]:
     size, damage = plan.size, plan.damage.measured
-    mean, _, ends = words.interval(damage).partition(" [")
     rests = f"{damage.n} {damage.rows} rows" if damage else ""
     bits = f"{words.number(size.code_bits, 2)} code bits, {words.number(size.stored_bits, 2)} stored bits"
     found = [
         ("Size of the whole model", words.byte_size(size.total_bytes), bits),
-        ("Damage", mean, f"nats/token, 95% [{ends}; {rests}"),
+        ("Damage", facts.mean_text(damage), f"{facts.ends_text(damage)}; {rests}"),
     ]
     rule = _best_rule(plan)
     if rule is not None:
         difference = f"; plan minus this {words.interval(rule.difference)}" if rule.difference else ""
-        found.append(("Best simple rule", words.interval(rule.damage).partition(" [")[0], f"nats/token: {rule.name}{difference}"))
+        found.append(("Best simple rule", facts.mean_text(rule.damage), f"nats/token: {rule.name}{difference}"))
     return found
 
 
 def _best_rule(plan: Plan) -> Baseline | None:
     """The baseline that is no random plan with the least damage."""
-    rules = [one for one in plan.baselines if not one.name.startswith("random")]
+    rules = [one for one in plan.baselines if not one.is_random]
     return min(rules, key=lambda one: one.damage.mean, default=None)
 
 

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from markupsafe import Markup, escape
 
 from bitatlas import words
-from bitatlas.records import Atlas, Baseline, CurvePoint, Measured
+from bitatlas.records import Atlas, CurvePoint, Measured
 from bitatlas.report import facts, svg
 from bitatlas.report.heat import bits_cell
 from bitatlas.report.svg import Canvas
@@ -261,8 +261,8 @@ def baselines(atlas: Atlas, width: int) -> Markup | None:
     plan = atlas.plan
     if plan is None or plan.damage.measured is None:
         return None
-    random = sorted((b for b in plan.baselines if _is_random(b)), key=lambda b: b.damage.mean)
-    lines = [(b.name, b.damage) for b in plan.baselines if len(random) <= 3 or not _is_random(b)]
+    random = sorted((b for b in plan.baselines if b.is_random), key=lambda b: b.damage.mean)
+    lines = [(b.name, b.damage) for b in plan.baselines if len(random) <= 3 or not b.is_random]
     if len(random) > 3:
         of = f"of {len(random)} random plans"
         lines += [(f"best {of}", random[0].damage), (f"middle {of}", random[len(random) // 2].damage)]
@@ -273,10 +273,6 @@ def baselines(atlas: Atlas, width: int) -> Markup | None:
     rows.append(Row("our plan", ours.mean, _ends(ours), "c-plan", "diamond", words.interval(ours)))
     limits = svg.log_range([end for row in rows for end in (row.mean, *row.ends)])
     return forest(sorted(rows, key=lambda row: row.mean), width, "log", limits, "damage, nats/token (log)")
-
-
-def _is_random(baseline: Baseline) -> bool:
-    return baseline.name.startswith("random")
 
 
 def tasks(atlas: Atlas, width: int) -> Markup | None:

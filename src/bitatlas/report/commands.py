@@ -11,6 +11,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 from bitatlas.formats import LLAMA_CPP, Format
+from bitatlas.planning.budget import unlike_partners
 from bitatlas.records import Atlas, Module, Plan
 
 
@@ -28,7 +29,6 @@ def _integer(fmt: Format) -> bool:
     return not fmt.runtime
 
 
-FUSED = {"q_proj": "qkv", "k_proj": "qkv", "v_proj": "qkv", "gate_proj": "gate_up", "up_proj": "gate_up"}  # one matrix in vLLM
 RUNTIMES = {
     "vllm": Runtime(lambda fmt: _integer(fmt) and fmt.symmetric, model=True, fused=True),
     "mlx": Runtime(_integer, model=True),
@@ -63,8 +63,4 @@ def fits(runtime: Runtime, plan: Plan, modules: list[Module]) -> bool:
         return False
     if runtime.whole and any(module.shape[1] % fmt.group_size for module, fmt in used):
         return False
-    shared: dict[tuple[str, str], set[str]] = {}
-    for module, fmt in used:
-        parent, _, last = module.name.rpartition(".")
-        shared.setdefault((parent, FUSED.get(last, last)), set()).add(fmt.name)
-    return not runtime.fused or all(len(names) == 1 for names in shared.values())
+    return not runtime.fused or unlike_partners(plan) is None

@@ -251,3 +251,14 @@ def evidence(finding: Finding) -> list[str]:
         p = p_value(finding.p_value)
         parts.append(f"p {p}" if p.startswith("<") else f"p = {p}")
     return parts
+
+
+def mean_text(measured: Measured | None) -> str:
+    """A measured number without its interval, which `ends_text` has."""
+    return interval(measured).partition(" [")[0]
+
+
+def ends_text(measured: Measured | None) -> str:
+    """The unit of a damage and its interval; "" where there is none."""
+    _, bracket, ends = interval(measured).partition(" [")
+    return f"nats/token, 95% [{ends}" if bracket else ""

@@ -19,7 +19,7 @@ from markupsafe import Markup, escape
 
 from bitatlas import words
 from bitatlas.files import write_text
-from bitatlas.records import Atlas, Measured
+from bitatlas.records import Atlas
 from bitatlas.report import advice, budget, diagram, facts, heads, links, panels, slider
 from bitatlas.report.cards import LINK_NOTE
 from bitatlas.report.figures import figures
@@ -108,20 +108,13 @@ def _tiles(atlas: Atlas) -> list[Tile]:
     tiles = []
     if atlas.plan is not None:
         size = atlas.plan.size
-        tiles.append(Tile("Plan's damage", _mean(atlas.plan.damage.measured), _detail(atlas.plan.damage.measured)))
+        tiles.append(
+            Tile("Plan's damage", facts.mean_text(atlas.plan.damage.measured), facts.ends_text(atlas.plan.damage.measured))
+        )
         bits = f"{words.number(size.stored_bits, 2)} stored bits, from {words.byte_size(atlas.model.total_bytes)}"
         tiles.append(Tile(f"Plan's size, {words.number(size.code_bits, 2)} code bits", words.byte_size(size.total_bytes), bits))
     for uniform in atlas.uniform:
         if uniform.format in (atlas.low, atlas.high):
             name = f"Uniform {facts.width_of(atlas, uniform.format)}, {words.byte_size(uniform.size.total_bytes)}"
-            tiles.append(Tile(name, _mean(uniform.damage), _detail(uniform.damage)))
+            tiles.append(Tile(name, facts.mean_text(uniform.damage), facts.ends_text(uniform.damage)))
     return tiles
-
-
-def _mean(measured: Measured | None) -> str:
-    return words.interval(measured).partition(" [")[0]
-
-
-def _detail(measured: Measured | None) -> str:
-    _, bracket, ends = words.interval(measured).partition(" [")
-    return f"nats/token, 95% [{ends}" if bracket else ""
