@@ -24,15 +24,13 @@ from bitatlas.export.place import belongings, beside, check_room
 from bitatlas.export.shards import Entry, Writer, cut
 from bitatlas.files import write_text
 from bitatlas.folder import find_folder, pickle_files, read_config, reason_of
+from bitatlas.reader import DTYPES
 
 CONVERTED = "safetensors"  # in a run's folder: holds the converted checkpoint, under its own name
 STORY = "converted.json"  # in the converted checkpoint: what it was made of
 SCHEMA = "bitatlas.converted/1"
 SMALL_BYTES = 2**20  # room for headers and small files
-DTYPE_WORDS = {
-    torch.float64: "F64", torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16", torch.int64: "I64", torch.int32: "I32",
-    torch.int16: "I16", torch.int8: "I8", torch.uint8: "U8", torch.bool: "BOOL",
-}  # fmt: skip
+DTYPE_WORDS = {dtype: word for word, dtype in DTYPES.items() if not word.startswith("F8")}  # of plain checkpoints
 
 
 def as_safetensors(name: str, revision: str | None, out: Path) -> str:

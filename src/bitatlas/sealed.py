@@ -8,7 +8,6 @@ Left out: protection against someone who means to change it, who would change th
 from __future__ import annotations
 
 import hashlib
-import os
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -17,21 +16,15 @@ from safetensors import safe_open
 from safetensors.torch import save
 from torch import Tensor
 
-from bitatlas.files import writing
+from bitatlas.files import write_bytes
 
 SEAL = "sha256"
 
 
 def save_sealed(tensors: Mapping[str, Tensor], file: Path, name: str) -> None:
     """Write `tensors` to `file`, beside first, then renamed; OSError where the disk does not take them."""
-    content = save(dict(tensors), metadata={SEAL: _seal(tensors, name)})
-    beside = file.with_name(f".{file.name}.{os.getpid()}")
-    try:
-        with writing(file):
-            beside.write_bytes(content)
-            os.replace(beside, file)
-    finally:
-        beside.unlink(missing_ok=True)
+    # A file that a power cut empties fails its seal and is made again, so it need not be waited for.
+    write_bytes(file, save(dict(tensors), metadata={SEAL: _seal(tensors, name)}), sync=False)
 
 
 def load_sealed(file: Path, name: str) -> dict[str, Tensor]:

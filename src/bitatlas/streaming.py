@@ -84,8 +84,7 @@ class Stream:
         for module_name, module in layer.named_modules(prefix=path):
             self._layer_of[module_name] = index
             for name, parameter in module.named_parameters(recurse=False):
-                placeholder = torch.full((1,), torch.nan, device=self._device, dtype=self._dtype).expand(parameter.shape)
-                held_parameter = nn.Parameter(placeholder, requires_grad=False)
+                held_parameter = nn.Parameter(self._placeholder(parameter.shape), requires_grad=False)
                 module._parameters[name] = held_parameter
                 key = names.find(f"{module_name}.{name}", tuple(parameter.shape))
                 if key is None:
@@ -100,6 +99,9 @@ class Stream:
                 return forward(*args, **kwargs)
 
         layer.forward = run
+
+    def _placeholder(self, shape: torch.Size) -> Tensor:
+        return torch.full((1,), torch.nan, device=self._device, dtype=self._dtype).expand(shape)
 
     @contextmanager
     def held(self, layer: int) -> Iterator[None]:
@@ -116,7 +118,7 @@ class Stream:
             self._depth[layer] -= 1
             if not self._depth[layer]:
                 for _, parameter, _ in self._parameters[layer]:
-                    parameter.data = torch.full((1,), torch.nan, device=self._device, dtype=self._dtype).expand(parameter.shape)
+                    parameter.data = self._placeholder(parameter.shape)
 
     def layer_of(self, module: str) -> int:
         """The decoder layer that a module is in."""

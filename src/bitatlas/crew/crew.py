@@ -35,8 +35,6 @@ Progress = Callable[[int, int], None]
 RETRIES = 5  # of a piece whose worker or host was lost
 PATIENCE = 30.0  # seconds without a result, after which is looked whether any host is left
 WORKER_BYTES = 2**30  # of a process that has imported everything and loaded nothing
-KEPT_BYTES = 2**31  # of unpacked codes, at most (see `bank`)
-LOGIT_ARRAYS = 8  # of a batch's size, alive at a time
 MOST_PARTS = 64  # of one batch
 
 
@@ -212,14 +210,8 @@ def threads_of(device: str) -> int:
 
 
 def worker_bytes(run: Run, device: str) -> int:
-    """Host memory of one worker, at most: the model where it is on the CPU, codes at hand, a few arrays of logits."""
-    from bitatlas.layerwise import LOGIT_BYTES
-
-    if run.way.streamed and device == "cpu":
-        return run.way.predicted_bytes
-    model = sum(tensor.numel() * tensor.element_size() for tensor in run.model.parameters())
-    codes = min(KEPT_BYTES, run.checkpoint.info.quantizable_weights * len(run.settings.formats))
-    return WORKER_BYTES + model + codes + LOGIT_ARRAYS * LOGIT_BYTES
+    """Host memory of one worker, at most: what the survey itself was predicted to need, or on a GPU codes at hand."""
+    return run.way.predicted_bytes if device == "cpu" else WORKER_BYTES + run.way.kept_bytes
 
 
 def _line(error: BaseException) -> str:
