@@ -25,7 +25,7 @@ import pytest  # noqa: E402  (the environment must be set before any library is 
 import torch  # noqa: E402
 from hypothesis import settings  # noqa: E402
 
-from tiny import SHARED, make_checkpoint  # noqa: E402
+from tiny import SHARED, TEXT, make_checkpoint  # noqa: E402
 
 settings.register_profile("no deadline", deadline=None)  # how long an example takes says more about the machine's other work
 settings.load_profile("no deadline")
@@ -37,6 +37,14 @@ torch.set_num_threads(1)
 @pytest.fixture(scope="session")
 def tiny_llama(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return make_checkpoint(tmp_path_factory.mktemp("tiny") / "tiny-llama")
+
+
+@pytest.fixture(scope="session")
+def text(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A text for the tiny models; nobody changes it."""
+    file = tmp_path_factory.mktemp("text") / "text.txt"
+    file.write_text(TEXT, encoding="utf-8")
+    return file
 
 
 @pytest.fixture(scope="session")

@@ -15,7 +15,6 @@ import torch
 from safetensors.torch import load_file, save_file
 from transformers import BertConfig
 
-import tiny
 from atlas_factory import make_atlas
 from bitatlas import cli
 from bitatlas.checkpoint import open_checkpoint
@@ -30,13 +29,6 @@ from bitatlas.workload import Workload
 from tiny import make_checkpoint
 
 SMALL = ["--formats", "int2_g32,int4_g32", "--rows", "8,8,8", "--row-length", "16", "--tasks", "none", "--quiet"]
-
-
-@pytest.fixture
-def text(tmp_path: Path) -> Path:
-    file = tmp_path / "text.txt"
-    file.write_text(tiny.TEXT, encoding="utf-8")
-    return file
 
 
 def run(capsys: pytest.CaptureFixture, monkeypatch: pytest.MonkeyPatch, *arguments: object) -> tuple[int, str, str]:

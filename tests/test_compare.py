@@ -26,13 +26,6 @@ from bitatlas.tokens import make_rows
 from tiny import SHARED
 
 
-@pytest.fixture
-def text(tmp_path: Path) -> Path:
-    file = tmp_path / "text.txt"
-    file.write_text(tiny.TEXT, encoding="utf-8")
-    return file
-
-
 def compared(first: Path, second: Path, text: Path | None, tasks: str | None = None) -> Comparison:
     data = str(SHARED / "data") if tasks else None
     return compare_models(

@@ -23,13 +23,6 @@ LARGEST_FILE = 40_000  # bytes: more than a module of the bank, less than the jo
 MOMENTS = {"quantizing (rtn)": "bank", "layers": "run.sqlite", "writing the report": ".partial"}
 
 
-@pytest.fixture(scope="module")
-def text(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    file = tmp_path_factory.mktemp("text") / "text.txt"
-    file.write_text(tiny.TEXT, encoding="utf-8")
-    return file
-
-
 @pytest.fixture
 def disk(tmp_path: Path) -> Iterator[Path]:
     """A small disk of our own; skips where none may be mounted."""

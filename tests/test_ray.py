@@ -15,7 +15,6 @@ from pathlib import Path
 import psutil
 import pytest
 
-import tiny
 from bitatlas.checkpoint import open_checkpoint
 from bitatlas.cli import main
 from bitatlas.crew.cluster import Host, Needs, parse_address, slots
@@ -45,13 +44,6 @@ def settings_for(model: Path, text: Path) -> Settings:
         tokens=str(text), quantizer="rtn", row_length=16, task_data=None, limit=60, tolerance=0.05, fuse=True, refine=True, curve=False,
         device="cpu", revision=None, seed=0,
     )  # fmt: skip
-
-
-@pytest.fixture(scope="module")
-def text(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    file = tmp_path_factory.mktemp("text") / "text.txt"
-    file.write_text(tiny.TEXT, encoding="utf-8")
-    return file
 
 
 @pytest.fixture(scope="module")

@@ -10,7 +10,6 @@ from pathlib import Path
 import pyarrow.parquet as pq
 import pytest
 
-import tiny
 from bitatlas.checkpoint import open_checkpoint
 from bitatlas.errors import UserError
 from bitatlas.files import read_record
@@ -37,13 +36,6 @@ def settings_for(model: Path, text: Path, **changes: object) -> Settings:
         "device": "cpu", "revision": None, "seed": 0,
     }  # fmt: skip
     return default_settings(**{**words, **changes})
-
-
-@pytest.fixture(scope="module")
-def text(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    file = tmp_path_factory.mktemp("text") / "text.txt"
-    file.write_text(tiny.TEXT, encoding="utf-8")
-    return file
 
 
 @pytest.fixture(scope="module")
