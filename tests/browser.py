@@ -1,6 +1,6 @@
-"""A headless Chromium, the real Mermaid and axe-core for tests of the report; a test is skipped, with the reason, where one is missing.
+"""A headless Chromium, the real Mermaid, axe-core and a font for tests of the report; a test is skipped, with the reason, where one is missing.
 
-Chromium is the system's (BITATLAS_CHROMIUM names another). Mermaid and axe-core come from npm in the versions that package.json pins, once, into
+Chromium is the system's (BITATLAS_CHROMIUM names another). The others come from npm in the versions that package.json pins, once, into
 BITATLAS_TEST_CACHE (else a folder under the system's temporary one), never into the repository.
 """
 
@@ -62,9 +62,12 @@ class Opened:
 
 
 @contextmanager
-def opened(browser: Any, url: str = "about:blank", width: int = 1280, dark: bool = False) -> Iterator[Opened]:
-    """Open `url` with everything recorded and every request but file: and data: refused."""
-    context = browser.new_context(viewport={"width": width, "height": 900}, color_scheme="dark" if dark else "light")
+def opened(
+    browser: Any, url: str = "about:blank", width: int = 1280, dark: bool = False, bypass_csp: bool = False
+) -> Iterator[Opened]:
+    """Open `url` with everything recorded and every request but file: and data: refused. `bypass_csp`: the test may bring a font."""
+    theme = "dark" if dark else "light"
+    context = browser.new_context(viewport={"width": width, "height": 900}, color_scheme=theme, bypass_csp=bypass_csp)
     page = context.new_page()
     seen = Opened(page)
     page.on("console", lambda message: seen.messages.append(f"{message.type}: {message.text}"))
@@ -87,16 +90,21 @@ def axe_script() -> Path:
     return _installed() / "axe-core" / "axe.min.js"
 
 
+def font_folder() -> Path:
+    """The files of Noto Sans in the pinned version."""
+    return _installed() / "@fontsource" / "noto-sans" / "files"
+
+
 def _installed() -> Path:
     """The folder of the packages that package.json pins, installed on first use; skips the test where there is no npm."""
     versions = json.loads(PINNED.read_text())["dependencies"]
     cache = Path(os.environ.get("BITATLAS_TEST_CACHE") or Path(tempfile.gettempdir()) / "bitatlas-test-cache")
-    home = cache / "-".join(f"{name}-{version}" for name, version in sorted(versions.items()))
+    home = cache / "-".join(f"{name.replace('/', '-')}-{version}" for name, version in sorted(versions.items()))
     if (home / "node_modules").is_dir():
         return home / "node_modules"
     npm = shutil.which("npm")
     if npm is None:
-        pytest.skip("no npm found (install npm for Mermaid and axe-core)")
+        pytest.skip("no npm found (install npm for Mermaid, axe-core and the font)")
     cache.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=cache) as beside:
         shutil.copy(PINNED, beside)

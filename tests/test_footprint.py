@@ -26,7 +26,7 @@ from bitatlas.cli import main
 from bitatlas.footprint import Way
 from bitatlas.sensitivity.damage import Room
 if sys.argv.pop(1) == "streamed":
-    prepare.choose_way = lambda needed, memory, device, out: Way(True, Room(2**16, 2**12, whole=False, folder=out), 2**16, needed.streamed)
+    prepare.choose_way = lambda needed, memory, device, out: Way(True, Room(2**16, 2**12, 2**16, whole=False, folder=out), 2**16, needed.streamed)
 main()
 """
 

@@ -34,6 +34,7 @@ LOGIT_ARRAYS = 7  # alive at once where two models' logits are compared and sent
 MALLOPT_MMAP_THRESHOLD = -3  # its number in malloc.h
 LARGE_BYTES = 2**20
 SHARE = 0.9  # of the memory at hand that is taken without being asked
+LEAST_LOGITS = 2**24  # bytes of an array of logits, layer by layer
 LEAST_STATES = 2**24  # bytes of hidden states without which nothing can be measured
 
 
@@ -79,18 +80,20 @@ def need(
     activations = (
         8 * tokens * wide + 24 * max(batch, 8) * info.heads * row_length**2
     )  # forwards and backwards; attention maps, eager
-    logits = LOGIT_ARRAYS * min(4 * tokens * vocabulary, LOGIT_BYTES + 4 * vocabulary)
+    logits, least_logits = (
+        LOGIT_ARRAYS * min(4 * tokens * vocabulary, most + 4 * batch * vocabulary) for most in (LOGIT_BYTES, LEAST_LOGITS)
+    )
     changes = (formats * layer + (formats + 2) * largest) * size + 16 * largest
     loading = info.other_bytes  # the stored bytes beside the converted ones
     base = (psutil.Process().memory_info().rss + LIBRARIES_BYTES) if device == "cpu" else 2**29
-    fixed = base + outside + max(loading, activations + logits + changes)
+    fixed = base + outside
     state = tokens * modules[0].shape[1] * size
     states = min(STATE_BYTES, rows * row_length * modules[0].shape[1] * size) + min(STATE_BYTES, (info.layers + 1) * state)
     states += 3 * GROUP * state + min(REFERENCE_BYTES, 4 * rows * row_length * vocabulary)
     codes = min(KEPT_BYTES, formats * info.quantizable_weights) if device == "cpu" else 0
     return Need(
-        fixed + info.quantizable_weights * size + states + codes,
-        fixed + layer * (size + stored) + 4 * LEAST_STATES,
+        fixed + max(loading, activations + logits + changes) + info.quantizable_weights * size + states + codes,
+        fixed + max(loading, activations + least_logits + changes) + layer * (size + stored) + 4 * LEAST_STATES,
     )
 
 
@@ -106,7 +109,7 @@ def choose_way(needed: Need, memory_bytes: int | None, device: str, folder: Path
             f"(all weights in memory: {byte_size(needed.whole)}); shorter rows (--row-length) or fewer formats need less"
         )
     spare = min(limit - needed.streamed, 4 * 2**30) + 4 * LEAST_STATES
-    room = Room(spare // 5, spare // 5, whole=False, folder=folder)
+    room = Room(spare // 5, spare // 5, LEAST_LOGITS, whole=False, folder=folder)
     return Way(True, room, spare // 5, needed.streamed + spare - 4 * LEAST_STATES)
 
 

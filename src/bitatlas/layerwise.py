@@ -35,9 +35,9 @@ def batch_rows(row_length: int, vocabulary: int) -> int:
     return max(1, min(16, LOGIT_BYTES // (4 * row_length * vocabulary)))
 
 
-def token_spans(rows: int, tokens: int, vocabulary: int) -> list[slice]:
-    """Runs of tokens whose logits, for all `rows`, take at most 64 MiB: one run, but for long rows of a large vocabulary."""
-    step = max(1, LOGIT_BYTES // (4 * rows * vocabulary))
+def token_spans(rows: int, tokens: int, vocabulary: int, logit_bytes: int = LOGIT_BYTES) -> list[slice]:
+    """Runs of tokens whose logits, for all `rows`, take at most `logit_bytes`: one run, but for long rows of a large vocabulary."""
+    step = max(1, logit_bytes // (4 * rows * vocabulary))
     return [slice(start, min(tokens, start + step)) for start in range(0, tokens, step)]
 
 

@@ -26,7 +26,7 @@ from torch import Tensor
 from bitatlas.bank import Bank
 from bitatlas.crew.crew import Crew, Share
 from bitatlas.journal import Journal, content_key
-from bitatlas.layerwise import Job, Recorded, batch_rows, begin, follow, logits_of, record, token_spans
+from bitatlas.layerwise import LOGIT_BYTES, Job, Recorded, batch_rows, begin, follow, logits_of, record, token_spans
 from bitatlas.shelf import Shelf
 from bitatlas.streaming import Lookup, Stream, stream_of
 from bitatlas.swap import swapped
@@ -50,6 +50,7 @@ class Room:
 
     state_bytes: int = STATE_BYTES
     reference_bytes: int = REFERENCE_BYTES
+    logit_bytes: int = LOGIT_BYTES  # of one array of logits
     whole: bool = True
     folder: Path | None = None
 
@@ -227,7 +228,7 @@ class DamageMeter:
 
     def spans(self, batch: Tensor) -> list[slice]:
         """The runs of tokens in which a batch's logits are made."""
-        return token_spans(len(batch), batch.shape[1], self.vocabulary)
+        return token_spans(len(batch), batch.shape[1], self.vocabulary, self.room.logit_bytes)
 
     @torch.no_grad()
     def _kl(self, batch: Tensor, finals: Sequence[Tensor]) -> list[Tensor]:

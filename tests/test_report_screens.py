@@ -1,0 +1,56 @@
+"""The report looks as it did when somebody last looked at it: its sections beside stored pictures (see screens.py)."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+
+from browser import launched
+from screens import BLOCK_LIMIT, LOOKS, MEAN_LIMIT, SECTIONS, SIZE_LIMIT, apart, page_of, shot, stored
+
+
+@pytest.fixture(scope="module")
+def browser() -> Iterator[Any]:
+    with launched() as running:
+        yield running
+
+
+@pytest.fixture(scope="module", params=LOOKS)
+def seen(browser: Any, request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[str, Any]]:
+    with page_of(browser, tmp_path_factory.mktemp("screens"), request.param) as page:
+        yield request.param, page
+
+
+def differences(look: str, page: Any, section: str) -> tuple[int, float, float]:
+    return apart(shot(page, section), stored(look, section))
+
+
+@pytest.mark.parametrize("section", SECTIONS)
+def test_a_section_looks_as_its_stored_picture(seen: tuple[str, Any], section: str) -> None:
+    size, worst, mean = differences(*seen, section)
+    again = "if that is meant, take the pictures anew (python tests/screens.py) and look at them"
+    assert size <= SIZE_LIMIT and worst <= BLOCK_LIMIT and mean <= MEAN_LIMIT, f"{size} pixels, {worst}, {mean}: {again}"
+
+
+# Takes one thing that can be seen out of a section, and puts it back.
+CHANGES = {
+    "a label": ("tasks", "svg.chart text", "element.style.visibility = 'hidden'"),
+    "a cell of another shade": ("budget", "#figure-plan [data-cell] rect", "element.style.fillOpacity = '0.05'"),
+    "a mark": ("answer", "svg.chart g.tip", "element.style.visibility = 'hidden'"),
+    "a figure": ("layers", "svg.chart", "element.style.visibility = 'hidden'"),
+    "a sentence": ("overview", "p, li", "element.style.visibility = 'hidden'"),
+    "a section moved down": ("profiles", "h2", "element.style.marginTop = '40px'"),
+}
+
+
+@pytest.mark.parametrize("change", CHANGES)
+def test_what_is_missing_is_noticed(seen: tuple[str, Any], change: str) -> None:
+    section, what, how = CHANGES[change]
+    find = f"const element = [...document.querySelectorAll('#{section} :is({what})')].find(one => one.getBoundingClientRect().width > 9)"
+    seen[1].evaluate(f"() => {{ {find}; window.undo = [element, element.getAttribute('style') ?? '']; {how}; }}")
+    size, worst, _ = differences(*seen, section)
+    seen[1].evaluate("() => window.undo[0].setAttribute('style', window.undo[1])")
+    assert size > SIZE_LIMIT or worst > BLOCK_LIMIT
+    assert differences(*seen, section)[1] <= BLOCK_LIMIT
