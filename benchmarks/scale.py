@@ -41,6 +41,7 @@ GPU_SHAPES: dict[str, dict[str, int]] = {
     "qwen3-32b": {"layers": 64, "width": 5120, "inner": 25600, "heads": 64, "kv_heads": 8, "head_dim": 128, "vocabulary": 151936},
 }
 GPU_ROWS = {"rows": 128, "row_length": 2048, "formats": 3}
+STREAMED_BYTES = 12 * 10**9  # of the device, where the shapes go layer by layer
 RANDOM = 2**24  # numbers that are drawn; larger tensors repeat them
 
 
@@ -88,7 +89,7 @@ def measure(folder: Path, point: dict[str, Any]) -> dict[str, Any]:
     from bitatlas.planning.expansion import quadratic
     from bitatlas.planning.quadratic import solve_quadratic
     from bitatlas.sensitivity.curvature import expand
-    from bitatlas.sensitivity.damage import DamageMeter, Room
+    from bitatlas.sensitivity.damage import DamageMeter
 
     device = point["device"]
     formats = by_width(list(FORMATS[: point["formats"]]))
@@ -96,19 +97,18 @@ def measure(folder: Path, point: dict[str, Any]) -> dict[str, Any]:
     clock, seconds = Clock(device), {}
     checkpoint = open_checkpoint(str(folder))
     dtype = torch.float32 if device == "cpu" else torch.bfloat16
-    streamed = point["streamed"]
+    way = way_of(checkpoint, point, dtype, folder)
     seconds["open"] = clock.lap()
-    model = checkpoint.stream_model(device, dtype) if streamed else checkpoint.load_model(device, dtype)
+    model = checkpoint.stream_model(device, dtype) if way.streamed else checkpoint.load_model(device, dtype)
     seconds["load"] = clock.lap()
     names = [module.name for module in checkpoint.modules]
     bank = Bank(model, names, "rtn", folder=folder / "bank")
     bank.fill(formats)
     seconds["bank"] = clock.lap()
     rows = torch.randint(point["vocabulary"], (point["rows"], point["row_length"]), generator=torch.Generator().manual_seed(1))
-    room = Room(2**28, 2**28, whole=False, folder=folder) if streamed else Room()
     passes = []
     for _ in range(1 if device != "cpu" else 2):  # the first of a process also allocates
-        meter = DamageMeter(model, bank, checkpoint.info.weights_sha256, bank.identity, Journal(None), room)
+        meter = DamageMeter(model, bank, checkpoint.info.weights_sha256, bank.identity, Journal(None), way.room)
         clock.lap()
         found = expand(meter, checkpoint.modules, formats, {}, rows, draws=DRAWS)
         passes.append(clock.lap())
@@ -121,11 +121,26 @@ def measure(folder: Path, point: dict[str, Any]) -> dict[str, Any]:
     seconds["plan"] = clock.lap()
     shapes = [list(m.shape) for m in checkpoint.modules if m.layer == 0]
     return {
+        "streamed": way.streamed, "predicted_bytes": way.predicted_bytes,
         "modules": len(names), "weights": checkpoint.info.quantizable_weights, "bytes": checkpoint.info.total_bytes, "seconds": seconds,
         "floor": floor(shapes, point, checkpoint.info.quantizable_weights),
         "host_peak_bytes": peak_bytes("cpu"), "host_added_bytes": peak_bytes("cpu") - before,
         "device_peak_bytes": None if device == "cpu" else peak_bytes(device),
     }  # fmt: skip
+
+
+def way_of(checkpoint: Any, point: dict[str, Any], dtype: Any, folder: Path) -> Any:
+    """As a survey would go, on a GPU with what is free there or with `STREAMED_BYTES`; on a CPU as it is asked for, however small the model."""
+    from bitatlas.footprint import Way, choose_way, need
+    from bitatlas.sensitivity.damage import Room
+
+    sizes = [point[name] for name in ("vocabulary", "rows", "row_length", "formats")]
+    needed = need(checkpoint.info, checkpoint.modules, *sizes, dtype, point["device"])
+    if point["device"] != "cpu":
+        return choose_way(needed, STREAMED_BYTES if point["streamed"] else None, point["device"], folder)
+    if point["streamed"]:
+        return Way(True, Room(2**28, 2**28, whole=False, folder=folder), 2**31, needed.streamed)
+    return choose_way(needed, None, "cpu", folder)
 
 
 class Clock:

@@ -10,7 +10,8 @@ from bitatlas.checkpoint import Checkpoint, open_checkpoint
 from bitatlas.formats import FORMATS
 from bitatlas.journal import Journal
 from bitatlas.layerwise import Job, follow, logits_of, record
-from bitatlas.sensitivity.damage import DamageMeter, Swap
+from bitatlas.sensitivity.curvature import expand
+from bitatlas.sensitivity.damage import DamageMeter, Room, Swap
 from bitatlas.shelf import Shelf
 from bitatlas.swap import swapped, weight_of
 from bitatlas.tokens import make_rows
@@ -94,6 +95,27 @@ def test_swaps_equal_whole_plans(tiny_llama: Path):
     meter.journal = Journal(None)
     whole = meter.plans({name: {**base, name: "int2_g32"} for name in swaps}, rows)
     assert all((alone[name] == whole[name]).all() for name in swaps)
+
+
+def test_batches_share_what_is_made_of_codes_and_are_measured_as_alone(tiny_llama: Path, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr("bitatlas.sensitivity.damage.batch_rows", lambda *_: 4)
+    checkpoint, model, together = setup(tiny_llama)
+    alone = DamageMeter(model, together.bank, "", "rtn", Journal(None), Room(state_bytes=1))
+    rows = rows_for(checkpoint)
+    assert len(alone.chunks(rows)) == 5 and len(together.chunks(rows)) == 1
+    base = {m.name: "int4_g32" for m in checkpoint.modules}
+    swaps = {m.name: Swap(m.layer, {m.name: "int2_g32"}) for m in checkpoint.modules}
+    made: list[str] = []
+    of_bank = Bank._weight
+    monkeypatch.setattr(Bank, "_weight", lambda self, module, name: made.append(name) or of_bank(self, module, name))
+    found, counts = [], []
+    for meter in (together, alone):
+        swapped_alone = meter.swaps(base, swaps, rows)
+        at = expand(meter, checkpoint.modules, list(CANDIDATES), base, rows)
+        found.append([*swapped_alone.values(), at.first, at.scores])
+        counts.append(len(made) - sum(counts))
+    assert all((mine == theirs).all() for mine, theirs in zip(*found, strict=True))
+    assert counts[1] == 5 * counts[0]
 
 
 def test_nothing_is_measured_twice(tiny_llama: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):

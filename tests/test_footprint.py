@@ -41,6 +41,14 @@ def test_the_way_is_chosen_by_what_is_needed(tmp_path: Path):
         choose_way(needed, 500_000_000, "cpu", tmp_path)
 
 
+def test_in_memory_states_take_what_is_spare_up_to_what_pays(tmp_path: Path):
+    needed = Need(10 * 2**30, 2**30, states=2**28, most_states=2**30)
+    ways = [choose_way(needed, needed.whole + spare, "cuda", tmp_path) for spare in (0, 2**30, 2**40)]
+    assert [way.room.state_bytes for way in ways] == [2**28, 2**29, 2**30]
+    assert [way.predicted_bytes - needed.whole for way in ways] == [0, 2**28, 2**30 - 2**28]
+    assert all(way.predicted_bytes <= limit for way, limit in zip(ways, (10 * 2**30, 11 * 2**30, 2**40), strict=True))
+
+
 def test_what_is_needed_grows_with_what_makes_it_grow(tiny_llama: Path):
     checkpoint = open_checkpoint(str(tiny_llama))
 

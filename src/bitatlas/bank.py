@@ -120,7 +120,7 @@ class Bank:
     def _weight(self, module: str, format_name: str) -> Tensor:
         like = self.model.get_submodule(module).weight
         assert isinstance(like, Tensor)
-        return self.codes(module, format_name).weight(like.dtype).to(like.device)
+        return self.codes(module, format_name).to(like.device).weight(like.dtype).to(like.device)
 
     # --- making what is missing ------------------------------------------------------------------------------------------
 

@@ -26,7 +26,7 @@ from bitatlas.errors import UserError
 from bitatlas.layerwise import LOGIT_BYTES, batch_rows
 from bitatlas.planning.memory import dtype_bytes
 from bitatlas.records import ModelInfo, Module
-from bitatlas.sensitivity.damage import GROUP, REFERENCE_BYTES, STATE_BYTES, Room
+from bitatlas.sensitivity.damage import REFERENCE_BYTES, STATE_BYTES, Room, states_of
 from bitatlas.words import byte_size
 
 LIBRARIES_BYTES = 2**29  # what later stages import and allocate: tables, statistics, templates, the allocator's slack
@@ -34,16 +34,19 @@ LOGIT_ARRAYS = 7  # alive at once where two models' logits are compared and sent
 MALLOPT_MMAP_THRESHOLD = -3  # its number in malloc.h
 LARGE_BYTES = 2**20
 SHARE = 0.9  # of the memory at hand that is taken without being asked
+DEVICE_STATE_BYTES = 2**33  # of hidden states on an accelerator, where making weights of codes is what takes long
 LEAST_LOGITS = 2**24  # bytes of an array of logits, layer by layer
 LEAST_STATES = 2**24  # bytes of hidden states without which nothing can be measured
 
 
 @dataclass(frozen=True)
 class Need:
-    """Bytes at the peak, and what of that is for hidden states and codes, which can do with less."""
+    """Bytes at the peak, with the least room for hidden states (layer by layer, for codes too)."""
 
     whole: int
-    streamed: int  # with the least room for hidden states and codes
+    streamed: int
+    states: int = STATE_BYTES  # of that in memory: what one batch leaves in all layers
+    most_states: int = STATE_BYTES  # with which as many batches as pay go through a layer together
 
 
 @dataclass(frozen=True)
@@ -88,12 +91,16 @@ def need(
     base = (psutil.Process().memory_info().rss + LIBRARIES_BYTES) if device == "cpu" else 2**29
     fixed = base + outside
     state = tokens * modules[0].shape[1] * size
-    states = min(STATE_BYTES, rows * row_length * modules[0].shape[1] * size) + min(STATE_BYTES, (info.layers + 1) * state)
-    states += 3 * GROUP * state + min(REFERENCE_BYTES, 4 * rows * row_length * vocabulary)
+    states, every = (n * states_of(info.layers, state) for n in (1, -(-rows // batch)))
+    kept = min(STATE_BYTES, rows * row_length * modules[0].shape[1] * size) + min(
+        REFERENCE_BYTES, 4 * rows * row_length * vocabulary
+    )
     codes = min(KEPT_BYTES, formats * info.quantizable_weights) if device == "cpu" else 0
     return Need(
-        fixed + max(loading, activations + logits + changes) + info.quantizable_weights * size + states + codes,
+        fixed + max(loading, activations + logits + changes) + info.quantizable_weights * size + kept + states + codes,
         fixed + max(loading, activations + least_logits + changes) + layer * (size + stored) + 4 * LEAST_STATES,
+        states,
+        max(states, min(every, STATE_BYTES if device == "cpu" else DEVICE_STATE_BYTES)),
     )
 
 
@@ -101,7 +108,8 @@ def choose_way(needed: Need, memory_bytes: int | None, device: str, folder: Path
     """In memory where that fits into what was asked for, or into what is there; else layer by layer; UserError where neither does."""
     limit = memory_bytes if memory_bytes is not None else at_hand(device)
     if needed.whole <= limit:
-        return Way(False, Room(), KEPT_BYTES, needed.whole)
+        more = min(needed.most_states - needed.states, (limit - needed.whole) // 4)
+        return Way(False, Room(needed.states + more), KEPT_BYTES, needed.whole + more)
     if needed.streamed > limit:
         asked = f"--memory {byte_size(limit)}" if memory_bytes is not None else f"{byte_size(limit)} of memory are free here"
         raise UserError(

@@ -55,6 +55,10 @@ class Blocks:
         """In memory."""
         return self.blocks.numel()
 
+    def to(self, device: torch.device) -> Blocks:
+        """Where they are: llama.cpp reads them on the CPU."""
+        return self
+
     def weight(self, dtype: torch.dtype = torch.float32) -> Tensor:
         """The weight [out, in] that llama.cpp computes with."""
         from bitatlas.llamacpp.library import dequantize

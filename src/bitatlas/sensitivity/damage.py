@@ -24,6 +24,7 @@ import torch
 from torch import Tensor
 
 from bitatlas.bank import Bank
+from bitatlas.checkpoint import decoder_layers
 from bitatlas.crew.crew import Crew, Share
 from bitatlas.journal import Journal, content_key
 from bitatlas.layerwise import LOGIT_BYTES, Job, Recorded, batch_rows, begin, follow, logits_of, record, token_spans
@@ -45,7 +46,8 @@ GROUP = 8  # models that go through a layer together: what is measured of them i
 class Room:
     """What hidden states may take. `state_bytes` in memory, the rest in files below `folder`; `whole`: all weights are in memory.
 
-    Where they are not, as many batches and models as have room go through a layer together, since reading it is what takes long.
+    As many batches as have room go through a layer together, since a changed weight is made of its codes once for all of them. Where the
+    weights are not in memory, so do as many models, and of what goes into each layer the most may lie in files: reading weights takes longer.
     """
 
     state_bytes: int = STATE_BYTES
@@ -54,14 +56,20 @@ class Room:
     whole: bool = True
     folder: Path | None = None
 
-    def batches(self, count: int, state_bytes: int) -> int:
+    def batches(self, count: int, state_bytes: int, layers: int) -> int:
         """How many of `count` batches at a time; `state_bytes`: of one batch's hidden state."""
-        return 1 if self.whole else max(1, min(count, self.state_bytes // (4 * state_bytes)))
+        each = states_of(layers, state_bytes) if self.whole else 4 * state_bytes
+        return max(1, min(count, self.state_bytes // each))
 
     def models(self, batches: int, state_bytes: int) -> int:
         """How many models at a time."""
         fitting = max(1, self.state_bytes // (2 * batches * state_bytes))
         return min(GROUP, fitting) if self.whole else fitting
+
+
+def states_of(layers: int, state_bytes: int) -> int:
+    """Bytes of hidden states while changes of a recorded base are followed: what went into its layers, and before and after one for each model."""
+    return (layers + 1 + 3 * GROUP) * state_bytes
 
 
 def kl_per_row(reference: Tensor, logits: Tensor) -> Tensor:
@@ -154,6 +162,7 @@ class DamageMeter:
         weight = next(model.parameters())
         self.identity = (weights_sha256, quantizer, str(weight.dtype), weight.device.type)
         self.vocabulary = int(self.model.get_output_embeddings().weight.shape[0])
+        self.layers = len(decoder_layers(model))
         self.width = int(self.model.get_input_embeddings().weight.shape[1])
         self.reference = Reference(model, self.room)
 
@@ -215,7 +224,7 @@ class DamageMeter:
     def chunks(self, rows: Tensor) -> list[list[Tensor]]:
         """The rows' batches [rows, tokens], in runs of as many as go through a layer together."""
         batches = list(rows.split(batch_rows(rows.shape[1], self.vocabulary)))
-        step = self.room.batches(len(batches), self._state_bytes(batches[0])) if batches else 1
+        step = self.room.batches(len(batches), self._state_bytes(batches[0]), self.layers) if batches else 1
         return [batches[start : start + step] for start in range(0, len(batches), step)]
 
     def groups(self, names: Sequence[Any], batches: Sequence[Tensor]) -> Iterator[Sequence[Any]]:
