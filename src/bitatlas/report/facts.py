@@ -238,6 +238,11 @@ def findings_by_topic(atlas: Atlas) -> dict[str, list[Finding]]:
     return {title: found for title, found in grouped.items() if found}
 
 
+def comparisons_at_chance(atlas: Atlas) -> list[Finding]:
+    """Comparisons that claim nothing since the task's score is no better than guessing; that it is has a finding of its own."""
+    return [finding for finding in atlas.findings if finding.topic == "tasks" and finding.verdict == "at chance"]
+
+
 _INTERVAL = re.compile(r"\[[−\d., ]+\]")
 _P_VALUE = re.compile(r"\bp [=<] ")
 

@@ -30,6 +30,7 @@ from bitatlas.report.tables import Table, tables
 _KEPT = re.compile(r"(\[[−0-9., ]+\])|\d+–\d+|\bn = \d+|\b\d-bit\b|(?<!\w)--[a-z]+")
 LONG_TABLE = 12  # rows from which a table starts folded
 LONG_LAYERS = 40  # the same for the table of layers
+STACKED = ("folk",)  # tables with sentences: on a phone a row's cells stand below each other
 
 
 @dataclass(frozen=True)
@@ -69,6 +70,8 @@ def html(atlas: Atlas) -> str:
         tables={table.key: table for table in tables(atlas)},
         strategy=advice.strategy(atlas),
         findings=facts.findings_by_topic(atlas),
+        folded=facts.comparisons_at_chance(atlas),
+        stacked_tables=STACKED,
         critical=facts.critical_lines(atlas),
         numbers_of=links.numbers_of,
         facts=facts,
