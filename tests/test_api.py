@@ -54,8 +54,8 @@ def test_files_of_the_same_name_do_not_hide_the_functions():
 @pytest.mark.parametrize("name", ["survey", "compare"])
 def test_what_the_command_takes_the_function_takes(name: str):
     command, function = inspect.signature(cli.COMMANDS[name]).parameters, inspect.signature(getattr(api, name)).parameters
-    # three sharpen --vram, one is about stdout
-    assert set(command) - {"cache_dtype", "batch", "chunk", "as_json"} <= set(function)
+    # three sharpen --vram, one is about stdout, one makes a plan and no atlas
+    assert set(command) - {"cache_dtype", "batch", "chunk", "as_json", "draft"} <= set(function)
     with pytest.raises(UserError, match="margin 0pp: give percentage points"):
         getattr(api, name)("nothing", "nowhere", margin="0pp")
 

@@ -32,7 +32,7 @@ from bitatlas.words import byte_size
 LIBRARIES_BYTES = 2**29  # what later stages import and allocate: tables, statistics, templates, the allocator's slack
 LOGIT_ARRAYS = 7  # alive at once where two models' logits are compared and sent backwards
 MALLOPT_MMAP_THRESHOLD = -3  # its number in malloc.h
-LARGE_BYTES = 2**20
+LARGE_BYTES = 2**25  # below it, making each anew costs more time than keeping what it leaves costs memory
 SHARE = 0.9  # of the memory at hand that is taken without being asked
 DEVICE_STATE_BYTES = 2**33  # of hidden states on an accelerator, where making weights of codes is what takes long
 LEAST_LOGITS = 2**24  # bytes of an array of logits, layer by layer

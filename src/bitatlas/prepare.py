@@ -21,16 +21,16 @@ from bitatlas.checkpoint import Checkpoint, check_causal, check_finite, free_byt
 from bitatlas.crew.crew import Crew
 from bitatlas.errors import FULL, UserError
 from bitatlas.evaluation.items import Item, check_task_names, load_items, split_items, task_text
-from bitatlas.footprint import Way, choose_way, need, return_memory
+from bitatlas.footprint import Way, choose_way, need, peak_bytes, return_memory
 from bitatlas.formats import FORMATS, check_rows
 from bitatlas.journal import Journal
 from bitatlas.layerwise import check_chain
 from bitatlas.pickled import as_safetensors, notes_of
 from bitatlas.planning.budget import assignment_of, check_budget, size_of
-from bitatlas.planning.choose import Scores
+from bitatlas.planning.choose import Measure, Scores
 from bitatlas.planning.memory import own_context_text, settled
 from bitatlas.planning.protect import check_items
-from bitatlas.planning.refine import step_text
+from bitatlas.planning.refine import Probe, step_text
 from bitatlas.planning.search import Subject, Tools
 from bitatlas.progress import Reporter
 from bitatlas.quantizers import get_quantizer
@@ -82,18 +82,28 @@ class Run:
 
 def tools_of(run: Run, scores: Scores) -> Tools:
     """The planner's ways to the model: fit and select rows, never the test rows."""
+    if not run.settings.refine:
+        return Tools(scores, on_select(run))
+    return Tools(scores, on_select(run), probe(run), lambda step: run.reporter.say(step_text(step)))
+
+
+def on_select(run: Run) -> Measure:
+    """Damage of choices on the select rows."""
     subject, units = run.subject, run.subject.units
 
-    def on_select(plans: Mapping[str, np.ndarray]) -> dict[str, float]:
+    def measure(plans: Mapping[str, np.ndarray]) -> dict[str, float]:
         found = run.measure({name: assignment_of(units, subject.formats, choice) for name, choice in plans.items()}, "select")
         damage = {name: float(rows.mean()) for name, rows in found.items()}
         run.reporter.found("best of the last plans, select rows", f"{number(min(damage.values()))} nats/token")
         return damage
 
-    if not run.settings.refine:
-        return Tools(scores, on_select)
-    probe = probe_of(run.meter, run.rows, subject.modules, subject.formats, subject.seed, run.reporter)
-    return Tools(scores, on_select, probe, lambda step: run.reporter.say(step_text(step)))
+    return measure
+
+
+def probe(run: Run) -> Probe:
+    """What a refinement asks of the model."""
+    subject = run.subject
+    return probe_of(run.meter, run.rows, subject.modules, subject.formats, subject.seed, run.reporter)
 
 
 def default_settings(
@@ -182,6 +192,11 @@ def way_text(way: Way, device: str) -> str:
     where = "" if device == "cpu" else f" of {device}"
     how = "one decoder layer's weights at a time" if way.streamed else "all weights in memory"
     return f"{how}; at most about {byte_size(way.predicted_bytes)}{where}"
+
+
+def peak_text(run: Run) -> str:
+    """What the run took at its peak, beside what it was to take."""
+    return f"peak memory: {byte_size(peak_bytes(str(run.model.device)))}, at most {byte_size(run.way.predicted_bytes)} predicted"
 
 
 def model_of(settings: Settings, checkpoint: Checkpoint, way: Way, device: str) -> Any:

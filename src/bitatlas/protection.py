@@ -71,7 +71,7 @@ def _widest(cost: np.ndarray, tools: Tools) -> Found:
     """The widest format everywhere, as a plan."""
     choice = np.full(len(cost), cost.shape[1] - 1, dtype=np.int64)
     selected = tools.on_select({"widest": choice})["widest"]
-    solver = {"method": KNAPSACK, "scores": "high", "gap": 0.0, "select_damage": selected}
+    solver = {"method": KNAPSACK.format(tools.scores.source), "scores": "high", "gap": 0.0, "select_damage": selected}
     return Found(choice, tools.scores.at_high, selected, int(cost[:, -1].sum()), solver)
 
 

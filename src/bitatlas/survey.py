@@ -24,14 +24,13 @@ from bitatlas.curve import short_curve
 from bitatlas.evaluation.bootstrap import measured
 from bitatlas.evaluation.items import TASKS, chance_level, load_items, task_text
 from bitatlas.evaluation.shards import right_of, score_shards
-from bitatlas.footprint import peak_bytes
 from bitatlas.journal import content_key
 from bitatlas.planning.budget import assignment_of
 from bitatlas.planning.calibration import calibrate
 from bitatlas.planning.choose import damage_tables
 from bitatlas.planning.judge import Judged, judge
 from bitatlas.planning.search import Tools, search
-from bitatlas.prepare import Run, prepare, tools_of
+from bitatlas.prepare import Run, peak_text, prepare, tools_of
 from bitatlas.profiles.ablation import ABLATION_SEQUENCES, SHORT_SEQUENCES, Removal, ablate
 from bitatlas.profiles.attention import AttentionResult, attention_profile
 from bitatlas.profiles.examples import example_maps
@@ -46,7 +45,7 @@ from bitatlas.sensitivity.screens import LayerScreen, screen_layers, screen_unif
 from bitatlas.sensitivity.task_text import ROW_LENGTH, ROWS, screen_tasks
 from bitatlas.settings import Settings
 from bitatlas.tokens import cut_rows
-from bitatlas.words import byte_size, interval
+from bitatlas.words import interval
 
 FOCUS_PROBLEMS = 64
 PROFILED_ROWS = 32
@@ -121,9 +120,7 @@ def _survey(run: Run) -> Atlas:
     )
     atlas = assemble(run.checkpoint.info, modules, rows.info, settings, versions(), found)
     run.checkpoint.check_unchanged()
-    reporter.say(
-        f"peak memory: {byte_size(peak_bytes(str(run.model.device)))}, at most {byte_size(run.way.predicted_bytes)} predicted"
-    )
+    reporter.say(peak_text(run))
     with reporter.stage("writing the report"):
         write_outputs(out, atlas, tables_of(atlas, found))
     return atlas

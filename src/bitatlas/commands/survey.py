@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
@@ -92,6 +92,12 @@ def survey(
     curve: Annotated[
         bool, typer.Option("--curve/--no-curve", help="Also a few verified plans at other sizes, for the report's slider.")
     ] = True,
+    draft: Annotated[
+        bool,
+        typer.Option(
+            "--draft", help="Only a first plan, from curvature: plan.json, judged; no report. --resume without it goes on."
+        ),
+    ] = False,
     device: Device = "cpu",
     dtype: Dtype = "auto",
     memory: Memory = None,
@@ -123,12 +129,17 @@ def survey(
     from bitatlas.settings import parse_budget
     from bitatlas.survey import run_survey
 
+    if draft and tokens:
+        tasks = tasks or "none"
     budget = parse_budget(code_bits, stored_bits, size, max_damage, vram, context, cache_dtype, batch, chunk, protect or ())
     settings = default_settings(
         model=model, formats=formats, quantizer=quantizer, budget=budget, tokens=tokens, rows=rows, row_length=row_length, tasks=tasks, task_data=task_data, limit=limit, tolerance=tolerance, fuse=fuse, refine=refine, curve=curve, device=device, dtype=dtype, memory_bytes=parse_size(memory, "--memory") if memory else None,
         revision=revision, seed=seed, allow_pickle=allow_pickle, margin_points=parse_points(margin, "--margin"),
     )  # fmt: skip
     reporter = Reporter(quiet)
+    if draft:
+        _draft(settings, out, resume, reporter, ray, as_json)
+        return
     atlas = run_survey(settings, out, resume, reporter, ray)
     if as_json:
         from bitatlas.scripts import print_survey
@@ -140,3 +151,16 @@ def survey(
     if not quiet:
         show_summary(atlas)
     print(out / "report.html")
+
+
+def _draft(settings: Any, out: Path, resume: bool, reporter: Any, ray: str | None, as_json: bool) -> None:
+    from bitatlas.draft import run_draft
+    from bitatlas.scripts import print_plan
+    from bitatlas.terminal import show_plan
+
+    plan = run_draft(settings, out, resume, reporter, ray)
+    if as_json:
+        print_plan(plan, out / "plan.json")
+        return
+    show_plan(plan)
+    print(out / "plan.json")

@@ -29,6 +29,7 @@ class Scores:
 
     tables: dict[str, np.ndarray]
     at_high: float
+    source: str = "measured single-unit damage"
 
 
 @dataclass(frozen=True)
@@ -56,10 +57,13 @@ def damage_tables(
         rows = [[own[unit][f] - base[f"uniform:{name}"] if f != name else 0.0 for f in formats] for unit in units]
         return np.asarray(rows)
 
-    from_high = around(high)
-    from_low = around(low)
-    from_low = from_low - from_low[:, -1:]
-    return Scores({"high": from_high, "low": from_low, "mean of both": (from_high + from_low) / 2}, base[f"uniform:{high}"])
+    return scores_of_ends(around(high), around(low), base[f"uniform:{high}"])
+
+
+def scores_of_ends(wide: np.ndarray, narrow: np.ndarray, at_high: float, source: str = Scores.source) -> Scores:
+    """Tables from what each unit adds in each format around uniform high (`wide`) and around uniform low (`narrow`), 0 for the base's own."""
+    low = narrow - narrow[:, -1:]
+    return Scores({"high": wide, "low": low, "mean of both": (wide + low) / 2}, at_high, source)
 
 
 def candidates(scores: Scores, cost: np.ndarray, limit: int) -> list[Candidate]:

@@ -34,7 +34,7 @@ FORBIDDEN = 1e3  # nats/token, for changes that were not measured
 
 @dataclass(frozen=True)
 class Effort:
-    """How much is measured. `short` is for a budget near one whose plan is known."""
+    """How much is measured. `short` is for a budget near one whose plan is known, `draft` for a probe whose swaps are not measured."""
 
     rounds: int  # of measured swaps
     swaps: int  # changes measured around the first base, at most
@@ -42,7 +42,8 @@ class Effort:
     pairs: int  # plans measured when the solver's step failed
 
 
-EFFORTS = {"full": Effort(8, 48, 20, 6), "short": Effort(2, 16, 16, 2)}
+EFFORTS = {"full": Effort(8, 48, 20, 6), "short": Effort(2, 16, 16, 2), "draft": Effort(2, 10**6, 10**6, 4)}
+MEASURED_SWAPS = "measured swaps"
 
 
 class Together(Protocol):
@@ -61,6 +62,7 @@ class Probe:
     curvature: Callable[[Ints | None], Expansion]
     swaps: Callable[[Ints, Sequence[Change], str], Together]  # on the rows of that split
     damage: Callable[[Mapping[str, Ints]], Mapping[str, float]]  # on fit and select rows together, nats/token
+    rounds_of: str = MEASURED_SWAPS  # what `swaps` gives, for the record
 
 
 @dataclass(frozen=True)
@@ -206,7 +208,7 @@ def _swap(search: _Search) -> str:
                 search.guide = measured.guide
                 return "no change and no pair of changes that looked promising was measured better"
         search.guide, count = measured.guide, search.effort.later
-    return f"{search.effort.rounds} rounds of measured swaps"
+    return f"{search.effort.rounds} rounds of {search.probe.rounds_of}"
 
 
 @dataclass(frozen=True)

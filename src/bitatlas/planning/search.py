@@ -18,8 +18,8 @@ from bitatlas.planning.choose import Candidate, Measure, Scores, candidates, cho
 from bitatlas.planning.refine import Probe, Refined, Step, refine
 from bitatlas.records import Budget, ModelInfo, Module
 
-KNAPSACK = "certified knapsack on measured single-unit damage"
-REFINED = "quadratic models between the uniform ends, then rounds of measured swaps"
+KNAPSACK = "certified knapsack on {}"
+REFINED = "quadratic models between the uniform ends, then rounds of {}"
 FIRST_STEP = 0.01  # of the range of sizes, below the smallest knapsack plan that is good enough
 SMALLER = 5  # limits that are tried below it, at most
 
@@ -51,6 +51,7 @@ class Tools:
     probe: Probe | None = None
     told: Callable[[Step], None] | None = None
     where: str = "did on the select rows"  # what the damages are, to end the sentence of a refusal
+    effort: str = "full"  # of a refinement
 
 
 @dataclass(frozen=True)
@@ -71,7 +72,7 @@ def search(subject: Subject, budget: Budget, tools: Tools, starts: Mapping[str, 
     if costs.limit is not None:
         return under(costs.cost, costs.limit, tools, starts)
     best, selected, tried, _limit = choose_smallest(tools.scores, costs.cost, budget.value, tools.on_select, tools.where)
-    found = _found(best, selected, _spent(costs.cost, best.choice), tried)
+    found = _found(tools.scores, best, selected, _spent(costs.cost, best.choice), tried)
     return _smaller(costs.cost, budget.value, tools, found) if tools.probe else found
 
 
@@ -79,19 +80,24 @@ def under(cost: Ints, limit: int, tools: Tools, starts: Mapping[str, Ints] | Non
     """The best plan of cost at most `limit`. cost: [units, formats]; `near`: of a budget near this one, for a shorter search."""
     if tools.probe is None:
         best, selected, tried = choose(tools.scores, cost, limit, tools.on_select)
-        return _found(best, selected, limit, tried)
+        return _found(tools.scores, best, selected, limit, tried)
     knapsacks = {candidate.scores: candidate for candidate in candidates(tools.scores, cost, limit)}
     plans = {name: candidate.choice for name, candidate in knapsacks.items()}
     plans |= {name: choice for name, choice in (starts or {}).items() if _spent(cost, choice) <= limit}
-    refined = refine(tools.probe, cost, limit, plans, tools.told, near, "short" if near else "full")
+    refined = refine(tools.probe, cost, limit, plans, tools.told, near, "short" if near else tools.effort)
     damage = tools.on_select({"refined": refined.choice, **{name: known.choice for name, known in knapsacks.items()}})
     best = knapsacks[min(knapsacks, key=lambda name: damage[name])]
     more = {"reason": refined.reason, "steps": refined.steps}
-    found = replace(_found(best, damage[best.scores], limit, damage, **more), near=refined)
+    found = replace(_found(tools.scores, best, damage[best.scores], limit, damage, **more), near=refined)
     if found.selected < damage["refined"]:
         return found
     predicted = refined.predicted if np.isfinite(refined.predicted) else best.predicted
-    solver = {**found.solver, "method": REFINED, "gap": refined.gap, "select_damage": damage["refined"]}
+    solver = {
+        **found.solver,
+        "method": REFINED.format(tools.probe.rounds_of),
+        "gap": refined.gap,
+        "select_damage": damage["refined"],
+    }
     return replace(found, choice=refined.choice, predicted=predicted, selected=damage["refined"], solver=solver)
 
 
@@ -112,9 +118,9 @@ def _smaller(cost: Ints, tolerated: float, tools: Tools, found: Found) -> Found:
     return best
 
 
-def _found(best: Candidate, selected: float, limit: int, tried: Mapping[str, float], **more: Any) -> Found:
+def _found(scores: Scores, best: Candidate, selected: float, limit: int, tried: Mapping[str, float], **more: Any) -> Found:
     solver = {
-        "method": KNAPSACK,
+        "method": KNAPSACK.format(scores.source),
         "scores": best.scores,
         "gap": best.gap,
         "select_damage": selected,
