@@ -9,12 +9,10 @@ On an accelerator `--memory` is of the device; hidden states wait in the host's 
 
 from __future__ import annotations
 
-import ctypes
 import resource
 import sys
 from collections import Counter
 from collections.abc import Sequence
-from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -31,8 +29,6 @@ from bitatlas.words import byte_size
 
 LIBRARIES_BYTES = 2**29  # what later stages import and allocate: tables, statistics, templates, the allocator's slack
 LOGIT_ARRAYS = 7  # alive at once where two models' logits are compared and sent backwards
-MALLOPT_MMAP_THRESHOLD = -3  # its number in malloc.h
-LARGE_BYTES = 2**25  # below it, making each anew costs more time than keeping what it leaves costs memory
 SHARE = 0.9  # of the memory at hand that is taken without being asked
 DEVICE_STATE_BYTES = 2**33  # of hidden states on an accelerator, where making weights of codes is what takes long
 LEAST_LOGITS = 2**24  # bytes of an array of logits, layer by layer
@@ -119,12 +115,6 @@ def choose_way(needed: Need, memory_bytes: int | None, device: str, folder: Path
     spare = min(limit - needed.streamed, 4 * 2**30) + 4 * LEAST_STATES
     room = Room(spare // 5, spare // 5, LEAST_LOGITS, whole=False, folder=folder)
     return Way(True, room, spare // 5, needed.streamed + spare - 4 * LEAST_STATES)
-
-
-def return_memory() -> None:
-    """Have glibc hand back every large tensor as soon as it goes; by itself it learns to keep those of a layer's size, in pieces that no longer fit."""
-    with suppress(OSError, AttributeError):  # another C library: its own ways
-        ctypes.CDLL(None).mallopt(MALLOPT_MMAP_THRESHOLD, LARGE_BYTES)
 
 
 def at_hand(device: str) -> int:

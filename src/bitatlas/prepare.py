@@ -16,12 +16,13 @@ import numpy as np
 from pydantic import TypeAdapter
 
 import bitatlas.demo as demo
+from bitatlas.allocator import return_large
 from bitatlas.bank import BANK, Bank, disk_bytes
 from bitatlas.checkpoint import Checkpoint, check_causal, check_finite, free_bytes, open_checkpoint, probe_ids
 from bitatlas.crew.crew import Crew
 from bitatlas.errors import FULL, UserError
 from bitatlas.evaluation.items import Item, check_task_names, load_items, split_items, task_text
-from bitatlas.footprint import Way, choose_way, need, peak_bytes, return_memory
+from bitatlas.footprint import Way, choose_way, need, peak_bytes
 from bitatlas.formats import FORMATS, check_rows
 from bitatlas.journal import Journal
 from bitatlas.layerwise import check_chain
@@ -202,7 +203,7 @@ def peak_text(run: Run) -> str:
 def model_of(settings: Settings, checkpoint: Checkpoint, way: Way, device: str) -> Any:
     """The model, opened that way."""
     if way.streamed:
-        return_memory()
+        return_large()
     opened = checkpoint.stream_model if way.streamed else checkpoint.load_model
     return opened(device, settings.torch_dtype(device))
 

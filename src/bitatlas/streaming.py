@@ -19,6 +19,7 @@ import torch
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
+from bitatlas.allocator import trim
 from bitatlas.errors import UserError
 from bitatlas.reader import Reader
 
@@ -119,6 +120,7 @@ class Stream:
             if not self._depth[layer]:
                 for _, parameter, _ in self._parameters[layer]:
                     parameter.data = self._placeholder(parameter.shape)
+                trim()
 
     def layer_of(self, module: str) -> int:
         """The decoder layer that a module is in."""
