@@ -122,6 +122,7 @@ def test_the_command(capsys, monkeypatch, tiny_llama: Path, text: Path, tmp_path
     code, out, err = run(capsys, monkeypatch, *words, "--code-bits", "3", "--out", tmp_path / "out")
     assert code == 0, err
     assert out.splitlines()[-1] == str(tmp_path / "out" / "plan.json") and "best of 20 random plans" in out
+    assert "Verdict: " in out and "with --resume in the place of --draft" in out
     code, out, err = run(capsys, monkeypatch, *words, "--protect", "svamp=1pp", "--out", tmp_path / "no")
     assert (code, out) == (2, "") and err.startswith("bitatlas: --draft --protect: ") and not (tmp_path / "no").exists()
     with pytest.raises(UserError, match="holds a run already"):

@@ -79,6 +79,14 @@ def show_plan(plan: Plan) -> None:
         console.print(f"Verdict: {plan.verdict}", soft_wrap=True)
 
 
+def show_draft(plan: Plan) -> None:
+    """The plan, what it is worth, and how to go on."""
+    show_plan(plan)
+    console = _console()
+    console.print(f"Verdict: {plan.verdict}", soft_wrap=True)
+    console.print("A survey goes on from here: the same command, with --resume in the place of --draft.", soft_wrap=True)
+
+
 def show_curve(curve: Curve) -> None:
     """The uniform widths and the plans between them, by size."""
     table = _table("Damage by size, test rows", ["", "size", "code bits", "damage", ""])

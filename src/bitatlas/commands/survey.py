@@ -156,11 +156,11 @@ def survey(
 def _draft(settings: Any, out: Path, resume: bool, reporter: Any, ray: str | None, as_json: bool) -> None:
     from bitatlas.draft import run_draft
     from bitatlas.scripts import print_plan
-    from bitatlas.terminal import show_plan
+    from bitatlas.terminal import show_draft
 
     plan = run_draft(settings, out, resume, reporter, ray)
     if as_json:
         print_plan(plan, out / "plan.json")
         return
-    show_plan(plan)
+    show_draft(plan)
     print(out / "plan.json")
