@@ -138,7 +138,7 @@ def survey(
     )  # fmt: skip
     reporter = Reporter(quiet)
     if draft:
-        _draft(settings, out, resume, reporter, ray, as_json)
+        _draft(settings, out, resume, reporter, ray, as_json, quiet)
         return
     atlas = run_survey(settings, out, resume, reporter, ray)
     if as_json:
@@ -153,7 +153,7 @@ def survey(
     print(out / "report.html")
 
 
-def _draft(settings: Any, out: Path, resume: bool, reporter: Any, ray: str | None, as_json: bool) -> None:
+def _draft(settings: Any, out: Path, resume: bool, reporter: Any, ray: str | None, as_json: bool, quiet: bool) -> None:
     from bitatlas.draft import run_draft
     from bitatlas.scripts import print_plan
     from bitatlas.terminal import show_draft
@@ -162,5 +162,6 @@ def _draft(settings: Any, out: Path, resume: bool, reporter: Any, ray: str | Non
     if as_json:
         print_plan(plan, out / "plan.json")
         return
-    show_draft(plan)
+    if not quiet:
+        show_draft(plan)
     print(out / "plan.json")
