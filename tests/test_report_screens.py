@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 
 from browser import launched
-from screens import BLOCK_LIMIT, LOOKS, MEAN_LIMIT, SECTIONS, SIZE_LIMIT, apart, page_of, shot, stored
+from screens import LOOKS, SECTIONS, alike, apart, page_of, shot, stored
 
 
 @pytest.fixture(scope="module")
@@ -23,15 +23,12 @@ def seen(browser: Any, request: pytest.FixtureRequest, tmp_path_factory: pytest.
         yield request.param, page
 
 
-def differences(look: str, page: Any, section: str) -> tuple[int, float, float]:
-    return apart(shot(page, section), stored(look, section))
-
-
 @pytest.mark.parametrize("section", SECTIONS)
 def test_a_section_looks_as_its_stored_picture(seen: tuple[str, Any], section: str) -> None:
-    size, worst, mean = differences(*seen, section)
+    look, page = seen
+    now, then = shot(page, section), stored(look, section)
     again = "if that is meant, take the pictures anew (python tests/screens.py) and look at them"
-    assert size <= SIZE_LIMIT and worst <= BLOCK_LIMIT and mean <= MEAN_LIMIT, f"{size} pixels, {worst}, {mean}: {again}"
+    assert alike(now, then), f"{apart(now, then)}: {again}"
 
 
 # Takes one thing that can be seen out of a section, and puts it back.
@@ -47,10 +44,10 @@ CHANGES = {
 
 @pytest.mark.parametrize("change", CHANGES)
 def test_what_is_missing_is_noticed(seen: tuple[str, Any], change: str) -> None:
-    section, what, how = CHANGES[change]
+    (look, page), (section, what, how) = seen, CHANGES[change]
     find = f"const element = [...document.querySelectorAll('#{section} :is({what})')].find(one => one.getBoundingClientRect().width > 9)"
-    seen[1].evaluate(f"() => {{ {find}; window.undo = [element, element.getAttribute('style') ?? '']; {how}; }}")
-    size, worst, _ = differences(*seen, section)
-    seen[1].evaluate("() => window.undo[0].setAttribute('style', window.undo[1])")
-    assert size > SIZE_LIMIT or worst > BLOCK_LIMIT
-    assert differences(*seen, section)[1] <= BLOCK_LIMIT
+    page.evaluate(f"() => {{ {find}; window.undo = [element, element.getAttribute('style') ?? '']; {how}; }}")
+    noticed = not alike(shot(page, section), stored(look, section))
+    page.evaluate("() => window.undo[0].setAttribute('style', window.undo[1])")
+    assert noticed
+    assert alike(shot(page, section), stored(look, section))
