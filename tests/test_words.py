@@ -3,7 +3,7 @@
 import pytest
 
 from bitatlas.records import Measured
-from bitatlas.words import byte_size, interval, listed, named_layers, number, p_value, percent
+from bitatlas.words import byte_size, interval, listed, named_layers, number, p_is, p_value, percent
 
 
 @pytest.mark.parametrize(
@@ -26,3 +26,7 @@ def test_numbers_layers_and_lists_read_as_text():
     assert [listed(part) for part in ((), "a", "ab", "abc")] == ["none", "a", "a and b", "a, b and c"]
     assert [p_value(p) for p in (None, 0.00001, 0.0123, 0.5)] == ["", "< 0.0001", "0.012", "0.50"]
     assert [byte_size(count) for count in (12, 1_680_000)] == ["12 bytes", "1.68 MB"]
+
+
+def test_p_is_a_number_or_a_bound():
+    assert [p_is(p) for p in (6e-33, 0.00099, 0.0123, 0.5)] == ["p < 0.0001", "p = 0.0010", "p = 0.012", "p = 0.50"]

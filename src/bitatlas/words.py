@@ -98,6 +98,12 @@ def p_value(p: float | None) -> str:
     return "< 0.0001" if p < 1e-4 else number(p, 4 if p < 0.01 else 3 if p < 0.1 else 2)
 
 
+def p_is(p: float) -> str:
+    """`p = 0.012`, or the bound."""
+    text = p_value(p)
+    return f"p {text}" if text.startswith("<") else f"p = {text}"
+
+
 def runs(layers: Iterable[int]) -> str:
     """Layer numbers as runs: `0–3, 7`."""
     parts: list[list[int]] = []

@@ -43,6 +43,7 @@ from bitatlas.evaluation.no_loss import (
 from bitatlas.evaluation.tango import tango
 from bitatlas.formats import by_width
 from bitatlas.records import Measured, NoLoss, TaskPair, TaskScore
+from bitatlas.words import p_is, p_value
 
 UNIFORM = "uniform:"
 MANY = 500  # items, from which on a binomial is normal enough to say "about so many"
@@ -271,21 +272,19 @@ def _text(pair: TaskPair, one: _Flips, tests: int) -> str:
     seen = f"{_signed(pair.difference.mean)} points {_bracket(pair.difference.ci95)}"
     flips = f"{pair.lost} of {n} items lost, {pair.gained} gained"
     if pair.verdict.startswith(NO_LOSS):
-        also = f"; nor gain: equivalent (p = {room.equivalence_p:.2g})" if room.equivalence_p < ALPHA / tests else ""
-        return f"{pair.verdict}: {seen}, 90% interval {_bracket(room.ci90)}; {flips} (one-sided Holm p = {room.holm_p:.2g}){also}"
+        also = f"; nor gain: equivalent ({p_is(room.equivalence_p)})" if room.equivalence_p < ALPHA / tests else ""
+        return f"{pair.verdict}: {seen}, 90% interval {_bracket(room.ci90)}; {flips} (one-sided Holm {p_is(room.holm_p)}){also}"
     if pair.verdict != "inconclusive":
         also = ""
         if pair.verdict == "falls" and room.held:
-            also = (
-                f"; but {within(room.margin_points)} (90% interval {_bracket(room.ci90)}, one-sided Holm p = {room.holm_p:.2g})"
-            )
-        return f"{pair.verdict}: {seen}; {flips} (Holm p = {pair.holm_p:.2g}){also}"
+            also = f"; but {within(room.margin_points)} (90% interval {_bracket(room.ci90)}, one-sided Holm {p_is(room.holm_p)})"
+        return f"{pair.verdict}: {seen}; {flips} (Holm {p_is(pair.holm_p)}){also}"
     start = f"inconclusive: {n} items cannot tell (seen {seen})"
     if pair.items_needed is None:
         start += f"; differences under {pair.detectable_points:.0f} points would not show"
     else:
         if pair.mcnemar_p < ALPHA:
-            start += f"; p = {pair.mcnemar_p:.2g} alone, {pair.holm_p:.2g} among {tests} comparisons"
+            start += f"; {p_is(pair.mcnemar_p)} alone, {p_value(pair.holm_p)} among {tests} comparisons"
         start += f"; about {pair.items_needed} would show a difference like this"
     return f"{start}; {_proof_text(one, room)}"
 

@@ -11,7 +11,7 @@ from collections.abc import Iterable
 
 from bitatlas.formats import by_width
 from bitatlas.records import Atlas, AttentionLayer, Baseline, Finding, Layer, Measured, Module, Plan, TaskPair, Zone
-from bitatlas.words import NOT_MEASURED, interval, listed, named_layers, number, p_value, percent, runs
+from bitatlas.words import NOT_MEASURED, interval, listed, named_layers, number, p_is, percent, runs
 
 SHOWN_LAYERS = 8  # of a drawing with one box a layer; the tables list all
 OUTSIDE = " (not in --formats)"  # ends the name of a uniform baseline whose format the plan could not choose
@@ -253,8 +253,7 @@ def evidence(finding: Finding) -> list[str]:
     if finding.evidence is not None and not _INTERVAL.search(finding.text):
         parts.append(interval(finding.evidence, unit=True))
     if finding.p_value is not None and not _P_VALUE.search(finding.text):
-        p = p_value(finding.p_value)
-        parts.append(f"p {p}" if p.startswith("<") else f"p = {p}")
+        parts.append(p_is(finding.p_value))
     return parts
 
 
