@@ -243,7 +243,7 @@ def test_no_loss_is_told_with_its_interval_and_equivalence():
     assert pair.verdict == "no loss within 2 points"
     assert pair.text == (
         "no loss within 2 points: 0.1 points [−0.5, 0.7], 90% interval [−0.3, 0.6]; 2 of 1000 items lost, 3 gained "
-        f"(one-sided Holm p < 0.0001); nor gain: equivalent (p < 0.0001)"
+        "(one-sided Holm p < 0.0001); nor gain: equivalent (p < 0.0001)"
     )
 
 
