@@ -25,6 +25,7 @@ from bitatlas.report.html import write_reports
 from browser import font_folder, launched, opened
 
 FOLDER = Path(__file__).with_name("screens")
+RECIPE = Recipe(layers=12, zones=3, others=2)
 SECTIONS = ("answer", "budget", "overview", "strategy", "findings", "layers", "profiles", "tasks")
 LOOKS = {"desk": (1280, False), "phone-dark": (390, True)}  # width, dark
 KEPT = 4  # a stored picture has a pixel for so many by so many
@@ -36,15 +37,11 @@ MEAN_LIMIT = 3.0
 SIZE_LIMIT = 4  # pixels of the page
 
 
-def recipe() -> Recipe:
-    return Recipe(layers=12, zones=3, others=2)
-
-
 @contextmanager
 def page_of(browser: Any, folder: Path, look: str) -> Iterator[Any]:
     """The report of an atlas that is always the same, in the pinned font."""
     width, dark = LOOKS[look]
-    write_reports(make_atlas(recipe()), folder)
+    write_reports(make_atlas(RECIPE), folder)
     with opened(browser, (folder / "report.html").as_uri(), width, dark, bypass_csp=True) as seen:
         seen.page.add_style_tag(content=_font())
         seen.page.evaluate("document.fonts.ready")

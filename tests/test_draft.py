@@ -18,7 +18,7 @@ from bitatlas.planning.refine import Change, Probe, refine
 from bitatlas.planning.search import Tools, search
 from bitatlas.prepare import prepare
 from bitatlas.records import Budget, Plan
-from bitatlas.sensitivity.probe import CURVATURE, Expanded
+from bitatlas.sensitivity.probe import CURVATURE, Expanded, expanded
 from bitatlas.survey import run_survey
 from bitatlas.verify import verify_plan
 from test_cli import run
@@ -31,9 +31,7 @@ def unmeasured(game: Planted) -> Probe:
     """The game's probe with the curvature in the place of swaps, as `sensitivity.probe.drafted` makes it."""
 
     def swaps(base: np.ndarray, changes: list[Change], split: str) -> Expanded:
-        found = quadratic(game.curvature(base), keep=1.0)
-        at = np.array([unit * game.formats + fmt for unit, fmt in changes])
-        return Expanded(found.first.ravel()[at] + np.diag(found.matrix)[at], found.matrix[np.ix_(at, at)])
+        return expanded(quadratic(game.curvature(base), keep=1.0), changes)
 
     return replace(game.probe(), swaps=swaps, rounds_of=CURVATURE)
 

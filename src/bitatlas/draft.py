@@ -8,6 +8,7 @@ has figures), and says nothing of layers, attention or tasks. The folder is a ru
 from __future__ import annotations
 
 from contextlib import closing
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -15,12 +16,12 @@ import numpy as np
 from bitatlas.crew.crew import hired
 from bitatlas.errors import UserError
 from bitatlas.files import to_json, write_text
+from bitatlas.planning.baselines import most_critical_first
 from bitatlas.planning.choose import Scores, scores_of_ends
 from bitatlas.planning.expansion import Floats
 from bitatlas.planning.judge import judge
-from bitatlas.planning.refine import step_text
 from bitatlas.planning.search import Tools, search
-from bitatlas.prepare import Run, on_select, peak_text, prepare, probe
+from bitatlas.prepare import Run, on_select, peak_text, prepare, probe, tools_of
 from bitatlas.progress import Reporter
 from bitatlas.records import Plan
 from bitatlas.sensitivity.probe import drafted
@@ -54,9 +55,9 @@ def _draft(run: Run) -> Plan:
 
 def draft_tools(run: Run) -> Tools:
     """The planner's ways to the model without measured swaps; the curvature at both ends is measured here."""
-    subject, reporter = run.subject, run.reporter
-    units, formats, select = len(subject.units), len(subject.formats), on_select(run)
-    around = drafted(probe(run), run.meter, run.rows, subject.modules, subject.formats, subject.seed, reporter)
+    subject = run.subject
+    units, formats = len(subject.units), len(subject.formats)
+    around = drafted(probe(run), run.meter, run.rows, subject.modules, subject.formats, subject.seed, run.reporter)
 
     def table(end: int) -> Floats:
         changes = [(unit, fmt) for unit in range(units) for fmt in range(formats) if fmt != end]
@@ -64,18 +65,13 @@ def draft_tools(run: Run) -> Tools:
         found[tuple(np.array(changes).T)] = around.swaps(np.full(units, end), changes, "fit").added
         return found
 
-    widest = select({"widest": np.full(units, formats - 1)})["widest"]
+    widest = on_select(run)({"widest": np.full(units, formats - 1)})["widest"]
     scores = scores_of_ends(table(formats - 1), table(0), widest, SOURCE)
-    if not run.settings.refine:
-        return Tools(scores, select)
-    return Tools(scores, select, around, lambda step: reporter.say(step_text(step)), effort="draft")
+    tools = tools_of(run, scores)
+    return replace(tools, probe=around, effort="draft") if tools.probe else tools
 
 
 def by_criticality(run: Run, scores: Scores) -> list[int]:
     """Layers, that with the most damage for its weights first, as far as the scores know."""
-    units = run.subject.units
-    lowered = scores.tables["mean of both"][:, 0]
-    layers = [unit.layer for unit in units]
-    damage = np.bincount(layers, lowered)
-    weights = np.bincount(layers, [sum(module.weights for module in unit.modules) for unit in units])
-    return [int(layer) for layer in np.argsort(-damage / weights, kind="stable")]
+    damage = np.bincount([unit.layer for unit in run.subject.units], scores.tables["mean of both"][:, 0])
+    return most_critical_first(run.subject.modules, damage)

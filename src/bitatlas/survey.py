@@ -25,6 +25,7 @@ from bitatlas.evaluation.bootstrap import measured
 from bitatlas.evaluation.items import TASKS, chance_level, load_items, task_text
 from bitatlas.evaluation.shards import right_of, score_shards
 from bitatlas.journal import content_key
+from bitatlas.planning.baselines import most_critical_first
 from bitatlas.planning.budget import assignment_of
 from bitatlas.planning.calibration import calibrate
 from bitatlas.planning.choose import damage_tables
@@ -199,8 +200,7 @@ def focus_problems(run: Run) -> list[Problem]:
 def by_criticality(modules: Sequence[Module], high: np.ndarray, low: np.ndarray, layers: LayerScreen) -> list[int]:
     """Layers, the most critical first: the one with the most damage for its weights (see `findings.shares`)."""
     values = ((layers.lowered - high) + (low - layers.raised)).mean(axis=1)
-    weights = np.bincount([m.layer for m in modules], [m.weights for m in modules])
-    return [int(layer) for layer in np.argsort(-values / weights, kind="stable")]
+    return most_critical_first(modules, values)
 
 
 def find_plan(run: Run, tools: Tools, most_critical: list[int]) -> Judged:

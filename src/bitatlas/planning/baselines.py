@@ -17,13 +17,19 @@ from numpy.typing import NDArray
 from bitatlas.errors import UserError
 from bitatlas.formats import FORMATS, Format, by_width, get_format
 from bitatlas.planning.budget import Unit, costs_of
-from bitatlas.records import Budget, ModelInfo
+from bitatlas.records import Budget, ModelInfo, Module
 
 Ints = NDArray[np.int64]
 
 RANDOM_PLANS = 20
 UNIFORM, FIRST_HIGH, LAST_HIGH, RANDOM = "uniform", "first layers high", "last layers high", "random"
 CRITICAL_HIGH = "most critical layers high"
+
+
+def most_critical_first(modules: Sequence[Module], damage: NDArray) -> list[int]:
+    """Layers, that with the most damage for its weights first. damage: [layers]"""
+    weights = np.bincount([module.layer for module in modules], [module.weights for module in modules])
+    return [int(layer) for layer in np.argsort(-damage / weights, kind="stable")]
 
 
 def baselines(

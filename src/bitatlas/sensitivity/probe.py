@@ -11,7 +11,7 @@ from dataclasses import dataclass, replace
 import numpy as np
 
 from bitatlas.planning.budget import assignment_of, units_of
-from bitatlas.planning.expansion import Expansion, Floats, quadratic
+from bitatlas.planning.expansion import Expansion, Floats, Quadratic, quadratic
 from bitatlas.planning.refine import Change, Ints, Probe
 from bitatlas.progress import Reporter
 from bitatlas.records import Module
@@ -29,6 +29,12 @@ class Expanded:
 
     added: Floats
     together: Floats
+
+
+def expanded(model: Quadratic, changes: Sequence[Change]) -> Expanded:
+    """What the model says of `changes`."""
+    at = np.array([unit * model.first.shape[1] + fmt for unit, fmt in changes])
+    return Expanded(model.first.ravel()[at] + np.diag(model.matrix)[at], model.matrix[np.ix_(at, at)])
 
 
 def probe_of(
@@ -66,8 +72,7 @@ def drafted(
     def swaps(base: Ints, changes: Sequence[Change], split: str) -> Expanded:
         with reporter.stage(f"curvature around a plan ({split} rows)") as progress:
             own = assignment_of(units, formats, base)
-            found = quadratic(expand(meter, modules, formats, own, getattr(rows, split), seed, progress=progress))
-        at = np.array([unit * len(formats) + fmt for unit, fmt in changes])
-        return Expanded(found.first.ravel()[at] + np.diag(found.matrix)[at], found.matrix[np.ix_(at, at)])
+            found = expand(meter, modules, formats, own, getattr(rows, split), seed, progress=progress)
+        return expanded(quadratic(found), changes)
 
     return replace(probe, swaps=swaps, rounds_of=CURVATURE)
