@@ -39,6 +39,7 @@ bench: $(VENV)/.ready
 	$(BIN)/python benchmarks/resume.py
 	$(BIN)/python benchmarks/attention.py
 	$(BIN)/python benchmarks/solver.py
+	$(BIN)/python benchmarks/statements.py
 	$(BIN)/python benchmarks/peers.py $(PEERS)
 
 clean:
