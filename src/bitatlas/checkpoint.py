@@ -14,7 +14,7 @@ import hashlib
 import os
 import re
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -22,10 +22,17 @@ from typing import Any
 
 import torch
 from torch import nn
-from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
+from transformers import (
+    MODEL_FOR_CAUSAL_LM_MAPPING,
+    AutoModelForCausalLM,
+    AutoModelForImageTextToText,
+    AutoTokenizer,
+    PreTrainedModel,
+)
 from transformers.pytorch_utils import Conv1D
 from transformers.utils import logging
 
+from bitatlas.calls import Calls, calls_of
 from bitatlas.errors import UserError
 from bitatlas.folder import find_folder, read_config, read_header, reason_of, weight_files
 from bitatlas.planning.budget import FUSED
@@ -37,7 +44,6 @@ from bitatlas.streaming import open_stream, without_weights
 from bitatlas.workload import MemoryShape
 
 DTYPE_NAMES = {"F64": "float64", "F32": "float32", "F16": "float16", "BF16": "bfloat16"}
-ROUTERS = ("gate", "router")  # of mixtures of experts: a few weights that choose the way, kept by every runtime
 WEIGHTS = (
     ".weight",
     ".qweight",
@@ -65,7 +71,7 @@ class Checkpoint:
 
     def load_model(self, device: str = "cpu", dtype: torch.dtype = torch.float32) -> PreTrainedModel:
         """The model in evaluation mode; UserError where its weights and its config do not belong together."""
-        model, report = _load(self.folder, str(self.folder), dtype)
+        model, report = _load(self.folder, str(self.folder), self.config, dtype)
         _check_loaded(report, str(self.folder))
         self._check_unexpected(sorted(report["unexpected_keys"]))
         self.check_unchanged()
@@ -122,13 +128,53 @@ def open_checkpoint(name: str, revision: str | None = None, fuse: bool = True) -
     headers = [read_header(file) for file in files]
     model = skeleton_of(config, name)
     layers_path = find_layers(model, name)
-    modules = linear_modules(model, layers_path, fuse)
+    modules, left_out = _plannable(config, name, model, layers_path, fuse)
     tensors = {key: entry for header in headers for key, entry in header.items() if key != "__metadata__"}
     layers = len(_layer_list(model, layers_path))
     with _quiet():
         memory = memory_shape(model, modules, layers)
     info = _describe(name, revision, config, files, tensors, modules, layers, memory)
-    return Checkpoint(folder, config, info, modules, layers_path, files, stamps, _notes(model, layers_path, modules))
+    return Checkpoint(folder, config, info, modules, layers_path, files, stamps, _notes(model, layers_path, modules, left_out))
+
+
+def _plannable(
+    config: Any, name: str, model: nn.Module, layers_path: str, fuse: bool
+) -> tuple[list[Module], list[tuple[str, list[Module]]]]:
+    """The modules that a plan is made of, and those that it leaves out, by reason; UserError where there are none."""
+    every = linear_modules(model, layers_path, fuse)
+    calls = calls_in(config, name, layers_path, [module.name for module in every])
+    modules = linear_modules(model, layers_path, fuse, calls.idle)
+    if not modules:
+        raise UserError(
+            f"{name}: no linear module of its decoder layers is called in a forward pass, so there is nothing to quantize"
+        )
+    idle = [module for module in every if module.name in calls.idle]
+    held = {module.name for module in every}
+    shared = [module for module in _shared_modules(model, layers_path) if module.name not in held]
+    return modules, [
+        ("since the module is never called (its weight is read by others, or not used)", idle),
+        ("since several layers share the weight", shared),
+    ]
+
+
+def calls_in(config: Any, name: str, layers_path: str, names: list[str]) -> Calls:
+    """How a forward pass uses the linear modules `names`."""
+    with without_weights():
+        model = skeleton_of(config, name, "cpu")
+    with _quiet():
+        return calls_of(model, layers_path, names)
+
+
+def _shared_modules(model: nn.Module, layers_path: str) -> list[Module]:
+    """Linear modules of the decoder layers whose weight is that of others, too."""
+    uses = Counter(id(p) for _, p in model.named_parameters(remove_duplicate=False))
+    found = []
+    for index, layer in enumerate(_layer_list(model, layers_path)):
+        for path, module in layer.named_modules():
+            if is_linear(module) and uses[id(module.weight)] > 1:
+                name = f"{layers_path}.{index}.{path}"
+                found.append(Module(name, index, path.rpartition(".")[2], _shape(module), name))
+    return found
 
 
 def open_model(name: str, device: str = "cpu") -> tuple[Any, Any]:
@@ -137,7 +183,7 @@ def open_model(name: str, device: str = "cpu") -> tuple[Any, Any]:
     config = read_config(folder, name, quantized=True)
     for file in weight_files(folder):
         read_header(file)
-    model, report = _load(folder, name, torch.float32)
+    model, report = _load(folder, name, config, torch.float32)
     if getattr(config, "quantization_config", None):  # a quantized layer makes and drops other tensors as it is loaded
         report["missing_keys"] = [key for key in report["missing_keys"] if key.endswith(WEIGHTS)]
     _check_loaded(report, name)
@@ -160,11 +206,11 @@ def _quiet() -> Iterator[None]:
         logging.set_verbosity(before)
 
 
-def _load(folder: Path, name: str, dtype: torch.dtype) -> tuple[PreTrainedModel, dict[str, Any]]:
+def _load(folder: Path, name: str, config: Any, dtype: torch.dtype) -> tuple[PreTrainedModel, dict[str, Any]]:
     """The model, and what transformers reports of the loading; shapes that differ are in the report, not raised."""
     try:
         with _quiet():
-            return AutoModelForCausalLM.from_pretrained(
+            return auto_class(config).from_pretrained(
                 folder, dtype=dtype, local_files_only=True, trust_remote_code=False, use_safetensors=True, output_loading_info=True, ignore_mismatched_sizes=True
             )  # type: ignore[return-value]  # fmt: skip
     except Exception as error:  # each model type and each quantizer fails in its own way
@@ -182,8 +228,15 @@ def _check_loaded(report: dict[str, Any], name: str) -> None:
 
 
 def _placed(model: PreTrainedModel, device: str) -> PreTrainedModel:
+    _without_rescaling(model)
     model.to(device)  # type: ignore[arg-type]
     return model.eval().requires_grad_(False)
+
+
+def _without_rescaling(model: nn.Module) -> None:
+    """RWKV halves weights in place when it first runs, and hidden states between layers, against overflow; the function is the same without."""
+    if getattr(model.config, "rescale_every", None):
+        model.config.rescale_every = 0
 
 
 def probe_ids(model: PreTrainedModel) -> torch.Tensor:
@@ -204,11 +257,18 @@ def check_causal(model: PreTrainedModel, name: str) -> None:
         raise UserError(f"{name}: {type(model).__name__} reads ahead, so it is not a causal language model")
 
 
+def auto_class(config: Any) -> Any:
+    """What transformers opens a config with: as a causal language model, or, where it has none of this kind, with its eyes and ears."""
+    return AutoModelForCausalLM if type(config) in MODEL_FOR_CAUSAL_LM_MAPPING else AutoModelForImageTextToText
+
+
 def skeleton_of(config: Any, name: str, device: str = "meta") -> nn.Module:
     """The model of a config without its weights, on torch's meta device; another `device` is for its buffers (see `streaming`)."""
     try:
         with torch.device(device), _quiet():
-            return AutoModelForCausalLM.from_config(config, trust_remote_code=False)
+            model = auto_class(config).from_config(config, trust_remote_code=False)
+            _without_rescaling(model)
+            return model  # type: ignore[no-any-return]
     except Exception as error:  # each model type fails in its own way on numbers that make no sense
         raise UserError(f"{name}: transformers cannot build this model ({reason_of(error)})") from None
 
@@ -218,25 +278,41 @@ def is_linear(module: nn.Module) -> bool:
 
 
 def find_layers(model: nn.Module, name: str) -> str:
-    """Path of the decoder layers: the outermost ModuleList of equal blocks with linear modules that holds most weights."""
+    """Path of the decoder layers: the outermost list of blocks with linear modules that holds most weights, in the part that reads text."""
     found: list[tuple[int, str]] = []
     lists: list[str] = []
+    inside = _text_path(model)
     for path, module in model.named_modules():
+        if not f"{path}.".startswith(inside):
+            continue
         if not isinstance(module, nn.ModuleList) or any(path.startswith(outer + ".") for outer in lists):
             continue
         lists.append(path)
-        if len({type(block) for block in module}) == 1 and all(any(map(is_linear, block.modules())) for block in module):
+        if any(any(map(is_linear, block.modules())) for block in module) and not any(map(is_linear, module)):
             found.append((sum(p.numel() for p in module.parameters()), path))
     if not found:
         raise UserError(f"{name}: no decoder layers with linear modules were found, so there is nothing to quantize")
     return max(found)[1]
 
 
-def linear_modules(model: nn.Module, layers_path: str, fuse: bool) -> list[Module]:
-    """Every linear module of the decoder layers, in the model's order, routers excepted."""
+def _text_path(model: nn.Module) -> str:
+    """The path, with its dot, of the decoder of a model that also sees or hears; "" of a language model."""
+    get = getattr(model, "get_decoder", None)
+    decoder = get() if get else None
+    return next((f"{path}." for path, module in model.named_modules() if path and module is decoder), "")
+
+
+def linear_modules(model: nn.Module, layers_path: str, fuse: bool, left_out: Collection[str] = ()) -> list[Module]:
+    """Every linear module of the decoder layers, in the model's order, but for routers, weights that several modules share, and `left_out`."""
     modules: list[Module] = []
+    experts = _expert_counts(getattr(model, "config", None))
+    uses = Counter(id(p) for _, p in model.named_parameters(remove_duplicate=False))
     for index, layer in enumerate(_layer_list(model, layers_path)):
-        named = [(path, m) for path, m in layer.named_modules() if is_linear(m) and path.rpartition(".")[2] not in ROUTERS]
+        named = [
+            (path, m) for path, m in layer.named_modules()
+            if is_linear(m) and not is_router(path, _shape(m)[0], experts) and uses[id(m.weight)] == 1
+            and f"{layers_path}.{index}.{path}" not in left_out
+        ]  # fmt: skip
         kinds = _kinds([path for path, _ in named])
         for path, module in named:
             name = f"{layers_path}.{index}.{path}"
@@ -244,6 +320,26 @@ def linear_modules(model: nn.Module, layers_path: str, fuse: bool) -> list[Modul
             unit = f"{parent}.{FUSED[last]}" if fuse and last in FUSED else name
             modules.append(Module(name, index, kinds[path], _shape(module), unit))
     return modules
+
+
+def is_router(path: str, outputs: int, experts: Collection[int]) -> bool:
+    """Does a linear module choose the way (the scores of experts, one number that weighs an expert)? A few weights, kept by every runtime.
+
+    experts: numbers of experts in the config. An MLP's `gate_proj` is no router.
+    """
+    words = path.split(".")
+    if outputs == 1 or any("router" in word for word in words):
+        return True
+    return any(word == "gate" or word.endswith("_gate") for word in words) and (
+        outputs in experts or ("gate" in words and not experts)
+    )
+
+
+def _expert_counts(config: Any) -> set[int]:
+    """Every number in the config whose name speaks of experts."""
+    content = config.get_text_config().to_dict() if config is not None else {}
+    values = [*content.items(), *(item for part in content.values() if isinstance(part, dict) for item in part.items())]
+    return {value for name, value in values if "expert" in str(name) and type(value) is int}
 
 
 def _kinds(paths: list[str]) -> dict[str, str]:
@@ -261,14 +357,29 @@ def _shape(module: nn.Module) -> tuple[int, int]:
     return (second, first) if isinstance(module, Conv1D) else (first, second)
 
 
-def _notes(model: nn.Module, layers_path: str, modules: list[Module]) -> list[str]:
+def _notes(model: nn.Module, layers_path: str, modules: list[Module], left_out: Sequence[tuple[str, list[Module]]]) -> list[str]:
+    """What the plan does not cover. left_out: reasons, and the linear modules that are kept for them."""
     covered = sum(module.weights for module in modules)
     matrices = sum(p.numel() for p in model.get_submodule(layers_path).parameters() if p.dim() > 1)
+    notes = []
     if covered < 0.99 * matrices:
-        return [
-            f"{1 - covered / matrices:.0%} of the layers' matrix weights are not in linear modules (fused experts, convolutions) and keep their dtype"
-        ]
-    return []
+        notes.append(
+            f"the plan covers {covered / matrices:.0%} of the layers' matrix weights: the others are not in linear modules of their own "
+            "(fused experts, convolutions), or are named below, and keep their dtype"
+        )
+    for reason, kept in left_out:
+        if kept:
+            notes.append(f"{_in_layers(kept, layers_path)}: not quantized, {reason}")
+    return notes
+
+
+def _in_layers(modules: list[Module], layers_path: str) -> str:
+    """Modules by their names, those of several layers together: model.layers.{0,1,2}.mixer.dt_proj"""
+    layers: dict[str, list[str]] = {}
+    for module in modules:
+        layer, _, rest = module.name.removeprefix(f"{layers_path}.").partition(".")
+        layers.setdefault(rest, []).append(layer)
+    return ", ".join(f"{layers_path}.{{{','.join(of_rest)}}}.{rest}" for rest, of_rest in layers.items())
 
 
 def _describe(

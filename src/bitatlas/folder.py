@@ -13,7 +13,7 @@ from typing import Any
 
 from transformers import AutoConfig
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING_NAMES
-from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
+from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES, MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES
 
 from bitatlas.errors import UserError
 
@@ -31,6 +31,8 @@ HUB_FILES = [
 ]
 PICKLE_FILE = "pytorch_model.bin"
 PICKLE_HUB_FILES = ["pytorch_model*.bin"]
+KNOWN_MODELS = {**MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES, **MODEL_FOR_CAUSAL_LM_MAPPING_NAMES}  # model type -> architecture
+KNOWN_ARCHITECTURES = {*MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES.values(), *MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.values()}
 LONGEST_NAME = 100  # of a weights file; what a file system takes is a little more than 250 bytes
 LONGEST_REASON = 200  # characters of a library's message that are repeated
 
@@ -108,12 +110,13 @@ def _refuse_other_models(config: Any, name: str) -> None:
     architectures = getattr(config, "architectures", None) or []
     if not isinstance(architectures, list) or not all(isinstance(architecture, str) for architecture in architectures):
         raise UserError(f"{name}: config.json cannot be used (architectures is not a list of names)")
-    causal = any(a.endswith(("ForCausalLM", "LMHeadModel")) for a in architectures)
-    known = config.model_type in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
+    causal = any(a in KNOWN_ARCHITECTURES or a.endswith(("ForCausalLM", "LMHeadModel")) for a in architectures)
+    known = config.model_type in KNOWN_MODELS
     if getattr(config, "is_encoder_decoder", False) or not known or (architectures and not causal):
         what = architectures[0] if architectures else config.model_type
         raise UserError(
-            f"{name}: {what} is not a decoder-only causal language model (expected an architecture ending in ForCausalLM)"
+            f"{name}: {what} is not a decoder-only causal language model (expected an architecture ending in ForCausalLM, "
+            "or one that reads images and text and writes text)"
         )
 
 

@@ -5,29 +5,42 @@ a change is computed once: `record` keeps what goes into every layer of a base, 
 they begin. The model's own forward does the rest, with every layer standing in: `enter` is all that comes before the layers (embeddings,
 masks, positions), `logits_of` all that comes behind them.
 
+Some families hand more from layer to layer than the hidden state: layers write keys and values into a dictionary from which later layers
+read. Every pass has its own copies of such containers (`Shared`), and one that begins behind the first layer begins with the base's.
+
 A pass in these pieces gives what a whole pass gives, to the last bit, where layers follow each other and nothing else happens
-between them; `check_chain` refuses a model in which that is not so.
+between them. `is_chain` tries that out. A model in which it is not so (layers that run more than once, or read what several layers
+before them gave) is run whole for every change, with all weights in memory: slower, and the same numbers.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import AbstractContextManager, contextmanager
-from dataclasses import dataclass
+import copy
+from collections import Counter
+from collections.abc import Callable, Iterator, MutableMapping, Sequence
+from contextlib import AbstractContextManager, ExitStack, contextmanager
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from bitatlas.checkpoint import decoder_layers
+from bitatlas.checkpoint import decoder_layers, is_linear, probe_ids
 from bitatlas.errors import UserError
 from bitatlas.shelf import Shelf
-from bitatlas.streaming import held
+from bitatlas.streaming import held, stream_of
+from bitatlas.swap import swapped, weight_of
 
 Call = tuple[tuple[Any, ...], dict[str, Any]]
+Shared = dict[int, Any]  # a pass's own copy of each container that layers share, by the id of the one that the model made
 
 LOGIT_BYTES = 2**26  # of one batch's float32 logits: a few such arrays are alive at a time
 CHAIN_TOLERANCE = 1e-3  # of the largest logit; a whole pass and one in pieces differ by rounding alone
+CHAIN, TOKEN_AXIS, MORE_VALUES = (
+    "bitatlas_chain",
+    "bitatlas_token_axis",
+    "bitatlas_more_values",
+)  # attributes: what was tried once
 
 
 def batch_rows(row_length: int, vocabulary: int) -> int:
@@ -43,20 +56,49 @@ def token_spans(rows: int, tokens: int, vocabulary: int, logit_bytes: int = LOGI
 
 @dataclass(frozen=True)
 class Start:
-    """What comes before the layers. `hidden` [rows, tokens, width] goes into layer 0, `calls[i]` beside it into layer i."""
+    """What comes before the layers. `hidden` [rows, tokens, width] goes into layer 0, `calls[i]` beside it into layer i.
+
+    `containers`: what several layers are called with and may write into, as it is before the first one.
+    """
 
     hidden: Tensor
     calls: list[Call]
+    containers: list[Any] = field(default_factory=list)
+
+    def fresh(self) -> Shared:
+        """The containers of a pass that begins at the first layer."""
+        return {id(container): copy.copy(container) for container in self.containers}
+
+    def call(self, layer: int, shared: Shared) -> Call:
+        """What goes into a layer beside the hidden state, in the pass that `shared` belongs to."""
+        args, kwargs = self.calls[layer]
+        return tuple(shared.get(id(value), value) for value in args), {
+            name: shared.get(id(value), value) for name, value in kwargs.items()
+        }
 
 
 @dataclass(frozen=True)
 class Recorded:
-    """One pass of a base over batches. `inputs` holds (layer, batch) -> what went into the layer, `final` what came out of the last one."""
+    """One pass of a base over batches. `inputs` holds (layer, batch) -> what went into the layer, `final` what came out of the last one.
+
+    Of a model that is run whole, `final` is the logits, and `inputs` stays empty.
+    """
 
     ids: Sequence[Tensor]
     starts: list[Start]
     inputs: Shelf
     final: list[Tensor]  # [rows, tokens, width] each
+    shared: dict[tuple[int, int], Shared] = field(default_factory=dict)  # (layer, batch) -> the containers in front of it
+
+    def shared_at(self, layer: int, batch: int) -> Shared:
+        """The base's containers in front of a layer, to be written into."""
+        before = self.shared.get((layer, batch))
+        return self.starts[batch].fresh() if before is None else forked(before)
+
+
+def forked(shared: Shared) -> Shared:
+    """Containers of the same content."""
+    return {key: copy.copy(container) for key, container in shared.items()}
 
 
 @dataclass(frozen=True)
@@ -68,8 +110,8 @@ class Job:
 
 
 def hidden_of(output: Any) -> Tensor:
-    """The hidden state in a layer's output, which some architectures wrap in a tuple."""
-    return output[0] if isinstance(output, tuple) else output
+    """The hidden state in a layer's output, which comes first where there are several values."""
+    return output[0] if isinstance(output, tuple | list) else output
 
 
 def _split(args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Tensor, Call]:
@@ -100,11 +142,30 @@ def enter(model: Any, input_ids: Tensor) -> Start:
 
     with _standing_in(model, note):
         model.base_model(input_ids=input_ids, use_cache=False)
-    return Start(first[0], calls)
+    return Start(first[0], calls, _containers(calls))
+
+
+def _containers(calls: Sequence[Call]) -> list[Any]:
+    """The dictionaries and lists that more than one layer is called with."""
+    every = [value for args, kwargs in calls for value in (*args, *kwargs.values()) if isinstance(value, MutableMapping | list)]
+    count = Counter(map(id, every))
+    return [value for value in {id(value): value for value in every}.values() if count[id(value)] > 1]
+
+
+def cut(model: Any, final: Tensor, span: slice) -> Tensor:
+    """The tokens `span` of `final`, which came out of the last layer (of some families with more axes than [rows, tokens, width])."""
+    axis = 1 if final.dim() == 3 else _token_axis(model)
+    return final[(slice(None),) * axis + (span,)]
 
 
 def logits_of(model: Any, input_ids: Tensor, final: Tensor) -> Tensor:
     """Logits [rows, tokens, vocabulary] of what came out of the last layer, `final` [rows, tokens, width]. Differentiable in `final`."""
+    if not is_chain(model):
+        return final
+    return _logits(model, input_ids, final)
+
+
+def _logits(model: Any, input_ids: Tensor, final: Tensor) -> Tensor:
     with _standing_in(model, lambda args, kwargs: final):
         return model(input_ids=input_ids, use_cache=False).logits
 
@@ -112,19 +173,37 @@ def logits_of(model: Any, input_ids: Tensor, final: Tensor) -> Tensor:
 @torch.no_grad()
 def record(model: Any, batches: Sequence[Tensor], inputs: Shelf | None = None) -> Recorded:
     """One pass over `batches` (int64 [rows, tokens] each, on the model's device). Without `inputs` only its end is kept."""
+    if not is_chain(model):
+        return Recorded(batches, [], Shelf(0), [whole_logits(model, ids) for ids in batches])
+    return _record(model, batches, inputs)
+
+
+def _record(model: Any, batches: Sequence[Tensor], inputs: Shelf | None) -> Recorded:
     starts = [enter(model, ids) for ids in batches]
     hidden = [start.hidden for start in starts]
-    for index, layer in enumerate(decoder_layers(model)):
+    shared = [start.fresh() for start in starts]
+    before: dict[tuple[int, int], Shared] = {}
+    for index, layer in enumerate(_called_layers(model, starts)):
         with held(model, index):
             for number, start in enumerate(starts):
                 if inputs is not None:
                     inputs.put((index, number), hidden[number])
-                hidden[number] = run_layer(layer, hidden[number], start.calls[index])
-    return Recorded(batches, starts, inputs if inputs is not None else Shelf(0), hidden)
+                    if shared[number]:
+                        before[index, number] = forked(shared[number])
+                hidden[number] = run_layer(layer, hidden[number], start.call(index, shared[number]))
+    return Recorded(batches, starts, inputs if inputs is not None else Shelf(0), hidden, before)
+
+
+def _called_layers(model: Any, starts: Sequence[Start]) -> Sequence[nn.Module]:
+    """The decoder layers that a pass runs: some lists go on behind the last of them."""
+    layers = decoder_layers(model)
+    return list(layers)[: len(starts[0].calls)] if starts else list(layers)
 
 
 def begin(model: Any, batches: Sequence[Tensor]) -> Recorded:
     """What goes into layer 0, for jobs that begin there; no layer is run."""
+    if not is_chain(model):
+        return Recorded(batches, [], Shelf(0), [])
     starts = [enter(model, ids) for ids in batches]
     inputs = Shelf(sum(start.hidden.nbytes for start in starts))
     for number, start in enumerate(starts):
@@ -138,18 +217,34 @@ def follow(model: Any, recorded: Recorded, jobs: Sequence[Job]) -> list[list[Ten
 
     Call it in the block in which the base was recorded.
     """
-    layers = decoder_layers(model)
+    if not is_chain(model):
+        return [_whole(model, recorded, job) for job in jobs]
+    return _follow(model, recorded, jobs)
+
+
+def _whole(model: Any, recorded: Recorded, job: Job) -> list[Tensor]:
+    with ExitStack() as stack:
+        for index in range(job.start, len(decoder_layers(model))):
+            stack.enter_context(job.at(index))
+        return [whole_logits(model, ids) for ids in recorded.ids]
+
+
+def _follow(model: Any, recorded: Recorded, jobs: Sequence[Job]) -> list[list[Tensor]]:
+    layers = _called_layers(model, recorded.starts)
     states: list[list[Tensor]] = [[] for _ in jobs]
+    shared: list[list[Shared]] = [[] for _ in jobs]
     for index in range(min((job.start for job in jobs), default=len(layers)), len(layers)):
         with held(model, index):
             begun = [recorded.inputs.get((index, b)) for b in range(len(recorded.ids))] if _any_starts(jobs, index) else []
             for number, job in enumerate(jobs):
+                if job.start == index:
+                    states[number] = begun
+                    shared[number] = [recorded.shared_at(index, b) for b in range(len(recorded.ids))]
                 if job.start <= index:
-                    before = begun if job.start == index else states[number]
                     with job.at(index):
                         states[number] = [
-                            run_layer(layers[index], hidden, start.calls[index])
-                            for hidden, start in zip(before, recorded.starts, strict=True)
+                            run_layer(layers[index], hidden, start.call(index, own))
+                            for hidden, start, own in zip(states[number], recorded.starts, shared[number], strict=True)
                         ]
     return states
 
@@ -162,16 +257,21 @@ def _any_starts(jobs: Sequence[Job], layer: int) -> bool:
 def _standing_in(model: Any, answer: Callable[[tuple[Any, ...], dict[str, Any]], Tensor]) -> Iterator[None]:
     """Within the block, no layer computes anything: each returns `answer(args, kwargs)`, in the form in which it returns its own."""
     layers = decoder_layers(model)
-    wraps = _wraps(model, layers)
+    more = _more_values(model, layers)
     before = [layer.__dict__.get("forward") for layer in layers]
 
-    def forward(*args: Any, **kwargs: Any) -> Any:
-        hidden = answer(args, kwargs)
-        return (hidden,) if wraps else hidden
+    def forward_of(layer: nn.Module) -> Callable[..., Any]:
+        values = more.get(type(layer))
+
+        def forward(*args: Any, **kwargs: Any) -> Any:
+            hidden = answer(args, kwargs)
+            return hidden if values is None else (hidden,) + (None,) * values
+
+        return forward
 
     try:
         for layer in layers:
-            layer.forward = forward
+            layer.forward = forward_of(layer)
         yield
     finally:
         for layer, own in zip(layers, before, strict=True):
@@ -182,36 +282,122 @@ def _standing_in(model: Any, answer: Callable[[tuple[Any, ...], dict[str, Any]],
 
 
 class _SeenError(Exception):
-    """Ends a pass behind the first layer."""
+    """Ends a pass once a layer of every class has run."""
 
 
 @torch.no_grad()
-def _wraps(model: Any, layers: nn.ModuleList) -> bool:
-    """Do the layers return a tuple? Tried once a model, on one token."""
-    known = getattr(layers, "returns_tuple", None)
+def _more_values(model: Any, layers: nn.ModuleList) -> dict[type, int | None]:
+    """How many values a layer of each class returns behind the hidden state; None: it returns no tuple. Tried once a model, on one token."""
+    known = getattr(layers, MORE_VALUES, None)
     if known is not None:
-        return bool(known)
+        return known  # type: ignore[no-any-return]
+    found: dict[type, int | None] = {}
+    first = {type(layer): layer for layer in reversed(layers)}
 
     def look(module: nn.Module, args: Any, output: Any) -> None:
-        layers.returns_tuple = isinstance(output, tuple)  # type: ignore[assignment]
-        raise _SeenError
+        found[type(module)] = len(output) - 1 if isinstance(output, tuple | list) else None
+        if len(found) == len(first):
+            raise _SeenError
 
-    hook = layers[0].register_forward_hook(look)
+    hooks = [layer.register_forward_hook(look) for layer in first.values()]
     try:
         model.base_model(input_ids=torch.zeros(1, 1, dtype=torch.int64, device=model.device), use_cache=False)
     except _SeenError:
         pass
     finally:
-        hook.remove()
-    return bool(layers.returns_tuple)
+        for hook in hooks:
+            hook.remove()
+    setattr(layers, MORE_VALUES, found)
+    return found
+
+
+# --- is it a chain? ------------------------------------------------------------------------------------------------------------
 
 
 @torch.no_grad()
-def check_chain(model: Any, name: str, input_ids: Tensor) -> None:
-    """UserError where a pass in pieces is not the whole pass: something happens between the layers."""
-    logits = model(input_ids=input_ids, use_cache=False).logits
-    pieces = logits_of(model, input_ids, record(model, [input_ids]).final[0])
-    if not (pieces - logits).abs().max() <= CHAIN_TOLERANCE * logits.abs().max():
+def whole_logits(model: Any, input_ids: Tensor) -> Tensor:
+    """Logits [rows, tokens, vocabulary] of one pass of the model's own."""
+    return model(input_ids=input_ids, use_cache=False).logits  # type: ignore[no-any-return]
+
+
+def is_chain(model: Any) -> bool:
+    """Can the model be run layer by layer? Tried once, on a few tokens."""
+    known = getattr(model, CHAIN, None)
+    if known is None:
+        try:
+            known = _tried(model)
+        except UserError:
+            raise
+        except Exception:  # each family fails in its own way where a layer is called with less than it needs
+            known = False
+        setattr(model, CHAIN, known)
+    return bool(known)
+
+
+@torch.no_grad()
+def _tried(model: Any) -> bool:
+    """Are passes in pieces the whole ones: of the model, of one that is changed in its first layer, and of the model again, side by side?"""
+    ids = probe_ids(model).repeat(2, 1)
+    ids[1] = ids[1].flip(0)
+    layers = decoder_layers(model)
+    halved = {name: 0.5 * weight_of(model, name) for name in _some_module(model)}
+    with Shelf(2**30) as shelf:
+        recorded = _record(model, [ids], shelf)
+        jobs = [Job(0, lambda layer: swapped(model, halved if layer == 0 else {}))]
+        jobs += [Job(start, lambda layer: swapped(model, {})) for start in {0, len(layers) // 2}]
+        changed, *same = (_logits(model, ids, final[0]) for final in _follow(model, recorded, jobs))
+    own = whole_logits(model, ids)
+    with swapped(model, halved):
+        truly = whole_logits(model, ids)
+    pairs = [(changed, truly), (_logits(model, ids, recorded.final[0]), own), *((logits, own) for logits in same)]
+    return all(bool((a - b).abs().max() <= CHAIN_TOLERANCE * b.abs().max()) for a, b in pairs)
+
+
+def _some_module(model: nn.Module) -> list[str]:
+    """The first linear module of the first layer that has one, by its name."""
+    layer = decoder_layers(model)[0]
+    inside = {id(module) for module in layer.modules() if is_linear(module)}
+    return [name for name, module in model.named_modules() if id(module) in inside][:1]
+
+
+@torch.no_grad()
+def _token_axis(model: Any) -> int:
+    """Which axis of a hidden state of four are the tokens."""
+    axis = getattr(model, TOKEN_AXIS, None)
+    if axis is None:
+        ids = probe_ids(model).repeat(2, 1)
+        shape = enter(model, ids).hidden.shape
+        axis = next(number for number in range(1, len(shape)) if shape[number - 1 : number + 1] == ids.shape)
+        setattr(model, TOKEN_AXIS, axis)
+    return int(axis)
+
+
+def rows_and_tokens(model: Any, hidden: Tensor) -> Tensor:
+    """A layer's hidden state as [rows, tokens, width]: of several streams side by side, the largest of each number's."""
+    if hidden.dim() == 3:
+        return hidden
+    axis = _token_axis(model)
+    return hidden.movedim((axis - 1, axis), (0, 1)).abs().flatten(2, -2).amax(2)
+
+
+def check_chain(model: Any, name: str) -> None:
+    """UserError where activations leave the range of the model's dtype, or where a model that is streamed has to be run whole."""
+    logits = whole_logits(model, probe_ids(model))
+    check_range(logits, name)
+    if stream_of(model) is not None and not is_chain(model):
         raise UserError(
-            f"{name}: the layers of {type(model).__name__} do not simply follow each other, which measuring them needs"
+            f"{name}: {type(model).__name__} hands more from layer to layer than can be kept, so it cannot be run layer by layer: "
+            "it needs all its weights in memory (a larger --memory)"
         )
+
+
+def check_range(values: Tensor, name: str, dtype: torch.dtype | None = None) -> None:
+    """UserError where numbers are not finite that a model made in `dtype` (None: theirs)."""
+    if bool(torch.isfinite(values).all()):
+        return
+    dtype = dtype or values.dtype
+    if dtype == torch.float16:
+        raise UserError(
+            f"{name}: activations overflow float16 (above {torch.finfo(torch.float16).max:.0f}); use --dtype bfloat16 or float32"
+        )
+    raise UserError(f"{name}: the model's logits are not finite ({str(dtype).removeprefix('torch.')}); nothing can be measured")

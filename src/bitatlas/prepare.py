@@ -18,7 +18,7 @@ from pydantic import TypeAdapter
 import bitatlas.demo as demo
 from bitatlas.allocator import return_large
 from bitatlas.bank import BANK, Bank, disk_bytes
-from bitatlas.checkpoint import Checkpoint, check_causal, check_finite, free_bytes, open_checkpoint, probe_ids
+from bitatlas.checkpoint import Checkpoint, check_causal, check_finite, free_bytes, open_checkpoint
 from bitatlas.crew.crew import Crew
 from bitatlas.errors import FULL, UserError
 from bitatlas.evaluation.items import Item, check_task_names, load_items, split_items, task_text
@@ -154,6 +154,8 @@ def prepare(settings: Settings, out: Path, resume: bool, reporter: Reporter, cre
         if asked and asked.context is None and settings.budget.workload:
             reporter.say(own_context_text(settings.budget.workload))
         reporter.say(sizes_text(checkpoint, settings.formats))
+        for note in checkpoint.notes:
+            reporter.say(note)
         _check_folder(out, resume, checkpoint, settings.formats)
         tokenizer = checkpoint.load_tokenizer()
         rows, items = rows_and_items(settings, checkpoint, tokenizer)
@@ -164,7 +166,7 @@ def prepare(settings: Settings, out: Path, resume: bool, reporter: Reporter, cre
     reporter.say(way_text(way, device))
     model = model_of(settings, checkpoint, way, device)
     check_causal(model, checkpoint.info.name)
-    check_chain(model, checkpoint.info.name, probe_ids(model))
+    check_chain(model, checkpoint.info.name)
     if crew:
         crew.join(out, checkpoint)
     run = run_of(settings, out, checkpoint, way, model, tokenizer, rows, items, _open_journal(out, checkpoint), reporter)

@@ -23,7 +23,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from bitatlas.checkpoint import decoder_layers
+from bitatlas.layerwise import is_chain
 from bitatlas.profiles.capture import eager, run_captured
 from bitatlas.profiles.drift import InStep, drifts, in_step
 from bitatlas.profiles.focus import FocusMasses, Problem, TokenProblem, tokenize
@@ -161,7 +161,7 @@ class _Reader:
         seed: int,
     ):
         self.model = model
-        self.layers = decoder_layers(model)
+        self.in_step = is_chain(model)  # a model that is run whole has no layer that could be run beside others
         self.changed = changed
         self.everything = everything
         self.batch_size = batch_size
@@ -171,19 +171,22 @@ class _Reader:
         self.rows = 0
 
     def notes(self) -> list[str]:
-        if not self.massive:
-            return []
-        return [
-            f"attention sinks: the first token of each sequence, and {self.massive} tokens with massive activations in {self.rows} text rows"
-        ]
+        notes = []
+        if self.massive:
+            notes.append(
+                f"attention sinks: the first token of each sequence, and {self.massive} tokens with massive activations in {self.rows} text rows"
+            )
+        if self.changed is not None and not self.in_step:
+            notes.append("attention drift: the layers of this model do not run one after the other; not measured")
+        return notes
 
     def text(self, rows: Tensor) -> Iterator[None]:
         for start in range(0, len(rows), self.batch_size):
             batch = rows[start : start + self.batch_size].to(self.model.device)
             roles = role_masses(TEXT_ROLES, batch, start, self.seed)
             sinks = Sinks(batch)
-            if self.changed is None:
-                run_captured(self.model, self.layers, batch, partial(self._text_map, sinks, roles))
+            if self.changed is None or not self.in_step:
+                self._run_changed(batch, partial(self._text_map, sinks, roles))
             else:
                 in_step(self.model, batch, self.changed, partial(self._text_step, sinks, Sinks(batch), roles))
             self.massive += int(sinks.keys[:, 1:].sum())
@@ -231,4 +234,4 @@ class _Reader:
 
     def _run_changed(self, batch: Tensor, on_map: Callable[[int, Tensor, Tensor], None]) -> None:
         with swapped(self.model, self.everything):
-            run_captured(self.model, self.layers, batch, on_map)
+            run_captured(self.model, batch, on_map)

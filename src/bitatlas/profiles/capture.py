@@ -9,13 +9,17 @@ in any decoder layer; layers without one (state-space, linear attention) or whos
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from bitatlas.checkpoint import decoder_layers
+from bitatlas.layerwise import rows_and_tokens
+
+MAP_TOLERANCE = 0.02  # of what a query's weights add up to: bfloat16 keeps eight bits of each
 ATTENTION_NAMES = ("self_attn", "attention", "attn", "self_attention")
 OnMap = Callable[[int, Tensor, Tensor], None]  # layer, hidden [rows, tokens, width], map [rows, heads, queries, keys]
 
@@ -42,28 +46,53 @@ def attention_of(layer: nn.Module) -> nn.Module | None:
     return next((child for child in children.values() if type(child).__name__.endswith("Attention")), None)
 
 
-def map_in(output: Any) -> Tensor | None:
-    """The attention map [rows, heads, queries, keys] in what an attention module returned, or None."""
-    parts = output if isinstance(output, tuple) else (output,)
-    maps = [part for part in parts if isinstance(part, Tensor) and part.dim() == 4 and part.shape[2] == part.shape[3]]
+def map_in(output: Any, rows: int, tokens: int, sinks: bool = False) -> Tensor | None:
+    """The attention map [rows, heads, queries, keys] in what an attention module returned for [rows, tokens, width], or None.
+
+    `sinks`: the softmax has terms beside the keys', so a query's weights may add up to less than 1.
+    """
+    parts = output if isinstance(output, tuple | list) else (output,)
+    maps = [part for part in parts if isinstance(part, Tensor) and part.dim() == 4 and _is_map(part, rows, tokens, sinks)]
     return maps[0] if maps else None
 
 
+def _is_map(part: Tensor, rows: int, tokens: int, sinks: bool) -> bool:
+    """Is it the softmax of a causal attention? The state of a linear attention may have the same shape."""
+    if part.shape[0] != rows or part.shape[2:] != (tokens, tokens):
+        return False
+    sums = part.float().sum(-1)
+    ahead = part.triu(1).abs().amax()  # 0 where no query looks at a later key
+    low, high = 0.0 if sinks else 1 - MAP_TOLERANCE, 1 + MAP_TOLERANCE
+    return bool((part.amin() >= 0) & (ahead == 0) & (sums.amin() >= low) & (sums.amax() <= high))
+
+
+def _has_sinks(attention: nn.Module) -> bool:
+    """Does it have learned sinks, which take a part of every query's weight?"""
+    return any("sink" in name.rpartition(".")[2] for name, _ in attention.named_parameters())
+
+
 @contextmanager
-def capturing(layers: Iterable[nn.Module], on_map: OnMap) -> Iterator[None]:
-    """Within the block `on_map` is called for each of the decoder `layers` that runs and computes a map."""
+def capturing(model: Any, on_map: OnMap) -> Iterator[None]:
+    """Within the block `on_map` is called for each decoder layer of `model` that runs and computes a map."""
     hooks = []
-    for index, layer in enumerate(layers):
+    for index, layer in enumerate(decoder_layers(model)):
         attention = attention_of(layer)
         if attention is None:
             continue
         entered: list[Tensor] = []
 
         def before(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], entered: list[Tensor] = entered) -> None:
-            entered[:] = [args[0] if args else kwargs["hidden_states"]]
+            entered[:] = [rows_and_tokens(model, args[0] if args else kwargs["hidden_states"])]
 
-        def after(module: nn.Module, args: Any, output: Any, index: int = index, entered: list[Tensor] = entered) -> None:
-            found = map_in(output)
+        def after(
+            module: nn.Module,
+            args: Any,
+            output: Any,
+            index: int = index,
+            entered: list[Tensor] = entered,
+            sinks: bool = _has_sinks(attention),
+        ) -> None:
+            found = map_in(output, *entered[0].shape[:2], sinks) if entered else None
             if found is not None:
                 on_map(index, entered.pop(), found)
             entered.clear()
@@ -78,7 +107,7 @@ def capturing(layers: Iterable[nn.Module], on_map: OnMap) -> Iterator[None]:
 
 
 @torch.no_grad()
-def run_captured(model: Any, layers: Iterable[nn.Module], input_ids: Tensor, on_map: OnMap) -> None:
-    """One forward pass over `input_ids` [rows, tokens], without the logits, each map of `layers` (the model's) handed to `on_map`."""
-    with capturing(layers, on_map):
+def run_captured(model: Any, input_ids: Tensor, on_map: OnMap) -> None:
+    """One forward pass over `input_ids` [rows, tokens], without the logits, each layer's map handed to `on_map`."""
+    with capturing(model, on_map):
         model.base_model(input_ids=input_ids, use_cache=False)

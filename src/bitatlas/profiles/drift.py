@@ -21,7 +21,7 @@ import torch
 from torch import Tensor, nn
 
 from bitatlas.checkpoint import decoder_layers
-from bitatlas.layerwise import enter, run_layer
+from bitatlas.layerwise import Call, Shared, enter, forked, run_layer
 from bitatlas.profiles.capture import capturing
 from bitatlas.profiles.maps import js_distance, mean_where, strip_sinks, usable_queries
 from bitatlas.streaming import held
@@ -55,20 +55,31 @@ def in_step(
     reference = moved = start.hidden
     rounded = start.hidden.to(other)
     found: list[Tensor] = []
-    with capturing(layers, partial(_keep, found)):
-        for index, (layer, call) in enumerate(zip(layers, start.calls, strict=True)):
+    of_reference, of_moved, of_rounded = start.fresh(), start.fresh(), start.fresh()
+    with capturing(model, partial(_keep, found)):
+        for index, (layer, _) in enumerate(zip(layers, start.calls, strict=False)):
             found.clear()
             before = (reference, moved)
+            local = forked(of_reference)
             with held(model, index):
-                following = run_layer(layer, reference, call)
+                following = run_layer(layer, reference, start.call(index, of_reference))
                 with swapped(model, changed.get(index, {})):
-                    run_layer(layer, reference, call)
-                    moved = run_layer(layer, moved, call)
+                    run_layer(layer, reference, start.call(index, local))
+                    moved = run_layer(layer, moved, start.call(index, of_moved))
                 with in_dtype(layer, other):
-                    rounded = run_layer(layer, rounded, to_dtype(call, other))
+                    rounded = run_layer(layer, rounded, _rounded_call(start.call(index, of_rounded), of_rounded, other))
             reference = following
             if len(found) == 4:
                 on_step(InStep(index, *before, *found))
+
+
+def _rounded_call(call: Call, shared: Shared, dtype: torch.dtype) -> Call:
+    """The call with its tensors in `dtype`, but for what layers share: they write it in that dtype themselves."""
+    own = {id(container) for container in shared.values()}
+    args, kwargs = call
+    return tuple(value if id(value) in own else to_dtype(value, dtype) for value in args), {
+        name: value if id(value) in own else to_dtype(value, dtype) for name, value in kwargs.items()
+    }
 
 
 def _keep(found: list[Tensor], layer: int, hidden: Tensor, maps: Tensor) -> None:

@@ -14,7 +14,6 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from bitatlas.checkpoint import decoder_layers
 from bitatlas.profiles.capture import eager, run_captured
 from bitatlas.profiles.roles import ROLES, one_repeated
 from bitatlas.records import AttentionHead, HeadMap
@@ -45,7 +44,7 @@ def example_maps(model: Any, tokenizer: Any, heads: Sequence[AttentionHead], see
         maps[layer] = found[0].float().cpu()
 
     with eager(model):
-        run_captured(model, decoder_layers(model), ids.to(model.device), keep)
+        run_captured(model, ids.to(model.device), keep)
     return [
         HeadMap(head.layer, head.head, str(head.role), head.scores[str(head.role)], _percent(maps[head.layer][head.head]))
         for head in chosen

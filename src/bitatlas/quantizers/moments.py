@@ -11,7 +11,7 @@ decoder layers, which bitatlas never quantizes.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -19,9 +19,11 @@ import torch
 from torch import Tensor, nn
 
 from bitatlas.checkpoint import decoder_layers
-from bitatlas.layerwise import batch_rows, enter, run_layer
+from bitatlas.layerwise import batch_rows, enter, is_chain, run_layer, whole_logits
 from bitatlas.streaming import held
 from bitatlas.swap import shape_of
+
+Run = Callable[[int, Callable[[], None]], None]  # (layer, called before each batch)
 
 
 def input_moments(model: nn.Module, modules: Sequence[str], rows: Tensor) -> Iterator[tuple[list[str], Tensor]]:
@@ -38,21 +40,49 @@ def input_moments(model: nn.Module, modules: Sequence[str], rows: Tensor) -> Ite
         raise ValueError("a module outside the decoder layers has no recorded input")
     vocabulary = int(model.get_output_embeddings().weight.shape[0])  # type: ignore[operator, union-attr]
     batches = rows.split(batch_rows(rows.shape[1], vocabulary))
-    starts = [enter(model, batch.to(model.device)) for batch in batches]  # type: ignore[arg-type]
-    hidden = [start.hidden for start in starts]
+    run = _pieces(model, batches) if is_chain(model) else _whole(model, batches)
     for number, named in enumerate(layers):
         if not any(layers[number:]):
             return
         sums = _Sums()
         with held(model, number):
             with sums.watching(named), torch.no_grad():
-                for batch, start in enumerate(starts):
-                    sums.next_batch()
-                    hidden[batch] = run_layer(decoder[number], hidden[batch], start.calls[number])
+                run(number, sums.next_batch)
             for name in named:
                 if name not in sums.owner:
-                    sums.add(name, hidden[0].new_zeros(1, shape_of(model, name)[1]))
+                    sums.add(name, torch.zeros(1, shape_of(model, name)[1], device=model.device))  # type: ignore[arg-type]
             yield from sums.means()
+
+
+def _pieces(model: Any, batches: Sequence[Tensor]) -> Run:
+    """Every batch through one layer after the other."""
+    starts = [enter(model, batch.to(model.device)) for batch in batches]
+    hidden, shared = [start.hidden for start in starts], [start.fresh() for start in starts]
+
+    def run(layer: int, next_batch: Callable[[], None]) -> None:
+        for batch, start in enumerate(starts):
+            if layer < len(start.calls):
+                next_batch()
+                call = start.call(layer, shared[batch])
+                hidden[batch] = run_layer(decoder_layers(model)[layer], hidden[batch], call)
+
+    return run
+
+
+def _whole(model: Any, batches: Sequence[Tensor]) -> Run:
+    """The whole model on every batch, again for each layer: no more than one layer's matrices are in memory."""
+
+    def run(layer: int, next_batch: Callable[[], None]) -> None:
+        for batch in batches:
+            next_batch()
+            whole_logits(model, batch.to(model.device))
+
+    return run
+
+
+def input_of(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Tensor:
+    """What a linear module was called with."""
+    return next(iter((*args, *kwargs.values())))  # type: ignore[no-any-return]
 
 
 def precise(values: Tensor) -> Tensor:
@@ -84,9 +114,9 @@ class _Sums:
         """Within the block, what goes into `modules` is added up."""
 
         def hook_of(name: str) -> Any:
-            return lambda module, args: self.add(name, args[0])
+            return lambda module, args, kwargs: self.add(name, input_of(args, kwargs))
 
-        hooks = [module.register_forward_pre_hook(hook_of(name)) for name, module in modules.items()]
+        hooks = [module.register_forward_pre_hook(hook_of(name), with_kwargs=True) for name, module in modules.items()]
         try:
             yield
         finally:

@@ -9,9 +9,12 @@ every linear module as `delta` [rows, tokens, out]; with the module's input x [r
 contracted either way, whichever is cheaper for the shape and the number of formats. Backwards goes layer by layer: what went into each
 layer is kept from the pass forwards, the layer is run again, and every gradient is sent through it before the layer in front is
 looked at. One layer's activations and changes are alive at a time, at the price of one more pass forwards; no weight gradient of
-the model is ever formed. Labels depend on the seed and on a row's tokens alone, not on the batch.
+the model is ever formed. Labels depend on the seed and on a row's tokens alone, not on the batch. What layers hand to later ones beside
+the hidden state (keys and values that several share) takes its gradients with it. Where a module's inputs do not tell which row is
+whose (tokens of all rows one behind the other, an expert's tokens), one row at a time is run. Of a module that a pass calls more than
+once, all calls are added up.
 
-Left out: sequences of unequal length, and modules that one pass calls more than once (shared weights).
+Left out: sequences of unequal length.
 Sources: HAWQ-V3 (ICML 2021) and CLADO (arXiv 2307.05657) for what it is used for; Fisher = Gauss-Newton for KL: Martens, arXiv 1412.1193.
 """
 
@@ -20,7 +23,7 @@ from __future__ import annotations
 import base64
 import hashlib
 from collections import defaultdict
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, MutableMapping, Sequence
 from contextlib import contextmanager
 from itertools import chain
 from typing import Any
@@ -32,8 +35,9 @@ from torch import Tensor, nn
 from bitatlas.bank import Bank
 from bitatlas.checkpoint import decoder_layers
 from bitatlas.journal import content_key
-from bitatlas.layerwise import Recorded, logits_of, record, run_layer
+from bitatlas.layerwise import Recorded, Shared, cut, is_chain, logits_of, record, run_layer
 from bitatlas.planning.expansion import Expansion
+from bitatlas.quantizers.moments import input_of
 from bitatlas.records import Module
 from bitatlas.sensitivity.damage import Assignment, DamageMeter, Progress
 from bitatlas.streaming import held
@@ -43,7 +47,13 @@ from bitatlas.tokens import rows_sha256
 DRAWS = 4  # of labels, a row
 WORK_PER_MOVE = 16  # multiply-adds that take as long as moving one number through memory
 
-Contracted = Callable[[str, Tensor], None]  # (module name, <gradient of each row, dW of each format> [rows, formats])
+ROW_BY_ROW = "bitatlas_row_by_row"  # attribute of a model in which the rows of a module's inputs are not told apart
+
+Key = tuple[Any, ...]  # where a tensor is that goes from layer to layer
+HIDDEN: Key = ()
+Back = dict[Key, Tensor]  # gradients with respect to what goes from a layer to the next ones
+Meet = Callable[[str, Tensor, Tensor], None]  # (module name, x [rows, tokens, in], delta [rows, tokens, out])
+Loose = tuple[str, Tensor, Tensor]  # (module name, x [rows, tokens, in], its output)
 Found = tuple[np.ndarray, np.ndarray]  # of a batch: first order, scores
 
 
@@ -103,20 +113,43 @@ def expand_batches(
     draws: int,
 ) -> list[Found]:
     """By batch [rows, tokens]: first order [rows, units, formats] and scores [rows, draws, units, formats], float64."""
-    own = [batch.to(meter.model.device) for batch in batches]
+    model = meter.model
+    own = [batch.to(model.device) for batch in batches]
+    expanded = _layer_by_layer if is_chain(model) else _whole
+    if is_chain(model) and not getattr(model, ROW_BY_ROW, False):
+        if base:
+            meter.reference.see(own)
+        try:
+            return expanded(meter, modules, formats, base, own, seed, draws)
+        except RowsError:
+            setattr(model, ROW_BY_ROW, True)
+    rows = [row for batch in own for row in batch.split(1)]
     if base:
-        meter.reference.see(own)
+        meter.reference.see(rows)
+    single = iter(expanded(meter, modules, formats, base, rows, seed, draws))
+    found = [[next(single) for _ in batch] for batch in own]
+    return [(np.concatenate([first for first, _ in rows]), np.concatenate([scores for _, scores in rows])) for rows in found]
+
+
+class RowsError(Exception):
+    """What went into a module does not tell which row is whose: tokens of all rows one behind the other, or those of an expert alone."""
+
+
+def _layer_by_layer(
+    meter: DamageMeter, modules: Sequence[Module], formats: Sequence[str], base: Assignment, batches: Sequence[Tensor], seed: int, draws: int
+) -> list[Found]:  # fmt: skip
     place = {name: index for index, name in enumerate(dict.fromkeys(module.unit for module in modules))}
     sums = [np.zeros((draws + 1, len(batch), len(place), len(formats))) for batch in batches]
     layers: dict[int, list[Module]] = defaultdict(list)
     for module in modules:
         layers[module.layer].append(module)
     with meter.shelf() as shelf, swapped(meter.model, meter.bank.weights(base)):
-        recorded = record(meter.model, own, shelf)
+        recorded = record(meter.model, batches, shelf)
         back = [
-            _at_the_end(meter, batch, final, bool(base), seed, draws) for batch, final in zip(own, recorded.final, strict=True)
+            _at_the_end(meter, batch, final, bool(base), seed, draws)
+            for batch, final in zip(batches, recorded.final, strict=True)
         ]
-        for index in reversed(range(max(layers) + 1)):
+        for index in reversed(range(min(max(layers) + 1, len(recorded.starts[0].calls)))):
             with held(meter.model, index):
                 changes = {module.name: changes_of(meter.bank, module.name, formats, base) for module in layers[index]}
                 for number, total in enumerate(sums):
@@ -126,50 +159,139 @@ def expand_batches(
     return [(total[0], total[1:].swapaxes(0, 1).copy()) for total in sums]
 
 
-def _at_the_end(
-    meter: DamageMeter, batch: Tensor, final: Tensor, first_order: bool, seed: int, draws: int
-) -> list[Tensor | None]:
-    """Gradients [rows, tokens, width] with respect to the last hidden state: of the KL (None at the reference, where it is 0), of each draw."""
-    back: list[Tensor | None] = [
-        torch.zeros_like(final) if first_order else None,
-        *(torch.zeros_like(final) for _ in range(draws)),
-    ]
-    points = [label_points(batch, seed, draw) for draw in range(draws)]
+def _whole(
+    meter: DamageMeter, modules: Sequence[Module], formats: Sequence[str], base: Assignment, rows: Sequence[Tensor], seed: int, draws: int
+) -> list[Found]:  # fmt: skip
+    """The same of a model whose layers cannot be run one by one: one row [1, tokens] at a time through all of it."""
+    place = {name: index for index, name in enumerate(dict.fromkeys(module.unit for module in modules))}
+    found: list[Found] = []
+    for row in rows:
+        total = np.zeros((draws + 1, 1, len(place), len(formats)))
+        met = _deltas(meter, [module.name for module in modules], base, row, seed, draws)
+        for module in modules:
+            changes = changes_of(meter.bank, module.name, formats, base) if met[module.name] else None
+            for draw, x, delta in met[module.name]:
+                assert changes is not None
+                total[draw, :, place[module.unit]] += contract(x, delta, changes).double().cpu().numpy()
+        found.append((total[0], total[1:].swapaxes(0, 1).copy()))
+    return found
+
+
+def _deltas(
+    meter: DamageMeter, names: Sequence[str], base: Assignment, row: Tensor, seed: int, draws: int
+) -> dict[str, list[tuple[int, Tensor, Tensor]]]:
+    """Of each module the gradients at its output, with what went in: (0 for the KL, else 1 + draw; x [1, tokens, in]; delta [1, tokens, out])."""
+    met: dict[str, list[tuple[int, Tensor, Tensor]]] = {name: [] for name in names}
+    current = [0]
+    with (
+        torch.enable_grad(),
+        swapped(meter.model, meter.bank.weights(base)),
+        _watched(meter.model, names, row, lambda name, x, delta: met[name].append((current[0], x, delta))) as loose,
+    ):
+        logits = meter.model(input_ids=row, use_cache=False).logits
+        q = torch.softmax(logits.detach().float(), dim=-1)
+        for number in range(0 if base else 1, draws + 1):
+            current[0] = number
+            score = _score(meter, row, slice(0, row.shape[1]), q, seed, number).to(logits.dtype)
+            new = torch.autograd.grad(logits, [out for *_, out in loose], score, retain_graph=number < draws, allow_unused=True)
+            _meet(loose, new, lambda name, x, delta: met[name].append((current[0], x, delta)))
+    return met
+
+
+def _score(meter: DamageMeter, batch: Tensor, span: slice, q: Tensor, seed: int, number: int) -> Tensor:
+    """Gradient with respect to the logits of `span` [rows, tokens, vocabulary]: of the KL (number 0), or of the log-probability of drawn labels."""
+    if number == 0:
+        return (q - meter.reference.log_p(batch, span).exp()) / batch.shape[1]
+    labels = labels_at(q, label_points(batch, seed, number - 1)[:, span])
+    return -q.scatter_add(-1, labels.unsqueeze(-1), torch.full_like(q[..., :1], -1.0))
+
+
+def _at_the_end(meter: DamageMeter, batch: Tensor, final: Tensor, first_order: bool, seed: int, draws: int) -> list[Back | None]:
+    """Gradients with respect to the last hidden state: of the KL (None at the reference, where it is 0), of each draw."""
+    back = [torch.zeros_like(final) for _ in range(draws + 1)]
     for span in meter.spans(batch):
-        leaf = final[:, span].detach().requires_grad_(True)
+        leaf = cut(meter.model, final, span).detach().requires_grad_(True)
         with torch.enable_grad():
             logits = logits_of(meter.model, batch[:, span], leaf)
         q = torch.softmax(logits.detach().float(), dim=-1)
-        for number, own in enumerate(back):
-            if own is None:
-                continue
-            if number == 0:
-                score = (q - meter.reference.log_p(batch, span).exp()) / batch.shape[1]
-            else:
-                labels = labels_at(q, points[number - 1][:, span])
-                score = -q.scatter_add(-1, labels.unsqueeze(-1), torch.full_like(q[..., :1], -1.0))
-            (own[:, span],) = torch.autograd.grad(logits, leaf, score.to(logits.dtype), retain_graph=number < draws)
-    return back
+        for number in range(0 if first_order else 1, draws + 1):
+            score = _score(meter, batch, span, q, seed, number).to(logits.dtype)
+            (gradient,) = torch.autograd.grad(logits, leaf, score, retain_graph=number < draws)
+            cut(meter.model, back[number], span).copy_(gradient)
+    return [{HIDDEN: own} if number or first_order else None for number, own in enumerate(back)]
 
 
 def _through(
-    model: nn.Module, index: int, recorded: Recorded, number: int, back: list[Tensor | None], changes: dict[str, Tensor]
+    model: nn.Module, index: int, recorded: Recorded, number: int, back: list[Back | None], changes: dict[str, Tensor]
 ) -> dict[str, np.ndarray]:
     """Send the gradients `back` through one layer, in place, and contract them with its modules' changes: float64 [draws + 1, rows, formats]."""
+    ids, start = recorded.ids[number], recorded.starts[number]
     leaf = recorded.inputs.get((index, number)).detach().requires_grad_(True)
-    meets = {name: np.zeros((len(back), len(leaf), len(dW))) for name, dW in changes.items()}
+    shared, before = recorded.shared_at(index, number), _tensors(start.fresh())
+    entering = {HIDDEN: leaf, **_as_leaves(shared, before)}
+    meets = {name: np.zeros((len(back), len(ids), len(dW))) for name, dW in changes.items()}
     current = [0]
 
-    def add(name: str, contracted: Tensor) -> None:
-        meets[name][current[0]] += contracted.double().cpu().numpy()
+    def add(name: str, x: Tensor, delta: Tensor) -> None:
+        meets[name][current[0]] += contract(x, delta, changes[name]).double().cpu().numpy()
 
-    with torch.enable_grad(), _watched(model, changes, add):
-        output = run_layer(decoder_layers(model)[index], leaf, recorded.starts[number].calls[index])
-        for place, gradient in enumerate(back):
-            if gradient is not None:
-                current[0] = place
-                (back[place],) = torch.autograd.grad(output, leaf, gradient, retain_graph=place + 1 < len(back))
+    with torch.enable_grad(), _watched(model, list(changes), ids, add) as loose:
+        output = run_layer(decoder_layers(model)[index], leaf, start.call(index, shared))
+        leaving = {HIDDEN: output, **{key: t for key, t in _tensors(shared).items() if t is not before.get(key)}}
+        for place, gradients in enumerate(back):
+            met = [key for key, tensor in leaving.items() if key in (gradients or {}) and tensor.requires_grad]
+            if gradients is None or not met:
+                continue
+            current[0] = place
+            new = torch.autograd.grad(
+                [leaving[key] for key in met], [*entering.values(), *(out for *_, out in loose)], [gradients[key] for key in met],
+                retain_graph=place + 1 < len(back), allow_unused=True,
+            )  # fmt: skip
+            back[place] = {key: gradient for key, gradient in zip(entering, new, strict=False) if gradient is not None}
+            _meet(loose, new[len(entering) :], add)
     return meets
+
+
+def _tensors(shared: Shared) -> dict[Key, Tensor]:
+    """The floating-point tensors in what layers share, by where they are."""
+    found: dict[Key, Tensor] = {}
+
+    def look(key: Key, tensor: Tensor) -> Tensor:
+        if tensor.is_floating_point():
+            found[key] = tensor
+        return tensor
+
+    _each_tensor(shared, look)
+    return found
+
+
+def _as_leaves(shared: Shared, before: dict[Key, Tensor]) -> dict[Key, Tensor]:
+    """What layers in front wrote into `shared`, taken out of their graph and put back: gradients with respect to it are wanted, too."""
+    leaves: dict[Key, Tensor] = {}
+
+    def replace(key: Key, tensor: Tensor) -> Tensor:
+        if not tensor.is_floating_point() or tensor is before.get(key):
+            return tensor
+        leaves[key] = tensor.detach().requires_grad_(True)
+        return leaves[key]
+
+    _each_tensor(shared, replace)
+    return leaves
+
+
+def _each_tensor(shared: Shared, change: Callable[[Key, Tensor], Tensor]) -> None:
+    """Replace every tensor in the containers, and in tuples and lists in them."""
+
+    def changed(key: Key, value: Any) -> Any:
+        if isinstance(value, Tensor):
+            return change(key, value)
+        if type(value) in (tuple, list):
+            return type(value)(changed((*key, number), part) for number, part in enumerate(value))
+        return value
+
+    for identity, container in shared.items():
+        for key in list(container) if isinstance(container, MutableMapping) else range(len(container)):
+            container[key] = changed((identity, key), container[key])
 
 
 def label_points(batch: Tensor, seed: int, draw: int) -> Tensor:
@@ -196,22 +318,41 @@ def changes_of(bank: Bank, name: str, formats: Sequence[str], base: Assignment) 
 
 
 @contextmanager
-def _watched(model: nn.Module, changes: dict[str, Tensor], add: Contracted) -> Iterator[None]:
-    """Within the block, each pass backwards hands every module's row gradients, contracted with its dW's, to `add`."""
+def _watched(model: nn.Module, names: Sequence[str], ids: Tensor, meet: Meet) -> Iterator[list[Loose]]:
+    """Within the block, each pass backwards hands what went into every module and the gradient at its output to `meet`.
 
-    def after(name: str) -> Callable[[nn.Module, tuple[Tensor, ...], Tensor], None]:
-        def hook(module: nn.Module, args: tuple[Tensor, ...], output: Tensor) -> None:
-            x = args[0].detach()
-            output.register_hook(lambda delta: add(name, contract(x, delta, changes[name])))
+    Yields the modules' outputs on which nothing in front of them has an effect that is asked for: gradients with respect to these have
+    to be asked for, too. Raises RowsError where it is not known to which of the rows of `ids` [rows, tokens] an input belongs.
+    """
+    loose: list[Loose] = []
+
+    def after(name: str) -> Callable[..., Tensor | None]:
+        def hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Tensor) -> Tensor | None:
+            x = input_of(args, kwargs).detach()
+            if len(ids) > 1 and (x.dim() < 3 or x.shape[:2] != ids.shape):
+                raise RowsError
+            x = x.reshape(len(ids), -1, x.shape[-1])
+            if output.requires_grad:
+                output.register_hook(lambda delta: meet(name, x, delta.reshape(*x.shape[:2], -1)))
+                return None
+            own = output.detach().requires_grad_(True)
+            loose.append((name, x, own))
+            return own.clone()
 
         return hook
 
-    hooks = [model.get_submodule(name).register_forward_hook(after(name)) for name in changes]
+    hooks = [model.get_submodule(name).register_forward_hook(after(name), with_kwargs=True) for name in names]
     try:
-        yield
+        yield loose
     finally:
         for hook in hooks:
             hook.remove()
+
+
+def _meet(loose: Sequence[Loose], gradients: Sequence[Tensor | None], meet: Meet) -> None:
+    for (name, x, _), delta in zip(loose, gradients, strict=True):
+        if delta is not None:
+            meet(name, x, delta.reshape(*x.shape[:2], -1))
 
 
 def contract(x: Tensor, delta: Tensor, changes: Tensor) -> Tensor:

@@ -27,7 +27,20 @@ from bitatlas.bank import Bank
 from bitatlas.checkpoint import decoder_layers
 from bitatlas.crew.crew import Crew, Share
 from bitatlas.journal import Journal, content_key
-from bitatlas.layerwise import LOGIT_BYTES, Job, Recorded, batch_rows, begin, follow, logits_of, record, token_spans
+from bitatlas.layerwise import (
+    LOGIT_BYTES,
+    Job,
+    Recorded,
+    batch_rows,
+    begin,
+    check_range,
+    cut,
+    follow,
+    is_chain,
+    logits_of,
+    record,
+    token_spans,
+)
 from bitatlas.shelf import Shelf
 from bitatlas.streaming import Lookup, Stream, stream_of
 from bitatlas.swap import swapped
@@ -104,6 +117,7 @@ class Reference:
         new = [batch for batch in batches if rows_sha256(batch) not in self.states]
         if new:
             for batch, final in zip(new, record(self.model, new).final, strict=True):
+                check_range(final, "the unquantized model on these rows")
                 self.states.put(rows_sha256(batch), final)
 
     def whole(self, batch: Tensor) -> Tensor:
@@ -118,7 +132,7 @@ class Reference:
         if key in self._log_p:
             return self._log_p[key]
         final = self.states.get(rows_sha256(batch))
-        found = torch.log_softmax(logits_of(self.model, batch[:, span], final[:, span]).float(), dim=-1)
+        found = torch.log_softmax(logits_of(self.model, batch[:, span], cut(self.model, final, span)).float(), dim=-1)
         if self._kept + 4 * found.numel() <= self.room.reference_bytes:
             self._log_p[key] = found
             self._kept += 4 * found.numel()
@@ -163,7 +177,8 @@ class DamageMeter:
         self.identity = (weights_sha256, quantizer, str(weight.dtype), weight.device.type)
         self.vocabulary = int(self.model.get_output_embeddings().weight.shape[0])
         self.layers = len(decoder_layers(model))
-        self.width = int(self.model.get_input_embeddings().weight.shape[1])
+        # what is kept of a model that is run whole is its logits
+        self.width = int(self.model.get_input_embeddings().weight.shape[1]) if is_chain(model) else self.vocabulary
         self.reference = Reference(model, self.room)
 
     def plans(self, plans: Mapping[str, Assignment], rows: Tensor, progress: Progress | None = None) -> dict[str, np.ndarray]:
@@ -247,7 +262,10 @@ class DamageMeter:
             reference = self.reference.log_p(batch, span)
             share = reference.shape[1] / batch.shape[1]
             for total, final in zip(sums, finals, strict=True):
-                total += share * kl_per_row(reference, logits_of(self.model, batch[:, span], final[:, span])).cpu()
+                logits = logits_of(self.model, batch[:, span], cut(self.model, final, span))
+                total += share * kl_per_row(reference, logits).cpu()
+        for total in sums:
+            check_range(total, "a quantized model", finals[0].dtype)
         return sums
 
     def _measure(

@@ -26,7 +26,7 @@ from torch import Tensor
 
 from bitatlas.crew.crew import Share
 from bitatlas.journal import content_key
-from bitatlas.layerwise import logits_of, record
+from bitatlas.layerwise import check_range, cut, logits_of, record
 from bitatlas.sensitivity.curvature import label_points, labels_at
 from bitatlas.sensitivity.damage import Assignment, DamageMeter, Progress, Swap
 from bitatlas.swap import swapped
@@ -159,15 +159,16 @@ def _against_base(meter: DamageMeter, batch: Tensor, base: Tensor, finals: Seque
     points = [label_points(batch, seed, draw) for draw in range(LABELS)]
     for span in meter.spans(batch):
         p = meter.reference.log_p(batch, span).exp()
-        logits = logits_of(meter.model, batch[:, span], base[:, span]).float()
+        logits = logits_of(meter.model, batch[:, span], cut(meter.model, base, span)).float()
         level = logits.logsumexp(-1)  # [rows, tokens]
         q = torch.softmax(logits, dim=-1)
         labels = torch.stack([labels_at(q, own[:, span]) for own in points], dim=-1)
         for place, final in enumerate(finals):
-            changed = logits_of(meter.model, batch[:, span], final[:, span]).float()
+            changed = logits_of(meter.model, batch[:, span], cut(meter.model, final, span)).float()
             moved = changed - logits
             added[place] += (changed.logsumexp(-1) - level - (p * moved).sum(-1)).double().sum(-1).cpu()
             scores[place].append(moved.gather(-1, labels) - (q * moved).sum(-1, keepdim=True))
+    check_range(added, "a quantized model", base.dtype)
     return [
         {"added": (own / batch.shape[1]).tolist(), "scores": _packed(torch.cat(parts, dim=1))}
         for own, parts in zip(added, scores, strict=True)

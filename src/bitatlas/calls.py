@@ -1,0 +1,103 @@
+"""Which linear modules of a model do their work when they are called, so that a quantized weight can be measured and packed.
+
+Some families have linear modules that only hold a weight: the module around them reads it and multiplies for itself (mamba's `dt_proj`), or
+nothing reads it (keys and values of layers that use those of others). What is done to modules as they are called (curvature, input
+moments, packed weights) passes such a weight by.
+
+A skeleton is asked, without any weight: every parameter is one number seen through the parameter's shape, every linear module answers
+with a constant and tells that it was called or that someone else read its weight, and a few tokens go through. No product is computed and
+no memory is taken. An expert that no token came to is known by the others of its kind.
+"""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+TOKENS = 5  # that go through, of two rows
+
+
+@dataclass(frozen=True)
+class Calls:
+    """Names of linear modules. `known`: the model could be run; without it the other two are empty."""
+
+    known: bool
+    idle: frozenset[str]  # never called: their weight is read by others, or by nobody
+    read: frozenset[str]  # whose weight something else than nn.Linear's own forward reads, called or not
+
+
+@torch.no_grad()
+def calls_of(model: Any, layers_path: str, names: list[str]) -> Calls:
+    """How the linear modules `names` of `model` are used, a skeleton (see `streaming.without_weights`), which is of no other use after."""
+    called: set[str] = set()
+    read = {name for name in names if _own_forward(model.get_submodule(name))}
+    _placeholders(model)
+    _answering(model, names, called, read)
+    try:
+        model(input_ids=torch.ones(2, TOKENS, dtype=torch.int64), use_cache=False)
+    except Exception:  # each family fails in its own way on numbers that mean nothing
+        return Calls(False, frozenset(), frozenset(read))
+    kinds = {_of_experts(name, layers_path) for name in called}
+    idle = frozenset(name for name in names if _of_experts(name, layers_path) not in kinds)
+    return Calls(True, idle, frozenset(read))
+
+
+def _of_experts(name: str, layers_path: str) -> str:
+    """A module's name without the numbers behind its layer's: the same for all experts of a layer."""
+    layer, _, rest = name.removeprefix(f"{layers_path}.").partition(".")
+    return f"{layer}." + re.sub(r"\.\d+(?=\.|$)", "", rest)
+
+
+def _own_forward(module: nn.Module) -> bool:
+    """Does it multiply by itself, so that nothing that takes nn.Linear's place would do the same?"""
+    return isinstance(module, nn.Linear) and type(module).forward is not nn.Linear.forward
+
+
+def _placeholders(model: nn.Module) -> None:
+    """Every parameter becomes one number seen through its shape."""
+    made: dict[int, nn.Parameter] = {}
+    for module in model.modules():
+        for name, parameter in module._parameters.items():
+            if parameter is None:
+                continue
+            if id(parameter) not in made:
+                number = torch.full((1,), 0.5).to(parameter.dtype)
+                made[id(parameter)] = nn.Parameter(number.expand(parameter.shape), requires_grad=False)
+            module._parameters[name] = made[id(parameter)]
+
+
+def _answering(model: nn.Module, names: list[str], called: set[str], read: set[str]) -> None:
+    """Every linear module answers with a constant from now on; `called` and `read` take the names of those of `names`."""
+    wanted = {id(model.get_submodule(name)): name for name in names}
+    for module in list(model.modules()):
+        if isinstance(module, nn.Linear) or id(module) in wanted:
+            name = wanted.get(id(module), "")
+            shape = tuple(module.weight.shape)
+            module.forward = _answer(shape, isinstance(module, nn.Linear), name, called)  # type: ignore[method-assign]
+            if name:
+                module.__class__ = _observed(type(module), name, read)
+
+
+def _answer(shape: tuple[int, ...], is_linear: bool, name: str, called: set[str]) -> Any:
+    width = shape[0] if is_linear else shape[-1]  # GPT-2's Conv1D holds it the other way round
+
+    def forward(x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        called.add(name)
+        return x.new_full((*x.shape[:-1], width), 0.5)
+
+    return forward
+
+
+def _observed(kind: type, name: str, read: set[str]) -> type:
+    """A class like `kind` whose weight is noticed when it is asked for."""
+
+    def get(self: nn.Module, attribute: str) -> Any:
+        if attribute == "weight":
+            read.add(name)
+        return nn.Module.__getattr__(self, attribute)
+
+    return type(kind.__name__, (kind,), {"__getattr__": get})
