@@ -77,7 +77,7 @@ def test_jsonl_lines_end_at_line_ends_alone(tmp_path: Path):
 
 def test_a_jsonl_file_that_is_too_large_ends_with_a_whole_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     (tmp_path / "a.jsonl").write_text('{"text": "One."}\n{"text": "Two."}\n', encoding="utf-8")
-    monkeypatch.setattr("bitatlas.tokens.MOST_CHARACTERS", 20)
+    monkeypatch.setattr("bitatlas.texts.MOST_CHARACTERS", 20)
     assert read_documents(str(tmp_path / "a.jsonl")) == ["One."]
 
 

@@ -1,29 +1,32 @@
-"""Rows of tokens: text in, three disjoint sets of rows out, each with its hash.
+"""Rows of tokens: documents in, three sets of rows out that share no document and no long run of tokens, each with its hash.
 
-*fit* rows find a plan, *select* rows choose among plans, *test* rows judge the chosen one, once. Text is cut into rows of equal
-length; repeated rows are dropped before the rows are dealt out (seeded), so no row can stand in two sets, and that is asserted.
+*fit* rows find a plan, *select* rows choose among plans, *test* rows judge the chosen one, once. A document is cut into rows of equal
+length from its beginning, its last tokens are left out; documents shorter than a row are put one after the other until they fill one.
+Rows that repeat earlier text are dropped, the others dealt out by whole documents or, of one long text, by stretches (see `dealing`).
 Text too short for the rows that were asked for is refused: nothing is ever scored on fewer rows than the report says.
 """
 
 from __future__ import annotations
 
 import hashlib
-import json
+from collections.abc import Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
+from bitatlas.dealing import Dealt, Ints, deal, repeated_rows
 from bitatlas.errors import UserError
 from bitatlas.records import Split, TokensInfo
+from bitatlas.texts import read_documents
+
+__all__ = ["Rows", "check_vocabulary", "cut_rows", "make_rows", "read_documents", "rows_sha256"]
 
 SPLITS = ("fit", "select", "test")
-MOST_CHARACTERS = 50_000_000  # of a larger file only the beginning is read
-MOST_DOCUMENTS = 20_000  # of a hub data set
 SHORTEST_ROW = 2
+BATCH = 1000  # documents that the tokenizer gets at once
 
 
 @dataclass(frozen=True)
@@ -38,64 +41,33 @@ class Rows:
     def sha256(self, split: str) -> str:
         return self.info.splits[split].sha256
 
-
-def read_documents(source: str) -> list[str]:
-    """Documents of a text file (one document), a JSONL file (field `text`), or `hub:owner/name[:config[:split]]`."""
-    if source.startswith("hub:"):
-        return _hub_documents(source)
-    try:
-        path = Path(source).expanduser()
-        with path.open(encoding="utf-8") as stream:
-            text = stream.read(MOST_CHARACTERS)
-    except (OSError, UnicodeDecodeError, RuntimeError) as error:  # RuntimeError: ~nobody/text
-        told = (getattr(error, "strerror", None) or "cannot be read").lower()
-        reason = "is not UTF-8 text" if isinstance(error, UnicodeDecodeError) else told
-        raise UserError(
-            f"--tokens {source}: {reason} (give a text file, a JSONL file with a `text` field, or hub:owner/name)"
-        ) from None
-    if path.suffix != ".jsonl":
-        return [text]
-    return _jsonl_documents(source, text if len(text) < MOST_CHARACTERS else text[: text.rfind("\n") + 1])
+    def blocks(self, split: str) -> list[int]:
+        """Of each row, its document or, of a long one, its stretch: rows of one block are not independent, blocks are."""
+        return self.info.splits[split].blocks
 
 
-def _jsonl_documents(source: str, text: str) -> list[str]:
-    documents = []
-    for number, line in enumerate(text.split("\n"), start=1):  # splitlines() would also cut inside a JSON string
-        if not line.strip():
-            continue
-        try:
-            document = json.loads(line)["text"]
-        except (ValueError, KeyError, TypeError, RecursionError):
-            raise UserError(f'--tokens {source}: line {number} is not a JSON object with a "text" field') from None
-        documents.append(_checked_text(document, f"--tokens {source}: line {number}"))
-    return documents
+@dataclass(frozen=True)
+class _Cut:
+    """Documents cut into rows. ids: int64 [tokens]; owner: the document of each; starts: int64 [rows], ascending."""
 
+    ids: Ints
+    owner: Ints
+    starts: Ints
+    row_length: int
+    documents: int
+    repeated_documents: int
 
-def _checked_text(document: object, where: str) -> str:
-    """UserError, naming `where`, unless it is text that UTF-8 can hold."""
-    if not isinstance(document, str):
-        raise UserError(f'{where}: "text" is {json.dumps(document)[:40]}, not a string')
-    try:
-        document.encode()
-    except UnicodeEncodeError:
-        raise UserError(f'{where}: "text" holds half of a surrogate pair, which is no character') from None
-    return document
+    def rows(self, index: Ints) -> Ints:
+        return np.asarray(self.ids[self.starts[index][:, None] + np.arange(self.row_length)])
 
+    def kept(self, everywhere: bool = False) -> Ints:
+        """The rows that do not repeat earlier text: their indices, ascending."""
+        if not len(self.starts):
+            return self.starts
+        return np.flatnonzero(~repeated_rows(self.ids, self.starts, self.row_length, self.owner, everywhere))
 
-def _hub_documents(source: str) -> list[str]:
-    name, _, rest = source.removeprefix("hub:").partition(":")
-    config, _, split = rest.partition(":")
-    from datasets import load_dataset
-
-    try:
-        stream = load_dataset(name, config or None, split=split or "train", streaming=True)
-        documents = [item["text"] for item in stream.take(MOST_DOCUMENTS)]
-    except Exception as error:  # the hub client raises many kinds; each means that the data cannot be had
-        reason = (str(error).strip().splitlines() or [type(error).__name__])[0][:160]
-        raise UserError(
-            f"--tokens {source}: the hub did not give it ({reason}); a local text file works without a network"
-        ) from None
-    return [_checked_text(document, f"--tokens {source}: document {number}") for number, document in enumerate(documents, 1)]
+    def deal(self, kept: Ints, counts: Sequence[int], seed: int) -> Dealt | None:
+        return deal(self.owner[self.starts[kept]], self.row_length, counts, seed)
 
 
 def make_rows(
@@ -119,46 +91,86 @@ def make_rows(
         raise UserError(f"--rows {','.join(map(str, counts))}: each of fit,select,test needs at least 1 row")
     if row_length > context:
         raise UserError(f"--row-length {row_length}: the model's context is {context} tokens; give at most that")
-    ids = _token_ids(documents, tokenizer)
-    _refuse_unknown(ids, vocabulary)
-    whole = len(ids) // row_length
-    rows = np.unique(ids[: whole * row_length].reshape(whole, row_length), axis=0) if whole else ids[:0].reshape(0, row_length)
-    if len(rows) < sum(counts):
-        raise UserError(
-            f"--tokens {source}: {len(ids)} tokens give {len(rows)} different rows of {row_length}, but {sum(counts)} are needed "
-            f"(--rows fit,select,test = {','.join(map(str, counts))}); give more text, or ask for fewer or shorter rows"
-        )
-    order = np.random.default_rng(seed).permutation(len(rows))[: sum(counts)]
-    ends = np.cumsum(counts)
-    parts = dict(zip(SPLITS, np.split(rows[order], ends[:-1]), strict=True))
+    cut = _cut(documents, tokenizer, row_length, vocabulary)
+    kept = cut.kept()
+    dealt = cut.deal(kept, counts, seed)
+    if dealt is None:
+        kept = cut.kept(everywhere=True)
+        dealt = cut.deal(kept, counts, seed)
+    if dealt is None:
+        raise UserError(_too_little(cut, len(kept), source, counts))
+    parts = {name: cut.rows(kept[rows]) for name, rows in zip(SPLITS, dealt.rows, strict=True)}
     _assert_disjoint(parts)
-    info = TokensInfo(source, row_length, {name: Split(len(part), part.size, rows_sha256(part)) for name, part in parts.items()})
-    return Rows(**{name: torch.from_numpy(part.copy()) for name, part in parts.items()}, info=info)
+    blocks = dict(zip(SPLITS, dealt.blocks, strict=True))
+    splits = {n: Split(len(part), part.size, rows_sha256(part), blocks[n].tolist()) for n, part in parts.items()}
+    told = (cut.documents, cut.repeated_documents, len(cut.starts) - len(kept), dealt.documents, dealt.by_document)
+    info = TokensInfo(source, row_length, splits, *told)
+    return Rows(**{name: torch.from_numpy(part) for name, part in parts.items()}, info=info)
 
 
-def cut_rows(documents: list[str], tokenizer: Any, count: int, row_length: int, seed: int) -> Tensor:
-    """At most `count` different rows of `row_length` tokens, drawn by the seed: int64 [rows, row_length]."""
-    ids = _token_ids(documents, tokenizer)
-    whole = len(ids) // row_length
-    rows = np.unique(ids[: whole * row_length].reshape(whole, row_length), axis=0)
-    return torch.from_numpy(rows[np.random.default_rng(seed).permutation(len(rows))[:count]])
+def _too_little(cut: _Cut, kept: int, source: str, counts: Sequence[int]) -> str:
+    dropped = {"documents": cut.repeated_documents, "rows": len(cut.starts) - kept}
+    named = " and ".join(f"{count} {what}" for what, count in dropped.items() if count)
+    told = f" (without {named} that repeat earlier text)" if named else ""
+    return (
+        f"--tokens {source}: {len(cut.ids)} tokens give {kept} different rows of {cut.row_length}{told}, but {sum(counts)} are needed "
+        f"(--rows fit,select,test = {','.join(map(str, counts))}); give more text, or ask for fewer or shorter rows"
+    )
 
 
-def _token_ids(documents: list[str], tokenizer: Any) -> np.ndarray:
-    """All documents' tokens in one line, with the end-of-text token between documents where there is one."""
-    separator = [tokenizer.eos_token_id] if tokenizer.eos_token_id is not None else []
-    ids: list[int] = []
-    for number, document in enumerate(documents):
+def cut_rows(documents: Sequence[str], tokenizer: Any, count: int, row_length: int, seed: int) -> Tensor:
+    """At most `count` rows of `row_length` tokens that do not repeat each other, drawn by the seed: int64 [rows, row_length]."""
+    cut = _cut(documents, tokenizer, row_length)
+    kept = cut.kept(everywhere=True)
+    dealt = cut.deal(kept, (min(count, len(kept)),), seed) if len(kept) else None
+    return torch.from_numpy(cut.rows(kept[dealt.rows[0]] if dealt else kept))
+
+
+def _cut(documents: Sequence[str], tokenizer: Any, row_length: int, vocabulary: int | None = None) -> _Cut:
+    """Each document, or pack of short ones, from its beginning."""
+    different = list(dict.fromkeys(documents))
+    parts = _token_ids(different, tokenizer)
+    lengths = np.array([len(part) for part in parts], dtype=np.int64)
+    ids = np.concatenate([*parts, np.zeros(0, dtype=np.int64)])
+    _refuse_unknown(ids, vocabulary)
+    tokens = np.bincount(_packed(lengths, row_length), weights=lengths).astype(np.int64)  # [packs]
+    rows = tokens // row_length  # [packs]
+    index = np.arange(rows.sum()) - np.repeat(np.cumsum(rows) - rows, rows)  # of each row in its pack
+    starts = np.repeat(np.cumsum(tokens) - tokens, rows) + index * row_length
+    owner = np.repeat(np.arange(len(tokens)), tokens)
+    return _Cut(ids, owner, starts, row_length, len(different), len(documents) - len(different))
+
+
+def _packed(lengths: Ints, row_length: int) -> Ints:
+    """The pack of each document: consecutive ones belong to one until it has tokens for a row. int64 [documents], ascending."""
+    packs, number, tokens = [], 0, 0
+    for length in lengths.tolist():
+        packs.append(number)
+        tokens += length
+        if tokens >= row_length:
+            number, tokens = number + 1, 0
+    return np.array(packs, dtype=np.int64)
+
+
+def _token_ids(documents: Sequence[str], tokenizer: Any) -> list[Ints]:
+    """The tokens of each document, with the end-of-text token after each but the last, where there is one."""
+    parts: list[Ints] = []
+    end = [] if tokenizer.eos_token_id is None else [tokenizer.eos_token_id]
+    for start in range(0, len(documents), BATCH):
         try:
-            ids += (separator if number else []) + tokenizer(document, verbose=False)["input_ids"]
+            batch = tokenizer(list(documents[start : start + BATCH]), verbose=False)["input_ids"]
         except Exception as error:  # tokenizers raises bare Exceptions, like for a missing unknown-token
             raise UserError(f"the model's tokenizer cannot read the text ({' '.join(str(error).split())[:160]})") from None
-    return np.asarray(ids, dtype=np.int64)
+        parts += [np.array(ids + end, dtype=np.int64) for ids in batch]
+    if parts and end:
+        parts[-1] = parts[-1][:-1]
+    return parts
 
 
 def check_vocabulary(tokenizer: Any, texts: list[str], vocabulary: int) -> None:
     """UserError where the tokenizer gives a token of `texts` an id that the model's `vocabulary` (a count) does not have."""
-    _refuse_unknown(_token_ids(texts, tokenizer), vocabulary)
+    for ids in _token_ids(texts, tokenizer):
+        _refuse_unknown(ids, vocabulary)
 
 
 def _refuse_unknown(ids: np.ndarray, vocabulary: int | None) -> None:

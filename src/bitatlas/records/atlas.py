@@ -13,9 +13,12 @@ ATLAS_SCHEMA = "bitatlas.atlas/1"
 
 @dataclass(frozen=True)
 class Split:
+    """Rows of one set. `blocks`: of each row, what it shares with the rows that are not independent of it; intervals resample blocks."""
+
     rows: int
     tokens: int
     sha256: str
+    blocks: list[int] = field(default_factory=list)
 
 
 @dataclass(frozen=True)
@@ -23,6 +26,11 @@ class TokensInfo:
     source: str
     row_length: int
     splits: dict[str, Split]  # "fit", "select", "test"
+    documents: int = 1  # different ones, as far as was read
+    repeated_documents: int = 0  # dropped, each equal to an earlier one
+    repeated_rows: int = 0  # dropped, each with a run of tokens that the text had before
+    separate_documents: bool = False  # no two sets share a document; else they share none of its stretches
+    by_document: bool = False  # a block is a whole document (or some short ones); else a stretch of one
 
 
 @dataclass(frozen=True)
