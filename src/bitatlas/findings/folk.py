@@ -18,7 +18,7 @@ from bitatlas.evaluation.bootstrap import percentile_interval, resample_means, t
 from bitatlas.findings.correlations import Floats, permutation_p, spearman
 from bitatlas.findings.shares import Shares
 from bitatlas.records import Finding, Measured, TaskScore
-from bitatlas.words import interval, listed, named_layers, number, percent
+from bitatlas.words import given, interval, listed, named_layers, number, percent
 
 HOLDS, FAILS, OPEN = "holds", "does not hold", "inconclusive"
 CHANCE_LEVEL = 0.05
@@ -84,7 +84,7 @@ def early_is_safe(shares: Shares, tolerance: float) -> Finding:
     within = "within" if damage.ci95[1] <= tolerance else "above" if damage.ci95[0] > tolerance else "not shown to be within"
     text = (
         f"The first half ({named_layers(first)}) is {order} the second: criticality {number(mean_1)} against {number(mean_2)}, "
-        f"difference {interval(effect, unit=True)}. Its part of the damage is {interval(damage, unit=True)}, {within} the tolerance of {number(tolerance)}."
+        f"difference {interval(effect, unit=True)}. Its part of the damage is {interval(damage, unit=True)}, {within} the tolerance of {given(tolerance)}."
     )
     return Finding("folk", EARLY, verdict, text, effect, two_sided_p(resampled_1 - resampled_2, 0.0, shares.rows.rows))
 
