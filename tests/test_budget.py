@@ -151,6 +151,16 @@ def test_a_tolerated_damage_is_paid_in_bytes_without_a_limit():
 
 refusals = [
     (Budget("code_bits", 1.5), "--code-bits 1.5 is below 2.0, the least that int2_g64 gives; possible: 2.0 to 4.0"),
+    (Budget("code_bits", 1.9999999), "--code-bits 1.9999999 is below 2.0, the least that int2_g64 gives; possible: 2.0 to 4.0"),
+    (Budget("code_bits", 4.00000001), "--code-bits 4.00000001 is above 4.0, the most that int4_g64 gives; possible: 2.0 to 4.0"),
+    (
+        Budget("size", 2**30 + 1),
+        "--size 1.073741825GB is above 60.11kB, the most that int4_g64 gives; possible: 38.99kB to 60.11kB",
+    ),
+    (
+        Budget("size", 1234567.75 * 2**30),
+        "--size 1205.63TiB is above 60.11kB, the most that int4_g64 gives; possible: 38.99kB to 60.11kB",
+    ),
     (Budget("code_bits", 4.5), "--code-bits 4.5 is above 4.0, the most that int4_g64 gives; possible: 2.0 to 4.0"),
     (Budget("stored_bits", 2), "--stored-bits 2 is below 2.523, the least that int2_g64 gives; possible: 2.523 to 4.523"),
     (Budget("size", 4 * 2**30), "--size 4GiB is above 60.11kB, the most that int4_g64 gives; possible: 38.99kB to 60.11kB"),

@@ -102,6 +102,7 @@ def test_missing_shard(copy: Path):
 
 
 def test_index_may_not_leave_the_folder(copy: Path):
+    (copy / "model.safetensors").unlink()  # which would go before an index
     index = {"weight_map": {"a": "../elsewhere.safetensors"}}
     (copy / "model.safetensors.index.json").write_text(json.dumps(index))
     assert "outside the folder" in refusal(copy)
@@ -169,6 +170,7 @@ def test_empty_name():
 
 @pytest.mark.parametrize("content", ["[" * 100_000, "[]", '{"weight_map": {"a": 3}}', '{"weight_map": {"a": null, "b": "c"}}'])
 def test_damaged_index(copy: Path, content: str):
+    (copy / "model.safetensors").unlink()
     (copy / "model.safetensors.index.json").write_text(content)
     assert "not a readable index" in refusal(copy)
 

@@ -8,7 +8,8 @@ import numpy as np
 import pytest
 
 from bitatlas.errors import UserError
-from bitatlas.planning.choose import candidates, choose, choose_smallest, damage_tables
+from bitatlas.planning.choose import Scores, candidates, choose, choose_smallest, damage_tables
+from bitatlas.planning.replan import predicted
 
 UNITS, FORMATS = [f"u{i}" for i in range(6)], ["int2_g32", "int4_g32"]
 COST = np.array([[2, 4]] * 6)
@@ -58,6 +59,27 @@ def test_the_best_measured_candidate_is_chosen(seed: int):
     assert COST[np.arange(6), best.choice].sum() <= 18
     assert damage == min(tried.values()) == game.damage(best.choice)
     assert all(candidate.gap == 0 for candidate in candidates(scores, COST, 18))
+
+
+def test_no_damage_is_predicted_below_that_of_the_widest_format():
+    """Around uniform low a narrower format can look better than the widest: such scores sum to less than nothing."""
+    widths = ["int2_g32", "int4_g32", "int8_g32"]
+    around = {"int8_g32": {"int2_g32": 0.3, "int4_g32": 0.011}, "int2_g32": {"int4_g32": 1.0, "int8_g32": 1.2}}
+    damage = {f"uniform:{base}": dict.fromkeys(UNITS, own) for base, own in around.items()}
+    scores = damage_tables(UNITS, widths, damage, {"uniform:int8_g32": 0.01, "uniform:int2_g32": 2.0})
+    found = candidates(scores, np.array([[2, 4, 8]] * 6), 44)
+    assert min(scores.tables["mean of both"][:, 1]) < 0  # the game is one of these
+    assert [candidate.predicted for candidate in found] == [0.01] * len(found)
+    for name, table in scores.tables.items():
+        told = predicted(Scores({name: table}, scores.at_high), {"wide": np.array([1, 2, 2, 2, 2, 2]), "low": np.zeros(6, int)})
+        assert told["wide"] >= 0.01 and told["low"] > 1
+
+
+def test_a_tolerance_just_below_what_is_possible_is_told_with_its_digits():
+    game = Quadratic()
+    scores = damage_tables(UNITS, FORMATS, *game.screens())
+    with pytest.raises(UserError, match=r"--max-damage 0\.0099999 is below 0\.01 nats/token"):
+        choose_smallest(scores, COST, 0.0099999, game.measure)
 
 
 def test_the_smallest_plan_within_a_tolerance_is_found():

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
+from collections import Counter
 from pathlib import Path
 
 import pyarrow.parquet as pq
@@ -20,8 +21,10 @@ from bitatlas.planning.replan import replan
 from bitatlas.prepare import default_settings, rows_of_survey
 from bitatlas.progress import Reporter
 from bitatlas.records import Atlas, Budget, Plan
+from bitatlas.sensitivity import interactions
 from bitatlas.settings import Settings
 from bitatlas.survey import run_survey
+from bitatlas.tokens import rows_sha256
 from bitatlas.verify import verify_plan
 from tiny import FAMILIES, SHARED, make_checkpoint
 
@@ -176,6 +179,24 @@ def test_budgets_are_kept(budget: Budget, surveyed: Path, tiny_llama: Path, text
         again = replan(surveyed, budget)
         assert again.size.total_bytes <= plan.size.total_bytes or budget.kind != "size"
         assert again.damage.measured is None
+
+
+@pytest.mark.parametrize("seed", [0, 3])
+def test_no_change_of_a_unit_is_measured_twice(tiny_llama: Path, text: Path, tmp_path: Path, monkeypatch, seed: int):
+    """The search asks for what the screen of units measured: with the screen's seed, so that it finds it in the journal."""
+    measured: Counter[tuple[object, ...]] = Counter()
+    measure = interactions._measured
+
+    def counted(meter, base, swaps, batches, own_seed):
+        for swap in swaps.values():
+            measured[str(base), str(swap), tuple(map(rows_sha256, batches))] += 1
+        assert own_seed == seed
+        yield from measure(meter, base, swaps, batches, own_seed)
+
+    monkeypatch.setattr(interactions, "_measured", counted)
+    changes = {"seed": seed, "rows": "2,2,2", "curve": False}
+    run_survey(settings_for(tiny_llama, text, **changes), tmp_path / "out", False, QUIET)
+    assert len(measured) >= 2 * 21 and set(measured.values()) == {1}
 
 
 def test_verify_keeps_and_breaks_promises(surveyed: Path, tiny_llama: Path, tmp_path: Path):

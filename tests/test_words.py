@@ -3,7 +3,7 @@
 import pytest
 
 from bitatlas.records import Measured
-from bitatlas.words import byte_size, interval, listed, named_layers, number, p_is, p_value, percent
+from bitatlas.words import byte_size, given, given_size, interval, listed, named_layers, number, p_is, p_value, percent
 
 
 @pytest.mark.parametrize(
@@ -26,6 +26,12 @@ def test_numbers_layers_and_lists_read_as_text():
     assert [listed(part) for part in ((), "a", "ab", "abc")] == ["none", "a", "a and b", "a, b and c"]
     assert [p_value(p) for p in (None, 0.00001, 0.0123, 0.5)] == ["", "< 0.0001", "0.012", "0.50"]
     assert [byte_size(count) for count in (12, 1_680_000)] == ["12 bytes", "1.68 MB"]
+
+
+def test_numbers_that_somebody_gave_keep_their_digits():
+    assert [given(value) for value in (3.0, 2.9, 1.9999999, 4294967296.0)] == ["3", "2.9", "1.9999999", "4294967296"]
+    sizes = (12, 500_000_000, 1_500_000, 1_234_567, 999_999, 2**30)
+    assert [given_size(n) for n in sizes] == ["12 bytes", "500 MB", "1.50 MB", "1.234567 MB", "999.999 kB", "1.073741824 GB"]
 
 
 def test_p_is_a_number_or_a_bound():

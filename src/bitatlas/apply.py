@@ -149,8 +149,6 @@ def draw(plan: Plan, checkpoint: Checkpoint, skeleton: nn.Module, shard_bytes: i
         causes.update(overheads(module.shape, fmt, whole))
     shards = cut(wanted, shard_bytes)
     causes["headers of the files"] = sum(len(shard.header) for shard in shards)
-    told = size_of(checkpoint.modules, plan.modules, checkpoint.info).total_bytes + sum(causes.values())
-    causes["tensors of more than one dtype"] = sum(shard.size_bytes for shard in shards) - told
     return Blueprint(sources, keys, kept, shards, {name: count for name, count in causes.items() if count})
 
 

@@ -11,12 +11,13 @@ as they are (a note says so).
 from __future__ import annotations
 
 import hashlib
+import math
 import os
 import re
 from collections import Counter
 from collections.abc import Callable, Collection, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -35,8 +36,8 @@ from transformers.utils import logging
 from bitatlas.calls import Calls, calls_of
 from bitatlas.errors import UserError
 from bitatlas.folder import find_folder, read_config, read_header, reason_of, weight_files
-from bitatlas.planning.budget import FUSED
-from bitatlas.planning.memory import dtype_bytes
+from bitatlas.naming import Target, targets_of
+from bitatlas.planning.budget import FUSED, kept_bytes
 from bitatlas.reader import Reader
 from bitatlas.records import ModelInfo, Module
 from bitatlas.shape import memory_shape
@@ -50,6 +51,13 @@ WEIGHTS = (
     ".weight_packed",
     ".weight_scale",
 )  # what no quantized checkpoint can do without, where it has it
+PACKED = (
+    ".qweight",
+    ".weight_packed",
+    ".q_weight",
+    ".trellis",
+    ".SCB",
+)  # what a quantized module has in the place of its weight, or beside it
 FOUND = "bitatlas_layers"  # attribute of a model: the path of its decoder layers
 CAUSAL_TOKENS = 8  # of the text on which `check_causal` looks for a model that reads ahead
 CAUSAL_TOLERANCE = 1e-4  # of the largest logit
@@ -68,6 +76,7 @@ class Checkpoint:
     files: list[Path]
     stamps: list[tuple[int, ...]]  # of each file, from before it was hashed
     notes: list[str] = field(default_factory=list)
+    loaded: frozenset[str] = frozenset()  # tensors of the files that transformers does not pass over
 
     def load_model(self, device: str = "cpu", dtype: torch.dtype = torch.float32) -> PreTrainedModel:
         """The model in evaluation mode; UserError where its weights and its config do not belong together."""
@@ -81,7 +90,8 @@ class Checkpoint:
         """The model in evaluation mode with its decoder layers on disk (see `streaming`); UserError where that cannot be."""
         with without_weights():
             model = skeleton_of(self.config, str(self.folder), "cpu")
-        return open_stream(model, self.layers_path, Reader(self.files), device, dtype, self.check_unchanged)
+        with _quiet():
+            return open_stream(model, self.layers_path, Reader(self.files), device, dtype, self.check_unchanged)
 
     def check_unchanged(self) -> None:
         """UserError where a weights file is no longer the one that was hashed: what is read now is something else.
@@ -125,16 +135,19 @@ def open_checkpoint(name: str, revision: str | None = None, fuse: bool = True) -
     config = read_config(folder, name)
     files = weight_files(folder)
     stamps = [_stamp(file) for file in files]
-    headers = [read_header(file) for file in files]
+    reader = Reader(files)
     model = skeleton_of(config, name)
     layers_path = find_layers(model, name)
+    targets = targets_of(model, reader)
+    _check_stored(model, reader, targets, name)
     modules, left_out = _plannable(config, name, model, layers_path, fuse)
-    tensors = {key: entry for header in headers for key, entry in header.items() if key != "__metadata__"}
+    modules = _with_sizes(modules, reader, targets)
     layers = len(_layer_list(model, layers_path))
     with _quiet():
         memory = memory_shape(model, modules, layers)
-    info = _describe(name, revision, config, files, tensors, modules, layers, memory)
-    return Checkpoint(folder, config, info, modules, layers_path, files, stamps, _notes(model, layers_path, modules, left_out))
+    info = _describe(name, revision, config, files, reader, modules, layers, memory, _main_dtype(modules, reader, targets))
+    notes = _notes(model, layers_path, modules, left_out)
+    return Checkpoint(folder, config, info, modules, layers_path, files, stamps, notes, frozenset(targets))
 
 
 def _plannable(
@@ -175,6 +188,42 @@ def _shared_modules(model: nn.Module, layers_path: str) -> list[Module]:
                 name = f"{layers_path}.{index}.{path}"
                 found.append(Module(name, index, path.rpartition(".")[2], _shape(module), name))
     return found
+
+
+def _check_stored(model: nn.Module, reader: Reader, targets: dict[str, Target], name: str) -> None:
+    """UserError for parameters in dtypes that are not a plain checkpoint's, packed ones, and those that two tensors claim."""
+    parameters = {path for path, _ in model.named_parameters(remove_duplicate=False)}
+    whole: dict[str, str] = {}
+    for key, target in targets.items():
+        if target.name in parameters and reader.dtype(key) not in DTYPE_NAMES:
+            raise UserError(
+                f"{name}: {key} is stored as {reader.dtype(key)}; bitatlas needs float32, float16 or bfloat16 weights, "
+                "so give the checkpoint before it was quantized or cast"
+            )
+        if target.whole and whole.setdefault(target.name, key) != key:
+            raise UserError(f"{name}: {whole[target.name]} and {key} are both the model's {target.name}; one of them must go")
+    held = {target.name for target in targets.values()}
+    for path in sorted(parameters - held):
+        packed = [key for suffix in PACKED if (key := path.removesuffix(".weight") + suffix) in reader]
+        if packed:
+            raise UserError(f"{name}: {packed[0]} is packed, so the checkpoint is quantized already; give the unquantized one")
+
+
+def _with_sizes(modules: list[Module], reader: Reader, targets: dict[str, Target]) -> list[Module]:
+    """The modules with the bytes of their weights in the files, where these lie there one by one."""
+    sizes = {target.name: reader.size_bytes(key) for key, target in targets.items() if target.whole}
+    return [replace(module, size_bytes=sizes.get(f"{module.name}.weight")) for module in modules]
+
+
+def _main_dtype(modules: list[Module], reader: Reader, targets: dict[str, Target]) -> str:
+    """The dtype of most linear weights, by bytes; of most tensors where these lie in the files in another form."""
+    linear = {f"{module.name}.weight" for module in modules}
+    by_dtype: dict[bool, Counter[str]] = {True: Counter(), False: Counter()}  # linear weights, other tensors
+    for key in reader:
+        if reader.dtype(key) in DTYPE_NAMES:
+            by_dtype[key in targets and targets[key].name in linear][reader.dtype(key)] += reader.size_bytes(key)
+    counted = by_dtype[True] or by_dtype[False]
+    return DTYPE_NAMES[counted.most_common(1)[0][0]] if counted else "float32"
 
 
 def open_model(name: str, device: str = "cpu") -> tuple[Any, Any]:
@@ -387,19 +436,13 @@ def _describe(
     revision: str | None,
     config: Any,
     files: list[Path],
-    tensors: dict[str, Any],
+    reader: Reader,
     modules: list[Module],
     layers: int,
     memory: MemoryShape | str,
+    dtype: str,
 ) -> ModelInfo:
-    by_dtype: Counter[str] = Counter()
-    for entry in tensors.values():
-        start, end = entry["data_offsets"]
-        by_dtype[entry["dtype"]] += end - start
-    dtype = by_dtype.most_common(1)[0][0] if by_dtype else "F32"
-    if dtype not in DTYPE_NAMES:
-        raise UserError(f"{name}: weights are stored as {dtype}; bitatlas needs float32, float16 or bfloat16")
-    total = sum(by_dtype.values())
+    total = sum(map(reader.size_bytes, reader))
     weights = sum(module.weights for module in modules)
     text = config.get_text_config()
     context = getattr(text, "max_position_embeddings", None) or getattr(text, "n_positions", None) or 2048
@@ -411,11 +454,12 @@ def _describe(
         layers=layers,
         heads=int(getattr(text, "num_attention_heads", 0) or 0),
         context=int(context),
-        dtype=DTYPE_NAMES[dtype],
+        dtype=dtype,
         quantizable_weights=weights,
-        other_bytes=total - weights * dtype_bytes(DTYPE_NAMES[dtype]),
+        other_bytes=total - sum(kept_bytes(module, dtype) for module in modules),
         total_bytes=total,
         memory=memory,
+        other_numbers=sum(math.prod(reader.shape(key)) for key in reader) - weights,
     )
 
 
@@ -439,11 +483,13 @@ def sha256_of(files: list[Path]) -> str:
 
 
 def check_finite(checkpoint: Checkpoint, progress: Callable[[int, int], None] | None = None) -> None:
-    """Read every weight once, one at a time; UserError naming the first tensor that holds NaN or infinity."""
+    """Read every weight that the model takes once, one at a time; UserError naming the first tensor that holds NaN or infinity."""
     reader = Reader(checkpoint.files)
     for done, name in enumerate(reader, start=1):
+        if name not in checkpoint.loaded or reader.dtype(name) not in DTYPE_NAMES:
+            continue
         tensor = reader.read(name)
-        if tensor.is_floating_point() and not bool(torch.isfinite(tensor).all()):
+        if not bool(torch.isfinite(tensor).all()):
             bad = int((~torch.isfinite(tensor)).sum())
             raise UserError(f"{checkpoint.info.name}: {name} holds {bad} NaN or infinite weights; nothing can be measured on it")
         if progress:

@@ -7,10 +7,13 @@ Left out: pickle weights (`pickled.py` converts them, where that is asked for), 
 from __future__ import annotations
 
 import json
+import re
 import struct
+from functools import partial
 from pathlib import Path
 from typing import Any
 
+from safetensors import SafetensorError, safe_open
 from transformers import AutoConfig
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING_NAMES
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES, MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES
@@ -29,10 +32,18 @@ HUB_FILES = [
     "LICENSE*",
     "NOTICE*",
 ]
+NOT_HUB_FILES = ["*/*", "consolidated*", "*.fp16.safetensors"]  # copies of the weights in other layouts
+WEIGHTS_FILE = "model.safetensors"
+INDEX_FILE = f"{WEIGHTS_FILE}.index.json"
+RANK_FILE = re.compile(r"shard-\d{5}-model-\d{5}-of-\d{5}\.safetensors")  # one process's part of each tensor
+ADAPTER_FILE = "adapter_config.json"
 PICKLE_FILE = "pytorch_model.bin"
 PICKLE_HUB_FILES = ["pytorch_model*.bin"]
 KNOWN_MODELS = {**MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES, **MODEL_FOR_CAUSAL_LM_MAPPING_NAMES}  # model type -> architecture
 KNOWN_ARCHITECTURES = {*MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES.values(), *MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.values()}
+PICKLES = (".bin", ".pt", ".pth", ".ckpt")
+ARCHIVES = (".zip", ".tar", ".gz", ".tgz", ".7z", ".xz", ".bz2")
+GGUF_HINT = "{}, weights already in llama.cpp's formats; give the checkpoint folder or hub name that it was made from"
 LONGEST_NAME = 100  # of a weights file; what a file system takes is a little more than 250 bytes
 LONGEST_REASON = 200  # characters of a library's message that are repeated
 
@@ -53,28 +64,56 @@ def find_folder(name: str, revision: str | None, pickle: bool = False) -> Path:
         path = Path(name).expanduser()
     except RuntimeError as error:  # ~nobody/model
         raise UserError(f"{name}: no such checkpoint folder ({reason_of(error)})") from None
-    if path.is_dir():
-        return path
-    looks_like_path = name.startswith((".", "/", "~")) or name.count("/") != 1 or path.exists()
-    if looks_like_path:
+    try:
+        if path.is_dir():
+            return path
+        exists = path.exists()
+    except (OSError, ValueError) as error:  # longer than a name may be, a null byte
+        raise UserError(f"{name[:LONGEST_REASON]!r}: no such checkpoint folder ({reason_of(error)})") from None
+    if exists:
+        raise UserError(f"{name}: {_file_hint(path)}")
+    if name.startswith((".", "/", "~")) or name.count("/") != 1:
         raise UserError(
             f"{name}: no such checkpoint folder (give a folder in Hugging Face layout, or a hub name like owner/model)"
         )
     from huggingface_hub import snapshot_download
 
     try:
-        folder = Path(snapshot_download(name, revision=revision, allow_patterns=HUB_FILES))
-        if pickle and not any(folder.glob("*.safetensors")):
-            folder = Path(snapshot_download(name, revision=revision, allow_patterns=[*HUB_FILES, *PICKLE_HUB_FILES]))
+        get = partial(snapshot_download, name, revision=revision, ignore_patterns=NOT_HUB_FILES)
+        folder = Path(get(allow_patterns=HUB_FILES))
+        if pickle and not has_safetensors(folder):
+            folder = Path(get(allow_patterns=[*HUB_FILES, *PICKLE_HUB_FILES]))
         return folder
     except Exception as error:  # the hub client raises many kinds; each means that the model cannot be had
         raise UserError(f"{name}: no such folder, and the hub did not give it ({reason_of(error)})") from None
 
 
+def _file_hint(file: Path) -> str:
+    """What a file is that was given in the place of a checkpoint's folder, and what to give."""
+    ending = file.suffix.lower()
+    if ending == ".gguf":
+        return GGUF_HINT.format("is a GGUF file")
+    if ending == ".safetensors":
+        return "is one file of weights; give the folder that holds it together with config.json and the tokenizer"
+    if ending in PICKLES:
+        return f"is a file of pickle weights; give its folder (`survey --allow-pickle` converts {PICKLE_FILE})"
+    if ending == ".json":
+        return f"is a file; give the folder that it lies in, {file.absolute().parent}"
+    if ending in ARCHIVES:
+        return "is an archive; unpack it and give the folder"
+    return "is a file; give a checkpoint folder in Hugging Face layout, or a hub name like owner/model"
+
+
 def read_config(folder: Path, name: str, quantized: bool = False) -> Any:
     """The transformers config; UserError where it is unusable, of another kind of model, or quantized and not `quantized`."""
+    if (folder / ADAPTER_FILE).is_file():
+        raise UserError(
+            f"{name}: {ADAPTER_FILE} makes this an adapter, which is not measured as it is; merge it into its base model first "
+            "(peft: AutoPeftModelForCausalLM.from_pretrained(FOLDER).merge_and_unload().save_pretrained(NEW), and the tokenizer's "
+            f"save_pretrained(NEW)), or for the base alone take {ADAPTER_FILE} out of the folder"
+        )
     if not (folder / "config.json").is_file():
-        raise UserError(f"{name}: no config.json, so not a checkpoint in Hugging Face layout")
+        raise UserError(f"{name}: no config.json, so not a checkpoint in Hugging Face layout{_layout_hint(folder)}")
     _refuse_code(folder, name)
     try:
         config = AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
@@ -82,8 +121,17 @@ def read_config(folder: Path, name: str, quantized: bool = False) -> Any:
     except Exception as error:  # each model type validates its fields in its own way
         raise UserError(f"{name}: config.json cannot be used ({reason_of(error)})") from None
     _refuse_other_models(config, name)
-    if getattr(config, "quantization_config", None) and not quantized:
-        raise UserError(f"{name}: is quantized already; give the unquantized checkpoint")
+    settings = getattr(config, "quantization_config", None)
+    if isinstance(getattr(config, "quantization", None), dict):
+        raise UserError(f"{name}: is quantized already, in MLX's layout; give the unquantized checkpoint that it was made from")
+    if settings and not quantized:
+        method = settings.get("quant_method") if isinstance(settings, dict) else None
+        told = f", by {method}" if isinstance(method, str) else ""
+        raise UserError(f"{name}: is quantized already{told}; give the unquantized checkpoint that it was made from")
+    if getattr(config, "transformers_weights", None):
+        raise UserError(
+            f"{name}: config.json names its weights (transformers_weights); call that file {WEIGHTS_FILE} and take the line out"
+        )
     return config
 
 
@@ -120,15 +168,40 @@ def _refuse_other_models(config: Any, name: str) -> None:
         )
 
 
+def has_safetensors(folder: Path) -> bool:
+    """Is there what transformers loads as safetensors weights?"""
+    return (folder / WEIGHTS_FILE).is_file() or (folder / INDEX_FILE).is_file()
+
+
 def weight_files(folder: Path) -> list[Path]:
-    """The safetensors files, in a fixed order; UserError where there are none or a shard is missing."""
-    index = folder / "model.safetensors.index.json"
-    files = _indexed(index) if index.is_file() else sorted(folder.glob("*.safetensors"))
+    """The files that a checkpoint's weights are: those that transformers loads, in its order, and no other in the folder.
+
+    `model.safetensors` goes before an index; of an index all tensors of the shards that it names count, wherever it places them, a later
+    shard's before an earlier one's. Hash, sizes, loading, streaming and copying all use this list.
+    UserError where there are none, a shard is missing, or the index is damaged.
+    Source: transformers 5.24, `_get_resolved_checkpoint_files`.
+    """
+    ranks = sorted(path.name for path in folder.glob("shard-*.safetensors") if RANK_FILE.fullmatch(path.name))
+    if ranks:
+        raise UserError(
+            f"{folder}: {ranks[0]} is one process's part of a distributed checkpoint; save it whole (save_pretrained)"
+        )
+    if (folder / WEIGHTS_FILE).is_file():
+        return [folder / WEIGHTS_FILE]
+    index = folder / INDEX_FILE
+    if not index.is_file():
+        raise UserError(f"{folder}: no safetensors weights{_layout_hint(folder)}")
+    files = _indexed(index)
+    if not files:
+        raise UserError(f"{folder}: no safetensors weights ({INDEX_FILE} names none)")
+    strange = [file.name for file in files if file.suffix != ".safetensors"]
+    if strange:
+        raise UserError(f"{index}: names {strange[0]}, which is not a safetensors file")
     missing = [file.name for file in files if not file.is_file()]
     if missing:
         raise UserError(f"{folder}: weights file {missing[0]} is missing ({len(missing)} of {len(files)} shards)")
-    if not files:
-        raise UserError(f"{folder}: no safetensors weights{_pickle_hint(folder)}")
+    if not isinstance(json.loads(index.read_text(encoding="utf-8")).get("metadata"), dict):
+        raise UserError(f'{index}: not a readable index (transformers needs an entry "metadata": {{}} in it)')
     return files
 
 
@@ -142,11 +215,20 @@ def pickle_files(folder: Path) -> list[Path]:
     return files
 
 
-def _pickle_hint(folder: Path) -> str:
+def _layout_hint(folder: Path) -> str:
+    """What a folder without transformers' safetensors weights, or without a config, holds instead."""
     if (folder / PICKLE_FILE).is_file() or (folder / f"{PICKLE_FILE}.index.json").is_file():
         return f"; {PICKLE_FILE} is pickle, which can run code as it is read: if you trust it, `survey --allow-pickle` converts it first"
-    pickles = sorted(file for pattern in ("*.bin", "*.pt", "*.pth") for file in folder.glob(pattern))
-    return f"; {pickles[0].name} is pickle, which is not read: convert it to safetensors" if pickles else ""
+    names = sorted(path.name for path in folder.glob("*") if path.is_file())
+    others = [name for name in names if name.endswith(".safetensors")]
+    if others:
+        shown = f"{others[0]} is" if len(others) == 1 else f"{others[0]} and {len(others) - 1} more are"
+        return f"; {shown} not what transformers loads: it takes {WEIGHTS_FILE}, or the shards that {INDEX_FILE} names"
+    packed = next((name for name in names if name.lower().endswith(".gguf")), None)
+    if packed:
+        return "; " + GGUF_HINT.format(f"{packed} is a GGUF file")
+    pickles = [name for name in names if name.endswith(PICKLES)]
+    return f"; {pickles[0]} is pickle, which is not read: convert it to safetensors" if pickles else ""
 
 
 def _indexed(index: Path) -> list[Path]:
@@ -166,9 +248,9 @@ def _indexed(index: Path) -> list[Path]:
 
 
 def read_header(file: Path) -> dict[str, Any]:
-    """The safetensors header, after checking that the file is as long as the header says."""
-    size = file.stat().st_size
+    """The safetensors header, which the library takes too, of a file that is as long as the header says."""
     try:
+        size = file.stat().st_size
         with file.open("rb") as stream:
             (length,) = struct.unpack("<Q", stream.read(8))
             if length > size:
@@ -182,7 +264,11 @@ def read_header(file: Path) -> dict[str, Any]:
         raise UserError(f"{file}: not a whole safetensors file ({reason_of(error)})") from None
     if size != expected:
         raise UserError(f"{file}: truncated or damaged: {size} bytes, its header says {expected}")
-    return header
+    try:
+        with safe_open(file, framework="np"):
+            return header
+    except (SafetensorError, OSError) as error:  # holes, overlaps, a dtype that is not known, a shape of another size
+        raise UserError(f"{file}: not a whole safetensors file ({reason_of(error)})") from None
 
 
 def _end(key: str, entry: dict[str, Any]) -> int:

@@ -22,10 +22,11 @@ import torch
 from bitatlas.bank import KEPT_BYTES
 from bitatlas.errors import UserError
 from bitatlas.layerwise import LOGIT_BYTES, batch_rows
+from bitatlas.planning.budget import kept_bytes
 from bitatlas.planning.memory import dtype_bytes
 from bitatlas.records import ModelInfo, Module
 from bitatlas.sensitivity.damage import REFERENCE_BYTES, STATE_BYTES, Room, states_of
-from bitatlas.words import byte_size
+from bitatlas.words import byte_size, given_size
 
 LIBRARIES_BYTES = 2**29  # what later stages import and allocate: tables, statistics, templates, the allocator's slack
 LOGIT_ARRAYS = 7  # alive at once where two models' logits are compared and sent backwards
@@ -67,11 +68,11 @@ def need(
 ) -> Need:
     """What a survey needs with so many rows of `row_length` tokens and so many formats."""
     size = dtype.itemsize
-    stored = dtype_bytes(info.dtype)
-    outside = info.other_bytes // stored * size
-    layers = Counter[int]()
+    outside = (info.other_bytes // dtype_bytes(info.dtype) if info.other_numbers is None else info.other_numbers) * size
+    layers, stored = Counter[int](), Counter[int]()
     for module in modules:
         layers[module.layer] += module.weights
+        stored[module.layer] += kept_bytes(module, info.dtype)
     layer, largest = max(layers.values()), max(module.weights for module in modules)
     batch = batch_rows(row_length, vocabulary)
     tokens = batch * row_length
@@ -94,7 +95,7 @@ def need(
     codes = min(KEPT_BYTES, formats * info.quantizable_weights) if device == "cpu" else 0
     return Need(
         fixed + max(loading, activations + logits + changes) + info.quantizable_weights * size + kept + states + codes,
-        fixed + max(loading, activations + least_logits + changes) + layer * (size + stored) + 4 * LEAST_STATES,
+        fixed + max(loading, activations + least_logits + changes) + layer * size + max(stored.values()) + 4 * LEAST_STATES,
         states,
         max(states, min(every, STATE_BYTES if device == "cpu" else DEVICE_STATE_BYTES)),
     )
@@ -107,9 +108,10 @@ def choose_way(needed: Need, memory_bytes: int | None, device: str, folder: Path
         more = min(needed.most_states - needed.states, (limit - needed.whole) // 4)
         return Way(False, Room(needed.states + more), KEPT_BYTES, needed.whole + more)
     if needed.streamed > limit:
-        asked = f"--memory {byte_size(limit)}" if memory_bytes is not None else f"{byte_size(limit)} of memory are free here"
+        asked = f"--memory {given_size(limit)}" if memory_bytes is not None else f"{byte_size(limit)} of memory are free here"
+        shown = given_size if byte_size(limit) == byte_size(needed.streamed) else byte_size  # never "1.07 GB, 1.07 GB are needed"
         raise UserError(
-            f"{asked}: too little; layer by layer this survey needs {byte_size(needed.streamed)} "
+            f"{asked}: too little; layer by layer this survey needs {shown(needed.streamed)} "
             f"(all weights in memory: {byte_size(needed.whole)}); shorter rows (--row-length) or fewer formats need less"
         )
     spare = min(limit - needed.streamed, 4 * 2**30) + 4 * LEAST_STATES

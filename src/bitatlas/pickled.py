@@ -23,7 +23,7 @@ from bitatlas.errors import UserError
 from bitatlas.export.place import belongings, beside, check_room
 from bitatlas.export.shards import Entry, Writer, cut
 from bitatlas.files import write_text
-from bitatlas.folder import find_folder, pickle_files, read_config, reason_of
+from bitatlas.folder import find_folder, has_safetensors, pickle_files, read_config, reason_of
 from bitatlas.reader import DTYPES
 
 CONVERTED = "safetensors"  # in a run's folder: holds the converted checkpoint, under its own name
@@ -36,7 +36,7 @@ DTYPE_WORDS = {dtype: word for word, dtype in DTYPES.items() if not word.startsw
 def as_safetensors(name: str, revision: str | None, out: Path) -> str:
     """`name` itself where it has safetensors weights; else a converted copy in `out`, made now or found whole from before."""
     folder = find_folder(name, revision, pickle=True)
-    files = [] if any(folder.glob("*.safetensors*")) else pickle_files(folder)
+    files = [] if has_safetensors(folder) else pickle_files(folder)
     if not files:
         return name  # `open_checkpoint` says what is wrong, if anything is
     config = read_config(folder, name)

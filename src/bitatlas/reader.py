@@ -20,14 +20,15 @@ from bitatlas.folder import read_header, reason_of
 
 DTYPES = {
     "F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16, "I64": torch.int64, "I32": torch.int32,
-    "I16": torch.int16, "I8": torch.int8, "U8": torch.uint8, "BOOL": torch.bool, "F8_E4M3": torch.float8_e4m3fn, "F8_E5M2": torch.float8_e5m2,
+    "I16": torch.int16, "I8": torch.int8, "U64": torch.uint64, "U32": torch.uint32, "U16": torch.uint16, "U8": torch.uint8, "BOOL": torch.bool,
+    "C64": torch.complex64, "F8_E4M3": torch.float8_e4m3fn, "F8_E5M2": torch.float8_e5m2,
 }  # fmt: skip
 
 
 @dataclass(frozen=True)
 class _Place:
     file: Path
-    dtype: torch.dtype
+    word: str  # the header's for the dtype
     shape: tuple[int, ...]
     start: int  # of its bytes in the file
     length: int
@@ -41,7 +42,7 @@ class Reader:
         for file in files:
             for key, entry in read_header(file).items():
                 if key != "__metadata__":
-                    self._places[key] = _place(file, key, entry)
+                    self._places[key] = _place(file, entry)
 
     def __contains__(self, name: str) -> bool:
         return name in self._places
@@ -55,9 +56,21 @@ class Reader:
     def shape(self, name: str) -> tuple[int, ...]:
         return self._places[name].shape
 
+    def dtype(self, name: str) -> str:
+        """The header's word for it: "BF16"."""
+        return self._places[name].word
+
+    def size_bytes(self, name: str) -> int:
+        return self._places[name].length
+
     def read(self, name: str) -> Tensor:
-        """The tensor as it is stored; UserError where the file cannot be read."""
+        """The tensor as it is stored; UserError where the file cannot be read, or holds a dtype that is not read."""
         place = self._places[name]
+        dtype = DTYPES.get(place.word)
+        if dtype is None:
+            raise UserError(f"{place.file}: {name} is stored as {place.word}, which is not read")
+        if not place.length:
+            return torch.empty(place.shape, dtype=dtype)
         try:
             with place.file.open("rb") as stream:
                 stream.seek(place.start)
@@ -66,14 +79,11 @@ class Reader:
             raise UserError(f"{place.file}: weights cannot be read ({reason_of(error)})") from None
         if len(data) != place.length:
             raise UserError(f"{place.file}: truncated while it was read")
-        return torch.from_numpy(data).view(place.dtype).reshape(place.shape)
+        return torch.from_numpy(data).view(dtype).reshape(place.shape)
 
 
-def _place(file: Path, key: str, entry: dict[str, Any]) -> _Place:
-    dtype, shape = DTYPES.get(entry["dtype"]), tuple(int(n) for n in entry["shape"])
+def _place(file: Path, entry: dict[str, Any]) -> _Place:
     start, end = entry["data_offsets"]
-    if dtype is None or int(np.prod(shape, dtype=object)) * dtype.itemsize != end - start:
-        raise UserError(f"{file}: {key} is stored as {entry['dtype']} {shape} in {end - start} bytes, which cannot be read")
     with file.open("rb") as stream:
         header = int.from_bytes(stream.read(8), "little")
-    return _Place(file, dtype, shape, 8 + header + start, end - start)
+    return _Place(file, entry["dtype"], tuple(entry["shape"]), 8 + header + start, end - start)

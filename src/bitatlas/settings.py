@@ -17,6 +17,7 @@ from bitatlas.formats import FORMATS, Format, by_width, get_format
 from bitatlas.planning.budget import parse_size
 from bitatlas.planning.memory import workload_of
 from bitatlas.records import Budget
+from bitatlas.words import given
 
 DEFAULT_FORMATS = "int2_g64,int3_g64,int4_g64"
 DEFAULT_ROWS = "24,24,64"
@@ -163,7 +164,7 @@ def parse_protect(words: Sequence[str]) -> dict[str, float]:
 
 def _positive(kind: str, value: float) -> float:
     if not 0 < value <= sys.float_info.max:  # not true for NaN either
-        raise UserError(f"--{kind.replace('_', '-')} {value:g}: must be a positive number")
+        raise UserError(f"--{kind.replace('_', '-')} {given(value)}: must be a positive number")
     return float(value)
 
 

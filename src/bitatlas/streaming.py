@@ -10,7 +10,6 @@ Left out: checkpoints whose tensors are not named as the model's own parameters 
 
 from __future__ import annotations
 
-import re
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any
@@ -21,6 +20,7 @@ from transformers.pytorch_utils import Conv1D
 
 from bitatlas.allocator import trim
 from bitatlas.errors import UserError
+from bitatlas.naming import targets_of
 from bitatlas.reader import Reader
 
 ATTRIBUTE = "bitatlas_stream"  # of a model whose layers are read when they run
@@ -177,11 +177,17 @@ def open_stream(model: Any, layers_path: str, reader: Reader, device: str, dtype
     UserError where a parameter is not in the files under its own name and shape.
     """
     names, inside = Names(model, reader), f"{layers_path}."
-    for name, parameter in list(model.named_parameters()):
-        key = None if name.startswith(inside) else names.find(name, tuple(parameter.shape))
+    absent = set()
+    for name, parameter in list(model.named_parameters(remove_duplicate=False)):
+        if name.startswith(inside):
+            continue
+        key = names.find(name, tuple(parameter.shape))
         if key:
             _replace(model, name, reader.read(key).to(device, dtype))
-    model.tie_weights()
+        else:
+            absent.add(name)
+    # as transformers does it in memory: a head that the config ties and the file stores otherwise stays the file's
+    model.tie_weights(missing_keys=absent, recompute_mapping=False)
     missing = [name for name, p in model.named_parameters() if p.is_meta and not name.startswith(inside)]
     if missing:
         raise _not_found(missing[0])
@@ -191,36 +197,16 @@ def open_stream(model: Any, layers_path: str, reader: Reader, device: str, dtype
 
 
 class Names:
-    """Where the model's parameters lie in the files: under their own names, or under those that transformers renames to them."""
+    """Where the model's parameters lie in the files, under whatever name transformers knows them there."""
 
     def __init__(self, model: Any, reader: Reader):
         self.reader = reader
-        self._key = {_renamed(key, _renamings(model)): key for key in reader}
-        self._prefix = f"{model.base_model_prefix}."
+        self._key = {target.name: key for key, target in targets_of(model, reader).items() if target.whole}
 
     def find(self, name: str, shape: tuple[int, ...]) -> str | None:
-        """The name in the files of parameter `name`, with or without the prefix of the base model."""
-        for known in (name, name.removeprefix(self._prefix), self._prefix + name):
-            key = self._key.get(known)
-            if key is not None and self.reader.shape(key) == shape:
-                return key
-        return None
-
-
-def _renamings(model: Any) -> list[tuple[str, str]]:
-    """Patterns by which transformers renames tensors of this model while it loads them (old names of the same thing)."""
-    try:
-        from transformers.conversion_mapping import WeightRenaming, get_model_conversion_mapping
-    except ImportError:  # another version: own names alone
-        return []
-    found = [one for one in get_model_conversion_mapping(model) if type(one) is WeightRenaming]
-    return [(source, one.target_patterns[0]) for one in found for source in one.source_patterns]
-
-
-def _renamed(key: str, renamings: list[tuple[str, str]]) -> str:
-    for source, target in renamings:
-        key = re.sub(source, target, key)
-    return key
+        """The name in the files of parameter `name`."""
+        key = self._key.get(name)
+        return key if key is not None and self.reader.shape(key) == shape else None
 
 
 def _not_found(name: str) -> UserError:

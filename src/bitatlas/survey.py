@@ -77,7 +77,7 @@ def _survey(run: Run) -> Atlas:
     layers = screen_layers(meter, modules, low, high, rows.test, reporter)
     kinds = screen_kinds(meter, modules, low, high, rows.test, reporter)
     orders = screen_orders(meter, modules, low, high, rows.test, settings.seed, reporter, not settings.refine)
-    units = screen_units(meter, modules, settings.formats, rows.fit, reporter)
+    units = screen_units(meter, modules, settings.formats, rows.fit, reporter, settings.seed)
     precisions: Assignments = {"reference": {}} | {f"uniform:{name}": uniform(modules, name) for name in (high, low)}
     attention = [profile_attention(run, base, assignment) for base, assignment in precisions.items()]
     removals = remove_heads(run, attention[0])

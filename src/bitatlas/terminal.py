@@ -16,6 +16,7 @@ from bitatlas.export.targets import Exported
 from bitatlas.findings.tasks import smallest_held, task_widths
 from bitatlas.llamacpp.bench import Benchmark
 from bitatlas.plain import PlainConsole
+from bitatlas.planning.budget import budget_text
 from bitatlas.records import Atlas, Measured, Plan, Size, TaskPair, TaskScore
 from bitatlas.verify import Verification
 from bitatlas.words import MINUS, byte_size, interval, listed, memory_text, number, protect_text
@@ -60,7 +61,7 @@ def show_plan(plan: Plan) -> None:
     """Size, damage and, where it was verified, its baselines."""
     console = _console()
     memory = memory_text(plan)
-    asked = byte_size(int(plan.budget.value)) if memory else protect_text(plan) or f"{plan.budget.value:g}"
+    asked = protect_text(plan) or budget_text(plan.budget)
     table = _table(f"Plan ({plan.budget.kind} {asked})", ["", "size", "code bits", "damage"])
     predicted = f"{number(plan.damage.predicted)} (predicted)" if plan.damage.predicted is not None else "not predicted"
     damage = _nats(plan.damage.measured) if plan.damage.measured else predicted

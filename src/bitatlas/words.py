@@ -8,6 +8,7 @@ from __future__ import annotations
 import math
 import re
 from collections.abc import Iterable, Sequence
+from decimal import Decimal
 
 from bitatlas.records import Measured, Plan
 
@@ -27,6 +28,11 @@ def number(value: float, decimals: int | None = None) -> str:
     if float(text.replace(",", "")) == 0:
         text = text.lstrip("-")
     return text.replace("-", MINUS)
+
+
+def given(value: float) -> str:
+    """A number that somebody gave, with all its digits: 3, 2.9, 1.9999999."""
+    return str(int(value)) if float(value).is_integer() and abs(value) < 2**53 else repr(float(value))
 
 
 def decimals_of(low: float, high: float, least: int = 0) -> int:
@@ -71,6 +77,15 @@ def byte_size(count: int) -> str:
     return f"{number(value, 0 if units[0] == 'bytes' else None)} {units[0]}"
 
 
+def given_size(count: int) -> str:
+    """The same of a size that somebody gave, with all its digits: 1.50 MB, 1.234567 MB."""
+    rounded, (_, unit) = byte_size(count), byte_size(count).split()
+    power = ("bytes", "kB", "MB", "GB", "TB").index(unit)
+    exact = f"{Decimal(count).scaleb(-3 * power):f}"
+    exact = exact.rstrip("0").rstrip(".") if "." in exact else exact
+    return rounded if Decimal(rounded.split()[0].replace(",", "")) == Decimal(exact) else f"{exact} {unit}"
+
+
 def memory_text(plan: Plan) -> str:
     """What the plan's device memory is made of; "" where its budget is another."""
     load = plan.budget.workload
@@ -79,7 +94,7 @@ def memory_text(plan: Plan) -> str:
     parts = {"weights": plan.size.total_bytes, "KV cache": load.cache_bytes, "activations": load.activation_bytes}
     sequences = "1 sequence" if load.batch == 1 else f"{load.batch:,} sequences"
     return (
-        f"Device memory {byte_size(sum(parts.values()))} of {byte_size(int(plan.budget.value))}: "
+        f"Device memory {byte_size(sum(parts.values()))} of {given_size(int(plan.budget.value))}: "
         f"{', '.join(f'{name} {byte_size(count)}' for name, count in parts.items())} "
         f"({sequences} of {load.context:,} tokens, cache {load.cache_dtype}, activations {load.activation_dtype}, "
         f"passes of at most {load.chunk:,} tokens)"
@@ -88,7 +103,7 @@ def memory_text(plan: Plan) -> str:
 
 def protect_text(plan: Plan) -> str:
     """`demo_questions=5pp`, as it was asked for; "" where the budget is another."""
-    return ", ".join(f"{task}={points:g}pp" for task, points in (plan.budget.protect or {}).items())
+    return ", ".join(f"{task}={given(points)}pp" for task, points in (plan.budget.protect or {}).items())
 
 
 def p_value(p: float | None) -> str:

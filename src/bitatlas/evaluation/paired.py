@@ -43,7 +43,7 @@ from bitatlas.evaluation.no_loss import (
 from bitatlas.evaluation.tango import tango
 from bitatlas.formats import by_width
 from bitatlas.records import Measured, NoLoss, TaskPair, TaskScore
-from bitatlas.words import p_is, p_value
+from bitatlas.words import given, p_is, p_value
 
 UNIFORM = "uniform:"
 MANY = 500  # items, from which on a binomial is normal enough to say "about so many"
@@ -260,7 +260,7 @@ def _pair(one: _Flips, holm_p: float, no_loss: NoLoss, tests: int) -> TaskPair:
 
 def within(points: float) -> str:
     """The verdict "no loss within x points"."""
-    return f"{NO_LOSS} within {points:g} point{'' if points == 1 else 's'}"
+    return f"{NO_LOSS} within {given(round(points, 9))} point{'' if points == 1 else 's'}"
 
 
 def _text(pair: TaskPair, one: _Flips, tests: int) -> str:

@@ -20,7 +20,7 @@ from bitatlas.evaluation.bootstrap import percentile_interval, resample_means, t
 from bitatlas.findings.correlations import Floats, cannot_tell, side
 from bitatlas.findings.shares import Shares
 from bitatlas.records import Correlation, Finding, Measured, TaskScore
-from bitatlas.words import interval, listed, named_layers, number, p_value, percent
+from bitatlas.words import given, interval, listed, named_layers, number, p_value, percent
 
 HOLDS, FAILS, OPEN = "holds", "does not hold", "inconclusive"
 RULED = ("sparsity", "attention entropy", "head specialization")  # measures that a rule is about
@@ -122,7 +122,7 @@ def early_is_safe(shares: Shares, tolerance: float) -> Finding:
     text = (
         f"The first half ({named_layers(first)}) is {compared} the second: criticality {number(shares.criticality(first)[0])} against "
         f"{number(shares.criticality(second)[0])}, difference {interval(effect, unit=True)}.{_rests_text(single, seen != OPEN)} "
-        f"Its part of the damage is {interval(damage, unit=True)}, {within} the tolerance of {number(tolerance)}{_worst(shares, first)}."
+        f"Its part of the damage is {interval(damage, unit=True)}, {within} the tolerance of {given(tolerance)}{_worst(shares, first)}."
     )
     return Finding("folk", EARLY, verdict, text, effect, two_sided_p(resampled, 0.0, shares.rows.rows))
 

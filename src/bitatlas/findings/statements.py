@@ -12,7 +12,7 @@ from bitatlas.findings.folk import FAILS, HOLDS, OPEN
 from bitatlas.findings.shares import FALSE_DISCOVERIES
 from bitatlas.findings.verdict import relation
 from bitatlas.records import AttentionLayer, Correlation, Finding, Layer, Measured, Plan, TaskPair, TaskScore, Zone
-from bitatlas.words import interval, listed, named_layers, number, p_value, percent
+from bitatlas.words import given, interval, listed, named_layers, number, p_value, percent
 
 GOOD_FIT = 0.1  # of the damage that the quadratic model may miss before its shares are called rough
 DESCRIBED = "described"
@@ -51,7 +51,7 @@ def layer_findings(layers: Sequence[Layer], fit: Measured | None, tolerance: flo
     groups = {verdict: [one.layer for one in layers if one.verdict == verdict] for verdict in ("critical", "safe", "uncertain")}
     named = [f"{len(group)} {verdict} ({named_layers(group)})" for verdict, group in groups.items() if group]
     verdict = HOLDS if any(one.q_value <= FALSE_DISCOVERIES for one in layers) else OPEN
-    text = f"Of {len(layers)} layers: {listed(named)}. Safe means less damage than its size, and at most {number(tolerance)} nats/token added."
+    text = f"Of {len(layers)} layers: {listed(named)}. Safe means less damage than its size, and at most {given(tolerance)} nats/token added."
     found = [Finding("layers", "some layers are more critical than others of their size", verdict, text)]
     for one in layers:
         if one.verdict == "critical":

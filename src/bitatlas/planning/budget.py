@@ -21,6 +21,7 @@ from bitatlas.errors import UserError
 from bitatlas.formats import Format, get_format, stored_bytes
 from bitatlas.planning.memory import beside_weights, dtype_bytes
 from bitatlas.records import Budget, ModelInfo, Module, Plan, Size
+from bitatlas.words import given
 
 Ints = NDArray[np.int64]
 
@@ -29,7 +30,7 @@ SIZE_UNITS = {"": 1, "b": 1} | {
 }
 FUSED = {"q_proj": "qkv", "k_proj": "qkv", "v_proj": "qkv", "gate_proj": "gate_up", "up_proj": "gate_up"}
 RANGE_DIGITS = 4  # significant digits of a possible range
-EXACT_DIGITS = 15  # significant digits that show a number as it was given
+EXACT_DIGITS = 20  # significant digits that show a number as it was given
 MEASURED = {"max_damage": "--max-damage", "protect": "--protect"}  # kinds whose size is sought, not given
 
 
@@ -94,28 +95,33 @@ def assignment_of(units: Sequence[Unit], formats: Sequence[str], choice: NDArray
     return {module.name: formats[int(k)] for unit, k in zip(units, choice, strict=True) for module in unit.modules}
 
 
-def size_of(modules: Sequence[Module], assignment: dict[str, str], info: ModelInfo) -> Size:
-    """The exact size of a plan. Modules not in `assignment` keep the checkpoint's dtype and count in `total_bytes` alone.
+def kept_bytes(module: Module, dtype: str) -> int:
+    """Bytes of a module that stays as it is, in a checkpoint whose other modules are of `dtype`."""
+    return module.size_bytes if module.size_bytes is not None else module.weights * dtype_bytes(dtype)
 
-    With nothing assigned both averages are the width of the checkpoint's dtype.
+
+def size_of(modules: Sequence[Module], assignment: dict[str, str], info: ModelInfo) -> Size:
+    """The exact size of a plan. Modules not in `assignment` stay as the checkpoint stores them and count in `total_bytes` alone.
+
+    With nothing assigned both averages are the stored width of the modules' weights, in the mean.
     Raises UserError where the assignment names a module that the checkpoint lacks, or an unknown format.
     """
     unknown = sorted(set(assignment) - {module.name for module in modules})
     if unknown:
         raise UserError(f"the plan names {len(unknown)} modules that the checkpoint lacks, for example {unknown[0]!r}")
-    width = dtype_bytes(info.dtype)
-    weights = code_bits = quantized_bytes = kept_bytes = 0
+    weights = code_bits = quantized_bytes = kept = 0
     for module in modules:
         if module.name not in assignment:
-            kept_bytes += module.weights * width
+            kept += kept_bytes(module, info.dtype)
             continue
         fmt = get_format(assignment[module.name])
         weights += module.weights
         code_bits += module.weights * fmt.bits
         quantized_bytes += stored_bytes(module.shape, fmt)
-    total = info.other_bytes + quantized_bytes + kept_bytes
+    total = info.other_bytes + quantized_bytes + kept
     if not weights:
-        return Size(8.0 * width, 8.0 * width, 0, total)
+        width = 8 * kept / sum(module.weights for module in modules) if modules else 8.0 * dtype_bytes(info.dtype)
+        return Size(width, width, 0, total)
     return Size(code_bits / weights, 8 * quantized_bytes / weights, quantized_bytes, total)
 
 
@@ -139,11 +145,11 @@ def parse_size(text: str, flag: str = "--size") -> int:
 def show_bytes(value: int | Fraction, digits: int = RANGE_DIGITS) -> str:
     """A size that `parse_size` reads again, rounded up to `digits` significant digits: 1234567 -> "1.235MB"."""
     power = min(4, max(0, (len(str(math.floor(value))) - 1) // 3))
-    text = _show_number(Fraction(value) / 1000**power, digits).removesuffix(".0")
+    text = rounded_up(Fraction(value) / 1000**power, digits).removesuffix(".0")
     return f"{text}{('', 'k', 'M', 'G', 'T')[power]}B"
 
 
-def _show_number(value: Fraction, digits: int) -> str:
+def rounded_up(value: Fraction, digits: int) -> str:
     """Decimal text with at least one decimal, rounded up: a budget typed from what is shown is never too small."""
     places = max(1, digits - len(str(math.floor(value))))
     head, tail = divmod(math.ceil(value * 10**places), 10**places)
@@ -159,7 +165,7 @@ KINDS: dict[str, Kind] = {
         cost=lambda module, fmt: module.weights * fmt.bits,
         worth=lambda cost, weights, other: Fraction(cost, weights),
         allows=lambda value, weights, other: value * weights,
-        show=_show_number,
+        show=rounded_up,
     ),
     "stored_bits": Kind(
         flag="--stored-bits",
@@ -167,7 +173,7 @@ KINDS: dict[str, Kind] = {
         cost=lambda module, fmt: stored_bytes(module.shape, fmt),
         worth=lambda cost, weights, other: Fraction(8 * cost, weights),
         allows=lambda value, weights, other: value * weights / 8,
-        show=_show_number,
+        show=rounded_up,
     ),
     "size": Kind(
         flag="--size",
@@ -234,7 +240,7 @@ def check_budget(budget: Budget, modules: Sequence[Module], formats: Sequence[st
     if not formats:
         raise UserError("--formats: at least one format is needed")
     if not math.isfinite(budget.value) or budget.value <= 0:
-        raise UserError(f"{flag} {budget.value:g} must be a positive number")
+        raise UserError(f"{flag} {given(budget.value)} must be a positive number")
     if budget.kind in MEASURED:
         return
     kind, units = KINDS[budget.kind], units_of(modules)
@@ -246,15 +252,15 @@ def check_budget(budget: Budget, modules: Sequence[Module], formats: Sequence[st
     least, most = (kind.worth(total, weights, info.other_bytes + beside) for total in ends)
     shown_least, shown_most = (kind.show(value, RANGE_DIGITS) for value in (least, most))
     possible = f"possible: {shown_least} to {shown_most}" if least < most else f"possible: {shown_least}"
-    given = f"{flag} {_show_given(budget)}"
+    asked = f"{flag} {budget_text(budget)}"
     if budget.value < float(least):
         who = _named(cost.sum(axis=0), ends[0], formats)
         load = budget.workload
         alone = f"; the cache of {load.context} tokens and the activations alone take {show_bytes(beside)}" if load else ""
-        raise UserError(f"{given} is below {shown_least}, the least that {who}{alone}; {possible}")
+        raise UserError(f"{asked} is below {shown_least}, the least that {who}{alone}; {possible}")
     if Fraction(budget.value) > max(most, _typed(kind, shown_most)):
         who = _named(cost.sum(axis=0), ends[1], formats)
-        raise UserError(f"{given} is above {shown_most}, the most that {who}; {possible}")
+        raise UserError(f"{asked} is above {shown_most}, the most that {who}; {possible}")
 
 
 def _named(totals: Ints, total: int, formats: Sequence[str]) -> str:
@@ -267,11 +273,15 @@ def _typed(kind: Kind, text: str) -> Fraction:
     return Fraction(parse_size(text)) if kind.show is show_bytes else Fraction(float(text))
 
 
-def _show_given(budget: Budget) -> str:
-    if KINDS[budget.kind].show is not show_bytes:
-        return f"{budget.value:g}"
-    whole = math.floor(budget.value)
+def budget_text(budget: Budget) -> str:
+    """The budget's value as it was given."""
+    is_size = budget.kind in KINDS and KINDS[budget.kind].show is show_bytes
+    return exact_bytes(math.floor(budget.value)) if is_size else given(budget.value)
+
+
+def exact_bytes(whole: int) -> str:
+    """A size with all its digits, in the unit that it may have been given in: 1.5GiB, 1.234567MB."""
     for name, size in (("TiB", 2**40), ("GiB", 2**30), ("MiB", 2**20)):
         if whole >= size and 100 * whole % size == 0:
-            return f"{whole / size:g}{name}"
+            return f"{given(whole / size)}{name}"
     return show_bytes(whole, EXACT_DIGITS)

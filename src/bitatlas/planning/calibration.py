@@ -86,7 +86,7 @@ class Predictor:
 
     def of(self, plan: Ints) -> float:
         alone, between = self.parts(plan)
-        return alone + self.kept * between
+        return max(0.0, alone + self.kept * between)  # a divergence is never negative
 
 
 def predictor(base: Ints, formats: int, level: float, changes: list[Change], found: Together) -> Predictor:

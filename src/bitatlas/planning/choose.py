@@ -18,6 +18,7 @@ import numpy as np
 
 from bitatlas.errors import UserError
 from bitatlas.planning.solve import solve_knapsack
+from bitatlas.words import given
 
 Measure = Callable[[Mapping[str, np.ndarray]], dict[str, float]]  # plans by name -> mean damage on the select rows, nats/token
 BISECTIONS = 12
@@ -30,6 +31,13 @@ class Scores:
     tables: dict[str, np.ndarray]
     at_high: float
     source: str = "measured single-unit damage"
+
+    def predicted(self, table: np.ndarray, choice: np.ndarray) -> float:
+        """Damage of a choice [units] by one of the tables, nats/token.
+
+        Scores taken around uniform low can sum to less than 0 near the widest formats; no plan is promised less than these do.
+        """
+        return self.at_high + max(0.0, float(table[np.arange(len(table)), choice].sum()))
 
 
 @dataclass(frozen=True)
@@ -74,8 +82,7 @@ def candidates(scores: Scores, cost: np.ndarray, limit: int) -> list[Candidate]:
         if any(np.array_equal(solution.choice, other.choice) for other in found):
             continue
         reference = scores.tables.get("mean of both", table)
-        predicted = scores.at_high + float(reference[np.arange(len(reference)), solution.choice].sum())
-        found.append(Candidate(name, solution.choice, predicted, solution.gap))
+        found.append(Candidate(name, solution.choice, scores.predicted(reference, solution.choice), solution.gap))
     return found
 
 
@@ -99,8 +106,9 @@ def choose_smallest(
     least, most = int(cost.min(1).sum()), int(cost.max(1).sum())
     best = (*choose(scores, cost, most, measure), most)
     if best[1] > tolerated:
+        least_damage = f"{best[1]:.3g}" if float(f"{best[1]:.3g}") > tolerated else given(best[1])
         raise UserError(
-            f"--max-damage {tolerated:g} is below {best[1]:.3g} nats/token, the least that these formats {where}; "
+            f"--max-damage {given(tolerated)} is below {least_damage} nats/token, the least that these formats {where}; "
             "possible: more than that, or a wider format in --formats"
         )
     cheapest = (*choose(scores, cost, least, measure), least)

@@ -14,7 +14,7 @@ from bitatlas.planning.baselines import RANDOM_PLANS, baselines, outside_uniform
 from bitatlas.planning.budget import assignment_of, costs_of, size_of
 from bitatlas.planning.search import Found, Subject
 from bitatlas.records import Baseline, Budget, CurvePoint, Measured, Plan, PlanDamage, PlanModel
-from bitatlas.words import byte_size, number
+from bitatlas.words import byte_size, given
 
 NOT_A_CANDIDATE = "not in --formats"
 
@@ -78,9 +78,9 @@ def on_tolerance(damage: Measured, tolerated: float) -> str:
     """Whether the test rows bear out what the select rows promised; choosing among many plans on them flatters the chosen one."""
     low, high = damage.ci95 or (-np.inf, np.inf)
     if high <= tolerated:
-        return f"within the tolerated {number(tolerated)} on test rows"
+        return f"within the tolerated {given(tolerated)} on test rows"
     shown = "above" if low > tolerated else "not shown to be within"
-    return f"{shown} the tolerated {number(tolerated)} on test rows"
+    return f"{shown} the tolerated {given(tolerated)} on test rows"
 
 
 def _judged(subject: Subject, plan: Plan, others: Mapping[str, Assignment], rows: Mapping[str, np.ndarray]) -> Judged:

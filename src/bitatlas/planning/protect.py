@@ -26,7 +26,7 @@ from bitatlas.evaluation.paired import above_chance_p, within
 from bitatlas.evaluation.tango import tango
 from bitatlas.planning.search import Found
 from bitatlas.records import Budget
-from bitatlas.words import number
+from bitatlas.words import given, number
 
 STEPS = 6  # halvings of the range of sizes
 WALK = 5  # sizes between the widest format and the smallest candidate that are judged
@@ -93,7 +93,7 @@ def halves(n: int) -> tuple[slice, slice]:
 
 
 def flag_of(task: str, points: float) -> str:
-    return f"--protect {task}={points:g}pp"
+    return f"--protect {task}={given(points)}pp"
 
 
 def check_items(budget: Budget, counts: Mapping[str, int]) -> None:

@@ -101,7 +101,7 @@ class _Search:
 
     def offer(self, kind: str, plan: Ints, predicted: float, damage: float, **more: Any) -> bool:
         """Record a measured plan; it becomes the base where it is better."""
-        better = damage < self.damage
+        better, predicted = damage < self.damage, max(predicted, 0.0)  # NaN stays; the models know no floor
         changed = int((plan != self.base).sum()) if len(self.base) else None
         numbers = {"predicted": _short(predicted), "damage": _short(damage)}
         self.steps.append({"kind": kind, "changed": changed, **numbers, "accepted": better, **more})

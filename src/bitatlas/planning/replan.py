@@ -20,6 +20,7 @@ from bitatlas.planning.judge import unverified_plan
 from bitatlas.planning.memory import settled
 from bitatlas.planning.search import Subject, Tools, search
 from bitatlas.records import Atlas, Budget, Plan
+from bitatlas.words import given
 from bitatlas.workload import Workload
 
 
@@ -63,7 +64,7 @@ def _scores_used(atlas: Atlas, scores: Scores) -> Scores:
 def predicted(scores: Scores, plans: Mapping[str, np.ndarray]) -> dict[str, float]:
     """Damage of choices by the (one) table, nats/token."""
     (table,) = scores.tables.values()
-    return {name: scores.at_high + float(table[np.arange(len(table)), choice].sum()) for name, choice in plans.items()}
+    return {name: scores.predicted(table, choice) for name, choice in plans.items()}
 
 
 def write_plan(plan: Plan, folder: Path, out: Path | None) -> Path:
@@ -89,17 +90,10 @@ def write_plan(plan: Plan, folder: Path, out: Path | None) -> Path:
 
 
 def _value(budget: Budget) -> str:
-    """What a file's name says of the budget."""
+    """What a file's name says of the budget: all digits, so that two budgets never share a file."""
     return (
-        "-".join(f"{task}-{_plain(points)}" for task, points in budget.protect.items())
-        if budget.protect
-        else _plain(budget.value)
+        "-".join(f"{task}-{given(points)}" for task, points in budget.protect.items()) if budget.protect else given(budget.value)
     )
-
-
-def _plain(value: float) -> str:
-    """All digits, so that two budgets never share a file: 3.0 -> "3", 4294967296.0 -> "4294967296"."""
-    return str(int(value)) if value.is_integer() else repr(value)
 
 
 def _named(load: Workload | None) -> str:

@@ -26,6 +26,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from bitatlas.errors import UserError
+from bitatlas.words import given
 
 Ints = NDArray[np.int64]
 Floats = NDArray[np.float64]
@@ -90,7 +91,9 @@ def solve_cheapest(damage: NDArray, cost: NDArray, tolerated: float) -> Solution
     # each damage as given is off by the last digit of float64: an assignment that meets the tolerance on paper stays allowed
     limit = _floor_scaled(tolerated, shift) + len(damage) * 2 ** (DAMAGE_BITS - FLOAT_BITS) - lowest
     if limit < 0:
-        raise UserError(f"--max-damage {tolerated:g}: the least that these formats are predicted to do is {least:.3g} nats/token")
+        raise UserError(
+            f"--max-damage {given(tolerated)}: the least that these formats are predicted to do is {least:.3g} nats/token"
+        )
     cheapest = int(cost.min(axis=1).sum())
     problem = _Problem(cost - cost.min(axis=1, keepdims=True), whole - whole.min(axis=1, keepdims=True), limit)
     choice, bound = _solve(problem)

@@ -32,6 +32,7 @@ class Module:
     kind: str  # "up_proj"
     shape: tuple[int, int]
     unit: str  # modules with the same unit share one format
+    size_bytes: int | None = None  # of the weight as the checkpoint stores it; None: in the checkpoint's dtype
 
     @property
     def weights(self) -> int:
@@ -47,11 +48,12 @@ class ModelInfo:
     layers: int
     heads: int
     context: int  # longest input, tokens
-    dtype: str  # of the checkpoint's weights
+    dtype: str  # of the checkpoint's linear weights, or of most of them
     quantizable_weights: int
-    other_bytes: int  # embeddings, norms, head, biases: they keep the checkpoint's dtype
-    total_bytes: int  # the checkpoint as it is
+    other_bytes: int  # embeddings, norms, head, biases and all else in the files: they keep their dtypes
+    total_bytes: int  # the checkpoint as it is, all tensors
     memory: MemoryShape | str | None = None  # text: why it cannot be told; None: an atlas from before it was recorded
+    other_numbers: int | None = None  # that `other_bytes` are; None: of one dtype
 
 
 @dataclass(frozen=True)
@@ -108,7 +110,7 @@ class PlanModel:
 
 @dataclass(frozen=True)
 class Plan:
-    """`plan.json`. Modules not listed keep the checkpoint's dtype."""
+    """`plan.json`. Modules not listed keep the dtype that the checkpoint stores them in."""
 
     model: PlanModel
     formats: dict[str, Format]

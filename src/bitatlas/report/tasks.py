@@ -56,7 +56,7 @@ def _width_row(atlas: Atlas, one: TaskWidth, best: TaskWidth | None) -> list[str
 def margin_text(atlas: Atlas) -> str:
     """ " within 2 points", where all pairs have one margin."""
     margins = {pair.no_loss.margin_points for pair in atlas.task_pairs if pair.no_loss}
-    return f" within {margins.pop():g} points" if len(margins) == 1 else ""
+    return f" within {words.given(round(margins.pop(), 9))} points" if len(margins) == 1 else ""
 
 
 def text_table(atlas: Atlas) -> Table:
