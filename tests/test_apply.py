@@ -68,7 +68,7 @@ def largest_difference(model: Path, plan: Plan, folder: Path, rows: torch.Tensor
     """Of the float32 logits: the loaded checkpoint against the reference model with our reconstruction swapped in."""
     checkpoint = open_checkpoint(str(model), None, False)
     ours = checkpoint.load_model()
-    ids = torch.randint(checkpoint.config.vocab_size, (2, 24), generator=torch.Generator().manual_seed(0))
+    ids = torch.randint(checkpoint.config.get_text_config().vocab_size, (2, 24), generator=torch.Generator().manual_seed(0))
     bank = Bank(ours, list(plan.modules), plan.quantizer, plan.formats, rows=rows)
     theirs, report = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, output_loading_info=True)
     assert not any(report.values()), report

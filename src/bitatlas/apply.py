@@ -102,7 +102,7 @@ class Blueprint:
     @property
     def unused(self) -> set[str]:
         """Tensors that the model passes over, by the names that transformers gives them."""
-        return {self.conversion.target(key)[0] for key in self.copied}
+        return {name for key in self.copied if (name := self.conversion.target(key)[0]) not in self.conversion.origins}
 
     def read(self, parameter: str) -> Tensor:
         """A parameter of the model as the checkpoint has it."""
@@ -138,7 +138,8 @@ def apply_plan(model_name: str, plan_file: Path, out: Path, reporter: Reporter, 
         write_text(folder / "README.md", card_of(plan, checkpoint, story, blueprint.disk_bytes))
         write_text(folder / "config.json", config_text(plan, checkpoint, skeleton, blueprint))
         with reporter.stage("loading it in transformers"):
-            tried = check_folder(folder, plan, plan_file, checkpoint, blueprint.whole, blueprint.unused)
+            whole = {name: DTYPES[entry.dtype] for name, entry in blueprint.whole.items()}
+            tried = check_folder(folder, plan, plan_file, checkpoint, whole, blueprint.unused)
     return Applied(
         out, plan, plan.size.total_bytes, blueprint.disk_bytes, every_cause(plan, blueprint), [file.name for file in others],
         list(blueprint.whole), [name for parts in blueprint.made.values() for name in parts], tried,

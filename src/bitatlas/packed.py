@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import contextlib
 import io
-from collections.abc import Collection, Iterator
+from collections.abc import Collection, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +20,7 @@ import transformers
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM
 
+from bitatlas.allocator import trim
 from bitatlas.bank import bank_of_plan
 from bitatlas.checkpoint import Checkpoint, _quiet, open_model
 from bitatlas.errors import UserError
@@ -43,11 +44,11 @@ def open_packed(folder: Path, device: str) -> tuple[Any, Any]:
 
 
 def check_folder(
-    folder: Path, plan: Plan, plan_file: Path, checkpoint: Checkpoint, whole: Collection[str], unused: Collection[str]
+    folder: Path, plan: Plan, plan_file: Path, checkpoint: Checkpoint, whole: Mapping[str, torch.dtype], unused: Collection[str]
 ) -> str:
     """A line about how `folder` was tried; UserError where transformers does not load it, or it computes something else than the plan.
 
-    `whole`: modules that are not packed and hold their weights in the checkpoint's dtype. `unused`: tensors that the model passes over.
+    `whole`: modules that are not packed, and the dtype of their weights. `unused`: tensors that the model passes over.
     """
     skeleton = checkpoint.skeleton()
     weights = sum(parameter.numel() for parameter in skeleton.parameters())
@@ -61,12 +62,8 @@ def check_folder(
             "for every tensor; bitatlas verify measures it where there is more"
         )
     expected = _expected(checkpoint, plan, plan_file, whole)
-    with torch.no_grad(), _silent():
-        model = _load(folder, "cpu", unused).eval()
-        try:
-            found = model(input_ids=_tokens(checkpoint), use_cache=False).logits
-        except Exception as error:  # every model fails in its own way
-            raise _refused(f"transformers loads but cannot run it ({reason_of(error)})") from None
+    trim()
+    found = _logits(_load(folder, "cpu", unused).eval(), checkpoint)
     largest, difference = float(expected.abs().max()), float((found - expected).abs().max())
     if not difference <= TOLERANCE * largest:
         raise _refused(
@@ -120,19 +117,26 @@ def _load(folder: Path, device: str, unused: Collection[str]) -> Any:
 
 
 @torch.no_grad()
-def _expected(checkpoint: Checkpoint, plan: Plan, plan_file: Path, whole: Collection[str]) -> Tensor:
+def _expected(checkpoint: Checkpoint, plan: Plan, plan_file: Path, whole: Mapping[str, torch.dtype]) -> Tensor:
     """Logits [1, tokens, vocabulary] of the reference model with the bank's reconstruction in every planned module."""
     model = checkpoint.load_model()
-    stored = {"float16": torch.float16, "bfloat16": torch.bfloat16}.get(checkpoint.info.dtype, torch.float32)
     for name, format_name in plan.modules.items():
         weight = bank_of_plan(plan, plan_file, model, [name]).codes(name, format_name).weight()
-        model.get_submodule(name).weight = nn.Parameter(
-            weight.to(stored).float() if name in whole else weight, requires_grad=False
-        )
-    with _silent():
-        logits: Tensor = model(input_ids=_tokens(checkpoint), use_cache=False).logits
+        held = weight.to(whole.get(name, weight.dtype)).float()
+        model.get_submodule(name).weight = nn.Parameter(held, requires_grad=False)
+    logits = _logits(model, checkpoint)
     if not bool(torch.isfinite(logits).all()):
         raise UserError("nothing was written: with the plan's weights the model's logits are not finite")
+    return logits
+
+
+@torch.no_grad()
+def _logits(model: Any, checkpoint: Checkpoint) -> Tensor:
+    try:
+        with _silent():
+            logits: Tensor = model(input_ids=_tokens(checkpoint), use_cache=False).logits
+    except Exception as error:  # every model fails in its own way
+        raise _refused(f"transformers cannot run {type(model).__name__} on text alone ({reason_of(error)})") from None
     return logits
 
 
