@@ -1,5 +1,7 @@
 """rtn against a brute-force float64 search, and the properties any quantizer must have."""
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import numpy as np
@@ -11,7 +13,8 @@ from hypothesis import strategies as st
 from bitatlas.checkpoint import open_checkpoint
 from bitatlas.errors import UserError
 from bitatlas.formats import FORMATS, INTEGER_FORMATS, Format
-from bitatlas.quantizers import QUANTIZERS, Quantizer, get_quantizer
+from bitatlas.quantizers import QUANTIZERS, Quantizer, get_quantizer, gptq, hqq
+from bitatlas.quantizers.codes import Codes
 from bitatlas.quantizers.rtn import STEPS, grid, quantize
 from bitatlas.swap import weight_of
 
@@ -118,3 +121,64 @@ def test_importance_picks_the_clipping_step_by_weighted_squares():
             assert torch.equal(plain, same)
             assert bool((weighted.sum(1) <= plain.sum(1) * (1 + 1e-6)).all())
         assert sum(float(part.sum()) for part in errors[2]) < 0.99 * sum(float(part.sum()) for part in errors[0])
+
+
+@contextmanager
+def uninitialized_memory_is_nan() -> Iterator[None]:
+    """Within the block what nobody wrote shows: `torch.empty` and its like are full of NaN, or of the largest integer."""
+    torch.use_deterministic_algorithms(True)
+    try:
+        yield
+    finally:
+        torch.use_deterministic_algorithms(False)
+
+
+def codes_of(quantizer: str, weight: torch.Tensor, fmt: Format) -> Codes:
+    if quantizer == "hqq":
+        pytest.importorskip("hqq")
+        return hqq.quantize(weight, fmt)
+    if quantizer == "rtn":
+        return quantize(weight, fmt)
+    inputs = torch.randn(64, weight.shape[1], generator=torch.Generator().manual_seed(1)).double()
+    return gptq.fit(weight, fmt, gptq.factorize(inputs.T @ inputs / 64))
+
+
+@settings(deadline=None, max_examples=25)
+@given(
+    st.sampled_from(["rtn", "gptq", "hqq"]),
+    st.sampled_from(["int2_g32", "int2_g64_sym", "int3_g32", "int4_g128_sym", "int8_g32"]),
+    st.sampled_from([3e4, 2e5, 5e5, 3e6, 1e12, 1e25, 3e38]),
+    st.booleans(),
+    st.integers(0, 10**6),
+)
+def test_ranges_that_float16_scales_cannot_span(quantizer: str, name: str, huge: float, everywhere: bool, seed: int):
+    """The largest scale then: what is stored is finite, in its range, and the same every time."""
+    fmt = FORMATS[name]
+    if fmt.symmetric and not QUANTIZERS[quantizer].symmetric:
+        return
+    generator = torch.Generator().manual_seed(seed)
+    weight = torch.randn(3, 72, generator=generator)
+    weight = (weight * (huge / weight.abs().max()) if everywhere else weight).clamp(-huge, huge)
+    weight[1, 7] = huge if seed % 2 else -huge
+    found = codes_of(quantizer, weight, fmt)
+    with uninitialized_memory_is_nan():
+        again = codes_of(quantizer, weight, fmt)
+    for part in ("codes", "scale", "zero"):
+        assert torch.equal(getattr(found, part), getattr(again, part)), part
+    assert bool(torch.isfinite(found.weight()).all()) and bool((found.scale > 0).all())
+    assert int(found.codes.max()) <= 2**fmt.bits - 1
+    assert not fmt.symmetric or bool((found.zero == 2 ** (fmt.bits - 1)).all())
+
+
+@pytest.mark.parametrize("quantizer", ["rtn", "gptq", "hqq"])
+def test_a_huge_weight_gets_the_nearest_that_can_be_stored(quantizer: str):
+    """5e5 at 2 bits needs a scale of 166,667; 3 times float16's largest is what 3 steps of it reach, and rows beside it do not change.
+
+    hqq stops when the whole weight's error does, so there they do, a little.
+    """
+    weight = torch.randn(4, 64, generator=torch.Generator().manual_seed(0))
+    plain = codes_of(quantizer, weight, FORMATS["int2_g32"]).weight()
+    weight[2, 40] = 5e5
+    found = codes_of(quantizer, weight, FORMATS["int2_g32"]).weight()
+    assert float(found[2, 40]) == pytest.approx(3 * 65504.0, rel=1e-3)
+    assert torch.allclose(found[[0, 1, 3]], plain[[0, 1, 3]], rtol=0, atol=0.05 if quantizer == "hqq" else 0)

@@ -26,13 +26,13 @@ from bitatlas.export.card import atlas_beside
 from bitatlas.files import read_record
 from bitatlas.folder import find_folder, read_config
 from bitatlas.layerwise import batch_rows
+from bitatlas.packed import open_packed
 from bitatlas.progress import Reporter
 from bitatlas.records import Measured, Plan, TaskPair, TaskScore
 from bitatlas.sensitivity.damage import kl_per_row
 from bitatlas.settings import check_device
 from bitatlas.swap import weight_of
 from bitatlas.tokens import make_rows, read_documents
-from bitatlas.verify import open_packed
 
 PACKED = "compressed-tensors"
 

@@ -120,6 +120,8 @@ def show_applied(result: Applied) -> None:
     console = _console()
     console.print(table)
     console.print(f"Carried over: {listed(result.carried)}", soft_wrap=True)
+    for line in result.notes:
+        console.print(line, soft_wrap=True)
 
 
 def show_verification(result: Verification) -> None:

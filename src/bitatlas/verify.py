@@ -6,8 +6,6 @@ files' sizes taken from the disk, its tasks scored where they are asked for.
 
 from __future__ import annotations
 
-import contextlib
-import io
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -17,9 +15,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from bitatlas.apply import card_of, check_fits, check_package, draw
+from bitatlas.apply import card_of, check_fits, check_package, draw, promised_disk_bytes
 from bitatlas.bank import bank_of_plan
-from bitatlas.checkpoint import Checkpoint, check_finite, open_checkpoint, open_model
+from bitatlas.checkpoint import Checkpoint, check_finite, open_checkpoint
 from bitatlas.errors import UserError
 from bitatlas.evaluation.bootstrap import measured
 from bitatlas.export.card import VERIFIED, atlas_beside, story_beside
@@ -27,6 +25,7 @@ from bitatlas.files import read_record, write_text
 from bitatlas.folder import weight_files
 from bitatlas.journal import Journal
 from bitatlas.layerwise import batch_rows
+from bitatlas.packed import open_packed
 from bitatlas.planning.budget import size_of
 from bitatlas.prepare import rows_and_items, rows_of_survey, settings_of
 from bitatlas.progress import Reporter
@@ -114,7 +113,8 @@ def verify_plan(
             nats = meter.plans({"plan": plan.modules}, test, progress)["plan"]
     else:
         packed, tokenizer = open_packed(folder, check_device(device))
-        disk = draw(plan, checkpoint, checkpoint.skeleton()).disk_bytes, sum(f.stat().st_size for f in weight_files(folder))
+        promised = promised_disk_bytes(plan, draw(plan, checkpoint, checkpoint.skeleton()))
+        disk = promised, sum(file.stat().st_size for file in weight_files(folder))
         with reporter.stage("damage of the checkpoint") as progress:
             nats = between(model, packed, test, progress)
         checks = tuple(_check_task(packed, tokenizer, *entry, reporter) for entry in items)
@@ -130,21 +130,6 @@ def _judge(
     size = size_of(checkpoint.modules, plan.modules, checkpoint.info)
     size_kept = size == plan.size and (disk is None or disk[0] == disk[1])
     return Verification(plan, size, damage, size_kept, disk, checks)
-
-
-@torch.no_grad()
-def open_packed(folder: Path, device: str) -> tuple[Any, Any]:
-    """The checkpoint, unpacked (its first pass does that), without what the package has to say about it."""
-    from loguru import logger
-
-    logger.disable("compressed_tensors")
-    try:
-        with contextlib.redirect_stderr(io.StringIO()):
-            model, tokenizer = open_model(str(folder), device)
-            model(input_ids=torch.zeros(1, 1, dtype=torch.long, device=model.device), use_cache=False)
-    finally:
-        logger.enable("compressed_tensors")
-    return model, tokenizer
 
 
 @torch.no_grad()

@@ -18,7 +18,7 @@ from bitatlas.words import byte_size
 
 CARRIED = (
     "tokenizer*", "vocab*", "merges.txt", "*.model", "*.tiktoken", "special_tokens_map.json", "added_tokens.json", "generation_config.json",
-    "chat_template*", "*.jinja", "LICENSE*", "LICENCE*", "NOTICE*", "COPYING*", "USE_POLICY*",
+    "*processor_config.json", "chat_template*", "*.jinja", "LICENSE*", "LICENCE*", "NOTICE*", "COPYING*", "USE_POLICY*",
 )  # fmt: skip
 
 
@@ -54,7 +54,7 @@ def beside(out: Path) -> Iterator[Path]:
 
 
 def carried(folder: Path) -> list[Path]:
-    """What else belongs to a model: tokenizer, generation config, chat template, licence."""
+    """What else belongs to a model: tokenizer, processor (of a model that also sees), generation config, chat template, licence."""
     return sorted(set(belongings(folder)) - set(weight_files(folder)))
 
 

@@ -10,9 +10,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from transformers.pytorch_utils import Conv1D
-
-from bitatlas.apply import check_fits
+from bitatlas.apply import check_fits, check_transposed
 from bitatlas.checkpoint import Checkpoint, open_checkpoint
 from bitatlas.errors import UserError
 from bitatlas.export import autoround, exllamav3, gptqmodel, llamacpp, llm_compressor, mlx, torchao, vllm
@@ -29,6 +27,9 @@ TARGETS: dict[str, Target] = {
     module.TARGET.name: module.TARGET
     for module in (vllm, mlx, torchao, llm_compressor, gptqmodel, autoround, exllamav3, llamacpp)
 }
+
+
+TRANSPOSED = "--to {0}: {1} is a Conv1D (GPT-2's transposed linear layer), which {0} cannot quantize by rows"
 
 
 @dataclass(frozen=True)
@@ -63,11 +64,12 @@ def export_plan(plan_file: Path, target_name: str, out: Path, model_name: str | 
     checkpoint = None
     if model_name is not None:
         with reporter.stage("opening the checkpoint"):
+            if not target.transposed:
+                check_transposed(plan, model_name, TRANSPOSED.format(target.name, "{}"))
             checkpoint = open_checkpoint(model_name, plan.model.revision)
             check_fits(plan, checkpoint)
     modules = _modules(plan, plan_file, checkpoint)
     job = Job(plan, plan_file, checkpoint, modules, reporter, model_name or "")
-    _check_kinds(target, job)
     _check_rows(target, job)
     _check_fused(target, plan)
     notes = (
@@ -96,18 +98,6 @@ def _check_format(target: Target, module: str, name: str, fmt: Format) -> None:
             f"--to {target.name}: {module} has the format {name}, which {target.name} cannot hold; "
             f"the nearest that it can is {target.holds.nearest(fmt)}"
         )
-
-
-def _check_kinds(target: Target, job: Job) -> None:
-    """Only with --model: a plan does not say how a checkpoint stores its weights."""
-    if target.transposed or job.checkpoint is None:
-        return
-    skeleton = job.checkpoint.skeleton()
-    for name in job.formats:
-        if isinstance(skeleton.get_submodule(name), Conv1D):
-            raise UserError(
-                f"--to {target.name}: {name} is a Conv1D (GPT-2's transposed linear layer), which {target.name} cannot quantize by rows"
-            )
 
 
 def _check_rows(target: Target, job: Job) -> None:

@@ -14,8 +14,8 @@ from bitatlas.export.target import Integers, Job, Target
 
 
 def write(job: Job, folder: Path) -> list[str]:
-    apply_plan(job.model, job.plan_file, folder, job.reporter)
-    return ["the packed checkpoint of bitatlas apply; in vLLM it was not run here"]
+    notes = apply_plan(job.model, job.plan_file, folder, job.reporter).notes
+    return ["the packed checkpoint of bitatlas apply; in vLLM it was not run here", *notes]
 
 
 TARGET = Target(

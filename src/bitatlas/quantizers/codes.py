@@ -14,6 +14,9 @@ from torch import Tensor
 from bitatlas.formats import Format
 from bitatlas.packing import pack, unpack
 
+SMALLEST_SCALE = 2.0**-24  # smallest positive float16
+LARGEST_SCALE = 65504.0  # largest float16
+
 
 @dataclass(frozen=True)
 class Codes:

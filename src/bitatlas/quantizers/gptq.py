@@ -29,7 +29,7 @@ from torch import Tensor, nn
 from bitatlas.errors import UserError
 from bitatlas.formats import Format
 from bitatlas.quantizers import rtn
-from bitatlas.quantizers.codes import Codes
+from bitatlas.quantizers.codes import SMALLEST_SCALE, Codes
 from bitatlas.quantizers.moments import input_moments, precise
 from bitatlas.swap import weight_of
 
@@ -92,7 +92,8 @@ def fit(weight: Tensor, fmt: Format, factor: Factor) -> Codes:
     best = _refitted(weight, _best(rows, count), fmt, factor)
     again = _refitted(weight, round_inputs(weight, best.scale, best.zero, fmt, factor), fmt, factor)
     best = _best(_Rows(*map(torch.cat, zip(best, again, strict=True))), 2)
-    found = Codes(best.codes.to(torch.uint8), best.scale.half(), best.zero.to(torch.uint8), fmt.group_size)
+    # Sums of huge weights overflow float32; whatever codes such rows get, they are the same every time and rtn's are there.
+    found = Codes(best.codes.nan_to_num(0).to(torch.uint8), best.scale.half(), best.zero.to(torch.uint8), fmt.group_size)
     return _no_worse(found, rtn.on_grid(weight, *grids[0], fmt), weight, factor.moment)
 
 
@@ -164,7 +165,7 @@ def _refitted(weight: Tensor, rows: _Rows, fmt: Format, factor: Factor) -> _Rows
         along = (step * slope[:, own]).sum(1)
         new = (old + along / square).half().float()
         gain = (new - old) * (2 * along - (new - old) * square)
-        better = (gain > 0) & (new >= rtn.SMALLEST_SCALE) & new.isfinite()  # false for 0 / 0, a group of zeros
+        better = (gain > 0) & (new >= SMALLEST_SCALE) & new.isfinite()  # false for 0 / 0, a group of zeros
         change = torch.where(better, new - old, 0)
         scale[:, group] += change
         cost -= torch.where(better, gain, 0)
@@ -175,7 +176,7 @@ def _refitted(weight: Tensor, rows: _Rows, fmt: Format, factor: Factor) -> _Rows
 def _best(rows: _Rows, count: int) -> _Rows:
     """`count` candidates stacked [count * out, ...] -> for every output row the one that costs least [out, ...]."""
     out = len(rows.cost) // count
-    pick = rows.cost.view(count, out).argmin(0) * out + torch.arange(out, device=rows.cost.device)
+    pick = rows.cost.nan_to_num(torch.inf).view(count, out).argmin(0) * out + torch.arange(out, device=rows.cost.device)
     return _Rows(*(part[pick] for part in rows))
 
 

@@ -17,11 +17,8 @@ import torch
 from torch import Tensor, nn
 
 from bitatlas.formats import Format
-from bitatlas.quantizers.codes import Codes
+from bitatlas.quantizers.codes import LARGEST_SCALE, SMALLEST_SCALE, Codes
 from bitatlas.swap import weight_of
-
-LARGEST = 65504.0  # float16
-SMALLEST = 2.0**-24
 
 
 def quantize_modules(
@@ -40,9 +37,8 @@ def quantize(weight: Tensor, fmt: Format) -> Codes:
     parts = [_quantize(piece.detach().float(), fmt.bits, min(fmt.group_size, piece.shape[1])) for piece in pieces]
     codes, scale, zero = (torch.cat(part, dim=1) for part in zip(*parts, strict=True))
     # A group far from 0 beside its range has a zero-point beyond float16: the nearest that can be stored.
-    return Codes(
-        codes.to(torch.uint8), scale.clamp(SMALLEST, LARGEST).half(), zero.clamp(-LARGEST, LARGEST).half(), fmt.group_size
-    )
+    stored = scale.clamp(SMALLEST_SCALE, LARGEST_SCALE).half(), zero.clamp(-LARGEST_SCALE, LARGEST_SCALE).half()
+    return Codes(codes.to(torch.uint8), *stored, fmt.group_size)
 
 
 def _quantize(weight: Tensor, bits: int, size: int) -> tuple[Tensor, Tensor, Tensor]:
@@ -54,4 +50,15 @@ def _quantize(weight: Tensor, bits: int, size: int) -> tuple[Tensor, Tensor, Ten
     )
     shape = (len(weight), -1)
     # Copies: the package works in inference mode, whose tensors nothing can be learned through.
-    return codes.reshape(weight.shape).clone(), meta["scale"].reshape(shape).clone(), meta["zero"].reshape(shape).clone()
+    scale, zero = (meta[part].reshape(shape).clone().float() for part in ("scale", "zero"))
+    return _within_float16(weight, codes.reshape(weight.shape).clone(), scale, zero, 2**bits - 1)
+
+
+def _within_float16(weight: Tensor, codes: Tensor, scale: Tensor, zero: Tensor, top: int) -> tuple[Tensor, Tensor, Tensor]:
+    """The same, but for groups whose range needs a larger scale than float16 has: the largest, and the codes nearest on that grid."""
+    fits = scale <= LARGEST_SCALE  # [out, groups]; false for what overflowed on the way
+    held = torch.where(fits, scale, LARGEST_SCALE)
+    zero = torch.where(fits, zero, (zero / held * scale).nan_to_num(0).clamp(-LARGEST_SCALE, LARGEST_SCALE))
+    groups = weight.reshape(*scale.shape, -1)
+    nearest = (groups / held[..., None] + zero[..., None]).round().clamp(0, top)
+    return torch.where(fits[..., None], codes.reshape(groups.shape), nearest).reshape(weight.shape), held, zero

@@ -2,7 +2,8 @@
 
 For every group the range [min, max] (asymmetric, widened to include 0 so that the zero-point is a code) or [-max|w|, max|w|]
 (symmetric) is shrunk in 20 steps from 1 down to 0.525; the step with the smallest sum of squared errors wins. The scale is rounded
-to float16 *before* the codes are chosen, because float16 is what gets stored. No data is needed.
+to float16 *before* the codes are chosen, because float16 is what gets stored; a range that needs a larger scale than float16 has is
+clipped to what the largest reaches. No data is needed.
 
 `grid` is the search alone, with an optional weight for every input's squared error: gptq starts from it.
 
@@ -17,12 +18,11 @@ import torch
 from torch import Tensor, nn
 
 from bitatlas.formats import Format
-from bitatlas.quantizers.codes import Codes
+from bitatlas.quantizers.codes import LARGEST_SCALE, SMALLEST_SCALE, Codes
 from bitatlas.swap import weight_of
 
 STEPS = 20
 SEARCHED = 2**18  # weights at a time: what 20 steps over them read and write stays in a processor's cache
-SMALLEST_SCALE = 2.0**-24  # smallest positive float16
 
 
 def quantize_modules(
@@ -90,11 +90,11 @@ def _search(groups: Tensor, fmt: Format, importance: Tensor | None) -> tuple[Ten
     best_scale, best_zero = torch.empty_like(low), torch.empty_like(low)
     for step in range(STEPS):
         keep = 1 - 0.5 * step / STEPS
-        scale = ((high - low) * keep / top).clamp(min=SMALLEST_SCALE).half().float()
+        scale = ((high - low) * keep / top).clamp(SMALLEST_SCALE, LARGEST_SCALE).half().float()
         zero = torch.full_like(low, 2.0 ** (fmt.bits - 1)) if fmt.symmetric else (-low * keep / scale).round().clamp(0, top)
         squares = (_decode(_encode(groups, scale, zero, top), scale, zero) - groups).square()
         error = (squares if importance is None else squares * importance).sum(-1)
-        better = error < best
+        better = (error < best) if step else torch.ones_like(best, dtype=torch.bool)  # squares of huge weights are infinite
         best = torch.where(better, error, best)
         best_scale = torch.where(better, scale, best_scale)
         best_zero = torch.where(better, zero, best_zero)
