@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ast
 import importlib.util
+import itertools
 import re
 import sys
 from functools import cache, partial
@@ -115,7 +116,7 @@ def test_damage_of_widths_and_swaps_their_values_and_the_plan_are_the_packages(f
     units = units_of(checkpoint.modules)
 
     own_model, tokenizer = nano.load_checkpoint(str(folder))
-    rows, _ = nano.cut_rows(text.read_text(encoding="utf-8"), tokenizer, 4, 4, 16)
+    rows = nano.cut_rows(text.read_text(encoding="utf-8"), tokenizer, [4], 16)[0]
     own_units = nano.quantized_units(own_model, GROUP_SIZE)
     assert [(u.name, u.layer, u.weights) for u in own_units] == [(u.name, u.layer, u.weights) for u in units]
     for name, bits in zip(NAMES, nano.WIDTHS, strict=True):
@@ -140,12 +141,14 @@ def test_damage_of_widths_and_swaps_their_values_and_the_plan_are_the_packages(f
         means[f"uniform:{base}"] = {u.name: {name: float(damage[u.name, name].mean()) for name in NAMES} for u in units}
         levels[f"uniform:{base}"] = float(level.mean())
 
-    values = nano.unit_values(around[NAMES[-1]], around[NAMES[0]]).mean(-1).numpy()  # [units, widths]
-    table = damage_tables([u.name for u in units], NAMES, means, levels).tables["mean of both"]
-    assert np.allclose(values, table, rtol=1e-4, atol=2e-6)  # halves of differences of the above
+    ours = nano.unit_values(around[NAMES[-1]], around[NAMES[0]])
+    tables = damage_tables([u.name for u in units], NAMES, means, levels).tables
+    for name, table in zip(("others wide", "others narrow", "mean of both"), tables.values(), strict=True):
+        assert np.allclose(ours[name].mean(-1).numpy(), table, rtol=1e-4, atol=2e-6)  # differences of two of the above
+    assert list(tables) == ["high", "low", "mean of both"]
 
     cost = np.array([[bits * unit.weights for bits in nano.WIDTHS] for unit in units])
-    for code_bits in (2.0, 2.5, 3.0, 3.7):
+    for code_bits, table in itertools.product((2.0, 2.5, 3.0, 3.7), tables.values()):
         limit = int(code_bits * sum(unit.weights for unit in units))
         assert nano.knapsack(table.tolist(), cost.tolist(), limit) == tuple(solve_knapsack(table, cost, limit).choice)
 
@@ -185,16 +188,23 @@ def test_simple_plans_fill_the_room_and_no_more():
     assert plans == {"uniform 3 bits": (3, 3, 3, 3), "first layers high": (4, 2, 2, 4), "last layers high": (2, 2, 4, 4)}
 
 
-def test_fit_and_test_rows_share_no_run_of_tokens():
+def test_sets_of_rows_share_no_run_of_tokens():
     class Spaced:
         def __call__(self, text: str, verbose: bool) -> dict[str, list[int]]:
             return {"input_ids": [int(word) for word in text.split()]}
 
-    half = list(range(400))
-    text = " ".join(map(str, [*half, *range(1000, 1400), *range(37, 77)]))  # the end repeats 40 tokens of the fit half
-    fit, test = nano.cut_rows(text, Spaced(), 9, 9, 40)
-    runs = [{tuple(row[i : i + 32]) for row in part.tolist() for i in range(9)} for part in (fit, test)]
-    assert runs[0].isdisjoint(runs[1]) and fit.max() < test.min()
+    third = list(range(400))
+    words = [
+        *third,
+        *range(1000, 1400),
+        *range(2000, 2320),
+        *range(37, 77),
+        *range(1037, 1077),
+    ]  # the end repeats 40 tokens of each
+    sets = nano.cut_rows(" ".join(map(str, words)), Spaced(), [9, 9, 7], 40)
+    runs = [{tuple(row[i : i + 32]) for row in part.tolist() for i in range(9)} for part in sets]
+    assert all(one.isdisjoint(other) for one, other in itertools.combinations(runs, 2))
+    assert [part.min() // 1000 for part in sets] == [part.max() // 1000 for part in sets] == [0, 1, 2]
 
 
 # --- the command
@@ -210,7 +220,7 @@ def run(capsys: pytest.CaptureFixture, *words: str) -> tuple[int, str, str]:
 
 
 def test_the_command_ends_with_a_table_and_a_verdict(tiny_llama: Path, text: Path, capsys: pytest.CaptureFixture):
-    code, out, err = run(capsys, str(tiny_llama), "--tokens", str(text), "--rows", "2", "3", "--row-length", "16")
+    code, out, err = run(capsys, str(tiny_llama), "--tokens", str(text), "--rows", "2", "2", "3", "--row-length", "16")
     lines = out.splitlines()
     assert (code, err) == (0, "")
     assert [line.split()[0] for line in lines[1:4]] == ["0", "1", "2"] and "qkv" in lines[1]
@@ -227,8 +237,8 @@ def test_the_command_ends_with_a_table_and_a_verdict(tiny_llama: Path, text: Pat
         (["--code-bits", "5"], "--code-bits 5: from 2 to 4"),
         (["--code-bits", "nan"], "--code-bits nan: from 2 to 4"),
         (["--code-bits", "three"], "--code-bits"),
-        (["--rows", "1", "4"], "at least 2"),
-        (["--rows", "6", "4000"], "text too short"),
+        (["--rows", "1", "4", "4"], "at least 2"),
+        (["--rows", "6", "6", "4000"], "text too short"),
         (["--row-length", "4000"], "--row-length 4000: the model's context is 128"),
     ],
 )
@@ -253,5 +263,5 @@ def test_a_model_that_it_cannot_measure_is_refused(
     family: str, scale: float, message: str, text: Path, tmp_path: Path, capsys: pytest.CaptureFixture
 ):
     folder = make_checkpoint(tmp_path / family, family, scale=scale, num_hidden_layers=1)
-    code, out, err = run(capsys, str(folder), "--tokens", str(text), "--rows", "2", "3", "--row-length", "16")
+    code, out, err = run(capsys, str(folder), "--tokens", str(text), "--rows", "2", "2", "3", "--row-length", "16")
     assert (code, out, err.count("\n")) == (2, "", 1) and message in err
