@@ -25,6 +25,7 @@ from torch import Tensor, nn
 
 from bitatlas.errors import UserError
 from bitatlas.folder import reason_of
+from bitatlas.naming import rules_of
 
 METHOD = "compressed-tensors"
 Read = Callable[[str], Tensor]
@@ -67,12 +68,7 @@ class Conversion:
 
     def target(self, key: str, packed: Iterable[str] = ()) -> tuple[str, str | None]:
         """(the model's name of what a tensor called `key` becomes, the pattern of the rule that makes it). `packed`: more names."""
-        wanted = {**self._wanted, **dict.fromkeys(packed, True)}
-        rules = self._rules
-        name, pattern = rules.rename(key, rules.renamings, rules.converters, self._model.base_model_prefix, wanted)
-        if name not in wanted and key in wanted:
-            name, pattern = rules.rename(key, [], [], self._model.base_model_prefix, wanted)
-        return name, pattern
+        return self._rules.target(key, {**self._wanted, **dict.fromkeys(packed, True)})
 
     def key(self, name: str) -> str | None:
         """The checkpoint's name of parameter `name`, where it is a tensor of its own there."""
@@ -96,34 +92,6 @@ class Conversion:
                 f"{origin.all_keys[0]}: transformers makes {origin.first} of this tensor and others, which fails ({reason_of(error)})"
             ) from None
         return {name: value[0] if isinstance(value, list) else value for name, value in found.items()}
-
-
-@dataclass(frozen=True)
-class Rules:
-    renamings: list[Any]
-    converters: list[Any]
-    rename: Callable[..., tuple[str, str | None]]
-
-    @property
-    def by_pattern(self) -> dict[str, Any]:
-        return {pattern: converter for converter in self.converters for pattern in converter.source_patterns}
-
-
-def rules_of(model: Any) -> Rules:
-    """By which transformers loads `model`; of a version without such a table, the base model's prefix alone."""
-    try:
-        from transformers.conversion_mapping import get_model_conversion_mapping
-        from transformers.core_model_loading import WeightConverter, WeightRenaming, rename_source_key
-    except ImportError:
-        return Rules([], [], _with_prefix)
-    rules = get_model_conversion_mapping(model)
-    renamings = [rule for rule in rules if isinstance(rule, WeightRenaming)]
-    return Rules(renamings, [rule for rule in rules if isinstance(rule, WeightConverter)], rename_source_key)
-
-
-def _with_prefix(key: str, renamings: Any, converters: Any, prefix: str, wanted: Mapping[str, bool]) -> tuple[str, None]:
-    candidates = (key, key.removeprefix(f"{prefix}."), f"{prefix}.{key}")
-    return next((name for name in candidates if name in wanted), key), None
 
 
 def _natural(key: str) -> list[tuple[int, int, str]]:
