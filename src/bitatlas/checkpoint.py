@@ -284,8 +284,9 @@ def _placed(model: PreTrainedModel, device: str) -> PreTrainedModel:
 
 def _without_rescaling(model: nn.Module) -> None:
     """RWKV halves weights in place when it first runs, and hidden states between layers, against overflow; the function is the same without."""
-    if getattr(model.config, "rescale_every", None):
-        model.config.rescale_every = 0
+    config: Any = model.config
+    if getattr(config, "rescale_every", None):
+        config.rescale_every = 0
 
 
 def probe_ids(model: PreTrainedModel) -> torch.Tensor:
@@ -300,8 +301,17 @@ def check_causal(model: PreTrainedModel, name: str) -> None:
     """UserError where a changed last token changes the logits before it: an encoder with a causal head, for one."""
     ids = probe_ids(model).repeat(2, 1)
     ids[1, -1] = (ids[1, -1] + 1) % len(model.get_input_embeddings().weight)  # type: ignore[arg-type]
-    with _quiet():
-        logits = model(input_ids=ids, use_cache=False).logits[:, :-1].float()  # [2, tokens - 1, vocabulary]
+    try:
+        with _quiet():
+            logits = model(input_ids=ids, use_cache=False).logits[:, :-1].float()  # [2, tokens - 1, vocabulary]
+    except (
+        TypeError,
+        ValueError,
+        AttributeError,
+        KeyError,
+        IndexError,
+    ) as error:  # each family misses in its own way what is not text
+        raise UserError(f"{name}: {type(model).__name__} cannot be run on text alone ({reason_of(error)})") from None
     if (logits[0] - logits[1]).abs().max() > CAUSAL_TOLERANCE * logits.abs().max():
         raise UserError(f"{name}: {type(model).__name__} reads ahead, so it is not a causal language model")
 

@@ -24,12 +24,12 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
-from transformers.pytorch_utils import Conv1D
 
 from bitatlas.checkpoint import decoder_layers
 from bitatlas.journal import Journal, content_key
 from bitatlas.layerwise import Job, batch_rows, follow, logits_of, record
-from bitatlas.profiles.capture import attention_of
+from bitatlas.profiles.apart import MIXED, heads_apart
+from bitatlas.profiles.capture import inputs_of, output_projection
 from bitatlas.profiles.roles import ABLATION_PART, repeated_tokens
 from bitatlas.records import AttentionHead
 from bitatlas.shelf import Shelf
@@ -39,7 +39,6 @@ ABLATED_ROLES = ("induction", "previous")
 ABLATION_SEQUENCES = 32
 SHORT_SEQUENCES = 8  # in a short survey: where heads do the repeating, the effect is many times the interval of so few
 ABLATION_DRAWS = 20  # fewest with which "none of them does as much" is rarer than 1 in 20 by chance
-OUTPUT_NAMES = ("o_proj", "out_proj", "c_proj", "dense", "wo", "proj")
 
 STATE_BYTES = 2**28  # of what goes into the layers, in memory
 GROUP = 8  # sets of heads that are removed side by side
@@ -115,6 +114,8 @@ def _not_tested(model: Any, role: str, named: dict[str, Heads], every: Sequence[
     layers, count = decoder_layers(model), _heads_by_layer(every)
     if any(output_projection(layers[layer], count[layer]) is None for layer in count):
         return "a layer's heads cannot be told apart in what its attention puts out"
+    if not heads_apart(model, count):
+        return MIXED
     return ""
 
 
@@ -137,21 +138,6 @@ def random_sets(own: Heads, every: Sequence[Head], seed: int) -> tuple[Heads, ..
 # --- removing heads ------------------------------------------------------------------------------------------------------------
 
 
-def output_projection(layer: nn.Module, heads: int) -> nn.Module | None:
-    """The module of a decoder layer that reads the outputs of its `heads` heads side by side, or None."""
-    attention = attention_of(layer)
-    for name, module in attention.named_modules() if attention is not None else ():
-        if name.rpartition(".")[2] in OUTPUT_NAMES and isinstance(getattr(module, "weight", None), Tensor):
-            return module if _inputs(module) % heads == 0 else None
-    return None
-
-
-def _inputs(module: nn.Module) -> int:
-    weight = module.weight
-    assert isinstance(weight, Tensor)
-    return weight.shape[0] if isinstance(module, Conv1D) else weight.shape[1]
-
-
 @contextmanager
 def without_heads(model: nn.Module, heads: Sequence[Head], count: dict[int, int]) -> Iterator[None]:
     """Within the block the outputs of `heads` are zero. count: layer -> its heads. Raises ValueError where they cannot be told apart."""
@@ -163,7 +149,7 @@ def without_heads(model: nn.Module, heads: Sequence[Head], count: dict[int, int]
                 raise ValueError(f"layer {layer}: no output projection of {count[layer]} heads")
             kept = torch.ones(count[layer], dtype=torch.bool)
             kept[[head for other, head in heads if other == layer]] = False
-            columns = kept.repeat_interleave(_inputs(module) // count[layer])
+            columns = kept.repeat_interleave(inputs_of(module) // count[layer])
             hooks.append(module.register_forward_pre_hook(partial(_only, columns)))
         yield
     finally:

@@ -12,7 +12,7 @@ Which numbers come out, and why so: `maps` (sinks, entropy, distance), `roles`, 
 from __future__ import annotations
 
 import math
-from collections import defaultdict
+from collections import Counter, defaultdict
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
@@ -24,6 +24,7 @@ import torch
 from torch import Tensor
 
 from bitatlas.layerwise import is_chain
+from bitatlas.profiles.apart import MIXED, heads_apart
 from bitatlas.profiles.capture import eager, run_captured
 from bitatlas.profiles.drift import InStep, drifts, in_step
 from bitatlas.profiles.focus import FocusMasses, Problem, TokenProblem, tokenize
@@ -89,6 +90,8 @@ def attention_profile(
                 progress(done, total)
     sources = "+".join(sorted({problem.source for problem in problems}))
     layers, heads, more = score(reader.tally, base, split, f"items:{sources}", seed)
+    if changed is None and heads and not heads_apart(model, dict(Counter(head.layer for head in heads))):
+        more.append(f"attention roles: {MIXED}, so a role is that of the map, and no head is removed")
     return AttentionResult(layers, heads, [*notes, *reader.notes(), *more])
 
 

@@ -15,12 +15,14 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from transformers.pytorch_utils import Conv1D
 
 from bitatlas.checkpoint import decoder_layers
 from bitatlas.layerwise import rows_and_tokens
 
 MAP_TOLERANCE = 0.02  # of what a query's weights add up to: bfloat16 keeps eight bits of each
 ATTENTION_NAMES = ("self_attn", "attention", "attn", "self_attention")
+OUTPUT_NAMES = ("o_proj", "out_proj", "c_proj", "dense", "wo", "proj")
 OnMap = Callable[[int, Tensor, Tensor], None]  # layer, hidden [rows, tokens, width], map [rows, heads, queries, keys]
 
 
@@ -71,6 +73,22 @@ def _has_sinks(attention: nn.Module) -> bool:
     return any("sink" in name.rpartition(".")[2] for name, _ in attention.named_parameters())
 
 
+def output_projection(layer: nn.Module, heads: int) -> nn.Module | None:
+    """The module of a decoder layer that reads the outputs of its `heads` heads side by side, or None."""
+    attention = attention_of(layer)
+    for name, module in attention.named_modules() if attention is not None else ():
+        if name.rpartition(".")[2] in OUTPUT_NAMES and isinstance(getattr(module, "weight", None), Tensor):
+            return module if inputs_of(module) % heads == 0 else None
+    return None
+
+
+def inputs_of(module: nn.Module) -> int:
+    """How many numbers a linear module reads."""
+    weight = module.weight
+    assert isinstance(weight, Tensor)
+    return weight.shape[0] if isinstance(module, Conv1D) else weight.shape[1]
+
+
 @contextmanager
 def capturing(model: Any, on_map: OnMap) -> Iterator[None]:
     """Within the block `on_map` is called for each decoder layer of `model` that runs and computes a map."""
@@ -92,7 +110,7 @@ def capturing(model: Any, on_map: OnMap) -> Iterator[None]:
             entered: list[Tensor] = entered,
             sinks: bool = _has_sinks(attention),
         ) -> None:
-            found = map_in(output, *entered[0].shape[:2], sinks) if entered else None
+            found = map_in(output, entered[0].shape[0], entered[0].shape[1], sinks) if entered else None
             if found is not None:
                 on_map(index, entered.pop(), found)
             entered.clear()

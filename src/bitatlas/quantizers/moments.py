@@ -50,7 +50,7 @@ def input_moments(model: nn.Module, modules: Sequence[str], rows: Tensor) -> Ite
                 run(number, sums.next_batch)
             for name in named:
                 if name not in sums.owner:
-                    sums.add(name, torch.zeros(1, shape_of(model, name)[1], device=model.device))  # type: ignore[arg-type]
+                    sums.add(name, torch.zeros(1, shape_of(model, name)[1], device=model.device))  # type: ignore[call-overload]
             yield from sums.means()
 
 
