@@ -191,22 +191,38 @@ def _shared_modules(model: nn.Module, layers_path: str) -> list[Module]:
 
 
 def _check_stored(model: nn.Module, reader: Reader, targets: dict[str, Target], name: str) -> None:
-    """UserError for parameters in dtypes that are not a plain checkpoint's, packed ones, and those that two tensors claim."""
-    parameters = {path for path, _ in model.named_parameters(remove_duplicate=False)}
+    """UserError, from the headers alone, for weights that are not this model's, or not a plain checkpoint's."""
+    parameters = dict(model.named_parameters(remove_duplicate=False))
     whole: dict[str, str] = {}
     for key, target in targets.items():
-        if target.name in parameters and reader.dtype(key) not in DTYPE_NAMES:
+        parameter = parameters.get(target.name)
+        if parameter is None:  # a buffer
+            continue
+        if reader.dtype(key) not in DTYPE_NAMES:
             raise UserError(
                 f"{name}: {key} is stored as {reader.dtype(key)}; bitatlas needs float32, float16 or bfloat16 weights, "
                 "so give the checkpoint before it was quantized or cast"
             )
         if target.whole and whole.setdefault(target.name, key) != key:
             raise UserError(f"{name}: {whole[target.name]} and {key} are both the model's {target.name}; one of them must go")
-    held = {target.name for target in targets.values()}
-    for path in sorted(parameters - held):
-        packed = [key for suffix in PACKED if (key := path.removesuffix(".weight") + suffix) in reader]
-        if packed:
-            raise UserError(f"{name}: {packed[0]} is packed, so the checkpoint is quantized already; give the unquantized one")
+        if target.whole and reader.shape(key) != tuple(parameter.shape):
+            raise UserError(f"{name}: {key} has shape {reader.shape(key)}, but the config says {tuple(parameter.shape)}")
+    if len(whole) == sum(
+        target.name in parameters for target in targets.values()
+    ):  # what is made of several is not told apart here
+        _check_missing(model, reader, set(parameters) - set(whole), name)
+
+
+def _check_missing(model: Any, reader: Reader, absent: set[str], name: str) -> None:
+    """UserError for parameters that are in the files under no name: packed, or not there (transformers would draw random numbers)."""
+    packed = [key for path in sorted(absent) for suffix in PACKED if (key := path.removesuffix(".weight") + suffix) in reader]
+    if packed:
+        raise UserError(f"{name}: {packed[0]} is packed, so the checkpoint is quantized already; give the unquantized one")
+    tied = {one for pair in model.all_tied_weights_keys.items() if not absent.issuperset(pair) for one in pair}
+    optional = model._keys_to_ignore_on_load_missing or ()
+    missing = sorted(path for path in absent - tied if not any(re.search(pattern, path) for pattern in optional))
+    if missing:
+        raise UserError(f"{name}: the weights lack {len(missing)} tensors of the model, the first is {missing[0]}")
 
 
 def _with_sizes(modules: list[Module], reader: Reader, targets: dict[str, Target]) -> list[Module]:

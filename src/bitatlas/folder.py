@@ -219,6 +219,8 @@ def _layout_hint(folder: Path) -> str:
     """What a folder without transformers' safetensors weights, or without a config, holds instead."""
     if (folder / PICKLE_FILE).is_file() or (folder / f"{PICKLE_FILE}.index.json").is_file():
         return f"; {PICKLE_FILE} is pickle, which can run code as it is read: if you trust it, `survey --allow-pickle` converts it first"
+    if (folder / WEIGHTS_FILE).is_symlink():
+        return f"; {WEIGHTS_FILE} is a link to a file that is not there"
     names = sorted(path.name for path in folder.glob("*") if path.is_file())
     others = [name for name in names if name.endswith(".safetensors")]
     if others:
