@@ -7,7 +7,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from bitatlas.errors import UserError
-from bitatlas.evaluation.items import numbers_in, plain_number
+from bitatlas.evaluation.answers import numbers_in, plain_number
 from bitatlas.evaluation.run import (
     TASKS,
     chance_level,
@@ -90,12 +90,13 @@ def test_a_larger_limit_keeps_the_items_and_the_rest_is_spare(task):
     assert nothing == []
     few, spare = split_items(task, data, 20, seed=1)
     more, _ = split_items(task, data, 50, seed=1, few_shot=5)
-    assert more[:20] == few == everything[:20]
+    assert [{k: v for k, v in item.items() if k != "examples"} for item in more[:20]] == few == everything[:20]
     assert len(few) + len(spare) == len(everything)
     assert {item["id"] for item in few}.isdisjoint(item["id"] for item in spare)
     scored, examples = split_items(task, data, None, seed=1, few_shot=5)
-    assert scored == everything[:-5]
+    assert [{**item, "examples": []} for item in scored] == [{**item, "examples": []} for item in everything[:-5]]
     assert examples == spare[:5]
+    assert all(item["examples"] == examples for item in scored)
     assert items_sha256(load_items(task, data, 20, seed=1)) == items_sha256(few)
     assert items_sha256(load_items(task, data, 20, seed=2)) != items_sha256(few)
     assert items_sha256(few[::-1]) != items_sha256(few)

@@ -9,7 +9,14 @@ from pathlib import Path
 import pytest
 import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
-from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+from transformers import (
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    GenerationConfig,
+    LlamaConfig,
+    LlamaForCausalLM,
+    PreTrainedTokenizerFast,
+)
 
 from bitatlas.errors import UserError
 from bitatlas.evaluation.run import (
@@ -141,6 +148,101 @@ def test_the_weights_in_memory_are_scored(learned, tokenizer):
     assert score_items(model, tokenizer, "arc_easy", items["arc_easy"]) == before
 
 
+POISONS = {
+    "short": {"max_new_tokens": 1, "max_length": 20},
+    "several answers": {"num_return_sequences": 2, "num_beams": 2},
+    "sampling": {"do_sample": True, "temperature": 3.0, "top_k": 5, "top_p": 0.5, "num_beams": 3, "num_return_sequences": 3},
+    "penalties": {"repetition_penalty": 5.0, "no_repeat_ngram_size": 1, "encoder_repetition_penalty": 2.0, "guidance_scale": 3.0},
+    "suppressed": {"suppress_tokens": list(range(48, 58)), "begin_suppress_tokens": [32], "bad_words_ids": [[49]]},
+    "forced": {"forced_bos_token_id": 40, "forced_eos_token_id": 41, "min_new_tokens": 40, "min_length": 150},
+    "ends": {"eos_token_id": list(range(200)), "stop_strings": [" ", "="], "pad_token_id": 7, "bos_token_id": 9},
+    "outputs": {"return_dict_in_generate": True, "output_scores": True, "output_attentions": True, "use_cache": False},
+    "assisted": {"prompt_lookup_num_tokens": 3, "renormalize_logits": True, "sequence_bias": [[[49], -50.0]], "max_time": 1e-9},
+}
+
+
+@pytest.mark.parametrize("poison", POISONS)
+def test_generation_settings_never_reach_the_scores(learned, tokenizer, poison):
+    model, items = learned
+    clean = {task: score_items(model, tokenizer, task, items[task]) for task in ("svamp", "arc_easy")}
+    before = model.generation_config
+    try:
+        poisoned = model.generation_config = GenerationConfig(**POISONS[poison])
+        for task, records in clean.items():
+            assert score_items(model, tokenizer, task, items[task]) == records
+        assert model.generation_config is poisoned
+    finally:
+        model.generation_config = before
+    assert any(record["correct"] for record in clean["svamp"])
+
+
+def test_generation_settings_in_a_folder_never_reach_the_scores(learned, tokenizer, tmp_path):
+    """As `from_pretrained` takes them from generation_config.json, and as old checkpoints have them in config.json."""
+    model, items = learned
+    clean = score_items(model, tokenizer, "svamp", items["svamp"])
+    model.save_pretrained(tmp_path)
+    (tmp_path / "generation_config.json").write_text(json.dumps({"max_new_tokens": 1, "num_return_sequences": 2, "num_beams": 2}))
+    content = json.loads((tmp_path / "config.json").read_text())
+    (tmp_path / "config.json").write_text(json.dumps({**content, "num_beams": 3, "max_length": 5, "do_sample": True}))
+    loaded = AutoModelForCausalLM.from_pretrained(tmp_path).eval()
+    assert score_items(loaded, tokenizer, "svamp", items["svamp"]) == clean
+    loaded.config.num_beams = 3
+    assert score_items(loaded, tokenizer, "svamp", items["svamp"]) == clean
+
+
+def merging_tokenizer(*merges):
+    """A byte tokenizer that makes one token of each pair in `merges` (bytes as the tokenizer shows them, a space is Ġ)."""
+    backend = json.loads(byte_tokenizer(eos_token="</s>").backend_tokenizer.to_str())
+    vocabulary = backend["model"]["vocab"]
+    for number, pair in enumerate(merges):
+        vocabulary["".join(pair)] = 257 + number
+    backend["model"]["merges"] = [list(pair) for pair in merges]
+    return PreTrainedTokenizerFast(tokenizer_object=Tokenizer.from_str(json.dumps(backend)), eos_token="</s>")
+
+
+@torch.no_grad()
+def test_choices_that_merge_with_the_question(learned):
+    """The harness drops what merges; here all choices are scored from where the first of them differs from the question's tokens."""
+    model, _ = learned
+    merging = merging_tokenizer(("Ġ", "5"), (":", "Ġ5"))
+    item = {"id": "arms", "question": "How many arms?", "choices": ["5", "6", "57", "5"], "gold": 0, "chance": 0.25}
+    records = score_items(model, merging, "arc_easy", [item, {**item, "id": "again"}])
+    prompt = f"Question: {item['question']}\nAnswer:"
+    start = len(merging(prompt)["input_ids"]) - 1  # up to the colon, with which " 5" merges
+    sums = []
+    for choice in item["choices"]:
+        ids = torch.tensor([merging(f"{prompt} {choice}")["input_ids"]])
+        logprobs = model(ids[:, :-1]).logits.double().log_softmax(-1)[0, start - 1 :]
+        sums.append(logprobs.gather(-1, ids[0, start:, None]).sum().item())
+    best = max(range(4), key=lambda place: sums[place])
+    assert [record["answer"] for record in records] == [item["choices"][best]] * 2
+    norms = [total / len(choice) for total, choice in zip(sums, item["choices"], strict=True)]
+    assert records[0]["correct_norm"] == (max(range(4), key=lambda place: norms[place]) == 0)
+
+
+def test_a_choice_without_tokens_is_one_clear_line(learned):
+    model, _ = learned
+    letters = {letter: number for number, letter in enumerate("QuestionAwr:b")}
+    dropping = PreTrainedTokenizerFast(tokenizer_object=Tokenizer(models.BPE(letters, [])), eos_token="</s>")
+    item = {"id": "q", "question": "b", "choices": ["b", "zzz"], "gold": 0, "chance": 0.5}
+    with pytest.raises(UserError, match="--tasks arc_easy: a choice of item q has no tokens of its own after the question"):
+        score_items(model, dropping, "arc_easy", [item])
+    words = PreTrainedTokenizerFast(tokenizer_object=Tokenizer(models.WordLevel({"b": 0}, unk_token="?")), eos_token="</s>")
+    for task in ("arc_easy", "svamp"):
+        with pytest.raises(UserError, match="--tasks: the model's tokenizer cannot read an item's text"):
+            score_items(model, words, task, [{**item, "answer": "1", "worked": "1"}])
+
+
+def test_normalized_accuracy_is_the_likelihood_per_character(learned, tokenizer):
+    model, items = learned
+    unlike = [
+        {**item, "choices": [text * (1 + place) for place, text in enumerate(item["choices"])]} for item in items["arc_easy"]
+    ]
+    for item, record in zip(unlike, score_items(model, tokenizer, "arc_easy", unlike), strict=True):
+        norms = [total / len(text) for total, text in zip(likelihoods(model, tokenizer, item), item["choices"], strict=True)]
+        assert record["correct_norm"] == (norms.index(max(norms)) == item["gold"])
+
+
 def test_shards_and_batches_do_not_change_records(learned, tokenizer):
     model, items = learned
     for task in ("svamp", "arc_easy"):
@@ -155,12 +257,12 @@ def test_shards_and_batches_do_not_change_records(learned, tokenizer):
 def test_examples_stand_before_the_prompt(learned, tokenizer):
     model, items = learned
     item, example = items["svamp"][:2]
-    (record,) = score_items(model, tokenizer, "svamp", [item], examples=[example])
+    (record,) = score_items(model, tokenizer, "svamp", [{**item, "examples": [example]}])
     prompt = task_text("svamp", [example]) + f"\nQuestion: {item['question']}\nAnswer:"
     assert record["output"] == greedy(model, tokenizer, prompt, 48, ["\n\n", "Question:", "</s>"])
     assert record["truncated"] == (len(tokenizer(prompt)["input_ids"]) > 160 - 48)
     example, *chosen = items["arc_easy"]
-    records = score_items(model, tokenizer, "arc_easy", chosen, examples=[example])
+    records = score_items(model, tokenizer, "arc_easy", [{**item, "examples": [example]} for item in chosen])
     assert_choices_equal_brute_force(model, tokenizer, chosen, records, task_text("arc_easy", [example]) + "\n")
 
 

@@ -78,7 +78,7 @@ def survey(
     model: Place | None = None, out: Place = "bitatlas-out", *, formats: Sequence[str] | None = None, quantizer: str = "rtn",
     code_bits: float | None = None, stored_bits: float | None = None, size: str | None = None, max_damage: float | None = None,
     vram: str | None = None, context: int | None = None, tokens: Place | None = None, rows: Rows = (24, 24, 64), row_length: int = 192,
-    tasks: Sequence[str] | None = None, task_data: Place | None = None, limit: int | None = 300, tolerance: float = 0.05,
+    tasks: Sequence[str] | None = None, task_data: Place | None = None, limit: int | None = 300, few_shot: int = 0, tolerance: float = 0.05,
     margin: str = "2pp", protect: Sequence[str] = (), fuse: bool = True, refine: bool | None = None, curve: bool = True, device: str = "cpu",
     dtype: str = "auto", memory: str | None = None, ray: str | None = None, revision: str | None = None, allow_pickle: bool = False, seed: int = 0,
     resume: bool = False, quiet: bool = False,
@@ -100,7 +100,7 @@ def survey(
         model=_text(model), formats=None if formats is None else ",".join(formats), quantizer=quantizer,
         budget=parse_budget(code_bits, stored_bits, size, max_damage, vram, context, protect=protect), tokens=_text(tokens),
         rows=",".join(map(str, rows)), row_length=row_length, tasks=_tasks(tasks), task_data=_text(task_data), limit=limit,
-        tolerance=tolerance, fuse=fuse, refine=refine, curve=curve, device=device, dtype=dtype,
+        few_shot=few_shot, tolerance=tolerance, fuse=fuse, refine=refine, curve=curve, device=device, dtype=dtype,
         memory_bytes=parse_size(memory, "memory") if memory else None, revision=revision, allow_pickle=allow_pickle, seed=seed,
         margin_points=parse_points(margin, "margin"),
     )  # fmt: skip
@@ -133,8 +133,8 @@ def verify(
 
 def compare(
     first: Place, second: Place, *, tokens: Place | None = None, rows: Rows = (2, 2, 64), row_length: int = 192,
-    tasks: Sequence[str] | None = None, task_data: Place | None = None, limit: int | None = 300, margin: str = "2pp",
-    device: str = "cpu", seed: int = 0, quiet: bool = False,
+    tasks: Sequence[str] | None = None, task_data: Place | None = None, limit: int | None = 300, few_shot: int = 0,
+    margin: str = "2pp", device: str = "cpu", seed: int = 0, quiet: bool = False,
 ) -> Comparison:  # fmt: skip
     """Two checkpoints or plans, quantized or not, on the same rows and items, paired."""
     from bitatlas.compare import compare_models
@@ -145,7 +145,7 @@ def compare(
     check_seed(seed)
     return compare_models(
         str(first), str(second), _text(tokens), rows, row_length, _tasks(tasks), _text(task_data), limit, device, seed,
-        Reporter(quiet), parse_points(margin, "margin"),
+        Reporter(quiet), parse_points(margin, "margin"), few_shot,
     )  # fmt: skip
 
 

@@ -12,6 +12,7 @@ import numpy as np
 from bitatlas.evaluation.bootstrap import measured
 from bitatlas.evaluation.items import TASKS
 from bitatlas.evaluation.paired import compare_all
+from bitatlas.evaluation.shards import with_norms
 from bitatlas.files import all_or_none, drop_other_plans, to_json, write_plans, write_text
 from bitatlas.findings import LayerRows, TaskEvidence, TaskRows, ablation_record, conclude, insides, shapley_check
 from bitatlas.formats import stored_bytes
@@ -82,6 +83,7 @@ def assemble(
 ) -> Atlas:
     """The finished atlas: records from arrays, and the conclusions drawn from them."""
     scores, pairs = compare_all(found.outcomes, found.chance, settings.margin_points)
+    scores = with_norms(scores, found.items)
     rows = layer_rows(modules, settings, found)
     math_tasks = [task for task in found.outcomes if not TASKS[task].is_choice]
     kinds = kind_rows(modules, settings, found)

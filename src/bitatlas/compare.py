@@ -22,6 +22,7 @@ from bitatlas.evaluation.bootstrap import measured
 from bitatlas.evaluation.no_loss import MARGIN_POINTS
 from bitatlas.evaluation.paired import compare_all
 from bitatlas.evaluation.run import chance_level, check_task_names, load_items, score_items
+from bitatlas.evaluation.shards import right_of, with_norms
 from bitatlas.export.card import atlas_beside
 from bitatlas.files import read_record
 from bitatlas.folder import find_folder, read_config
@@ -52,27 +53,30 @@ class Comparison:
 
 def compare_models(
     first: str, second: str, tokens: str | None, rows: tuple[int, int, int], row_length: int, tasks: str | None, task_data: str | None,
-    limit: int | None, device: str, seed: int, reporter: Reporter, margin_points: float = MARGIN_POINTS,
+    limit: int | None, device: str, seed: int, reporter: Reporter, margin_points: float = MARGIN_POINTS, few_shot: int = 0,
 ) -> Comparison:  # fmt: skip
     """Compare two checkpoints or plans; UserError where there is nothing to compare them on."""
     names = check_task_names((tasks or "none").split(","))
     if not names and tokens is None:
         raise UserError("--tokens, --tasks: give a text, tasks, or both: there is nothing to compare the models on")
     place = check_device(device)
-    items = {task: load_items(task, Path(task_data) if task_data else None, limit, seed) for task in names}
+    items = {task: load_items(task, Path(task_data) if task_data else None, limit, seed, few_shot) for task in names}
     models = [_open(name, other, place) for name, other in ((first, second), (second, first))]
     damage, losses, difference = None, None, None
     if tokens is not None:
         with reporter.stage("damage and loss") as progress:
             damage, losses, difference = _on_rows(models, tokens, rows, row_length, seed, progress)
     outcomes: dict[str, dict[str, np.ndarray]] = {task: {} for task in items}
+    lines: list[dict[str, Any]] = []
     labels = _labels(first, second)
     for task, of_task in items.items():
         for label, (model, tokenizer) in zip(labels, models, strict=True):
             with reporter.stage(f"{task} ({label})"):
-                outcomes[task][label] = np.array([answer["correct"] for answer in score_items(model, tokenizer, task, of_task)])
+                answers = score_items(model, tokenizer, task, of_task)
+            outcomes[task][label] = right_of(answers)
+            lines += [{"task": task, "precision": label, **answer} for answer in answers]
     scores, pairs = compare_all(outcomes, {task: chance_level(of_task) for task, of_task in items.items()}, margin_points)
-    return Comparison(*labels, damage, losses, difference, scores, pairs)
+    return Comparison(*labels, damage, losses, difference, with_norms(scores, lines), pairs)
 
 
 # --- what is compared --------------------------------------------------------------------------------------------------

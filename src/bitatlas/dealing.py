@@ -151,14 +151,15 @@ def _assigned(units: Ints, counts: Sequence[int], rng: np.random.Generator) -> I
 def _dealt(
     parts: Ints, blocks: Ints, counts: Sequence[int], rng: np.random.Generator, documents: bool, by_document: bool
 ) -> Dealt:
-    rows = [_spread(np.flatnonzero(parts == part), blocks, count, rng, even=not by_document) for part, count in enumerate(counts)]
+    phase = None if by_document else float(rng.random())
+    rows = [_spread(np.flatnonzero(parts == part), blocks, count, rng, phase) for part, count in enumerate(counts)]
     return Dealt(rows, [blocks[chosen] for chosen in rows], documents, by_document)
 
 
-def _spread(rows: Ints, blocks: Ints, count: int, rng: np.random.Generator, even: bool) -> Ints:
+def _spread(rows: Ints, blocks: Ints, count: int, rng: np.random.Generator, phase: float | None) -> Ints:
     """`count` of `rows`, ascending: as equally many of each block as can be, at equal distances within it. A draw decides the rest.
 
-    even: the first row lies equally far into each block, so that rows of neighbouring stretches are apart as well.
+    phase: how far into each block its first row lies, 0..1, so that rows of neighbouring stretches are apart as well; None: drawn.
     """
     _, sizes = np.unique(blocks[rows], return_counts=True)  # rows of a block are neighbours
     order = rng.permutation(len(sizes))
@@ -169,10 +170,10 @@ def _spread(rows: Ints, blocks: Ints, count: int, rng: np.random.Generator, even
             break
         take[open_blocks] += 1
     first = np.cumsum(sizes) - sizes
-    phases = np.full(len(sizes), rng.random()) if even else rng.random(len(sizes))
+    phases = rng.random(len(sizes)) if phase is None else np.full(len(sizes), phase)
     chosen = [
-        start + np.floor((np.arange(n) + phase) * size / n).astype(np.int64)
-        for start, size, n, phase in zip(first, sizes, take, phases, strict=True)
+        start + np.floor((np.arange(n) + depth) * size / n).astype(np.int64)
+        for start, size, n, depth in zip(first, sizes, take, phases, strict=True)
         if n
     ]
     return np.asarray(rows[np.concatenate(chosen)])

@@ -74,7 +74,9 @@ Chunk = Annotated[int | None, typer.Option("--chunk", help="With --vram: tokens 
 Tokens = Annotated[
     str | None,
     typer.Option(
-        "--tokens", callback=not_empty, help="Text to measure on: a .txt or .jsonl file, or hub:owner/name[:config[:split]]."
+        "--tokens",
+        callback=not_empty,
+        help="Text to measure on: a text file, JSON lines or a JSON list (field text), or hub:owner/name[:config[:split]].",
     ),
 ]
 RowCounts = Annotated[str, typer.Option("--rows", help="Rows to find, choose and judge a plan on: fit,select,test.")]
@@ -97,6 +99,13 @@ TaskData = Annotated[
     ),
 ]
 Limit = Annotated[int | None, typer.Option("--limit", help="At most so many items a task.")]
+FewShot = Annotated[
+    int,
+    typer.Option(
+        "--few-shot",
+        help="Examples with their answers before each question, from items that are not scored (published GSM8K: 5).",
+    ),
+]
 Margin = Annotated[
     str,
     typer.Option(

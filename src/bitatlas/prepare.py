@@ -223,7 +223,7 @@ def run_of(
 def rows_and_items(settings: Settings, checkpoint: Checkpoint, tokenizer: Any) -> tuple[Rows, dict[str, list[Item]]]:
     """The rows to measure on, and every task's items to score. Without a text, rows come from the items that are not scored."""
     task_data = Path(settings.task_data) if settings.task_data else None
-    split = {task: split_items(task, task_data, settings.limit, settings.seed) for task in settings.tasks}
+    split = {task: split_items(task, task_data, settings.limit, settings.seed, settings.few_shot) for task in settings.tasks}
     source, documents = _documents(settings, {task: spare for task, (_, spare) in split.items()})
     vocabulary = int(checkpoint.config.get_text_config().vocab_size)
     rows = make_rows(
@@ -261,7 +261,9 @@ def _documents(settings: Settings, spare: dict[str, list[Item]]) -> tuple[str, l
         return name, read_documents(settings.tokens)
     if not spare:
         raise UserError("--tokens: with --tasks none there is no text to measure on; give a text file")
-    return f"items of {', '.join(spare)} that are not scored", [task_text(task, items) for task, items in spare.items()]
+    return f"items of {', '.join(spare)} that are not scored", [
+        task_text(task, [item]) for task, items in spare.items() for item in items
+    ]
 
 
 def _check_folder(out: Path, resume: bool, checkpoint: Checkpoint, formats: Sequence[str]) -> None:
@@ -322,7 +324,7 @@ def items_of_survey(atlas: Atlas) -> dict[str, list[Item]]:
     """Task -> the items that a survey scored."""
     settings = settings_of(atlas)
     data = Path(settings.task_data) if settings.task_data else None
-    return {task: load_items(task, data, settings.limit, settings.seed) for task in settings.tasks}
+    return {task: load_items(task, data, settings.limit, settings.seed, settings.few_shot) for task in settings.tasks}
 
 
 def rows_of_survey(atlas: Atlas, checkpoint: Checkpoint) -> Rows:

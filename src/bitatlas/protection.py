@@ -81,7 +81,7 @@ def _by_task_text(run: Run, tools: Tools) -> tuple[Tools, str]:
     data = Path(settings.task_data) if settings.task_data else None
     rows = []
     for task in settings.budget.protect or {}:
-        spare = split_items(task, data, settings.limit, settings.seed)[1]
+        spare = split_items(task, data, settings.limit, settings.seed, settings.few_shot)[1]
         length = min(ROW_LENGTH, settings.row_length)
         if spare:
             rows.append(cut_rows([task_text(task, spare)], run.tokenizer, ROWS, length, settings.seed))

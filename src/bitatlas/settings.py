@@ -51,6 +51,7 @@ class Settings:
     margin_points: float = MARGIN_POINTS  # of "no loss within x points"
     allow_pickle: bool = False  # convert weights that are stored as pickle
     curve: bool = True  # a few verified plans at other sizes
+    few_shot: int = 0  # examples with their answers before each question
 
     def __post_init__(self) -> None:
         if len(self.formats) < 2:
@@ -61,6 +62,8 @@ class Settings:
             raise UserError(f"--row-length {self.row_length}: at least 16 tokens")
         if self.limit is not None and self.limit < 1:
             raise UserError(f"--limit {self.limit}: at least 1 item a task")
+        if self.few_shot < 0:
+            raise UserError(f"--few-shot {self.few_shot}: 0 or more examples")
         if not 0 < self.tolerance_nats < math.inf:  # not true for NaN either
             raise UserError(f"--tolerance {self.tolerance_nats}: must be a number above 0 nats/token")
         check_seed(self.seed)

@@ -18,5 +18,7 @@ def write_tables(folder: Path, tables: Mapping[str, Sequence[Mapping[str, Any]]]
     for name, lines in tables.items():
         if not lines:
             continue
+        columns = dict.fromkeys(column for line in lines for column in line)  # Arrow would take the first line's alone
         with writing(folder / f"{name}.parquet"):
-            pq.write_table(pa.Table.from_pylist(list(lines)), folder / f"{name}.parquet")
+            table = pa.table({column: [line.get(column) for line in lines] for column in columns})
+            pq.write_table(table, folder / f"{name}.parquet")

@@ -200,11 +200,12 @@ def _show_widths(console: Console, pairs: list[TaskPair]) -> None:
 def _show_scores(console: Console, scores: list[TaskScore]) -> None:
     if not scores:
         return
-    table = _table("Tasks (95 % Wilson intervals)", ["task", "precision", "right", "accuracy", ""])
+    table = _table("Tasks (95 % Wilson intervals)", ["task", "precision", "right", "accuracy", "acc_norm", ""])
     for score in scores:
         low, high = (100 * end for end in score.wilson95)
         accuracy = f"{100 * score.correct / score.n:.1f}% [{low:.1f}, {high:.1f}]"
+        norm = "" if score.correct_norm is None else f"{100 * score.correct_norm / score.n:.1f}%"
         table.add_row(
-            score.task, score.precision, f"{score.correct}/{score.n}", accuracy, "" if score.above_chance else "at chance"
+            score.task, score.precision, f"{score.correct}/{score.n}", accuracy, norm, "" if score.above_chance else "at chance"
         )
     console.print(table)

@@ -9,7 +9,7 @@ Text too short for the rows that were asked for is refused: nothing is ever scor
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -26,7 +26,8 @@ __all__ = ["Rows", "check_vocabulary", "cut_rows", "make_rows", "read_documents"
 
 SPLITS = ("fit", "select", "test")
 SHORTEST_ROW = 2
-BATCH = 1000  # documents that the tokenizer gets at once
+BATCH = 100  # documents that the tokenizer gets at once
+PIECE = 2_000_000  # characters of a longer document that it gets at once
 
 
 @dataclass(frozen=True)
@@ -154,17 +155,35 @@ def _packed(lengths: Ints, row_length: int) -> Ints:
 
 def _token_ids(documents: Sequence[str], tokenizer: Any) -> list[Ints]:
     """The tokens of each document, with the end-of-text token after each but the last, where there is one."""
+    end = np.array([] if tokenizer.eos_token_id is None else [tokenizer.eos_token_id], dtype=np.int64)
     parts: list[Ints] = []
-    end = [] if tokenizer.eos_token_id is None else [tokenizer.eos_token_id]
     for start in range(0, len(documents), BATCH):
-        try:
-            batch = tokenizer(list(documents[start : start + BATCH]), verbose=False)["input_ids"]
-        except Exception as error:  # tokenizers raises bare Exceptions, like for a missing unknown-token
-            raise UserError(f"the model's tokenizer cannot read the text ({' '.join(str(error).split())[:160]})") from None
-        parts += [np.array(ids + end, dtype=np.int64) for ids in batch]
-    if parts and end:
+        batch = documents[start : start + BATCH]
+        if max(map(len, batch)) <= PIECE:
+            parts += [np.append(ids, end) for ids in _tokenized(batch, tokenizer)]
+        else:
+            parts += [np.concatenate([*_pieces(document, tokenizer), end]) for document in batch]
+    if parts and len(end):
         parts[-1] = parts[-1][:-1]
     return parts
+
+
+def _pieces(document: str, tokenizer: Any) -> Iterator[Ints]:
+    """The tokens of a document piece by piece, cut at line ends: a tokenizer needs about 150 bytes for each character it gets at once."""
+    start = 0
+    while start < len(document):
+        stop = len(document) if len(document) - start <= PIECE else max(document.rfind("\n", start, start + PIECE) + 1, 0)
+        stop = stop if stop > start else start + PIECE
+        yield from _tokenized([document[start:stop]], tokenizer, add_special_tokens=start == 0)
+        start = stop
+
+
+def _tokenized(texts: Sequence[str], tokenizer: Any, **options: Any) -> list[Ints]:
+    try:
+        found = tokenizer(list(texts), verbose=False, **options)["input_ids"]
+    except Exception as error:  # tokenizers raises bare Exceptions, like for a missing unknown-token
+        raise UserError(f"the model's tokenizer cannot read the text ({' '.join(str(error).split())[:160]})") from None
+    return [np.array(ids, dtype=np.int64) for ids in found]
 
 
 def check_vocabulary(tokenizer: Any, texts: list[str], vocabulary: int) -> None:

@@ -6,7 +6,7 @@ from typing import Annotated
 
 import typer
 
-from bitatlas.options import Device, Json, Limit, Margin, Quiet, RowCounts, RowLength, Seed, TaskData, Tasks, Tokens
+from bitatlas.options import Device, FewShot, Json, Limit, Margin, Quiet, RowCounts, RowLength, Seed, TaskData, Tasks, Tokens
 
 
 def compare(
@@ -21,6 +21,7 @@ def compare(
     tasks: Tasks = None,
     task_data: TaskData = None,
     limit: Limit = 300,
+    few_shot: FewShot = 0,
     margin: Margin = "2pp",
     device: Device = "cpu",
     seed: Seed = 0,
@@ -39,6 +40,6 @@ def compare(
     points = parse_points(margin, "--margin")
     counts = parse_rows(rows)
     result = compare_models(
-        first, second, tokens, counts, row_length, tasks, task_data, limit, device, seed, Reporter(quiet), points
+        first, second, tokens, counts, row_length, tasks, task_data, limit, device, seed, Reporter(quiet), points, few_shot
     )
     print_comparison(result) if as_json else show_comparison(result)

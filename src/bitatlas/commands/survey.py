@@ -17,6 +17,7 @@ from bitatlas.options import (
     Context,
     Device,
     Dtype,
+    FewShot,
     Json,
     Limit,
     Margin,
@@ -76,6 +77,7 @@ def survey(
     tasks: Tasks = None,
     task_data: TaskData = None,
     limit: Limit = 300,
+    few_shot: FewShot = 0,
     margin: Margin = "2pp",
     tolerance: Annotated[
         float, typer.Option("--tolerance", help="A layer is safe only if lowering it adds at most this, nats/token.")
@@ -133,7 +135,7 @@ def survey(
         tasks = tasks or "none"
     budget = parse_budget(code_bits, stored_bits, size, max_damage, vram, context, cache_dtype, batch, chunk, protect or ())
     settings = default_settings(
-        model=model, formats=formats, quantizer=quantizer, budget=budget, tokens=tokens, rows=rows, row_length=row_length, tasks=tasks, task_data=task_data, limit=limit, tolerance=tolerance, fuse=fuse, refine=refine, curve=curve, device=device, dtype=dtype, memory_bytes=parse_size(memory, "--memory") if memory else None,
+        model=model, formats=formats, quantizer=quantizer, budget=budget, tokens=tokens, rows=rows, row_length=row_length, tasks=tasks, task_data=task_data, limit=limit, few_shot=few_shot, tolerance=tolerance, fuse=fuse, refine=refine, curve=curve, device=device, dtype=dtype, memory_bytes=parse_size(memory, "--memory") if memory else None,
         revision=revision, seed=seed, allow_pickle=allow_pickle, margin_points=parse_points(margin, "--margin"),
     )  # fmt: skip
     reporter = Reporter(quiet)

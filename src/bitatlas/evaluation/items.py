@@ -13,7 +13,10 @@ Items are shuffled by the seed and a limit takes the first of them: a larger lim
 "chance" is what answering without reading gets right: 1 / number of choices, or for numbers the share of the task's commonest
 answer among all its items (7.7 % in SVAMP, 3 % in GSM8K), at least 1 %.
 
-Left out: the training splits (few-shot examples come from items that are not scored), other languages, other data sets.
+With `few_shot`, each item carries the examples that stand before its question (`examples`, the same for all items of a task and for
+every model): the last items of the seed's order, which are never scored.
+
+Left out: the training splits, other languages, other data sets.
 """
 
 from __future__ import annotations
@@ -23,6 +26,7 @@ import hashlib
 import json
 import math
 import re
+import zlib
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -33,6 +37,8 @@ import numpy as np
 
 from bitatlas.demo import PROBLEMS_FILE, QUESTIONS_FILE
 from bitatlas.errors import UserError
+from bitatlas.evaluation.answers import plain_number
+from bitatlas.texts import json_records, read_text
 
 Item = dict[str, Any]
 LEAST_CHANCE = 0.01  # of a number, where no answer is common
@@ -97,7 +103,7 @@ def load_items(task: str, task_data: Path | None, limit: int | None, seed: int, 
 def split_items(
     task: str, task_data: Path | None, limit: int | None, seed: int, few_shot: int = 0
 ) -> tuple[list[Item], list[Item]]:
-    """(scored, spare): the items to score, and the rest, whose first `few_shot` are the examples.
+    """(scored, spare): the items to score, each with its `examples` if `few_shot` is above 0, and the rest, whose first they are.
 
     Text to fit a plan on belongs to the rest: what is fitted on the scored items cannot be judged by them.
     """
@@ -111,7 +117,8 @@ def split_items(
     order = [items[place] for place in np.random.default_rng(seed).permutation(len(items))]
     count = len(items) - few_shot if limit is None else min(limit, len(items) - few_shot)
     # examples come from the far end, so that neither a larger limit nor more examples move the items in front
-    return order[:count], order[count:][::-1]
+    scored, spare = order[:count], order[count:][::-1]
+    return [{**item, "examples": spare[:few_shot]} for item in scored] if few_shot else scored, spare
 
 
 def _all_items(task: Task, task_data: Path | None) -> list[Item]:
@@ -136,19 +143,17 @@ def _require(condition: bool, message: str) -> None:
 
 def _read_file(task: Task, path: Path) -> list[Any]:
     """Records of a JSON list, or of one JSON object a line."""
+    where = f"--task-data: {path}"
     try:
-        text = path.read_text(encoding="utf-8")
+        records = json_records(path, read_text(path), whole=True, where=where)
     except FileNotFoundError:
-        raise UserError(f"--task-data: {path}: no such file; {task.name} is read from {task.file}") from None
-    except (OSError, UnicodeDecodeError) as error:
-        raise UserError(f"--task-data: {path}: cannot be read ({error})") from None
-    try:
-        if path.suffix == ".json":
-            records = json.loads(text)
-            return records if isinstance(records, list) else [records]
-        return [json.loads(line) for line in text.split("\n") if line.strip()]  # splitlines() would also cut inside a string
-    except (ValueError, RecursionError) as error:
-        raise UserError(f"--task-data: {path}: not valid JSON ({error})") from None
+        raise UserError(f"{where}: no such file; {task.name} is read from {task.file}") from None
+    except (OSError, ValueError, EOFError, zlib.error) as error:
+        raise UserError(f"{where}: cannot be read ({error})") from None
+    assert records is not None  # the files of tasks are called JSON
+    for place, record in records:
+        _require(record is not None, f"{place} is not valid JSON")
+    return [record for _, record in records]
 
 
 def _read_hub(task: Task) -> list[Any]:
@@ -264,22 +269,6 @@ def _worked_item(task: Task, number: int, record: Mapping[str, Any]) -> Item:
         "answer": plain_number(result),
         "worked": worked,
     }
-
-
-NUMBER = re.compile(r"(?:(?<![\w).])[-−])?(?:(?:\d{1,3}(?:,\d{3})+|\d+)(?:\.\d+)?|(?<!\d)\.\d+)")
-
-
-def numbers_in(text: str) -> list[float]:
-    """The numbers in a text, in order. "1,234.5" is one; the minus of "76-25" is an operator, that of "= -25" a sign."""
-    return [float(found.replace(",", "").replace("−", "-")) for found in NUMBER.findall(text)]
-
-
-def plain_number(value: object) -> str:
-    """ "51.0", "2,125" and 51 as "51", "2125" and "51". Raises ValueError where it is no single number."""
-    found = numbers_in(str(value))
-    if len(found) != 1 or not math.isfinite(found[0]):
-        raise ValueError(f"{value!r} is not a number")
-    return str(int(found[0])) if found[0].is_integer() else repr(found[0])
 
 
 # --- what others need of the items ---------------------------------------------------------------------------------------

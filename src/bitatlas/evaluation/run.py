@@ -21,6 +21,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from bitatlas.errors import UserError
+from bitatlas.evaluation.answers import plain_number, read_number, same_answer
 from bitatlas.evaluation.items import (
     TASKS,
     Item,
@@ -29,7 +30,6 @@ from bitatlas.evaluation.items import (
     check_task_names,
     items_sha256,
     load_items,
-    numbers_in,
     split_items,
     task_text,
 )
@@ -44,6 +44,7 @@ __all__ = [
     "check_task_names",
     "items_sha256",
     "load_items",
+    "read_number",
     "score_items",
     "split_items",
     "task_text",
@@ -58,52 +59,44 @@ def score_items(
     task: str,
     items: Sequence[Item],
     batch_size: int = 16,
-    examples: Sequence[Item] = (),
 ) -> list[dict[str, Any]]:
     """Let the model, with the weights it has now and where it is now, answer `items` of `task`; records in their order.
 
     A record: {"item": id, "correct": bool, "answer": str, "expected": str, "truncated": bool}, and of a task that writes also
-    "output", the text. `answer` is the choice's text, or the number that was read ("" if none). `truncated`: the prompt did not
-    fit into the model's context and lost its beginning. `examples` are put before every prompt, with their answers.
+    "output", the text; of choices also "correct_norm": right by log-likelihood per character ("acc_norm"). `answer` is the choice's text,
+    or the number that was read ("" if none). `truncated`: the prompt did not fit into the model's context and lost its beginning.
+    The `examples` that items carry stand before every prompt, with their answers. Writing is greedy, whatever the checkpoint's generation
+    settings say.
 
-    The tokenizer is as before on return. Raises UserError where the tokenizer has no token to pad or to stop with, or where a
-    choice is longer than the model's context.
+    Model and tokenizer are as before on return. Raises UserError where the tokenizer has no token to pad or to stop with, or where a
+    choice is longer than the model's context or no tokens.
     """
     if not items:
         return []
     import torch
     from lm_eval.evaluator import evaluate
-    from lm_eval.models.huggingface import HFLM
+
+    from bitatlas.evaluation.scorer import Scorer, greedy_alone
 
     spec = TASKS[task]
-    with _quiet(), _special_tokens(tokenizer), torch.no_grad():
-        lm = HFLM(pretrained=model, tokenizer=tokenizer, batch_size=batch_size)  # type: ignore[arg-type]
-        _check_choices(spec, items, lm)
-        harness_task = _harness_task(spec, items, examples, lm.max_length)
+    with _quiet(), greedy_alone(model, tokenizer), _special_tokens(tokenizer), torch.no_grad():
+        lm = Scorer(pretrained=model, tokenizer=tokenizer, batch_size=batch_size)  # type: ignore[arg-type]
+        harness_task = _harness_task(spec, items, lm.max_length)
         results = evaluate(lm=lm, task_dict={spec.name: harness_task}, bootstrap_iters=0, log_samples=True)
         samples = sorted(results["samples"][spec.name], key=lambda sample: sample["doc_id"])
         return [_record(spec, item, sample, lm) for item, sample in zip(items, samples, strict=True)]
 
 
-def _check_choices(spec: Task, items: Sequence[Item], lm: Any) -> None:
-    """The harness cuts a prompt that is too long, but a choice alone that does not fit breaks it."""
-    for item in items:
-        for text in item["choices"] if spec.is_choice else ():
-            # a token is at least a byte, so most texts need not be tokenized
-            if len(text.encode()) >= lm.max_length and len(lm.tok_encode(" " + text)) > lm.max_length:
-                raise UserError(
-                    f"--tasks {spec.name}: a choice of item {item['id']} is longer than the model's context ({lm.max_length} tokens)"
-                )
-
-
-def _harness_task(spec: Task, items: Sequence[Item], examples: Sequence[Item], context: int) -> Any:
-    """The task file with these items in it."""
+def _harness_task(spec: Task, items: Sequence[Item], context: int) -> Any:
+    """The task file with these items and their examples in it."""
     from datasets import Dataset
     from lm_eval.api.task import ConfigurableTask
 
     config = _task_file(spec.form)
     config["task"] = spec.name
-    config["custom_dataset"] = lambda **_: {"items": Dataset.from_list([dict(item) for item in items])}
+    examples = items[0].get("examples", [])
+    documents = [{name: value for name, value in item.items() if name != "examples"} for item in items]
+    config["custom_dataset"] = lambda **_: {"items": Dataset.from_list(documents)}
     config["num_fewshot"] = len(examples)
     config["fewshot_config"]["samples"] = [dict(example) for example in examples]
     if not spec.is_choice:
@@ -120,30 +113,12 @@ def _task_file(form: str) -> dict[str, Any]:
     return dict(yaml.safe_load((TASK_FILES / f"{form}.yaml").read_text(encoding="utf-8")))
 
 
-# --- reading what was answered -------------------------------------------------------------------------------------------
-
-
-def read_number(form: str, output: str) -> float | None:
-    """The answer in a written text: a problem's is the last number in its first line, a worked solution's the one after ####.
-
-    Without a #### the last number of the solution counts.
-    """
-    if form == "problem":
-        output = next((line for line in output.splitlines() if line.strip()), "")
-    else:
-        before, mark, after = output.rpartition("####")
-        marked = numbers_in(after) if mark else []
-        if marked:
-            return marked[0]
-        output = before if mark else output
-    found = numbers_in(output)
-    return found[-1] if found else None
+# --- what was answered ---------------------------------------------------------------------------------------------------
 
 
 def number_right(form: str, item: Item, outputs: Sequence[str]) -> dict[str, float]:
     """The harness's `process_results`: 1 where the number that is read equals the answer."""
-    number = read_number(form, outputs[0])
-    return {"exact_match": float(number is not None and abs(number - float(item["answer"])) < 1e-6)}
+    return {"exact_match": float(same_answer(read_number(form, outputs[0]), float(item["answer"])))}
 
 
 def _record(spec: Task, item: Item, sample: dict[str, Any], lm: Any) -> dict[str, Any]:
@@ -155,6 +130,7 @@ def _record(spec: Task, item: Item, sample: dict[str, Any], lm: Any) -> dict[str
         return {
             "item": item["id"],
             "correct": bool(sample["acc"]),
+            "correct_norm": bool(sample["acc_norm"]),
             "answer": item["choices"][int(np.argmax(likelihoods))],
             "expected": item["choices"][item["gold"]],
             "truncated": longest > lm.max_length + 1,  # the last token is scored, not read
@@ -165,7 +141,7 @@ def _record(spec: Task, item: Item, sample: dict[str, Any], lm: Any) -> dict[str
     return {
         "item": item["id"],
         "correct": bool(sample["exact_match"]),
-        "answer": "" if number is None else f"{number:.15g}",
+        "answer": "" if number is None else plain_number(number),
         "expected": item["answer"],
         "truncated": len(lm.tok_encode(prompt)) > room,
         "output": output,

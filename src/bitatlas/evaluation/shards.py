@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -10,6 +11,7 @@ import numpy as np
 from bitatlas.evaluation.items import Item, items_sha256
 from bitatlas.evaluation.run import score_items
 from bitatlas.journal import content_key
+from bitatlas.records import TaskScore
 from bitatlas.swap import swapped
 
 if TYPE_CHECKING:
@@ -36,6 +38,16 @@ def score_shards(run: Run, task: str, items: list[Item], assignment: Mapping[str
                 answers += value
                 progress(len(answers), len(items))
     return answers
+
+
+def with_norms(scores: Sequence[TaskScore], lines: Iterable[Mapping[str, Any]]) -> list[TaskScore]:
+    """The scores with how many items are right by likelihood per character. lines: records with their task and precision."""
+    counts: dict[tuple[str, str], int] = {}
+    for line in lines:
+        if "correct_norm" in line:
+            key = line["task"], line["precision"]
+            counts[key] = counts.get(key, 0) + line["correct_norm"]
+    return [replace(score, correct_norm=counts.get((score.task, score.precision))) for score in scores]
 
 
 def right_of(answers: list[dict[str, Any]]) -> np.ndarray:

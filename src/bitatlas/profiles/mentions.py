@@ -45,7 +45,7 @@ def _any_of(words: Iterable[str]) -> str:
     return "|".join(sorted(words, key=len, reverse=True))
 
 
-NUMBER = r"(?:\d{1,3}(?:,\d{3})+(?!\d)|\d+)(?:\.\d+)?|\.\d+"
+NUMBER = r"(?:(?:\d{1,3}(?:,\d{3})+(?!\d)|\d+)(?:\.\d+)?|\.\d+)(?:[eE][-+]?\d+(?!\w))?"
 _DIGITS = re.compile(rf"(?P<number>{NUMBER})(?:/(?P<below>\d+))?(?P<percent>\s?%)?")
 _COUNTED = rf"(?P<tens>{_any_of(_TENS)})(?:[- ](?P<unit>{_any_of(_UNITS)}))?|(?P<small>{_any_of([*_UNITS, *_TEENS, 'zero'])})"
 _WORDS = re.compile(

@@ -235,6 +235,7 @@ class TaskScore:
     chance: float  # 0..1
     wilson95: tuple[float, float]
     above_chance: bool  # one-sided exact binomial p < 0.05, Holm over precisions
+    correct_norm: int | None = None  # of choices: right by log-likelihood per character (acc_norm)
 
 
 @dataclass(frozen=True)

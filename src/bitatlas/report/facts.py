@@ -10,7 +10,7 @@ import re
 from collections.abc import Iterable
 
 from bitatlas.formats import by_width
-from bitatlas.records import Atlas, AttentionLayer, Baseline, Finding, Layer, Measured, Module, Plan, TaskPair, Zone
+from bitatlas.records import Atlas, AttentionLayer, Baseline, Finding, Layer, Measured, Module, Plan, TaskPair, TokensInfo, Zone
 from bitatlas.words import NOT_MEASURED, interval, listed, named_layers, number, p_is, percent, runs
 
 SHOWN_LAYERS = 8  # of a drawing with one box a layer; the tables list all
@@ -216,6 +216,41 @@ def formats_text(atlas: Atlas) -> str:
 def task_names(atlas: Atlas) -> list[str]:
     """Tasks that were scored, each once, in the atlas's order."""
     return list(dict.fromkeys(score.task for score in atlas.tasks))
+
+
+def few_shot_text(atlas: Atlas) -> str:
+    """How many examples stand before each question, and how many do in the published numbers."""
+    count = int(atlas.settings.get("few_shot", 0))
+    told = f"{count or 'No'} example{'' if count == 1 else 's'} before each question"
+    return f"{told} (the harness's own GSM8K has 5)." if "gsm8k" in task_names(atlas) and count != 5 else f"{told}."
+
+
+# --- the text --------------------------------------------------------------------------------------------------------
+
+
+def generality(tokens: TokensInfo) -> str:
+    """What an interval over its rows speaks of: `text like this` where documents are resampled, else `this text`."""
+    return "text like this" if tokens.by_document else "this text"
+
+
+def text_facts(tokens: TokensInfo) -> str:
+    """Documents, blocks and what was dropped, in one line; "" of an atlas that does not say."""
+    blocks = {name: len(set(split.blocks)) for name, split in tokens.splits.items()}
+    if not all(blocks.values()):
+        return ""
+    unit = (
+        "documents" if tokens.by_document else "stretches of documents" if tokens.documents > 1 else "stretches of one document"
+    )
+    shared = "no document in two sets" if tokens.separate_documents else "sets share documents, but no stretch of one"
+    dropped = {"documents": tokens.repeated_documents, "rows": tokens.repeated_rows}
+    repeats = " and ".join(f"{count:,} {what}" for what, count in dropped.items() if count)
+    parts = [
+        f"{tokens.documents:,} document{'' if tokens.documents == 1 else 's'}; rows from {', '.join(map(str, blocks.values()))} {unit} "
+        f"({', '.join(blocks)}), which intervals resample: they speak of {generality(tokens)}",
+        shared,
+        f"{repeats} dropped that repeat earlier text" if repeats else "",
+    ]
+    return "; ".join(part for part in parts if part)
 
 
 # --- findings --------------------------------------------------------------------------------------------------------

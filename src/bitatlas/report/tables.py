@@ -142,9 +142,13 @@ def task_table(atlas: Atlas) -> Table:
         accuracy = f"{percent(s.correct / s.n)} [{low}, {high}]" if s.n else words.NOT_MEASURED
         above = "above chance" if s.above_chance else "at chance"
         precision = facts.precision_name(atlas, s.precision)
-        rows.append([s.task, precision, f"{s.correct}/{s.n}", accuracy, percent(s.chance, 0), above])
-    note = "Accuracy with its 95% Wilson interval. At chance: not above it (one-sided exact binomial, Holm over precisions)."
-    head = ["Task", "Precision", "Correct", "Accuracy", "Chance", "Against chance"]
+        norm = "" if s.correct_norm is None or not s.n else percent(s.correct_norm / s.n)
+        rows.append([s.task, precision, f"{s.correct}/{s.n}", accuracy, norm, percent(s.chance, 0), above])
+    note = (
+        "Accuracy with its 95% Wilson interval. At chance: not above it (one-sided exact binomial, Holm over precisions). acc_norm: of choices, "
+        f"by likelihood per character. {facts.few_shot_text(atlas)}"
+    )
+    head = ["Task", "Precision", "Correct", "Accuracy", "acc_norm", "Chance", "Against chance"]
     return Table("tasks", "Tasks", note, head, rows, "Not measured: the run was asked for no tasks.")
 
 
@@ -277,7 +281,7 @@ def provenance_table(atlas: Atlas) -> Table:
         ["size", f"{words.byte_size(model.total_bytes)}, of which {words.byte_size(model.other_bytes)} stay unquantized"],
         ["quantizer", atlas.quantizer],
         ["formats", ", ".join(atlas.formats)],
-        ["text", f"{tokens.source}, rows of {tokens.row_length} tokens"],
+        ["text", f"{tokens.source}, rows of {tokens.row_length} tokens; {facts.text_facts(tokens)}"],
     ]
     for name, split in tokens.splits.items():
         rows.append([f"{name} rows", f"{split.rows:,} rows, {split.tokens:,} tokens, sha256 {split.sha256}"])
