@@ -18,7 +18,7 @@ from typing import Any
 
 from bitatlas.errors import MAKE_ROOM, UserError
 
-VERSION = 2  # raise it when a measurement's meaning changes: older entries are then not found
+VERSION = 3  # raise it when a measurement's meaning changes: older entries are then not found
 
 
 def content_key(*parts: Any) -> str:

@@ -18,9 +18,9 @@ from bitatlas.llamacpp.bench import Benchmark
 from bitatlas.plain import PlainConsole
 from bitatlas.records import Atlas, Measured, Plan, Size, TaskPair, TaskScore
 from bitatlas.verify import Verification
-from bitatlas.words import MINUS, byte_size, interval, listed, memory_text, number, protect_text
+from bitatlas.words import MINUS, against_chance, byte_size, interval, listed, memory_text, number, protect_text
 
-STYLES = {"critical": "red", "safe": "green", "uncertain": "yellow"}
+STYLES = {"critical": "red", "safe": "green", "light": "magenta", "uncertain": "yellow"}
 
 
 def _console() -> Console:
@@ -201,7 +201,5 @@ def _show_scores(console: Console, scores: list[TaskScore]) -> None:
     for score in scores:
         low, high = (100 * end for end in score.wilson95)
         accuracy = f"{100 * score.correct / score.n:.1f}% [{low:.1f}, {high:.1f}]"
-        table.add_row(
-            score.task, score.precision, f"{score.correct}/{score.n}", accuracy, "" if score.above_chance else "at chance"
-        )
+        table.add_row(score.task, score.precision, f"{score.correct}/{score.n}", accuracy, against_chance(score))
     console.print(table)
