@@ -2,8 +2,8 @@
 
 import numpy as np
 
-from bitatlas.findings import LayerRows
-from bitatlas.records import AttentionLayer, Measured, WeightProfile
+from bitatlas.findings import LayerRows, layer_records, zones
+from bitatlas.records import AttentionLayer, Measured, WeightProfile, Zone
 
 HIGH, LOW = "int4_g64", "int2_g64"
 
@@ -40,6 +40,11 @@ def flat(layers: int, rows: int, seed: int) -> LayerRows:
     return quadratic_rows(np.full(layers, 0.02), pairs, rows, seed)
 
 
+def zones_of(rows: LayerRows, tolerance: float, together: set[int] | None = None) -> list[Zone]:
+    """Zones with the layers' verdicts at a tolerance; without `together` all layers are safe together."""
+    return zones(rows, layer_records(rows, tolerance), range(rows.layers) if together is None else together)
+
+
 def profiles(layers: int, sparsity: np.ndarray) -> list[WeightProfile]:
     return [
         WeightProfile(f"m{layer}{kind}", layer, kind, size, 1.0, share, {}, 0.1 * layer, 5.0, 0.0, {LOW: 0.1 + 0.01 * layer})
@@ -52,7 +57,9 @@ def attention_of(layers: int, base: str = "reference") -> list[AttentionLayer]:
     def m(value: float, unit: str = "0..1") -> Measured:
         return Measured(value, (value * 0.9, value * 1.1), unit, base, "fit", 20)
 
-    drifted = {} if base == "reference" else {"drift_cumulative": m(0.3), "drift_noise": m(0.01)}
+    drifted = (
+        {} if base == "reference" else {"drift_cumulative": m(0.3 if base == f"uniform:{LOW}" else 0.1), "drift_noise": m(0.01)}
+    )
     return [
         AttentionLayer(
             layer, base, m(0.3 + 0.02 * layer), m(1.0, "nats"), m(0.2), m(25.0, "%"), {}, {}, m(10.0 + layer, "%"), "", **drifted

@@ -13,6 +13,7 @@ from bitatlas.findings import (
     chance_p,
     conclude,
     folk_findings,
+    joint_damage,
     layer_correlations,
     layer_measures,
     layer_records,
@@ -23,12 +24,13 @@ from bitatlas.findings import (
     shares_of,
     spearman,
     with_low_share,
-    zones,
 )
 from bitatlas.findings.correlations import _shapes, cannot_tell, least_p
+from bitatlas.findings.joint import joint_findings
 from bitatlas.findings.shares import verdict_of
+from bitatlas.findings.zones import _word as zone_word
 from bitatlas.records import Measured, Module
-from games import HIGH, LOW, attention_of, flat, interactions, profiles, quadratic_rows
+from games import HIGH, LOW, attention_of, flat, interactions, profiles, quadratic_rows, zones_of
 
 GENEROUS = 100.0  # nats/token: nothing is unsafe for its damage
 
@@ -90,7 +92,7 @@ def test_safe_needs_the_added_damage_within_the_tolerance():
     added = rows.added[:, 0].mean()
     verdicts = [layer_records(rows, tolerance)[0].verdict for tolerance in (added * 2, added, added / 2)]
     # at the tolerance itself the interval reaches beyond it
-    assert verdicts == ["safe", "uncertain", "uncertain"]
+    assert verdicts == ["safe", "light", "light"]
 
 
 def test_a_clear_interval_that_the_screen_does_not_confirm_is_uncertain():
@@ -117,7 +119,7 @@ def test_no_damage_to_share_leaves_everything_uncertain():
     assert {record.verdict for record in records} == {"uncertain"}
     assert {record.criticality.ci95 for record in records} == {None}
     assert {record.q_value for record in records} == {1.0}
-    assert [(zone.name, zone.verdict) for zone in zones(rows, GENEROUS)] == [("whole model", "uncertain")]
+    assert [(zone.name, zone.verdict) for zone in zones_of(rows, GENEROUS)] == [("whole model", "uncertain")]
     assert {finding.verdict for finding in folk_findings(shares_of(rows), 0.05)} == {"inconclusive"}
 
 
@@ -198,7 +200,7 @@ def test_flat_noise_is_one_zone_most_of_the_time():
 @pytest.mark.parametrize(("levels", "names"), [((0.5, 1.5), ["early", "late"]), ((0.3, 1.0, 1.7), ["early", "middle", "late"])])
 def test_planted_steps_are_recovered(levels, names):
     first = np.repeat(levels, 4) * 0.02
-    found = zones(quadratic_rows(first, np.zeros((len(first),) * 2), 48), tolerance=GENEROUS)
+    found = zones_of(quadratic_rows(first, np.zeros((len(first),) * 2), 48), GENEROUS)
     assert [(zone.first, zone.last) for zone in found] == [(4 * k, 4 * k + 3) for k in range(len(levels))]
     assert [zone.name for zone in found] == names
     assert (found[0].verdict, found[-1].verdict) == ("safe", "critical")
@@ -208,13 +210,52 @@ def test_planted_steps_are_recovered(levels, names):
 def test_a_zone_is_safe_only_if_lowering_all_of_it_is_within_the_tolerance():
     first = np.repeat([0.5, 1.5], 4) * 0.02
     rows = quadratic_rows(first, np.zeros((8, 8)), 48)
-    assert rows.added[:, :4].mean() < 0.02 < rows.values[:, :4].sum(axis=1).mean()
-    assert [zone.verdict for zone in zones(rows, tolerance=0.02)] == ["uncertain", "critical"]
+    assert [zone.verdict for zone in zones_of(rows, 0.02)] == ["safe", "critical"]
+    assert [zone.verdict for zone in zones_of(rows, 0.02, together={0, 1, 2})] == ["light", "critical"]
+    assert [zone.verdict for zone in zones_of(rows, 0.005)] == ["light", "critical"]
+
+
+def test_the_word_of_a_zone_follows_its_layers():
+    ends = {"critical": (1.1, 1.5), "safe": (0.5, 0.9), "": (0.8, 1.2)}
+
+    def word(interval: str, *verdicts: str, together: bool = False) -> str:
+        return zone_word(Measured(1.0, ends[interval], "ratio", "", "test", 20), verdicts, together)
+
+    assert word("critical", "critical", "uncertain") == "critical"
+    assert word("critical", "critical", "safe") == word("critical", "uncertain") == "uncertain"
+    assert word("safe", "safe", "safe", together=True) == "safe"
+    assert word("safe", "safe", "safe") == word("safe", "safe", "light", together=True) == "light"
+    assert word("safe", "safe", "uncertain", together=True) == word("", "safe", together=True) == "uncertain"
+
+
+def test_safe_layers_are_measured_together_and_the_largest_group_is_named():
+    """Any three of them are within the tolerance, four are not."""
+    rows = quadratic_rows(np.array([0.01, 0.008, 0.009, 0.011, 0.2, 0.2]), np.zeros((6, 6)), 48)
+    layers = layer_records(rows, 0.03)
+    assert [one.verdict for one in layers[:4]] == ["safe"] * 4
+    asked: list[int] = []
+
+    def lowered(chosen):
+        asked.append(len(chosen))
+        return rows.added[:, list(chosen)].sum(axis=1)
+
+    joint = joint_damage(layers, lowered, 0.0315, "uniform:int4_g64", None)
+    least = sorted(sorted(range(4), key=lambda layer: layers[layer].lowered.mean)[:3])
+    assert (joint.layers, joint.together) == ([0, 1, 2, 3], least)
+    assert joint.added.mean == pytest.approx(rows.added[:, :4].sum(axis=1).mean())
+    assert joint.added_together.ci95[1] <= 0.0315 < joint.added.ci95[0]
+    assert len(asked) == len(set(asked)) <= 3
+    (told,) = joint_findings(joint, 0.0315)
+    assert told.verdict == "does not hold"
+    assert "Safe together: layers" in told.text
+    assert joint_damage(layers[4:], lowered, 0.0315, "", None) is None
+    assert joint_damage(layers, lowered, 1.0, "", None).together == [0, 1, 2, 3]
+    assert joint_damage(layers, lowered, 0.0, "", None).together == []
 
 
 def test_more_than_three_zones_are_numbered():
     first = np.repeat([1.0, 4.0, 1.0, 4.0], 3) * 0.02
-    found = zones(quadratic_rows(first, np.zeros((12, 12)), 48), tolerance=GENEROUS)
+    found = zones_of(quadratic_rows(first, np.zeros((12, 12)), 48), GENEROUS)
     assert [zone.name for zone in found] == ["zone 1", "zone 2", "zone 3", "zone 4"]
 
 
@@ -222,7 +263,7 @@ def test_low_share_is_the_share_of_weights_at_the_lowest_format():
     modules = [
         Module(f"m{layer}{kind}", layer, kind, shape, "u") for layer in range(2) for kind, shape in (("a", (2, 2)), ("b", (4, 3)))
     ]
-    found = zones(quadratic_rows(np.array([0.01, 0.05, 0.05, 0.05]), np.zeros((4, 4)), 30), GENEROUS)
+    found = zones_of(quadratic_rows(np.array([0.01, 0.05, 0.05, 0.05]), np.zeros((4, 4)), 30), GENEROUS)
     filled = with_low_share(found, modules, {"m0a": LOW, "m0b": HIGH, "m1a": LOW, "m1b": LOW}, LOW)
     assert (filled[0].first, filled[0].last, filled[0].low_share) == (0, 0, 4 / 16)
     assert filled[1].low_share == 1.0

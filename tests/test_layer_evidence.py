@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from scipy import stats
 
-from bitatlas.findings import LayerRows, insides, shapley_check, shares_of, zones
+from bitatlas.findings import LayerRows, insides, shapley_check, shares_of
 from bitatlas.findings.correlations import spearman_by_row
 from bitatlas.findings.kinds import role_of, value_and_down
 from bitatlas.findings.shapley_check import shapley_findings
@@ -16,7 +16,7 @@ from bitatlas.findings.shares import layer_records
 from bitatlas.findings.stability import needed_text, reliability, reliability_findings, with_rows_needed
 from bitatlas.findings.zones import border_intervals
 from bitatlas.records import Module, WeightProfile
-from games import LOW, flat, interactions, quadratic_rows
+from games import LOW, flat, interactions, quadratic_rows, zones_of
 
 GENEROUS = 100.0  # nats/token: nothing is unsafe for its damage
 
@@ -136,12 +136,16 @@ def test_the_rows_that_are_named_settle_an_uncertain_layer():
 
 
 def test_no_rows_are_named_where_none_would_help():
-    """Clearly below its size, and clearly above the tolerance: uncertain for good."""
+    """Clearly below its size, and clearly above the tolerance: light, and no row would make it safe."""
     rows = quadratic_rows(np.array([0.02, 0.06, 0.06]), np.zeros((3, 3)), 48)
     shares = shares_of(rows)
     layers = with_rows_needed(layer_records(rows, 0.001, shares), rows, shares, 0.001)
-    assert (layers[0].verdict, layers[0].rows_needed) == ("uncertain", None)
-    assert "No number of rows would settle layer 0" in needed_text(layers)
+    assert (layers[0].verdict, layers[0].rows_needed) == ("light", None)
+    assert needed_text(layers) == ""
+    near = float(rows.added[:, 0].mean()) * 1.01
+    light = with_rows_needed(layer_records(rows, near, shares), rows, shares, near)
+    assert (light[0].verdict, light[0].rows_needed > 48) == ("light", True)
+    assert "whether light layers are safe: layer 0 about" in needed_text(light)
     assert layers[1].rows_needed is None
 
 
@@ -149,7 +153,7 @@ def test_no_rows_are_named_where_none_would_help():
 
 
 def test_a_sharp_border_is_certain_and_a_vague_one_is_not():
-    sharp = zones(quadratic_rows(np.repeat([0.01, 0.03], 4), np.zeros((8, 8)), 48), GENEROUS)
+    sharp = zones_of(quadratic_rows(np.repeat([0.01, 0.03], 4), np.zeros((8, 8)), 48), GENEROUS)
     assert [zone.border95 for zone in sharp] == [None, (4, 4)]
     by_row = quadratic_rows(np.linspace(0.018, 0.022, 12), np.zeros((12, 12)), 24, noise=1.0).values
     (_, vague) = border_intervals(by_row, np.full(12, 1 / 12), 2)

@@ -232,7 +232,15 @@ def test_chance_wins_over_a_significant_fall():
     # 25 of 100 and 5 of 100 where guessing gets 25: the fall is significant, and says nothing about bits
     pair = pair_of(20, 0, 100, both=5, chance=0.25)
     assert pair.holm_p < 0.001
-    assert pair.verdict == "at chance"
+    assert pair.verdict == "below chance"
+    assert pair_of(8, 0, 100, both=17, chance=0.25).verdict == "at chance"
+
+
+def test_below_chance_is_another_word_than_at_chance():
+    assert pair_of(0, 0, 64, both=0, chance=0.25).verdict == "below chance"
+    assert pair_of(0, 0, 64, both=0, chance=0.0).verdict == "at chance"  # nothing is below no chance
+    at = score("t", "plan", [1] * 10 + [0] * 54, 0.25)
+    assert (at.above_chance, at.below_chance) == (False, False)
 
 
 def test_texts():
@@ -247,8 +255,8 @@ def test_texts():
     assert pair_of(20, 4, 200, both=100).text == (
         "falls: −8.0 points [−13.2, −3.5]; 20 of 200 items lost, 4 gained (Holm p = 0.0015)"
     )
-    assert pair_of(1, 1, 20, chance=0.25).text == (
-        "at chance: 1 and 1 of 20 right, where guessing gets 5; a score not above chance supports no claim about bits; "
+    assert pair_of(1, 1, 20, chance=0.1).text == (
+        "at chance: 1 and 1 of 20 right, where guessing gets 2; a score not above chance supports no claim about bits; "
         "no number of items would change that at these scores; 20 items show no difference under 30 points"
     )
 

@@ -25,6 +25,7 @@ from bitatlas.records import (
     Calibration,
     CurvePoint,
     HeadMap,
+    JointDamage,
     ModelInfo,
     Module,
     TokensInfo,
@@ -72,6 +73,7 @@ class Measurements:
     general_screen: TaskScreen | None = None  # of test rows cut to the length of the tasks' rows
     orders: np.ndarray | None = None  # [pairs, rows, layers]: what each layer adds in sampled orders, on the first test rows
     order_models: int = 0  # that were measured for it
+    joint: JointDamage | None = None
     removals: Sequence[Removal] = ()  # of heads from the reference
     pairs: PairScreen | None = None
     head_maps: Sequence[HeadMap] = ()
@@ -84,10 +86,10 @@ def assemble(
     """The finished atlas: records from arrays, and the conclusions drawn from them."""
     scores, pairs = compare_all(found.outcomes, found.chance, settings.margin_points)
     scores = with_norms(scores, found.items)
-    rows = layer_rows(modules, settings, found)
+    rows = layer_rows(modules, settings, found, tokens)
     math_tasks = [task for task in found.outcomes if not TASKS[task].is_choice]
-    kinds = kind_rows(modules, settings, found)
-    inside = insides(modules, found.weights, unit_rows(modules, settings, found), kinds, settings.seed)
+    kinds = kind_rows(modules, settings, found, tokens)
+    inside = insides(modules, found.weights, unit_rows(modules, settings, found, tokens), kinds, settings.seed)
     shapley = None if found.orders is None else shapley_check(found.orders, found.order_models, rows, settings.seed)
     ablations = [ablation_record(removal, settings.seed) for removal in found.removals]
     conclusions = conclude(
@@ -101,10 +103,11 @@ def assemble(
         kinds=kinds,
         shapley=shapley,
         ablations=ablations,
+        joint=found.joint,
         tested=TaskEvidence(scores, pairs, found.outcomes, math_tasks, *text_rows(modules, settings, found)),
         seed=settings.seed,
     )
-    uniform = uniform_records(info, modules, found.widths, settings.seed)
+    uniform = uniform_records(info, modules, found.widths, tokens.blocks("test"), settings.seed)
     return Atlas(
         model=info,
         settings=settings.recorded(),
@@ -140,8 +143,9 @@ def assemble(
         unit_correlations=inside.unit_correlations,
         shapley=shapley,
         ablations=ablations,
-        interactions=interactions_of(modules, settings, found.pairs),
+        interactions=interactions_of(modules, settings, found.pairs, tokens.blocks("fit")),
         head_maps=list(found.head_maps),
+        joint=found.joint,
         plans=[other.plan for other in found.others],
         sparsity=conclusions.sparsity,
     )
@@ -162,8 +166,8 @@ def text_rows(modules: Sequence[Module], settings: Settings, found: Measurements
     return texts, of(found.general_screen, "test, cut to the tasks' length") if found.general_screen else None
 
 
-def layer_rows(modules: Sequence[Module], settings: Settings, found: Measurements) -> LayerRows:
-    """The damage of layers as the findings read it."""
+def layer_rows(modules: Sequence[Module], settings: Settings, found: Measurements, tokens: TokensInfo | None = None) -> LayerRows:
+    """The damage of layers as the findings read it; `tokens` have the blocks of the rows."""
     layers = sorted({module.layer for module in modules})
     weights = np.array([sum(m.weights for m in modules if m.layer == layer) for layer in layers], dtype=np.float64)
     return LayerRows(
@@ -174,19 +178,22 @@ def layer_rows(modules: Sequence[Module], settings: Settings, found: Measurement
         weights=weights,
         high_name=settings.high,
         low_name=settings.low,
+        blocks=tokens.blocks("test") if tokens else None,
+        orders=found.orders,
     )
 
 
-def kind_rows(modules: Sequence[Module], settings: Settings, found: Measurements) -> LayerRows:
+def kind_rows(modules: Sequence[Module], settings: Settings, found: Measurements, tokens: TokensInfo) -> LayerRows:
     """The same for kinds of modules, in the order in which they come."""
     kinds = list(dict.fromkeys(module.kind for module in modules))
     weights = np.array([sum(m.weights for m in modules if m.kind == kind) for kind in kinds], dtype=np.float64)
     rows = found.kinds_lowered.shape[1]  # the first of the test rows
     high, low = found.widths[settings.high][:rows], found.widths[settings.low][:rows]
-    return LayerRows(high, low, found.kinds_lowered, found.kinds_raised, weights, settings.high, settings.low)
+    names, blocks = (settings.high, settings.low, "test"), tokens.blocks("test")
+    return LayerRows(high, low, found.kinds_lowered, found.kinds_raised, weights, *names, blocks[:rows] if blocks else None)
 
 
-def unit_rows(modules: Sequence[Module], settings: Settings, found: Measurements) -> LayerRows:
+def unit_rows(modules: Sequence[Module], settings: Settings, found: Measurements, tokens: TokensInfo) -> LayerRows:
     """The same for units, on the fit rows."""
     units = list(dict.fromkeys(module.unit for module in modules))
     weights = np.array([sum(m.weights for m in modules if m.unit == unit) for unit in units], dtype=np.float64)
@@ -194,29 +201,34 @@ def unit_rows(modules: Sequence[Module], settings: Settings, found: Measurements
     lowered = np.stack([found.unit_rows[high][unit][settings.low] for unit in units])
     raised = np.stack([found.unit_rows[low][unit][settings.high] for unit in units])
     bases = found.base_rows
-    return LayerRows(bases[high], bases[low], lowered, raised, weights, settings.high, settings.low, "fit")
+    names, blocks = (settings.high, settings.low, "fit"), tokens.blocks("fit")
+    return LayerRows(bases[high], bases[low], lowered, raised, weights, *names, blocks)
 
 
-def interactions_of(modules: Sequence[Module], settings: Settings, pairs: PairScreen | None) -> UnitInteractions | None:
+def interactions_of(
+    modules: Sequence[Module], settings: Settings, pairs: PairScreen | None, blocks: Sequence[int] | None
+) -> UnitInteractions | None:
     """The pairs of units as a record, numbers cut to three digits."""
     if pairs is None:
         return None
     units, base = list(dict.fromkeys(module.unit for module in modules)), f"uniform:{settings.high}"
     named = [
-        UnitPair(units[u], units[v], measured(rows, "nats/token", base, "fit", settings.seed))
+        UnitPair(units[u], units[v], measured(rows, "nats/token", base, "fit", settings.seed, blocks and blocks[: len(rows)]))
         for (u, v), rows in zip(pairs.pairs, pairs.by_row.T, strict=True)
     ]
     below = [[float(f"{value:.2e}") for value in row[:place]] for place, row in enumerate(pairs.extra)]
     return UnitInteractions(base, settings.low, units, below, named)
 
 
-def uniform_records(info: ModelInfo, modules: Sequence[Module], widths: Mapping[str, np.ndarray], seed: int) -> list[Uniform]:
+def uniform_records(
+    info: ModelInfo, modules: Sequence[Module], widths: Mapping[str, np.ndarray], blocks: Sequence[int] | None, seed: int
+) -> list[Uniform]:
     """Size and damage of every uniform width."""
     return [
         Uniform(
             name,
             size_of(modules, {module.name: name for module in modules}, info),
-            measured(rows, "nats/token", f"uniform:{name}", "test", seed),
+            measured(rows, "nats/token", f"uniform:{name}", "test", seed, blocks),
         )
         for name, rows in widths.items()
     ]

@@ -144,7 +144,8 @@ def _on_rows(
     context = min(int(getattr(m.config.get_text_config(), "max_position_embeddings", row_length)) for m in (model_a, model_b))
     vocabulary = min(int(m.config.get_text_config().vocab_size) for m in (model_a, model_b))
     documents = read_documents(tokens)
-    rows = make_rows(documents, tokenizer, tokens, counts, row_length, context, seed, vocabulary=vocabulary).test
+    chosen = make_rows(documents, tokenizer, tokens, counts, row_length, context, seed, vocabulary=vocabulary)
+    rows, blocks = chosen.test, chosen.blocks("test")
     batches = rows.split(batch_rows(row_length, len(tokenizer)))
     found: list[Tensor] = []
     for done, batch in enumerate(batches, start=1):
@@ -156,8 +157,8 @@ def _on_rows(
         progress(done, len(batches))
     kl, first, second = torch.cat(found, dim=1).cpu().numpy()
     names = _labels("A", "B")
-    return (
-        measured(kl, "nats/token", names[0], "test", seed),
-        (measured(first, "nats/token", names[0], "test", seed), measured(second, "nats/token", names[1], "test", seed)),
-        measured(second - first, "nats/token", names[0], "test", seed),
-    )
+
+    def record(values: np.ndarray, name: str) -> Measured:
+        return measured(values, "nats/token", name, "test", seed, blocks)
+
+    return record(kl, names[0]), (record(first, names[0]), record(second, names[1])), record(second - first, names[0])

@@ -11,7 +11,7 @@ from html import escape
 from bitatlas.records import Atlas, Plan
 from bitatlas.words import byte_size, interval, number
 
-COLOURS = {"critical": "#b42318", "safe": "#18794e", "uncertain": "#8a6100"}
+COLOURS = {"critical": "#b42318", "safe": "#18794e", "light": "#7030d0", "uncertain": "#8a6100"}
 
 
 def plan_html(plan: Plan) -> str:

@@ -72,8 +72,9 @@ class Run:
         """What plans are for."""
         settings, checkpoint = self.settings, self.checkpoint
         return Subject(
-            checkpoint.info, checkpoint.modules, settings.formats, settings.quantizer, self.bank.identity, settings.seed
-        )
+            checkpoint.info, checkpoint.modules, settings.formats, settings.quantizer, self.bank.identity, settings.seed,
+            self.rows.blocks("test"),
+        )  # fmt: skip
 
     def measure(self, plans: Mapping[str, Mapping[str, str]], split: str) -> dict[str, np.ndarray]:
         """Damage of plans by name on the rows of a split: float64 [rows] each, nats/token."""

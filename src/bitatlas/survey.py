@@ -24,6 +24,7 @@ from bitatlas.curve import short_curve
 from bitatlas.evaluation.bootstrap import measured
 from bitatlas.evaluation.items import TASKS, chance_level, load_items, task_text
 from bitatlas.evaluation.shards import right_of, score_shards
+from bitatlas.findings import LayerRows, joint_damage, layer_records
 from bitatlas.journal import content_key
 from bitatlas.planning.baselines import most_critical_first
 from bitatlas.planning.budget import assignment_of
@@ -39,9 +40,9 @@ from bitatlas.profiles.focus import Problem, problems_of
 from bitatlas.profiles.weights import weight_profile
 from bitatlas.progress import Reporter
 from bitatlas.protection import check_protected, protect_plan
-from bitatlas.records import Atlas, Calibration, Module, WeightProfile
+from bitatlas.records import Atlas, Calibration, JointDamage, Module, WeightProfile
 from bitatlas.sensitivity.kinds import screen_kinds
-from bitatlas.sensitivity.orders import screen_orders
+from bitatlas.sensitivity.orders import OrderScreen, screen_orders
 from bitatlas.sensitivity.screens import LayerScreen, screen_layers, screen_uniform, screen_units, uniform
 from bitatlas.sensitivity.task_text import ROW_LENGTH, ROWS, TaskScreen, general_rows, screen_tasks, screen_text
 from bitatlas.settings import Settings
@@ -73,10 +74,12 @@ def _survey(run: Run) -> Atlas:
     weights = profile_weights(run)
     widths = screen_uniform(meter, modules, settings.formats, rows.test, reporter)
     for name, nats in widths.items():
-        reporter.found(f"uniform {name}", interval(measured(nats, "nats/token", "reference", "test", settings.seed), unit=True))
+        damage = measured(nats, "nats/token", "reference", "test", settings.seed, rows.blocks("test"))
+        reporter.found(f"uniform {name}", interval(damage, unit=True))
     layers = screen_layers(meter, modules, low, high, rows.test, reporter)
     kinds = screen_kinds(meter, modules, low, high, rows.test, reporter)
     orders = screen_orders(meter, modules, low, high, rows.test, settings.seed, reporter, not settings.refine)
+    joint = lowered_together(run, widths, layers, orders)
     units = screen_units(meter, modules, settings.formats, rows.fit, reporter, settings.seed)
     precisions: Assignments = {"reference": {}} | {f"uniform:{name}": uniform(modules, name) for name in (high, low)}
     attention = [profile_attention(run, base, assignment) for base, assignment in precisions.items()]
@@ -115,6 +118,7 @@ def _survey(run: Run) -> Atlas:
         general_screen=general,
         orders=orders.added if orders else None,
         order_models=orders.models if orders else 0,
+        joint=joint,
         removals=removals,
         pairs=units.pairs,
         head_maps=example_maps(run.model, run.tokenizer, attention[0].heads, settings.seed),
@@ -164,9 +168,16 @@ def profile_weights(run: Run) -> list[WeightProfile]:
 def profile_attention(run: Run, base: str, assignment: Mapping[str, str]) -> AttentionResult:
     """Attention at one base, with its drift from the reference."""
     problems = focus_problems(run)
-    rows = run.rows.test[:PROFILED_ROWS]
+    rows, blocks = run.rows.test[:PROFILED_ROWS], run.rows.blocks("test")[:PROFILED_ROWS]
     key = content_key(
-        "attention", run.meter.identity, dict(assignment), base, rows.tolist(), [asdict(p) for p in problems], run.settings.seed
+        "attention",
+        run.meter.identity,
+        dict(assignment),
+        base,
+        rows.tolist(),
+        blocks,
+        [asdict(p) for p in problems],
+        run.settings.seed,
     )
     adapter = TypeAdapter(AttentionResult)
     with run.reporter.stage(f"attention ({base})") as progress:
@@ -175,6 +186,7 @@ def profile_attention(run: Run, base: str, assignment: Mapping[str, str]) -> Att
             result = attention_profile(
                 run.model, run.tokenizer, run.checkpoint.modules, rows, problems, base=base,
                 changed=run.bank.weights(assignment) if assignment else None, seed=run.settings.seed, progress=progress,
+                blocks=blocks,
             )  # fmt: skip
             value = asdict(result)
             run.journal.put(key, "attention", value)
@@ -196,6 +208,28 @@ def focus_problems(run: Run) -> list[Problem]:
     worked = worked or {"demo_problems": load_items("demo_problems", None, FOCUS_PROBLEMS, run.settings.seed)}
     found = [replace(problem, source=task) for task, items in worked.items() for problem in problems_of(items)]
     return found[:FOCUS_PROBLEMS]
+
+
+def lowered_together(
+    run: Run, widths: Mapping[str, np.ndarray], layers: LayerScreen, orders: OrderScreen | None
+) -> JointDamage | None:
+    """What the layers that are safe alone do together, measured on the select rows."""
+    settings, modules, seed = run.settings, run.checkpoint.modules, run.settings.seed
+    low, high = settings.low, settings.high
+    each = np.array([sum(m.weights for m in modules if m.layer == layer) for layer in sorted({m.layer for m in modules})])
+    rows = LayerRows(
+        widths[high], widths[low], layers.lowered, layers.raised, each, high, low,
+        blocks=run.rows.blocks("test"), orders=orders.added if orders else None,
+    )  # fmt: skip
+
+    def added(lowered: Sequence[int]) -> np.ndarray:
+        plans = {"high": uniform(modules, high), "low": {m.name: low if m.layer in lowered else high for m in modules}}
+        damage = run.measure(plans, "select")
+        return damage["low"] - damage["high"]
+
+    tolerance = settings.tolerance_nats
+    records = layer_records(rows, tolerance, seed=seed)
+    return joint_damage(records, added, tolerance, f"uniform:{high}", run.rows.blocks("select"), seed)
 
 
 def by_criticality(modules: Sequence[Module], high: np.ndarray, low: np.ndarray, layers: LayerScreen) -> list[int]:
@@ -222,7 +256,7 @@ def check_prediction(run: Run, tools: Tools, assignment: Mapping[str, str]) -> C
         return run.measure({name: assignment_of(units, formats, choice) for name, choice in plans.items()}, split)
 
     base = np.array([formats.index(assignment[unit.modules[0].name]) for unit in units])
-    return calibrate(base, len(formats), tools.probe, tools.scores, measure, run.settings.seed)
+    return calibrate(base, len(formats), tools.probe, tools.scores, measure, run.settings.seed, run.rows.blocks("select"))
 
 
 def screen_texts(run: Run) -> tuple[dict[str, TaskScreen], TaskScreen | None]:

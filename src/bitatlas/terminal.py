@@ -19,9 +19,9 @@ from bitatlas.plain import PlainConsole
 from bitatlas.planning.budget import budget_text
 from bitatlas.records import Atlas, Measured, Plan, Size, TaskPair, TaskScore
 from bitatlas.verify import Verification
-from bitatlas.words import MINUS, byte_size, interval, listed, memory_text, number, protect_text
+from bitatlas.words import MINUS, against_chance, byte_size, interval, listed, memory_text, number, protect_text
 
-STYLES = {"critical": "red", "safe": "green", "uncertain": "yellow"}
+STYLES = {"critical": "red", "safe": "green", "light": "magenta", "uncertain": "yellow"}
 
 
 def _console() -> Console:
@@ -205,7 +205,5 @@ def _show_scores(console: Console, scores: list[TaskScore]) -> None:
         low, high = (100 * end for end in score.wilson95)
         accuracy = f"{100 * score.correct / score.n:.1f}% [{low:.1f}, {high:.1f}]"
         norm = "" if score.correct_norm is None else f"{100 * score.correct_norm / score.n:.1f}%"
-        table.add_row(
-            score.task, score.precision, f"{score.correct}/{score.n}", accuracy, norm, "" if score.above_chance else "at chance"
-        )
+        table.add_row(score.task, score.precision, f"{score.correct}/{score.n}", accuracy, norm, against_chance(score))
     console.print(table)

@@ -100,7 +100,8 @@ def verify_plan(
     plan = read_record(plan_file, Plan)
     checkpoint = open_checkpoint(model_name, plan.model.revision, fuse=False)
     check_fits(plan, checkpoint)
-    test = rows_for(plan_file, checkpoint, tokens, rows, row_length, seed).test
+    chosen = rows_for(plan_file, checkpoint, tokens, rows, row_length, seed)
+    test, blocks = chosen.test, chosen.blocks("test")
     items = _items(plan_file, plan, checkpoint, tasks)
     check_finite(checkpoint)
     model = checkpoint.load_model(check_device(device))
@@ -118,7 +119,7 @@ def verify_plan(
         with reporter.stage("damage of the checkpoint") as progress:
             nats = between(model, packed, test, progress)
         checks = tuple(_check_task(packed, tokenizer, *entry, reporter) for entry in items)
-    found = _judge(plan, checkpoint, measured(nats, "nats/token", "plan", "test", seed), disk, checks)
+    found = _judge(plan, checkpoint, measured(nats, "nats/token", "plan", "test", seed, blocks), disk, checks)
     if folder is not None and card:
         _write_card(folder, plan, checkpoint, found, tokens)
     return found

@@ -10,10 +10,11 @@ import re
 from collections.abc import Iterable, Sequence
 from decimal import Decimal
 
-from bitatlas.records import Measured, Plan
+from bitatlas.records import Measured, Plan, TaskScore
 
 MINUS = "−"
 NOT_MEASURED = "not measured"
+ALIKE = "every resample alike"  # in the place of an interval without width
 # C0 but tab and newline, DEL, C1, and the marks that reorder a line's letters
 _STEERING = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\u061c\u200e\u200f\u202a-\u202e\u2066-\u2069]")
 
@@ -66,7 +67,21 @@ def interval(m: Measured | None, unit: bool = False) -> str:
         return f"{number(mean)}{after} [no interval]{suffix}"
     decimals = decimals_of(*ci95, least=1 if sign in ("%", "points") else 0)
     low, high = (number(end, decimals) for end in ci95)
+    if low == high == number(mean, decimals):
+        return f"{low}{after} [{ALIKE}]{suffix}"
     return f"{number(mean, decimals)}{after} [{low}, {high}]{suffix}"
+
+
+def rows_of(m: Measured) -> str:
+    """`64 test rows`, or `64 test rows in 12 blocks` where blocks of rows were resampled."""
+    kind = f"{m.rows} " if m.rows in ("fit", "select", "test") else ""
+    blocks = "" if m.blocks is None else f" in {m.blocks} block{'' if m.blocks == 1 else 's'}"
+    return f"{m.n:,} {kind}rows{blocks}"
+
+
+def against_chance(score: TaskScore) -> str:
+    """`above chance`, `below chance` or `at chance`."""
+    return "above chance" if score.above_chance else "below chance" if score.below_chance else "at chance"
 
 
 def byte_size(count: int) -> str:
@@ -106,17 +121,20 @@ def protect_text(plan: Plan) -> str:
     return ", ".join(f"{task}={given(points)}pp" for task, points in (plan.budget.protect or {}).items())
 
 
-def p_value(p: float | None) -> str:
-    """`p` as text; below 0.0001 only the bound."""
+def p_value(p: float | None, bound: bool = False) -> str:
+    """`p` as text; below 0.0001, and where resampling cannot give a smaller one (`bound`), only the bound, rounded up."""
     if p is None:
         return ""
-    return "< 0.0001" if p < 1e-4 else number(p, 4 if p < 0.01 else 3 if p < 0.1 else 2)
+    if p < 1e-4:
+        return "< 0.0001"
+    decimals = 4 if p < 0.01 else 3 if p < 0.1 else 2
+    return f"< {number(math.ceil(p * 10**decimals - 1e-6) / 10**decimals, decimals)}" if bound else number(p, decimals)
 
 
-def p_is(p: float) -> str:
+def p_is(p: float, bound: bool = False, letter: str = "p") -> str:
     """`p = 0.012`, or the bound."""
-    text = p_value(p)
-    return f"p {text}" if text.startswith("<") else f"p = {text}"
+    text = p_value(p, bound)
+    return f"{letter} {text}" if text.startswith("<") else f"{letter} = {text}"
 
 
 def runs(layers: Iterable[int]) -> str:

@@ -3,7 +3,8 @@
 Every precision answers the same items, so two precisions are compared by their flips: items that only one of them gets right.
 An exact test (McNemar, two-sided binomial on the flips) decides, corrected by Holm over all pairs of all tasks of a run; the
 interval of the difference is Tango's score interval, which stays inside -100..100 points and is sound for few flips.
-A score that is not above chance supports no claim about bits, whatever the test says.
+A score that is not above chance supports no claim about bits, whatever the test says. Clearly below chance is another thing than at chance
+(0 of 64 where guessing gets 16): the model does not guess, it answers something else, and that is said.
 
 "No loss within x points" is a claim of its own, with its own test (see `no_loss`) and its own Holm correction over the same pairs: that
 a fall was not seen does not show it. It is made only where the first of the pair is above chance by more than x, since a loss of x that
@@ -47,7 +48,7 @@ from bitatlas.words import given, p_is, p_value
 
 UNIFORM = "uniform:"
 MANY = 500  # items, from which on a binomial is normal enough to say "about so many"
-AT_CHANCE, NO_LOSS = "at chance", "no loss"
+AT_CHANCE, BELOW_CHANCE, NO_LOSS = "at chance", "below chance", "no loss"
 
 Outcomes = Mapping[str, ArrayLike]  # precision -> right or wrong, bool [items]
 Bools = NDArray[np.bool_]
@@ -69,6 +70,11 @@ def wilson(correct: int, n: int) -> tuple[float, float]:
 def above_chance_p(correct: int, n: int, chance: float) -> float:
     """One-sided exact binomial p of "the model guesses". With unequal chances an item, their mean errs on the safe side."""
     return float(bdtrc(correct - 1, n, chance))
+
+
+def below_chance_p(correct: int, n: int, chance: float) -> float:
+    """One-sided exact binomial p of "the model is at least as good as guessing"."""
+    return float(bdtr(correct, n, chance))
 
 
 def mcnemar_p(lost: int, gained: int) -> float:
@@ -133,10 +139,11 @@ def _sigmas(tests: int) -> float:
 
 
 def score(task: str, precision: str, correct: ArrayLike, chance: float) -> TaskScore:
-    """k of n with its interval. correct: bool [items]; chance: share that guessing gets right. `above_chance` is uncorrected."""
+    """k of n with its interval. correct: bool [items]; chance: share that guessing gets right. Above and below chance are uncorrected."""
     outcomes = _bools(correct)
     k, n = int(outcomes.sum()), len(outcomes)
-    return TaskScore(task, precision, k, n, chance, wilson(k, n), above_chance_p(k, n, chance) < ALPHA)
+    above, below = (test(k, n, chance) < ALPHA for test in (above_chance_p, below_chance_p))
+    return TaskScore(task, precision, k, n, chance, wilson(k, n), above, below)
 
 
 def _bools(correct: ArrayLike) -> Bools:
@@ -147,10 +154,15 @@ def _bools(correct: ArrayLike) -> Bools:
 
 
 def scores(task: str, outcomes: Outcomes, chance: float) -> dict[str, TaskScore]:
-    """A task's scores by precision; "above chance" is corrected by Holm over the precisions."""
+    """A task's scores by precision; "above chance" and "below chance" are each corrected by Holm over the precisions."""
     each = {precision: score(task, precision, correct, chance) for precision, correct in outcomes.items()}
-    adjusted = holm([above_chance_p(one.correct, one.n, chance) for one in each.values()])
-    return {name: replace(one, above_chance=bool(p < ALPHA)) for (name, one), p in zip(each.items(), adjusted, strict=True)}
+    above, below = (
+        holm([test(one.correct, one.n, chance) for one in each.values()]) for test in (above_chance_p, below_chance_p)
+    )
+    return {
+        name: replace(one, above_chance=bool(p < ALPHA), below_chance=bool(q < ALPHA))
+        for (name, one), p, q in zip(each.items(), above, below, strict=True)
+    }
 
 
 def headline_pairs(precisions: Sequence[str]) -> list[tuple[str, str]]:
@@ -232,7 +244,7 @@ def _pair(one: _Flips, holm_p: float, no_loss: NoLoss, tests: int) -> TaskPair:
     low, high = tango(lost, gained, n)
     points = Measured(100 * (gained - lost) / n, (100 * low, 100 * high), "points", first.precision, f"items:{first.task}", n)
     if not (first.above_chance or second.above_chance):
-        verdict = AT_CHANCE
+        verdict = BELOW_CHANCE if first.below_chance or second.below_chance else AT_CHANCE
     elif holm_p < ALPHA:
         verdict = "rises" if gained > lost else "falls"
     else:
@@ -266,7 +278,7 @@ def within(points: float) -> str:
 def _text(pair: TaskPair, one: _Flips, tests: int) -> str:
     """The sentence that is printed; it begins with the verdict."""
     assert pair.no_loss is not None
-    if pair.verdict == AT_CHANCE:
+    if pair.verdict in (AT_CHANCE, BELOW_CHANCE):
         return _at_chance_text(pair, one)
     n, room = one.first.n, pair.no_loss
     seen = f"{_signed(pair.difference.mean)} points {_bracket(pair.difference.ci95)}"
@@ -299,9 +311,11 @@ def _proof_text(one: _Flips, room: NoLoss) -> str:
 def _at_chance_text(pair: TaskPair, one: _Flips) -> str:
     first, second, n = one.first, one.second, one.first.n
     text = (
-        f"at chance: {first.correct} and {second.correct} of {n} right, where guessing gets {first.chance * n:.3g}; "
+        f"{pair.verdict}: {first.correct} and {second.correct} of {n} right, where guessing gets {first.chance * n:.3g}; "
         "a score not above chance supports no claim about bits"
     )
+    if pair.verdict == BELOW_CHANCE:
+        return f"{text}; so few are not guessed: the answers are read, or asked for, in another form than the model gives them"
     best = max(first.correct, second.correct)
     needed = items_above_chance(best / n, first.chance, one.precisions)
     if needed is None:

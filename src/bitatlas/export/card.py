@@ -147,7 +147,7 @@ def _results(plan: Plan, story: Story) -> str:
         lines.append("| damage | not measured |")
     for score in story.tasks:
         low, high = (100 * end for end in score.wilson95)
-        chance = "" if score.above_chance else ", not above chance"
+        chance = "" if score.above_chance else ", below chance" if score.below_chance else ", not above chance"
         lines.append(
             f"| {score.task} | {score.correct}/{score.n}, {100 * score.correct / score.n:.1f}% [{low:.1f}, {high:.1f}]{chance} |"
         )

@@ -1,6 +1,7 @@
 """Numbers -> statements: who does the damage, where the zones are, which rules of thumb hold, whether the plan is worth having.
 
     shares.py        share of the damage, criticality, and the verdict on each layer
+    joint.py         which safe layers are safe together
     zones.py         runs of layers that are about equally critical, and how many there are
     correlations.py  do cheap measures tell where the damage is?
     sparsity.py      weights near 0 beside a Gaussian's, and whether the layers differ
@@ -29,6 +30,7 @@ from numpy.typing import ArrayLike
 from bitatlas.findings.ablation import ablation_findings, ablation_record
 from bitatlas.findings.correlations import chance_p, correlations, layer_correlations, layer_measures, spearman
 from bitatlas.findings.folk import RULED, folk_findings, marking_rules, math_needs_more
+from bitatlas.findings.joint import joint_damage, joint_findings
 from bitatlas.findings.kinds import value_and_down
 from bitatlas.findings.parts import insides
 from bitatlas.findings.prediction import calibration_findings
@@ -53,6 +55,7 @@ from bitatlas.records import (
     Calibration,
     Correlation,
     Finding,
+    JointDamage,
     Layer,
     Module,
     Plan,
@@ -78,6 +81,7 @@ __all__ = [
     "correlations",
     "folk_findings",
     "insides",
+    "joint_damage",
     "layer_correlations",
     "layer_measures",
     "layer_records",
@@ -132,6 +136,7 @@ def conclude(
     kinds: LayerRows | None = None,
     shapley: ShapleyCheck | None = None,
     ablations: Sequence[Ablation] = (),
+    joint: JointDamage | None = None,
     tested: TaskEvidence | None = None,
     seed: int = 0,
 ) -> Conclusions:
@@ -142,7 +147,7 @@ def conclude(
     tested = tested or TaskEvidence()
     shares = shares_of(rows, seed)
     layers = with_rows_needed(layer_records(rows, tolerance, shares, seed), rows, shares, tolerance, seed)
-    found_zones = zones(rows, tolerance, shares, seed)
+    found_zones = zones(rows, layers, joint.together if joint else (), shares, seed)
     if plan is not None:
         found_zones = with_low_share(found_zones, modules, plan.modules, rows.low_name)
     measures = layer_measures(weights, attention, rows.layers, rows.low_name)
@@ -154,6 +159,7 @@ def conclude(
         *plan_findings(plan, found_zones, rows.low_name),
         *calibration_findings(calibration),
         *layer_findings(layers, misfit(rows, seed), tolerance),
+        *joint_findings(joint, tolerance),
         *shapley_findings(shapley),
         *reliability_findings(rows, layers, seed),
         *(finding for finding in about_measures if finding.topic == "layers"),
@@ -166,7 +172,7 @@ def conclude(
         *width_findings(tested.pairs),
         *_about_math(tested, rows, seed),
         *task_text_findings(damage),
-        *attention_findings(attention, rows.low_name),
+        *attention_findings(attention, rows.low_name, rows.high_name),
         *ablation_findings(ablations),
         *(finding for finding in about_measures if finding.topic == "attention"),
     ]

@@ -38,7 +38,7 @@ def insides(
     found = [
         UnitDamage(
             name, group[0].layer, list(dict.fromkeys(m.kind for m in group)), sum(m.weights for m in group),
-            *part,
+            **part._asdict(),
         )
         for (name, group), part in zip(groups.items(), parts_of(units, of_units, seed), strict=True)
     ]  # fmt: skip
@@ -51,7 +51,7 @@ def kind_records(modules: Sequence[Module], rows: LayerRows, seed: int = 0) -> l
     names = list(dict.fromkeys(module.kind for module in modules))
     count = [sum(module.kind == name for module in modules) for name in names]
     return [
-        KindDamage(name, count[place], int(rows.weights[place]), *part)
+        KindDamage(name, count[place], int(rows.weights[place]), **part._asdict())
         for place, (name, part) in enumerate(zip(names, parts_of(rows, shares_of(rows, seed), seed), strict=True))
     ]
 

@@ -6,10 +6,17 @@ the all-low model takes away v(all) - v(all without i) = a_i + sum_j q_ij. Their
 layer i: an interaction is shared equally by its two layers. So two measured models a layer give the exact values, whatever the
 signs of q. How far they are from adding up to v(all) - v(none) is the misfit of the quadratic model, and is reported.
 
-Criticality = share of the damage / share of the weights. Shares are ratios of means over rows, resampled jointly.
+A share is a share of the *measured* damage, v(all) - v(none): a ratio of means over rows, resampled jointly, in blocks where rows come in
+blocks. Criticality = share of the damage / share of the weights. Damage is not quite quadratic, so shares have an error that no row sees:
+- with sampled orders of the layers (`sensitivity.orders`: few rows, few pairs of an order and its reverse, no model of the damage), what the
+  quadratic shares miss on those rows is taken off all shares, which makes them unbiased whatever the game; the rows and the pairs that this was
+  taken from are resampled. Pairs are few, so each layer's spread between pairs is pooled with that of all layers, and drawn from Student's t;
+- without (units, kinds of modules, a task's text), every share is blurred by what the shares' sum misses of the whole, relative to the lesser
+  of the two, once for all parts alike and once for each.
 The same arithmetic serves units, and kinds of modules, as the parts that the model is made of (see `parts`).
-Left out: interactions of three and more layers (that is the misfit).
-Sources: Shapley 1953; the mean of first-in and last-in marginals for 2-additive games: Grabisch & Roubens 1999.
+Left out: which three layers interact.
+Sources: Shapley 1953; the mean of first-in and last-in marginals for 2-additive games: Grabisch & Roubens 1999; control variates: Owen
+2013; pooled variances: Smyth 2004.
 """
 
 from __future__ import annotations
@@ -24,10 +31,15 @@ from numpy.typing import NDArray
 
 from bitatlas.evaluation.bootstrap import (
     RESAMPLES,
+    Blocks,
     benjamini_hochberg,
+    block_count,
+    independent,
+    is_bound,
     measured,
     percentile_interval,
     resample_means,
+    smallest_p,
     two_sided_p,
 )
 from bitatlas.records import Layer, Measured
@@ -35,8 +47,11 @@ from bitatlas.records import Layer, Measured
 Floats = NDArray[np.float64]
 
 FALSE_DISCOVERIES = 0.05
+CRITICAL, SAFE, LIGHT, UNCERTAIN = VERDICTS = ("critical", "safe", "light", "uncertain")
 # a screen over L layers asks for tails of 0.025 / L: resamples beyond that, but no more than memory and time allow
 RESAMPLES_A_LAYER, MOST_RESAMPLES = 1000, 50_000
+LEAST_SUM = 0.05  # of the whole, that quadratic shares add up to: where they are less, nothing is known of them
+POOLED = 2.0  # degrees of freedom that the spread of all layers counts for beside a layer's own pairs of orders
 
 
 @dataclass(frozen=True)
@@ -51,6 +66,8 @@ class LayerRows:
     high_name: str = "high"  # format names
     low_name: str = "low"
     split: str = "test"
+    blocks: Blocks = None  # [rows], equal for rows that belong together (see `evaluation.bootstrap`)
+    orders: Floats | None = None  # [pairs, first rows, layers], what each layer adds in sampled orders
 
     def __post_init__(self) -> None:
         for name in ("high", "low", "lowered", "raised", "weights"):
@@ -64,6 +81,8 @@ class LayerRows:
             raise ValueError(f"high and low: [rows], lowered and raised: [layers, rows]; got {self.high.shape} and {shapes}")
         if not (self.weights > 0).all():
             raise ValueError("weights: every layer needs some")
+        if self.blocks is not None and len(self.blocks) != rows:
+            raise ValueError(f"blocks: one a row, got {len(self.blocks)} for {rows} rows")
 
     @property
     def layers(self) -> int:
@@ -72,6 +91,11 @@ class LayerRows:
     @property
     def rows(self) -> int:
         return len(self.high)
+
+    @cached_property
+    def independent(self) -> float:
+        """How many independent rows or blocks of rows there are; less than 2 tell nothing of spread."""
+        return independent(self.rows, self.blocks)
 
     @property
     def high_base(self) -> str:
@@ -91,6 +115,11 @@ class LayerRows:
         return (self.lowered - self.high).T
 
     @cached_property
+    def whole(self) -> Floats:
+        """[rows]: the damage between the two bases, nats/token."""
+        return self.low - self.high
+
+    @cached_property
     def values(self) -> Floats:
         """[rows, layers]: Shapley values of the layers, nats/token."""
         return (self.added + (self.low - self.raised).T) / 2
@@ -98,25 +127,32 @@ class LayerRows:
 
 @dataclass(frozen=True)
 class Shares:
-    """Shapley values of the layers with their resampled means: shares and criticality of any group of layers come from here."""
+    """Shapley values of the layers with their resampled means: shares and criticality of any group of layers come from here.
+
+    Values are shares of the measured damage (see the module's docstring) times that damage, nats/token.
+    """
 
     rows: LayerRows
-    mean: Floats  # [layers], nats/token
-    resampled: Floats  # [resamples, layers], nats/token
+    mean: Floats  # [layers]
+    resampled: Floats  # [resamples, layers]
+    whole: float  # the damage that is shared
+    whole_resampled: Floats  # [resamples]
 
     @cached_property
     def defined(self) -> bool:
-        """Whether there is a damage to share: the interval of the sum over layers lies above 0."""
-        low, _ = percentile_interval(self.resampled.sum(axis=1), self.rows.rows)
-        return bool(self.rows.rows > 1 and low > 0)
+        """Whether there is a damage to share: its interval lies above 0."""
+        low, _ = percentile_interval(self.whole_resampled, self.rows.independent)
+        return bool(low > 0)
+
+    @cached_property
+    def by_row(self) -> Floats:
+        """[rows, layers]: Shapley values row by row, with the means of the corrected ones."""
+        return self.rows.values + (self.mean - self.rows.values.mean(axis=0))
 
     def share(self, layers: Sequence[int]) -> tuple[float, Floats]:
         """(share of the damage of a group of layers, the same resampled [resamples]); all 0 where there is no damage."""
-        return float(self._share(self.mean[None], layers)[0]), self._share(self.resampled, layers)
-
-    def _share(self, values: Floats, layers: Sequence[int]) -> Floats:
-        total = values.sum(axis=1)
-        return np.divide(values[:, layers].sum(axis=1), total, out=np.zeros(len(values)), where=total != 0)
+        mean = float(self.mean[layers].sum() / self.whole) if self.whole else 0.0
+        return mean, _ratio(self.resampled[:, layers].sum(axis=1), self.whole_resampled)
 
     def criticality(self, layers: Sequence[int]) -> tuple[float, Floats]:
         """(criticality of a group of layers, the same resampled [resamples])."""
@@ -130,40 +166,88 @@ class Shares:
 
     def record(self, mean: float, resampled: Floats, unit: str) -> Measured:
         """The interval is missing where there are too few rows, or no damage to share."""
-        ends = None
-        if self.rows.rows > 1 and (self.defined or unit == "nats/token"):
-            low, high = percentile_interval(resampled, self.rows.rows)
+        rows, ends = self.rows, None
+        if rows.independent >= 2 and (self.defined or unit == "nats/token"):
+            low, high = percentile_interval(resampled, rows.independent)
             ends = (float(low), float(high))
-        return Measured(float(mean), ends, unit, self.rows.both_bases, self.rows.split, self.rows.rows)
+        return Measured(float(mean), ends, unit, rows.both_bases, rows.split, rows.rows, block_count(rows.blocks))
+
+
+def _ratio(values: Floats, whole: Floats) -> Floats:
+    """values / whole along the first axis, 0 where there is no whole."""
+    shape = (len(whole),) + (1,) * (values.ndim - 1)
+    return np.divide(values, whole.reshape(shape), out=np.zeros_like(values), where=whole.reshape(shape) != 0)
 
 
 def shares_of(rows: LayerRows, seed: int = 0) -> Shares:
     """Shapley values with resampled means; the same seed gives the same."""
     resamples = min(MOST_RESAMPLES, max(RESAMPLES, RESAMPLES_A_LAYER * rows.layers))
-    return Shares(rows, rows.values.mean(axis=0), resample_means(rows.values, resamples, seed))
+    both = np.column_stack([rows.values, rows.whole])  # [rows, layers + 1]
+    mean, resampled = both.mean(axis=0), resample_means(both, resamples, seed, rows.blocks)
+    whole, whole_resampled = float(mean[-1]), resampled[:, -1]
+    error, error_resampled = _model_error(rows, mean, resampled, seed)
+    return Shares(
+        rows, mean[:-1] - error * whole, resampled[:, :-1] - error_resampled * whole_resampled[:, None], whole, whole_resampled
+    )
+
+
+def _model_error(rows: LayerRows, mean: Floats, resampled: Floats, seed: int) -> tuple[Floats, Floats]:
+    """What quadratic shares are wrong by, as shares: (its estimate [layers], the same drawn again [resamples, layers]).
+
+    mean: [layers + 1] and resampled: [resamples, layers + 1], Shapley values and the whole.
+    """
+    rng = np.random.default_rng([seed, rows.layers])
+    if rows.orders is not None and rows.orders.shape[0] > 1 and rows.whole[: rows.orders.shape[1]].mean() > 0:
+        return _against_orders(rows, rows.orders, len(resampled), seed, rng)
+    if mean[-1] <= 0:
+        return np.zeros(rows.layers), np.zeros((len(resampled), rows.layers))
+    share = mean[:-1] / mean[-1]
+    missed = abs(share.sum() - 1) / min(1.0, max(share.sum(), LEAST_SUM))
+    blur = rng.standard_normal((len(resampled), 1)) + rng.standard_normal((len(resampled), rows.layers))
+    return np.zeros(rows.layers), missed * share * blur
+
+
+def _against_orders(
+    rows: LayerRows, orders: Floats, resamples: int, seed: int, rng: np.random.Generator
+) -> tuple[Floats, Floats]:
+    """The same from sampled orders on the first rows. orders: [pairs, first rows, layers]."""
+    pairs, first, layers = orders.shape
+    whole = rows.whole[:first]
+    missed = np.column_stack([rows.values[:first] - orders.mean(axis=0), whole])  # [first rows, layers + 1]
+    mean = missed[:, :-1].mean(axis=0) / whole.mean()
+    drawn = resample_means(missed, resamples, seed + 1, None if rows.blocks is None else rows.blocks[:first])
+    residual = (orders.mean(axis=1) - orders.mean(axis=(0, 1))) / whole.mean()  # [pairs, layers], by pair
+    own = (residual**2).sum(axis=0) / (pairs - 1)
+    freedom = POOLED + pairs - 1
+    pooled = (POOLED * own.mean() + (pairs - 1) * own) / freedom  # [layers]
+    scaled = residual * np.sqrt(np.divide(pooled, own, out=np.ones(layers), where=own > 0) / (pairs * (pairs - 1)))
+    tails = np.sqrt(freedom / rng.chisquare(freedom, (resamples, 1)))
+    return mean, _ratio(drawn[:, :-1], drawn[:, -1]) + tails * (rng.standard_normal((resamples, pairs)) @ scaled)
 
 
 def misfit(rows: LayerRows, seed: int = 0) -> Measured:
-    """(sum of the Shapley values - measured damage between the bases) / that damage: 0 where damage is quadratic in layers."""
-    whole = rows.low - rows.high
-    both = np.stack([rows.values.sum(axis=1), whole], axis=1)  # [rows, 2]
-    mean, resampled = both.mean(axis=0), resample_means(both, seed=seed)
+    """(sum of the quadratic Shapley values - measured damage between the bases) / that damage: 0 where damage is quadratic in layers."""
+    both = np.stack([rows.values.sum(axis=1), rows.whole], axis=1)  # [rows, 2]
+    mean, resampled = both.mean(axis=0), resample_means(both, seed=seed, blocks=rows.blocks)
     value = float(mean[0] / mean[1] - 1) if mean[1] else 0.0
     ends = None
-    if rows.rows > 1 and percentile_interval(resampled[:, 1], rows.rows)[0] > 0:  # a ratio needs a denominator that is not 0
-        low, high = percentile_interval(resampled[:, 0] / resampled[:, 1] - 1, rows.rows)
+    # a ratio needs a denominator that is not 0
+    if rows.independent >= 2 and percentile_interval(resampled[:, 1], rows.independent)[0] > 0:
+        low, high = percentile_interval(resampled[:, 0] / resampled[:, 1] - 1, rows.independent)
         ends = (float(low), float(high))
-    return Measured(value, ends, "share", rows.both_bases, rows.split, rows.rows)
+    return Measured(value, ends, "share", rows.both_bases, rows.split, rows.rows, block_count(rows.blocks))
 
 
 def verdict_of(criticality: Measured, added_at_most: float, tolerance: float, q_value: float = 0.0) -> str:
-    """ "critical", "safe" or "uncertain". `added_at_most`: upper end of the interval of the damage added, nats/token."""
+    """ "critical", "safe", "light" or "uncertain". `added_at_most`: upper end of the interval of the damage added, nats/token."""
     if criticality.ci95 is None or q_value > FALSE_DISCOVERIES:
-        return "uncertain"
+        return UNCERTAIN
     low, high = criticality.ci95
     if low > 1:
-        return "critical"
-    return "safe" if high < 1 and added_at_most <= tolerance else "uncertain"
+        return CRITICAL
+    if high >= 1:
+        return UNCERTAIN
+    return SAFE if added_at_most <= tolerance else LIGHT
 
 
 class Part(NamedTuple):
@@ -174,20 +258,22 @@ class Part(NamedTuple):
     share: Measured
     criticality: Measured
     q_value: float  # two-sided, criticality = 1, Benjamini-Hochberg over the parts
+    q_is_bound: bool  # resampling cannot give a smaller one
 
 
 def parts_of(rows: LayerRows, shares: Shares, seed: int = 0) -> list[Part]:
     """One record a part, in order."""
     ratios = [shares.criticality([part]) for part in range(rows.layers)]
-    p = [two_sided_p(resampled, 1.0, rows.rows) if shares.defined else 1.0 for _, resampled in ratios]
-    q = benjamini_hochberg(p)
+    p = [two_sided_p(resampled, 1.0, rows.independent) if shares.defined else 1.0 for _, resampled in ratios]
+    q, bound = benjamini_hochberg(p), is_bound(p, smallest_p(len(shares.resampled), rows.independent))
     return [
         Part(
-            lowered=measured(rows.lowered[part], "nats/token", rows.high_base, rows.split, seed),
-            raised=measured(rows.raised[part], "nats/token", rows.low_base, rows.split, seed),
+            lowered=measured(rows.lowered[part], "nats/token", rows.high_base, rows.split, seed, rows.blocks),
+            raised=measured(rows.raised[part], "nats/token", rows.low_base, rows.split, seed, rows.blocks),
             share=shares.record(*shares.share([part]), "share"),
             criticality=shares.record(*ratio, "ratio"),
             q_value=float(q[part]),
+            q_is_bound=bool(bound[part]),
         )
         for part, ratio in enumerate(ratios)
     ]
@@ -196,17 +282,17 @@ def parts_of(rows: LayerRows, shares: Shares, seed: int = 0) -> list[Part]:
 def layer_records(rows: LayerRows, tolerance: float, shares: Shares | None = None, seed: int = 0) -> list[Layer]:
     """The evidence on every layer and its verdict; `tolerance` in nats/token.
 
-    Critical: interval of criticality above 1 and q <= 0.05. Safe: interval below 1, q <= 0.05, and the damage that lowering this layer
-    alone adds to uniform high within the tolerance up to the upper end of its interval. Otherwise uncertain.
+    Critical: interval of criticality above 1 and q <= 0.05. Below 1, as sure: safe where the damage that lowering this layer alone adds to
+    uniform high is within the tolerance up to the upper end of its interval, else light. Otherwise uncertain.
     """
     shares = shares or shares_of(rows, seed)
-    added_high = percentile_interval(resample_means(rows.added, seed=seed), rows.rows)[1]  # [layers]
+    added_high = percentile_interval(resample_means(rows.added, seed=seed, blocks=rows.blocks), rows.independent)[1]  # [layers]
     return [
         Layer(
             layer,
             int(rows.weights[layer]),
-            *part,
-            verdict_of(part.criticality, float(added_high[layer]), tolerance, part.q_value),
+            **part._asdict(),
+            verdict=verdict_of(part.criticality, float(added_high[layer]), tolerance, part.q_value),
         )
         for layer, part in enumerate(parts_of(rows, shares, seed))
     ]

@@ -1,13 +1,13 @@
 """How far the ranking of the layers can be trusted, and how many rows would settle what is uncertain.
 
-*Reliability*: the rows are cut into random halves, criticality is ranked on each, and the two rankings are correlated; the mean over many
+*Reliability*: the rows (in their blocks, where they come in blocks) are cut into random halves, criticality is ranked on each, and the two rankings are correlated; the mean over many
 cuts, stepped up from half the rows to all of them (Spearman-Brown), is about what a second survey of as many rows would agree with this
-one. Its interval is a jackknife over rows (a bootstrap would put copies of a row into both halves, or halve the halves again), with
-the same cuts every time, on the scale of Fisher's z.
+one. Its interval is a jackknife over rows or blocks (a bootstrap would put copies of a row into both halves, or halve the halves again), with
+the same cuts every time, on the scale of Fisher's z. What is ranked are the quadratic shares of the rows, before sampled orders correct them.
 
 *Rows needed*: an interval shrinks like one over the root of the rows, so a layer whose criticality is 1 + d with half-width h needs
-about n (h / d)^2 rows, and more where the screen over all layers asks for more than 95 %. A layer that is clearly below 1 may lack only
-the proof of its damage being within the tolerance: the same formula with that distance. Where the damage is clearly above, no row helps.
+about n (h / d)^2 rows, and more where the screen over all layers asks for more than 95 %. A layer that is light, clearly below 1, may lack
+only the proof of its damage being within the tolerance: the same formula with that distance. Where the damage is above, no row helps.
 Left out: that d itself is uncertain, so the numbers are rough, given with two digits.
 Sources: Spearman 1910 and Brown 1910; jackknife: Efron & Tibshirani 1993.
 """
@@ -21,12 +21,12 @@ from dataclasses import replace
 import numpy as np
 from scipy import stats
 
-from bitatlas.evaluation.bootstrap import percentile_interval, resample_means, two_sided_p
+from bitatlas.evaluation.bootstrap import block_count, percentile_interval, resample_means, two_sided_p
 from bitatlas.findings.correlations import Floats, spearman_by_row
 from bitatlas.findings.folk import FAILS, HOLDS, OPEN
-from bitatlas.findings.shares import FALSE_DISCOVERIES, LayerRows, Shares
+from bitatlas.findings.shares import FALSE_DISCOVERIES, LIGHT, UNCERTAIN, LayerRows, Shares
 from bitatlas.records import Finding, Layer, Measured
-from bitatlas.words import interval, named_layers, number
+from bitatlas.words import interval, number, rows_of
 
 CUTS = 200  # into halves: the mean over them is then known to about a hundredth of a correlation
 FEWEST_ROWS = 8  # four in a half
@@ -37,20 +37,23 @@ CLAIM = "the ranking of the layers is stable"
 
 def reliability(rows: LayerRows, seed: int = 0) -> Measured | None:
     """Rank correlation that a second survey of as many rows would have with this one; None with under 3 layers or 8 rows."""
-    if rows.layers < 3 or rows.rows < FEWEST_ROWS:
+    if rows.layers < 3 or rows.independent < FEWEST_ROWS:
         return None
     per_weight = rows.values / rows.weights  # [rows, layers]; ranks of criticality, whatever the whole damage
-    half = rows.rows // 2
-    shuffled = np.random.default_rng(seed).permuted(np.tile(np.arange(rows.rows), (CUTS, 1)), axis=1)  # [cuts, rows]
-    first = np.zeros((CUTS, rows.rows), dtype=bool)
-    np.put_along_axis(first, shuffled[:, :half], True, axis=1)
+    numbers = np.unique(range(rows.rows) if rows.blocks is None else rows.blocks, return_inverse=True)[1]  # [rows], block of each
+    blocks = int(numbers.max()) + 1
+    shuffled = np.random.default_rng(seed).permuted(np.tile(np.arange(blocks), (CUTS, 1)), axis=1)  # [cuts, blocks]
+    in_first = np.zeros((CUTS, blocks), dtype=bool)
+    np.put_along_axis(in_first, shuffled[:, : blocks // 2], True, axis=1)
+    first = in_first[:, numbers]  # [cuts, rows]
     value = _stepped_up(_agreement(per_weight, first, np.ones(rows.rows)))
-    left_out = [_stepped_up(_agreement(per_weight, first, np.arange(rows.rows) != row)) for row in range(rows.rows)]
+    left_out = [_stepped_up(_agreement(per_weight, first, numbers != block)) for block in range(blocks)]
     z, around = _fisher(value), np.array([_fisher(one) for one in left_out])
-    error = math.sqrt((rows.rows - 1) / rows.rows * ((around - around.mean()) ** 2).sum())
-    reach = float(stats.t.ppf(0.975, rows.rows - 1)) * error
+    error = math.sqrt((blocks - 1) / blocks * ((around - around.mean()) ** 2).sum())
+    reach = float(stats.t.ppf(0.975, blocks - 1)) * error
     ends = (math.tanh(z - reach), math.tanh(z + reach))
-    return Measured(value, (min(ends[0], value), max(ends[1], value)), "ratio", rows.both_bases, rows.split, rows.rows)
+    where = (rows.both_bases, rows.split, rows.rows, block_count(rows.blocks))
+    return Measured(value, (min(ends[0], value), max(ends[1], value)), "ratio", *where)
 
 
 def _agreement(per_weight: Floats, first: np.ndarray, kept: np.ndarray) -> float:
@@ -76,22 +79,20 @@ def reliability_findings(rows: LayerRows, layers: Sequence[Layer], seed: int = 0
     low, high = found.ci95
     verdict = HOLDS if low >= GOOD else FAILS if high < GOOD else OPEN
     text = (
-        f"Split in half at random, the {rows.rows} rows agree on the order of criticality; stepped up to all rows, rank correlation "
+        f"Split in half at random, the {rows_of(found)} agree on the order of criticality; stepped up to all rows, rank correlation "
         f"{interval(found)}.{needed_text(layers)}"
     )
     return [Finding("layers", CLAIM, verdict, text, found)]
 
 
 def needed_text(layers: Sequence[Layer]) -> str:
-    """What would settle each uncertain layer; "" where there is none."""
+    """What would settle each uncertain layer, and whether each light one is safe; "" where there is none."""
     said = ""
-    open_ones = [one for one in layers if one.verdict == "uncertain" and one.criticality.ci95 is not None]
-    needed = [f"layer {one.layer} about {rows_text(one.rows_needed)}" for one in open_ones if one.rows_needed is not None]
-    if needed:
-        said += f" Test rows that would settle what is uncertain: {'; '.join(needed)}."
-    never = [one.layer for one in open_ones if one.rows_needed is None]
-    if never:
-        said += f" No number of rows would settle {named_layers(never)}: less damage than by size, but more than the tolerance."
+    for verdict, about in ((UNCERTAIN, "what is uncertain"), (LIGHT, "whether light layers are safe")):
+        chosen = [one for one in layers if one.verdict == verdict and one.criticality.ci95 is not None]
+        needed = [f"layer {one.layer} about {rows_text(one.rows_needed)}" for one in chosen if one.rows_needed is not None]
+        if needed:
+            said += f" Test rows that would settle {about}: {'; '.join(needed)}."
     return said
 
 
@@ -101,20 +102,19 @@ def rows_text(count: int) -> str:
 
 
 def with_rows_needed(layers: Sequence[Layer], rows: LayerRows, shares: Shares, tolerance: float, seed: int = 0) -> list[Layer]:
-    """The layers, `rows_needed` filled where they are uncertain. `tolerance` in nats/token."""
+    """The layers, `rows_needed` filled where they are uncertain, or light with a damage below the tolerance, in nats/token."""
     if not shares.defined:
         return list(layers)
     added = rows.added.mean(axis=0)
-    low, high = percentile_interval(resample_means(rows.added, seed=seed), rows.rows)
+    low, high = percentile_interval(resample_means(rows.added, seed=seed, blocks=rows.blocks), rows.independent)
     filled = []
     for place, one in enumerate(layers):
         needed = None
-        if one.verdict == "uncertain" and one.criticality.ci95 is not None:
-            p = two_sided_p(shares.criticality([place])[1], 1.0, rows.rows)
+        if one.verdict == UNCERTAIN and one.criticality.ci95 is not None:
+            p = two_sided_p(shares.criticality([place])[1], 1.0, rows.independent)
             needed = _rows_for(rows.rows, one.criticality.mean - 1, one.criticality.ci95, _screen_factor(p, one.q_value))
-            if one.criticality.mean < 1 and needed is not None:  # safe also asks for a damage within the tolerance
-                of_damage = _rows_for(rows.rows, float(added[place]) - tolerance, (float(low[place]), float(high[place])))
-                needed = None if added[place] > tolerance or of_damage is None else max(needed, of_damage)
+        elif one.verdict == LIGHT and added[place] < tolerance:
+            needed = _rows_for(rows.rows, float(added[place]) - tolerance, (float(low[place]), float(high[place])))
         filled.append(replace(one, rows_needed=needed))
     return filled
 

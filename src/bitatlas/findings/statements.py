@@ -9,13 +9,14 @@ from collections.abc import Collection, Sequence
 
 from bitatlas.findings.correlations import ATTENTION_MEASURES, cannot_tell, side
 from bitatlas.findings.folk import FAILS, HOLDS, OPEN
-from bitatlas.findings.shares import FALSE_DISCOVERIES
-from bitatlas.findings.verdict import relation
+from bitatlas.findings.shares import FALSE_DISCOVERIES, VERDICTS
+from bitatlas.findings.verdict import BETTER, WORSE
 from bitatlas.records import AttentionLayer, Correlation, Finding, Layer, Measured, Plan, TaskPair, TaskScore, Zone
-from bitatlas.words import given, interval, listed, named_layers, number, p_value, percent
+from bitatlas.words import given, interval, listed, named_layers, number, p_is, p_value, percent
 
 GOOD_FIT = 0.1  # of the damage that the quadratic model may miss before its shares are called rough
 DESCRIBED = "described"
+ADD_UP = "the damage of layers adds up but for pairs"
 
 
 # --- plan --------------------------------------------------------------------------------------------------------------
@@ -28,8 +29,7 @@ def plan_findings(plan: Plan | None, zones: Sequence[Zone], low: str) -> list[Fi
     if plan.recommended is None:
         verdict, text = OPEN, "Not compared with other plans of its size; its damage is a prediction."
     else:
-        beaten = [relation(line.difference) == "beats" for line in plan.baselines if line.difference]
-        verdict = FAILS if not plan.recommended else HOLDS if beaten and all(beaten) else OPEN
+        verdict = {BETTER: HOLDS, WORSE: FAILS}.get(plan.standing, OPEN)
         text = f"{plan.verdict[:1].upper()}{plan.verdict[1:]}."
     found = [Finding("plan", "the plan does less damage than simple plans of its size", verdict, text, plan.damage.measured)]
     parts = [
@@ -47,20 +47,22 @@ def plan_findings(plan: Plan | None, zones: Sequence[Zone], low: str) -> list[Fi
 
 
 def layer_findings(layers: Sequence[Layer], fit: Measured | None, tolerance: float) -> list[Finding]:
-    """Which layers are critical, safe, uncertain; one statement for each critical one; how far the shares can be trusted."""
-    groups = {verdict: [one.layer for one in layers if one.verdict == verdict] for verdict in ("critical", "safe", "uncertain")}
+    """Which layers are critical, safe, light, uncertain; one statement for each critical one; how far the shares can be trusted."""
+    groups = {verdict: [one.layer for one in layers if one.verdict == verdict] for verdict in VERDICTS}
     named = [f"{len(group)} {verdict} ({named_layers(group)})" for verdict, group in groups.items() if group]
     verdict = HOLDS if any(one.q_value <= FALSE_DISCOVERIES for one in layers) else OPEN
-    text = f"Of {len(layers)} layers: {listed(named)}. Safe means less damage than its size, and at most {given(tolerance)} nats/token added."
+    text = (
+        f"Of {len(layers)} layers: {listed(named)}. Safe means less damage than its size, and at most {given(tolerance)} nats/token added "
+        "when lowered alone; light, less than its size but not shown to be within that."
+    )
     found = [Finding("layers", "some layers are more critical than others of their size", verdict, text)]
     for one in layers:
         if one.verdict == "critical":
+            q = p_is(one.q_value, one.q_is_bound, "q")
             share = (
                 f"{percent(one.share.mean)} of the damage with {percent(one.share.mean / one.criticality.mean)} of the weights"
             )
-            found.append(
-                Finding("layers", f"layer {one.layer}", one.verdict, f"{share}; q = {number(one.q_value)}.", one.criticality)
-            )
+            found.append(Finding("layers", f"layer {one.layer}", one.verdict, f"{share}; {q}.", one.criticality))
     if fit is not None:
         found.append(_fit_finding(fit))
     return found
@@ -69,11 +71,14 @@ def layer_findings(layers: Sequence[Layer], fit: Measured | None, tolerance: flo
 def _fit_finding(fit: Measured) -> Finding:
     """The quadratic model is good where the whole interval of its misfit is small, bad where the interval lies beyond."""
     if fit.ci95 is None:
-        return Finding("layers", "the layers' shares add up", OPEN, "Too little damage or too few rows to tell.", fit)
+        return Finding("layers", ADD_UP, OPEN, "Too little damage or too few rows to tell.", fit)
     low, high = fit.ci95
     verdict = HOLDS if max(abs(low), abs(high)) <= GOOD_FIT else FAILS if low > GOOD_FIT or high < -GOOD_FIT else OPEN
-    text = f"The layers' shares add up to {percent(1 + fit.mean)} of the damage between {fit.base}; what is missing or too much is interaction of three and more layers."
-    return Finding("layers", "the layers' shares add up", verdict, text, fit)
+    text = (
+        f"What layers do when they are lowered first and last, halved, adds up to {percent(1 + fit.mean)} of the damage between {fit.base}; what is "
+        "missing or too much is interaction of three and more layers. Shares are of the measured damage, and this error is in their intervals."
+    )
+    return Finding("layers", ADD_UP, verdict, text, fit)
 
 
 def zone_findings(zones: Sequence[Zone]) -> list[Finding]:
@@ -148,9 +153,13 @@ def task_findings(scores: Sequence[TaskScore], pairs: Sequence[TaskPair]) -> lis
         )
         above = [score.precision for score in own if score.above_chance]
         text = f"Right: {seen}; chance {percent(own[0].chance)}."
+        below = [score.precision for score in own if score.below_chance]
+        if below:
+            text += f" Below chance: {listed(below)}; that is not guessing, something else is asked or answered."
         if not above:
             text += " A score not above chance supports no claim about bits."
-        found.append(Finding("tasks", f"{task} is above chance", HOLDS if len(above) == len(own) else OPEN, text))
+        verdict = HOLDS if len(above) == len(own) else FAILS if len(below) == len(own) else OPEN
+        found.append(Finding("tasks", f"{task} is above chance", verdict, text))
         for pair in pairs:
             if pair.task == task:
                 claim = f"{task}, {pair.first} to {pair.second}"
@@ -167,8 +176,8 @@ def _sentence(pair: TaskPair) -> str:
 # --- attention ---------------------------------------------------------------------------------------------------------
 
 
-def attention_findings(attention: Sequence[AttentionLayer], low: str) -> list[Finding]:
-    """What attention looks like at the reference, and how far the low format moves it."""
+def attention_findings(attention: Sequence[AttentionLayer], low: str, high: str) -> list[Finding]:
+    """What attention looks like at the reference, and how far the low format moves it, beside the high one."""
     reference = [one for one in attention if one.base == "reference"]
     found = []
     if reference:
@@ -186,23 +195,40 @@ def attention_findings(attention: Sequence[AttentionLayer], low: str) -> list[Fi
         else:
             text += "Reasoning focus was not measured: no problem had tagged operands."
         found.append(Finding("attention", "attention of the unquantized model", DESCRIBED, text))
-    drifted = [
-        (one.drift_cumulative, one) for one in attention if one.base == f"uniform:{low}" and one.drift_cumulative is not None
-    ]
-    if drifted:
-        (least, at_least), (drift, most) = (pick(drifted, key=lambda pair: pair[0].mean) for pick in (min, max))
-        text = (
-            f"Jensen-Shannon distance to the unquantized maps runs from {interval(least)} (layer {at_least.layer}) "
-            f"to {interval(drift)} (layer {most.layer})"
-        )
-        text += f"; noise floor {interval(at_least.drift_noise)} in layer {at_least.layer}." if at_least.drift_noise else "."
-        verdicts = {_drift_verdict(one, layer.drift_noise) for one, layer in drifted}
-        verdict = verdicts.pop() if len(verdicts) == 1 else FAILS if FAILS in verdicts else OPEN
-        found.append(Finding("attention", f"attention drifts at {low} in every layer", verdict, text, least))
-    return found
+    drift = drift_finding(attention, low, high)
+    return [*found, drift] if drift else found
 
 
-def _drift_verdict(drift: Measured, noise: Measured | None) -> str:
-    if drift.ci95 is None or noise is None or noise.ci95 is None:
+def drift_finding(attention: Sequence[AttentionLayer], low: str, high: str) -> Finding | None:
+    """Whether the low format moves every layer's maps more than the high one does; None where no map was read at the low one.
+
+    Maps move at any format, and beyond the noise floor at most; so that alone would be no news. "In every layer" asks each layer.
+    """
+    moved = {name: {one.layer: one for one in attention if one.base == f"uniform:{name}"} for name in (low, high)}
+    drifted = [(one.drift_cumulative, one) for one in moved[low].values() if one.drift_cumulative is not None]
+    if not drifted:
+        return None
+    (least, at_least), (drift, most) = (pick(drifted, key=lambda pair: pair[0].mean) for pick in (min, max))
+    text = (
+        f"Jensen-Shannon distance to the unquantized maps runs from {interval(least)} (layer {at_least.layer}) "
+        f"to {interval(drift)} (layer {most.layer})"
+    )
+    text += f"; noise floor {interval(at_least.drift_noise)} in layer {at_least.layer}." if at_least.drift_noise else "."
+    beside = {layer: one.drift_cumulative for layer, one in moved[high].items() if one.drift_cumulative is not None}
+    if beside:
+        narrow, wide = (pick(beside.values(), key=lambda one: one.mean) for pick in (min, max))
+        text += f" At {high} it runs from {interval(narrow)} to {interval(wide)}."
+    verdicts = {layer.layer: _drift_verdict(one, beside.get(layer.layer)) for one, layer in drifted}
+    more = [layer for layer, verdict in verdicts.items() if verdict == HOLDS]
+    if len(more) < len(verdicts):
+        text += f" Beyond that at {low}: {named_layers(more) if more else 'no layer'}."
+    words = set(verdicts.values())
+    verdict = words.pop() if len(words) == 1 else FAILS if FAILS in words else OPEN
+    return Finding("attention", f"attention drifts more at {low} than at {high} in every layer", verdict, text, least)
+
+
+def _drift_verdict(drift: Measured, beside: Measured | None) -> str:
+    """Intervals that do not meet; more is asked than of a paired test."""
+    if drift.ci95 is None or beside is None or beside.ci95 is None:
         return OPEN
-    return HOLDS if drift.ci95[0] > noise.ci95[1] else FAILS if drift.ci95[1] < noise.ci95[0] else OPEN
+    return HOLDS if drift.ci95[0] > beside.ci95[1] else FAILS if drift.ci95[1] < beside.ci95[0] else OPEN

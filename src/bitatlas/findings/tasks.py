@@ -22,7 +22,7 @@ import numpy as np
 from scipy import stats
 
 from bitatlas.evaluation.bootstrap import benjamini_hochberg, measured, percentile_interval
-from bitatlas.evaluation.paired import AT_CHANCE, UNIFORM, within
+from bitatlas.evaluation.paired import AT_CHANCE, BELOW_CHANCE, UNIFORM, within
 from bitatlas.findings.correlations import spearman_by_row
 from bitatlas.findings.folk import HOLDS, OPEN
 from bitatlas.findings.shares import FALSE_DISCOVERIES, LayerRows, Shares, shares_of
@@ -146,7 +146,7 @@ def _differences(record: TaskDamage, other: Sequence[int]) -> str:
 
 @dataclass(frozen=True)
 class TaskWidth:
-    """One task at one uniform width against the reference. `verdict`: "held", "lost", "inconclusive" or "at chance"."""
+    """One task at one uniform width against the reference. `verdict`: "held", "lost", "inconclusive", "at chance" or "below chance"."""
 
     task: str
     format: str
@@ -165,8 +165,8 @@ def task_widths(pairs: Sequence[TaskPair]) -> dict[str, list[TaskWidth]]:
 
 
 def _held(pair: TaskPair) -> str:
-    if pair.verdict == AT_CHANCE:
-        return AT_CHANCE
+    if pair.verdict in (AT_CHANCE, BELOW_CHANCE):
+        return pair.verdict
     if pair.no_loss is not None and pair.no_loss.held:
         return HELD
     return LOST if pair.verdict == "falls" else OPEN
@@ -187,7 +187,10 @@ def width_findings(pairs: Sequence[TaskPair]) -> list[Finding]:
     found = []
     for task, widths in task_widths(pairs).items():
         best = smallest_held(widths)
-        named = {verdict: [one.format for one in widths if one.verdict == verdict] for verdict in (HELD, LOST, OPEN, AT_CHANCE)}
+        named = {
+            verdict: [one.format for one in widths if one.verdict == verdict]
+            for verdict in (HELD, LOST, OPEN, AT_CHANCE, BELOW_CHANCE)
+        }
         text = "; ".join(f"{verdict}: {listed(names)}" for verdict, names in named.items() if names)
         shown = widths[0].pair.no_loss
         assert shown is not None

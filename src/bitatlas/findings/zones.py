@@ -5,7 +5,10 @@ means, layers weighted by their share of the weights (so a zone's mean is its po
 cross-validation over rows: cuts and means from some rows predict the layers' criticality on the others. The fewest zones whose
 loss is within one standard error (over rows, paired) of the best win, so "one zone" is an answer: no zones to speak of.
 
-The intervals of the zones come from the rows that chose the cuts; they are a little too favourable for that. Each border has an interval
+A zone's word follows its layers: *critical* where its interval lies above 1, some layer is critical and none is safe or light; below 1, *safe*
+where all its layers are among those that are safe together (see `joint`), and *light* where all are safe or light; else *uncertain*.
+
+Rows that come in blocks are left out, and resampled, in blocks. The intervals of the zones come from the rows that chose the cuts; they are a little too favourable for that. Each border has an interval
 of its own: rows are resampled and cut again into as many zones.
 Left out: zones of modules rather than layers; smooth trends (a trend shows as steps).
 Sources: Fisher 1958 (exact segmentation); Breiman et al. 1984 (one-standard-error rule).
@@ -13,15 +16,15 @@ Sources: Fisher 1958 (exact segmentation); Breiman et al. 1984 (one-standard-err
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import replace
 
 import numpy as np
 from numpy.typing import NDArray
 
-from bitatlas.evaluation.bootstrap import percentile_interval, resample_means
-from bitatlas.findings.shares import LayerRows, Shares, shares_of, verdict_of
-from bitatlas.records import Module, Zone
+from bitatlas.evaluation.bootstrap import Blocks, independent, percentile_interval, resample_means, standard_errors
+from bitatlas.findings.shares import CRITICAL, LIGHT, SAFE, UNCERTAIN, LayerRows, Shares, shares_of
+from bitatlas.records import Layer, Measured, Module, Zone
 
 Floats = NDArray[np.float64]
 Cuts = list[tuple[int, int]]  # (first layer, last layer) of every zone
@@ -80,65 +83,79 @@ def zone_means(values: Floats, weights: Floats, cuts: Cuts) -> Floats:
     return np.concatenate(parts)
 
 
-def number_of_zones(by_row: Floats, weights: Floats, most: int, seed: int = 0) -> int:
+def number_of_zones(by_row: Floats, weights: Floats, most: int, seed: int = 0, blocks: Blocks = None) -> int:
     """How many zones predict rows that did not choose them. by_row: [rows, layers], criticality up to a common factor a row."""
     rows = len(by_row)
     most = min(most, by_row.shape[1])
-    if rows < 2 or most < 2:
+    numbers = np.unique(range(rows) if blocks is None else blocks, return_inverse=True)[1]  # [rows], block of each
+    count = int(numbers.max()) + 1
+    if count < 2 or most < 2:
         return 1
-    folds = np.array_split(np.random.default_rng(seed).permutation(rows), min(FOLDS, rows))
     losses = np.empty((most, rows))
-    for held_out in folds:
+    for fold in np.array_split(np.random.default_rng(seed).permutation(count), min(FOLDS, count)):
+        held_out = np.flatnonzero(np.isin(numbers, fold))
         mean = np.delete(by_row, held_out, axis=0).mean(axis=0)  # [layers]
         for zones, (cuts, _) in enumerate(segmentations(mean, weights, most)):
             errors = (by_row[held_out] - zone_means(mean, weights, cuts)) ** 2  # [held out rows, layers]
             losses[zones, held_out] = errors @ weights
     excess = losses - losses[losses.mean(axis=1).argmin()]  # [zones, rows]; what all rows share cancels
-    within = excess.mean(axis=1) <= excess.std(axis=1, ddof=1) / np.sqrt(rows)
+    within = excess.mean(axis=1) <= standard_errors(excess.T, blocks)
     return int(np.flatnonzero(within)[0]) + 1
 
 
-def border_intervals(by_row: Floats, weights: Floats, count: int, seed: int = 0) -> list[tuple[int, int] | None]:
+def border_intervals(
+    by_row: Floats, weights: Floats, count: int, seed: int = 0, blocks: Blocks = None
+) -> list[tuple[int, int] | None]:
     """For each of `count` zones the 95 % interval of its first layer; None for the first zone, and of a single row. by_row: [rows, layers]"""
-    if count < 2 or len(by_row) < 2:
+    n = independent(len(by_row), blocks)
+    if count < 2 or n < 2:
         return [None] * count
     found = segmentations(by_row.mean(axis=0), weights, count)[-1][0]
-    resampled = [segmentations(mean, weights, count)[-1][0] for mean in resample_means(by_row, BORDER_RESAMPLES, seed)]
+    resampled = [segmentations(mean, weights, count)[-1][0] for mean in resample_means(by_row, BORDER_RESAMPLES, seed, blocks)]
     starts = np.array([[first for first, _ in cuts] for cuts in resampled], dtype=np.float64)  # [resamples, zones]
-    low, high = percentile_interval(starts, len(by_row))
+    low, high = percentile_interval(starts, n)
     ends = [
         (min(first, int(np.floor(a))), max(first, int(np.ceil(b)))) for (first, _), a, b in zip(found, low, high, strict=True)
     ]
     return [None, *ends[1:]]
 
 
-def zones(rows: LayerRows, tolerance: float, shares: Shares | None = None, seed: int = 0) -> list[Zone]:
-    """The zones of a model, `low_share` not yet filled. `tolerance`: nats/token that lowering a whole zone may add.
+def zones(
+    rows: LayerRows, layers: Sequence[Layer], together: Collection[int] = (), shares: Shares | None = None, seed: int = 0
+) -> list[Zone]:
+    """The zones of a model, `low_share` not yet filled. `layers`: with their verdicts; `together`: those that are safe together.
 
-    Safe: interval of the zone's pooled criticality below 1, and the sum of its layers' Shapley values (their damage with its
-    interactions) within the tolerance up to the upper end of its interval. A single zone has criticality 1 by definition: uncertain.
+    A single zone has criticality 1 by definition: uncertain.
     """
     shares = shares or shares_of(rows, seed)
     count = 1
     if shares.defined:
         weights = rows.weights / rows.weights.sum()
-        by_row = rows.values / shares.mean.sum() / weights
-        count = number_of_zones(by_row, weights, min(MOST_ZONES, max(1, rows.layers // 2)), seed)
+        by_row = shares.by_row / shares.whole / weights
+        count = number_of_zones(by_row, weights, min(MOST_ZONES, max(1, rows.layers // 2)), seed, rows.blocks)
         cuts = segmentations(by_row.mean(axis=0), weights, count)[-1][0]
-        borders = border_intervals(by_row, weights, count, seed)
+        borders = border_intervals(by_row, weights, count, seed, rows.blocks)
     else:
         cuts = [(0, rows.layers - 1)]
         borders = [None]
     names = NAMES.get(count) or [f"zone {number}" for number in range(1, count + 1)]
     found = []
     for name, (first, last), border in zip(names, cuts, borders, strict=True):
-        members = list(range(first, last + 1))
-        criticality = shares.record(*shares.criticality(members), "ratio")
-        damage = shares.damage(members)
-        at_most = damage.ci95[1] if damage.ci95 else np.inf
-        verdict = verdict_of(criticality, at_most, tolerance) if count > 1 else "uncertain"
-        found.append(Zone(first, last, name, criticality, verdict, border95=border))
+        members = range(first, last + 1)
+        criticality = shares.record(*shares.criticality(list(members)), "ratio")
+        verdict = _word(criticality, [layers[layer].verdict for layer in members], set(members) <= set(together))
+        found.append(Zone(first, last, name, criticality, verdict if count > 1 else UNCERTAIN, border95=border))
     return found
+
+
+def _word(criticality: Measured, verdicts: Collection[str], together: bool) -> str:
+    """A zone's verdict from its criticality and those of its layers; `together`: lowering all of it is within the tolerance."""
+    low, high = criticality.ci95 or (-np.inf, np.inf)
+    if low > 1 and CRITICAL in verdicts and not {SAFE, LIGHT} & set(verdicts):
+        return CRITICAL
+    if high < 1 and set(verdicts) <= {SAFE, LIGHT}:
+        return SAFE if together and LIGHT not in verdicts else LIGHT
+    return UNCERTAIN
 
 
 def with_low_share(found: Sequence[Zone], modules: Sequence[Module], assignment: Mapping[str, str], low: str) -> list[Zone]:

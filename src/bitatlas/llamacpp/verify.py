@@ -44,7 +44,8 @@ def verify_gguf(
     plan = _plan_of(file, reader)
     checkpoint = open_checkpoint(model_name, plan.model.revision, fuse=False)
     check_fits(plan, checkpoint)
-    test = rows_for(file, checkpoint, tokens, rows, row_length, seed).test
+    chosen = rows_for(file, checkpoint, tokens, rows, row_length, seed)
+    test = chosen.test
     context = reader.fields.get(f"{reader.fields['general.architecture'].contents()}.context_length")
     if context is not None and test.shape[1] > context.contents():
         raise UserError(f"--row-length {test.shape[1]}: the GGUF's context is {context.contents()} tokens; give at most that")
@@ -52,7 +53,7 @@ def verify_gguf(
     model = checkpoint.load_model(check_device(device))
     with opened(file, test.shape[1]) as session, reporter.stage("damage in llama.cpp") as progress:
         nats = damage_in_llama_cpp(model, session, test, progress)
-    damage = measured(nats, "nats/token", "plan", "test", seed)
+    damage = measured(nats, "nats/token", "plan", "test", seed, chosen.blocks("test"))
     found, held = _held(reader, plan, checkpoint)
     size = size_of(checkpoint.modules, found, checkpoint.info)
     kept = found == plan.modules and size == plan.size and held == plan.size.quantized_bytes

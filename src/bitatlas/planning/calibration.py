@@ -29,7 +29,7 @@ import numpy as np
 from numpy.typing import NDArray
 from scipy.stats import rankdata
 
-from bitatlas.evaluation.bootstrap import RESAMPLES, measured, percentile_interval
+from bitatlas.evaluation.bootstrap import RESAMPLES, Blocks, measured, percentile_interval
 from bitatlas.planning.choose import Scores
 from bitatlas.planning.expansion import quadratic
 from bitatlas.planning.refine import Change, Ints, Probe, Together
@@ -105,10 +105,12 @@ def kept_share(model: Predictor, plans: list[Ints], damage: Floats) -> float:
     return float(np.clip(between @ (damage - alone) / size, 0.0, 1.0)) if size > 0 else 0.0
 
 
-def calibrate(base: Ints, formats: int, probe: Probe, scores: Scores, measure: MeasureRows, seed: int = 0) -> Calibration | None:
+def calibrate(
+    base: Ints, formats: int, probe: Probe, scores: Scores, measure: MeasureRows, seed: int = 0, blocks: Blocks = None
+) -> Calibration | None:
     """Predict and measure the random plans around `base` [units]; None where there are fewer than `FEWEST` different ones.
 
-    `scores` are the added-up ones to compare with. `measure` knows the splits "fit" and "select".
+    `scores` are the added-up ones to compare with. `measure` knows the splits "fit" and "select"; blocks: of the select rows.
     """
     drawn = draw_plans(base, formats, PLANS + TRAINING, seed)
     training, plans = _split(drawn, seed)
@@ -130,14 +132,14 @@ def calibrate(base: Ints, formats: int, probe: Probe, scores: Scores, measure: M
     predicted[MEASURED] = np.array([again[str(i)].mean() for i in range(len(plans))])
     found = measure({"": base, **_named(plans)}, "select")
     points = [
-        _point(int((plan != base).sum()), value, found[name], seed)
+        _point(int((plan != base).sum()), value, found[name], seed, blocks)
         for (name, plan), value in zip(_named(plans).items(), predicted[PREDICTION], strict=True)
     ]
-    return calibration(predicted, points, _point(0, model.level, found[""], seed), kept, len(training), seed)
+    return calibration(predicted, points, _point(0, model.level, found[""], seed, blocks), kept, len(training), seed)
 
 
-def _point(changed: int, predicted: float, rows: Floats, seed: int) -> CalibrationPoint:
-    return CalibrationPoint(changed, float(predicted), measured(rows, "nats/token", "plan", "select", seed))
+def _point(changed: int, predicted: float, rows: Floats, seed: int, blocks: Blocks) -> CalibrationPoint:
+    return CalibrationPoint(changed, float(predicted), measured(rows, "nats/token", "plan", "select", seed, blocks))
 
 
 def _split(drawn: list[Ints], seed: int) -> tuple[list[Ints], list[Ints]]:

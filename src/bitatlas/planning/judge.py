@@ -85,20 +85,27 @@ def on_tolerance(damage: Measured, tolerated: float) -> str:
 
 def _judged(subject: Subject, plan: Plan, others: Mapping[str, Assignment], rows: Mapping[str, np.ndarray]) -> Judged:
     """Add measured damage, baselines and the verdict."""
-    verdict = verdict_on_plan(rows["plan"], {name: rows[name] for name in others}, seed=subject.seed)
-    damage = measured(rows["plan"], "nats/token", "plan", "test", subject.seed)
+    sizes = {name: size_of(subject.modules, assignment, subject.info) for name, assignment in others.items()}
+    bytes_of = {"plan": plan.size.quantized_bytes} | {name: size.quantized_bytes for name, size in sizes.items()}
+    blocks = subject.test_blocks
+    verdict = verdict_on_plan(rows["plan"], {name: rows[name] for name in others}, "test", subject.seed, blocks, bytes_of)
+    damage = measured(rows["plan"], "nats/token", "plan", "test", subject.seed, blocks)
     text = verdict.text
     if NOT_A_CANDIDATE in verdict.winner:
         text += f"; add {verdict.winner.split()[1]} to --formats"
     if plan.budget.kind == "max_damage":
         text += f"; {on_tolerance(damage, plan.budget.value)}"
-    sizes = {name: size_of(subject.modules, assignment, subject.info) for name, assignment in others.items()}
     lines = [
         Baseline(name, sizes[name].code_bits, sizes[name].quantized_bytes, one, difference)
         for name, one, difference in verdict.baselines
     ]
     done = replace(
-        plan, damage=PlanDamage(plan.damage.predicted, damage), baselines=lines, recommended=verdict.recommended, verdict=text
+        plan,
+        damage=PlanDamage(plan.damage.predicted, damage),
+        baselines=lines,
+        recommended=verdict.recommended,
+        verdict=text,
+        standing=verdict.standing,
     )
     size = plan.size
     curve = [CurvePoint("plan", "plan", size.code_bits, size.stored_bits, size.total_bytes, damage)]

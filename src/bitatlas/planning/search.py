@@ -28,7 +28,10 @@ Ints = NDArray[np.int64]
 
 @dataclass(frozen=True)
 class Subject:
-    """What a plan is for. `formats`: the candidates, narrowest first; `codes`: whose quantized weights they are (`Bank.identity`)."""
+    """What a plan is for. `formats`: the candidates, narrowest first; `codes`: whose quantized weights they are (`Bank.identity`).
+
+    `test_blocks`: of the rows that it is judged on (see `evaluation.bootstrap`).
+    """
 
     info: ModelInfo
     modules: Sequence[Module]
@@ -36,6 +39,7 @@ class Subject:
     quantizer: str
     codes: str = ""
     seed: int = 0
+    test_blocks: Sequence[int] | None = None
 
     @property
     def units(self) -> list[Unit]:

@@ -62,10 +62,12 @@ def attention_profile(
     batch_size: int = 8,
     progress: Callable[[int, int], None] | None = None,
     split: str = "test",
+    blocks: Sequence[int] | None = None,
 ) -> AttentionResult:
     """Profile the attention of one base.
 
-    model: holds the reference weights, before and after; rows: int64 [rows, tokens] of text, of the set named `split`;
+    model: holds the reference weights, before and after; rows: int64 [rows, tokens] of text, of the set named `split`, in
+    `blocks` [rows] that are resampled as wholes (see `evaluation.bootstrap`);
     changed: module name -> weight [out, in] of a base other than the reference; progress: called with (batches done, batches).
     Without attention maps, or with rows too short for them, the lists are empty and a note says so. Equal arguments give equal
     results. Raises ValueError where `changed` names an unknown module.
@@ -89,7 +91,7 @@ def attention_profile(
             if progress:
                 progress(done, total)
     sources = "+".join(sorted({problem.source for problem in problems}))
-    layers, heads, more = score(reader.tally, base, split, f"items:{sources}", seed)
+    layers, heads, more = score(reader.tally, base, split, f"items:{sources}", seed, blocks)
     if changed is None and heads and not heads_apart(model, dict(Counter(head.layer for head in heads))):
         more.append(f"attention roles: {MIXED}, so a role is that of the map, and no head is removed")
     return AttentionResult(layers, heads, [*notes, *reader.notes(), *more])

@@ -11,6 +11,9 @@ Key 0 is a sink and never a target.
 Score: kappa = (m - e) / (1 - e), with m the mean attention mass on the targets of a query and e the same for random targets, each
 drawn from the keys within 8 tokens of the target it replaces (not targets themselves, not after the query, and none twice for one query:
 both sums are over as many different keys). Exactly the same distance is no choice: of the previous token it would leave only that one.
+Targets of retrieval are tokens that stand in the row again, so mostly frequent ones, and a head that looks at frequent tokens, whatever the
+query must predict, would pass for one that retrieves. Their replacements are drawn from tokens about as frequent in the row (within a
+factor of 1.5), and for that from further away (32 tokens).
 p: in every sequence the true targets and the random draws are exchangeable if the role means nothing to the head; the statistic
 (mean over sequences) is recomputed for random choices of one of them per sequence. That test is exact for any number of draws.
 Left out: what the head writes (OV circuits); a role here is where it looks.
@@ -32,6 +35,8 @@ TEXT_ROLES = ("previous", "retrieval")
 REPEATED_ROLES = ("duplicate", "induction")
 ROLES = ("previous", "duplicate", "induction", "retrieval")
 NEAR_TOKENS = 8  # how far from a target its random replacement may lie
+NEAR_FREQUENT = 32  # the same where it must be as frequent a token
+AS_FREQUENT = 1.5  # factor between counts in the row, at most
 DRAWS = 16  # random sets of targets per sequence and role
 KAPPA_THRESHOLDS = (0.2, 0.3, 0.4)
 KAPPA_TYPED = 0.3
@@ -79,19 +84,23 @@ class Pairs:
     drawn: NDArray[np.int64]  # [draws, pairs]
 
 
-def matched_pairs(targets: Bools, draws: int, generator: np.random.Generator) -> Pairs:
+def matched_pairs(targets: Bools, draws: int, generator: np.random.Generator, counts: NDArray[np.int64] | None = None) -> Pairs:
     """Pairs of `targets` [queries, keys] with their random replacements, for each query all different keys.
 
-    Pairs that have no more free keys near them than there are other targets to want these are dropped.
+    counts: [keys], how often each key's token stands in the row; with them, replacements are about as frequent as their targets. Pairs that have no more free keys near them than there are other targets to want these are dropped.
     """
     query, target = np.nonzero(targets)
-    offsets = np.concatenate([np.arange(-NEAR_TOKENS, 0), np.arange(1, NEAR_TOKENS + 1)])
+    near = NEAR_TOKENS if counts is None else NEAR_FREQUENT
+    offsets = np.concatenate([np.arange(-near, 0), np.arange(1, near + 1)])
     key = target[:, None] + offsets  # [pairs, offsets]
     inside = (key >= 1) & (key <= query[:, None])
     key = np.where(inside, key, 0)
     free = inside & ~targets[query[:, None], key]
+    if counts is not None:
+        ratio = counts[key] / counts[target][:, None]
+        free &= (ratio <= AS_FREQUENT) & (ratio >= 1 / AS_FREQUENT)
     count = free.sum(1)
-    up_to, reach = targets.cumsum(1), 2 * NEAR_TOKENS  # targets of each query up to a key; how far targets may want the same key
+    up_to, reach = targets.cumsum(1), 2 * near  # targets of each query up to a key; how far targets may want the same key
     last = targets.shape[1] - 1
     wanting = up_to[query, np.minimum(target + reach, last)] - up_to[query, np.maximum(target - reach - 1, 0)] - 1
     kept = count > wanting
@@ -163,7 +172,8 @@ def role_masses(roles: tuple[str, ...], ids: Tensor, first_row: int, seed: int, 
         per_row = []
         for row in range(rows):
             generator = np.random.default_rng([seed, ROLES.index(role), first_row + row])
-            pairs = matched_pairs(role_targets(role, array[row]), draws, generator)
+            counts = np.bincount(array[row])[array[row]] if role == "retrieval" else None
+            pairs = matched_pairs(role_targets(role, array[row]), draws, generator, counts)
             queries[number, row] = np.count_nonzero(np.diff(pairs.query, prepend=-1))
             per_row.append(pairs)
         for draw in range(1 + draws):

@@ -1,20 +1,21 @@
 """From numbers per sequence and head to the records of layers and heads, with intervals over sequences.
 
-Role scores and focus are ratios of means, (m - e) / (1 - e) of means over sequences, so their intervals resample sequences and
-recompute the ratio. The permutation p-values of all heads and roles are corrected together (Benjamini-Hochberg); a resampled
+Role scores and focus are ratios of means, (m - e) / (1 - e) of means over sequences, so their intervals resample sequences (text rows in
+their blocks) and recompute the ratio. The permutation p-values of all heads and roles are corrected together (Benjamini-Hochberg); a resampled
 specialization keeps those verdicts and lets the scores vary. Which heads rest on the sinks is counted apart from the roles.
 """
 
 from __future__ import annotations
 
 from collections import Counter
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
 from typing import Protocol
 
 import numpy as np
-from numpy.typing import NDArray
+from numpy.typing import ArrayLike, NDArray
 
-from bitatlas.evaluation.bootstrap import benjamini_hochberg, measured, percentile_interval, resample_means
+from bitatlas.evaluation.bootstrap import benjamini_hochberg, independent, measured, percentile_interval, resample_means
 from bitatlas.profiles.focus import FOCUS_NULL
 from bitatlas.profiles.maps import LEAST_KEYS
 from bitatlas.profiles.roles import (
@@ -52,24 +53,25 @@ class RoleScores:
     expected: dict[int, Floats]  # layer -> [sequences, heads] on random ones
     kappa: dict[int, Floats]  # layer -> [heads]
     p: dict[int, Floats]  # layer -> [heads]; after Benjamini-Hochberg: q
+    blocks: dict[int, list[int] | None]  # layer -> of its sequences
 
 
 def score(
-    numbers: Numbers, base: str, split: str, items: str, seed: int
+    numbers: Numbers, base: str, split: str, items: str, seed: int, blocks: Sequence[int] | None = None
 ) -> tuple[list[AttentionLayer], list[AttentionHead], list[str]]:
-    """Records of all layers that were read, of their heads, and notes."""
+    """Records of all layers that were read, of their heads, and notes. blocks: of the text rows (problems and random tokens have none)."""
     known = [layer for layer in numbers.layers() if _sequence_means(numbers, layer, "entropy").size]
     notes = [
         f"attention: layer {layer} leaves no query {LEAST_KEYS} keys beside the sinks; not profiled"
         for layer in numbers.layers()
         if layer not in known
     ]
-    roles = corrected([scores for role in ROLES if (scores := score_role(numbers, known, role, seed)) is not None])
+    roles = corrected([scores for role in ROLES if (scores := score_role(numbers, known, role, seed, blocks)) is not None])
     layers, heads = [], []
     for layer in known:
         own = _heads(numbers, layer, base, roles)
         heads += own
-        layers.append(_layer(numbers, layer, base, split, items, seed, own, roles))
+        layers.append(_layer(numbers, layer, base, split, items, seed, own, roles, blocks))
     resting = sum(bool(np.isnan(_of(numbers, layer, "entropy")).all(0).any()) for layer in known)
     if resting:
         notes.append(
@@ -92,16 +94,25 @@ def _sequence_means(numbers: Numbers, layer: int, name: str) -> Floats:
     return np.nanmean(kept, axis=1) if kept.size else kept[:, 0]
 
 
+def _kept(blocks: Sequence[int] | None, known: ArrayLike) -> list[int] | None:
+    """The blocks of the sequences that have a value."""
+    return None if blocks is None else [block for block, has in zip(blocks, np.asarray(known), strict=True) if has]
+
+
 # --- roles ----------------------------------------------------------------------------------------------------------------
 
 
-def score_role(numbers: Numbers, layers: list[int], role: str, seed: int) -> RoleScores | None:
+def score_role(
+    numbers: Numbers, layers: list[int], role: str, seed: int, blocks: Sequence[int] | None = None
+) -> RoleScores | None:
     """kappa and permutation p of one role for every head; None where no sequence has a target."""
     group, name = (TEXT_ROLES, "text_roles") if role in TEXT_ROLES else (REPEATED_ROLES, "repeated_roles")
     if any(numbers.get(layer, name) is None for layer in layers):
         return None
     masses = {layer: _of(numbers, layer, name)[:, group.index(role)] for layer in layers}  # [sequences, 1 + draws, heads]
-    masses = {layer: values[~np.isnan(values).any((1, 2))] for layer, values in masses.items()}
+    whole = {layer: ~np.isnan(values).any((1, 2)) for layer, values in masses.items()}
+    masses = {layer: values[whole[layer]] for layer, values in masses.items()}
+    kept = {layer: _kept(blocks if role in TEXT_ROLES else None, whole[layer]) for layer in masses}
     if not masses or not all(len(values) for values in masses.values()):
         return None
     together = np.concatenate(list(masses.values()), axis=2)
@@ -110,7 +121,7 @@ def score_role(numbers: Numbers, layers: list[int], role: str, seed: int) -> Rol
     mass = {layer: values[:, 0] for layer, values in masses.items()}
     expected = {layer: values[:, 1:].mean(1) for layer, values in masses.items()}
     scores = {layer: kappa(mass[layer].mean(0), expected[layer].mean(0)) for layer in masses}
-    return RoleScores(role, mass, expected, scores, dict(zip(masses, np.split(p, ends), strict=True)))
+    return RoleScores(role, mass, expected, scores, dict(zip(masses, np.split(p, ends), strict=True)), kept)
 
 
 def corrected(roles: list[RoleScores]) -> list[RoleScores]:
@@ -119,7 +130,7 @@ def corrected(roles: list[RoleScores]) -> list[RoleScores]:
     if not values:
         return roles
     q = iter(np.split(benjamini_hochberg(np.concatenate(values)), np.cumsum([len(p) for p in values])[:-1]))
-    return [RoleScores(s.role, s.mass, s.expected, s.kappa, {layer: next(q) for layer in s.p}) for s in roles]
+    return [replace(s, p={layer: next(q) for layer in s.p}) for s in roles]
 
 
 def _heads(numbers: Numbers, layer: int, base: str, roles: list[RoleScores]) -> list[AttentionHead]:
@@ -155,14 +166,18 @@ def _layer(
     seed: int,
     heads: list[AttentionHead],
     roles: list[RoleScores],
+    blocks: Sequence[int] | None,
 ) -> AttentionLayer:
     def mean(name: str, unit: str) -> Measured:
-        return measured(_sequence_means(numbers, layer, name), unit, base, split, seed)
+        known = ~np.isnan(_of(numbers, layer, name)).all(1)
+        return measured(_sequence_means(numbers, layer, name), unit, base, split, seed, _kept(blocks, known))
 
     def drift(name: str) -> Measured | None:
         values = numbers.get(layer, name)
-        values = None if values is None else values[~np.isnan(values)]
-        return None if values is None or not len(values) else measured(values, "Jensen-Shannon distance", base, split, seed)
+        known = None if values is None else ~np.isnan(values)
+        if values is None or known is None or not known.any():
+            return None
+        return measured(values[known], "Jensen-Shannon distance", base, split, seed, _kept(blocks, known))
 
     focus = numbers.get(layer, "focus")
     counts = Counter(head.role for head in heads if head.role)
@@ -192,18 +207,19 @@ def share_typed(layer: int, roles: list[RoleScores], threshold: float) -> float:
 def specialization(layer: int, roles: list[RoleScores], heads: int, base: str, split: str, seed: int) -> Measured:
     """Share of heads with a role, %, with an interval from resampling the text rows and the repeated sequences."""
     typed: NDArray[np.bool_] | None = None
-    sequences = {}
+    sequences, worth = {}, {}
     for s in roles:
         mass, expected = s.mass[layer], s.expected[layer]  # [sequences, heads]
         own_seed = seed + (s.role in REPEATED_ROLES)  # the two kinds of sequences are drawn independently
-        means = resample_means(np.stack([mass, expected], axis=1), seed=own_seed)  # [resamples, 2, heads]
+        means = resample_means(np.stack([mass, expected], axis=1), seed=own_seed, blocks=s.blocks[layer])
         passes = (kappa(means[:, 0], means[:, 1]) >= KAPPA_TYPED) & (s.p[layer] <= Q_TYPED)
         typed = passes if typed is None else typed | passes
         sequences[s.role in REPEATED_ROLES] = len(mass)
+        worth[s.role in REPEATED_ROLES] = independent(len(mass), s.blocks[layer])
     mean = 100 * share_typed(layer, roles, KAPPA_TYPED)
     ci95 = None
-    if typed is not None and min(sequences.values()) > 1:
-        low, high = percentile_interval(100 * typed.mean(1), min(sequences.values()))
+    if typed is not None and min(worth.values()) >= 2:
+        low, high = percentile_interval(100 * typed.mean(1), min(worth.values()))
         ci95 = (min(float(low), mean), max(float(high), mean))
     return Measured(mean, ci95, "%", base, f"{split} + repeated random tokens", sum(sequences.values()))
 

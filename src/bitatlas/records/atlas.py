@@ -32,6 +32,10 @@ class TokensInfo:
     separate_documents: bool = False  # no two sets share a document; else they share none of its stretches
     by_document: bool = False  # a block is a whole document (or some short ones); else a stretch of one
 
+    def blocks(self, split: str) -> list[int] | None:
+        """The block of each row of a split; None in an atlas from before rows had blocks."""
+        return self.splits[split].blocks or None
+
 
 @dataclass(frozen=True)
 class Uniform:
@@ -149,8 +153,11 @@ class Layer:
     share: Measured  # of the damage between uniform high and uniform low
     criticality: Measured  # share of the damage / share of the weights
     q_value: float  # two-sided, criticality = 1, Benjamini-Hochberg over layers
-    verdict: str  # "critical", "safe" or "uncertain"
-    rows_needed: int | None = None  # uncertain: about so many rows would tell (10 000: or more); None: no number of rows would
+    verdict: str  # "critical", "safe", "light" or "uncertain"
+    rows_needed: int | None = (
+        None  # uncertain, or light: about so many rows would tell (10 000: or more); None: no number of rows would
+    )
+    q_is_bound: bool = False  # resampling gives no smaller one: printed with "<"
 
 
 @dataclass(frozen=True)
@@ -166,6 +173,7 @@ class UnitDamage:
     share: Measured
     criticality: Measured
     q_value: float  # Benjamini-Hochberg over units
+    q_is_bound: bool = False
 
 
 @dataclass(frozen=True)
@@ -180,6 +188,7 @@ class KindDamage:
     share: Measured
     criticality: Measured
     q_value: float  # Benjamini-Hochberg over kinds
+    q_is_bound: bool = False
 
 
 @dataclass(frozen=True)
@@ -216,6 +225,16 @@ class ShapleyCheck:
 
 
 @dataclass(frozen=True)
+class JointDamage:
+    """Layers lowered together from uniform high, nats/token added, on rows that did not call them safe."""
+
+    layers: list[int]  # all safe ones
+    added: Measured  # by all of them together
+    together: list[int]  # the largest group, from the least harmful up, that stays within the tolerance together
+    added_together: Measured | None  # by that group; None: it is empty
+
+
+@dataclass(frozen=True)
 class Zone:
     first: int
     last: int
@@ -236,6 +255,7 @@ class TaskScore:
     wilson95: tuple[float, float]
     above_chance: bool  # one-sided exact binomial p < 0.05, Holm over precisions
     correct_norm: int | None = None  # of choices: right by log-likelihood per character (acc_norm)
+    below_chance: bool = False  # the same on the other side: not guessing
 
 
 @dataclass(frozen=True)
@@ -265,7 +285,7 @@ class TaskPair:
     holm_p: float
     detectable_points: float  # smallest difference that this n could have shown
     items_needed: int | None  # about so many would settle what was seen
-    verdict: str  # "falls", "rises", "inconclusive", "at chance", or "no loss within 2 points"
+    verdict: str  # "falls", "rises", "inconclusive", "at chance", "below chance", or "no loss within 2 points"
     text: str
     no_loss: NoLoss | None = None  # of a survey from before this was tested
 
@@ -304,6 +324,7 @@ class Finding:
     text: str  # the sentence that is printed
     evidence: Measured | None = None
     p_value: float | None = None
+    p_is_bound: bool = False  # resampling gives no smaller one: printed with "<"
 
 
 @dataclass(frozen=True)
@@ -383,5 +404,6 @@ class Atlas:
     interactions: UnitInteractions | None = None
     head_maps: list[HeadMap] = field(default_factory=list)
     sparsity: Sparsity | None = None
+    joint: JointDamage | None = None  # None: no layer is safe, or a survey from before it was measured
     plans: list[Plan] = field(default_factory=list)  # verified at other sizes, from small to large; files in curve/
     schema: str = ATLAS_SCHEMA

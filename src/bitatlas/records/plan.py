@@ -13,7 +13,9 @@ PLAN_SCHEMA = "bitatlas.plan/1"
 
 @dataclass(frozen=True)
 class Measured:
-    """A number with what it rests on. `n` counts the units that were resampled (rows, problems or heads' sequences)."""
+    """A number with what it rests on. `n` counts rows, problems or heads' sequences; where rows of one text belong together, `blocks` were
+    resampled instead of them.
+    """
 
     mean: float
     ci95: tuple[float, float] | None
@@ -21,6 +23,7 @@ class Measured:
     base: str  # "reference", "uniform:int4_g64", "plan", ...
     rows: str  # "fit", "select", "test", or "items:arc_easy"
     n: int
+    blocks: int | None = None  # documents, or stretches of a long one, that the rows come in; None: every row stands by itself
 
 
 @dataclass(frozen=True)
@@ -120,8 +123,9 @@ class Plan:
     size: Size
     damage: PlanDamage
     baselines: list[Baseline] = field(default_factory=list)
-    recommended: bool | None = None  # False: a baseline of the same size does less damage on test rows
+    recommended: bool | None = None  # better than its baselines on test rows, or the smallest of equals; None: not judged
     verdict: str = ""
+    standing: str = ""  # "better", "no worse shown" or "worse" than the baselines; "": not judged, or before these words
     solver: dict[str, Any] = field(default_factory=dict)
     codes: str = ""  # whose quantized weights were measured: quantizer, its version, and the hash of the rows it was fitted on
     schema: str = PLAN_SCHEMA

@@ -10,6 +10,7 @@ from __future__ import annotations
 import re
 from dataclasses import dataclass
 
+from bitatlas.findings.shares import VERDICTS
 from bitatlas.findings.verdict import relation
 from bitatlas.records import Atlas, Finding, Plan
 from bitatlas.report.facts import (
@@ -65,13 +66,26 @@ def _reason(plan: Plan) -> str:
 def _layer_clause(atlas: Atlas) -> str:
     if not atlas.layers:
         return "the layers were not measured"
-    critical, safe, open_ = (with_verdict(atlas, verdict) for verdict in ("critical", "safe", "uncertain"))
+    critical, safe, light, open_ = (with_verdict(atlas, verdict) for verdict in VERDICTS)
     low = width_of(atlas, atlas.low)
     stay = f"{_are(critical)} critical ({_harm('critical', critical)})" if critical else "no layer is shown to be critical"
     go = f"{_are(safe)} safe at {low} ({_harm('safe', safe)})" if safe else f"no layer is shown to be safe at {low}"
+    go += _together(atlas, safe)
+    other = f"{_are(light)} light ({_harm('light', light)}), " if light else ""
     rest = f"{_are(open_)} uncertain" if open_ else "none is uncertain"
     decides = "; the plan decides by module" if atlas.plan else ""
-    return f"{stay}, {go}, and {rest}{decides}"
+    return f"{stay}, {go}, {other}and {rest}{decides}"
+
+
+def _together(atlas: Atlas, safe: list[int]) -> str:
+    """What safe layers do when all of them are lowered; "" where that was not measured."""
+    joint = atlas.joint
+    if joint is None or not safe:
+        return ""
+    if joint.together == joint.layers:
+        return f" (and together: {interval(joint.added)} nats/token)"
+    group = f"safe together: {named_layers(joint.together)}" if len(joint.together) > 1 else "no two shown to be safe together"
+    return f" (all of them together add {interval(joint.added)} nats/token; {group})"
 
 
 def _are(layers: list[int]) -> str:
@@ -81,8 +95,10 @@ def _are(layers: list[int]) -> str:
 def _harm(verdict: str, layers: list[int]) -> str:
     """What a verdict on layers says, and no more than was measured."""
     its = "its" if len(layers) == 1 else "their"
-    within = f"less harmful than {its} size, and within the tolerance if lowered alone"
-    return f"more harmful than {its} size" if verdict == "critical" else within
+    if verdict == "critical":
+        return f"more harmful than {its} size"
+    within = "but not shown to be within the tolerance" if verdict == "light" else "and within the tolerance if lowered alone"
+    return f"less harmful than {its} size, {within}"
 
 
 # --- the strategy ----------------------------------------------------------------------------------------------------
@@ -90,10 +106,10 @@ def _harm(verdict: str, layers: list[int]) -> str:
 
 @dataclass(frozen=True)
 class Advice:
-    """One line of the optimization strategy. `follows` is the verdict of the zones that lead to it ("" for none)."""
+    """One line of the optimization strategy. `follows`: the verdicts of the zones that lead to it."""
 
     key: str
-    follows: str
+    follows: tuple[str, ...]
     title: str
     lines: list[str]
 
@@ -101,10 +117,10 @@ class Advice:
 def strategy(atlas: Atlas) -> list[Advice]:
     """The four parts of the strategy, always all four: the mixed plan, safe layers, critical layers, tasks."""
     return [
-        Advice("MIXED", "uncertain", "Mixed precision strategy", _mixed(atlas)),
-        Advice("SAFE", "safe", _group_title(atlas, "safe"), _group(atlas, "safe")),
-        Advice("PRESERVE", "critical", _group_title(atlas, "critical"), _group(atlas, "critical")),
-        Advice("TASKS", "", "Tasks: higher precision?", _tasks(atlas)),
+        Advice("MIXED", ("uncertain", "light"), "Mixed precision strategy", _mixed(atlas)),
+        Advice("SAFE", ("safe",), _group_title(atlas, "safe"), _group(atlas, "safe")),
+        Advice("PRESERVE", ("critical",), _group_title(atlas, "critical"), _group(atlas, "critical")),
+        Advice("TASKS", (), "Tasks: higher precision?", _tasks(atlas)),
     ]
 
 
@@ -122,6 +138,9 @@ def _mixed(atlas: Atlas) -> list[str]:
     open_ = with_verdict(atlas, "uncertain")
     if open_:
         lines.append(f"Uncertain, so left to the plan: {named_layers(open_)}")
+    light = with_verdict(atlas, "light")
+    if light:
+        lines.append(f"Light, so left to the plan: {named_layers(light)}")
     return lines
 
 
@@ -165,7 +184,9 @@ def _group(atlas: Atlas, verdict: str) -> list[str]:
     share, its = low_share(atlas, layers), "its" if len(layers) == 1 else "their"
     if share is None:
         return [count, "Bits are decided by module, in a plan; none was made"]
-    return [count, f"The plan decides by module: {percent(share, 0)} of {its} weights at {narrowest_bits(atlas)}-bit"]
+    said = [count, f"The plan decides by module: {percent(share, 0)} of {its} weights at {narrowest_bits(atlas)}-bit"]
+    joint = _together(atlas, layers).strip(" ()") if verdict == "safe" else ""
+    return [*said, f"{joint[:1].upper()}{joint[1:]}"] if joint else said
 
 
 def task_claim(atlas: Atlas) -> Finding | None:
@@ -183,7 +204,8 @@ def _tasks(atlas: Atlas) -> list[str]:
         return [*lines, f"Tasks: {NOT_MEASURED}, so no claim about any"]
     falls = [f"{p.task} at {precision_name(atlas, p.second)}" for p in atlas.task_pairs if p.verdict == "falls"]
     lines.append(f"Scores that fall: {', '.join(dict.fromkeys(falls))}" if falls else "No task's score is shown to fall")
-    chance = [task for task in task_names(atlas) if not any(s.above_chance for s in atlas.tasks if s.task == task)]
+    of_task = {task: [s for s in atlas.tasks if s.task == task] for task in task_names(atlas)}
+    chance = [task for task, scores in of_task.items() if not any(s.above_chance for s in scores)]
     if chance:
-        lines.append(f"At chance, so no claim: {', '.join(chance)}")
+        lines.append(f"Not above chance, so no claim: {', '.join(chance)}")
     return lines

@@ -15,7 +15,7 @@ from bitatlas import words
 from bitatlas.records import Atlas, AttentionLayer, Layer, TaskScore, Zone
 from bitatlas.report import advice, facts
 
-CLASS_OF = {"critical": "critical", "safe": "safe", "uncertain": "warning"}
+CLASS_OF = {"critical": "critical", "safe": "safe", "light": "light", "uncertain": "warning"}
 LINK_NOTE = (
     "A solid arrow means “belongs to” or “leads to”. A dotted arrow says what follows from a task's score: it goes to the most "
     "critical layers where that score is shown to fall (wider formats would be spent there first), else to the strategy's "
@@ -25,7 +25,7 @@ LINK_NOTE = (
 
 @dataclass(frozen=True)
 class Card:
-    """A box: its node name, title, lines of text, class (one of five, or none) and verdict as words."""
+    """A box: its node name, title, lines of text, class (one of six, or none) and verdict as words."""
 
     key: str
     title: str
@@ -86,7 +86,7 @@ def _task(atlas: Atlas, place: int, score: TaskScore) -> Card:
         f"{score.correct}/{score.n} correct",
         f"95%: [{low}, {high}]",
     ]
-    chance = [] if score.above_chance else [f"at chance ({words.percent(score.chance, 0)})"]
+    chance = [] if score.above_chance else [f"{words.against_chance(score)} ({words.percent(score.chance, 0)})"]
     return Card(f"T{place}", f"{score.task.replace('_', ' ')} dataset", lines + chance)
 
 
@@ -122,6 +122,7 @@ def _zone(atlas: Atlas, place: int, zone: Zone) -> Card:
     marks = {
         "safe": f"Safe for {low}",
         "critical": f"Preserve {high}",
+        "light": "Light: mixed precision",
         "uncertain": "Uncertain: mixed precision",
     }
     lines = [f"Criticality: {words.interval(zone.criticality)}"]
@@ -137,9 +138,9 @@ def task_conclusion(atlas: Atlas, score: TaskScore) -> tuple[str, bool]:
         return "reference", False
     pair = facts.comparison(atlas, score.task, score.precision)
     if pair is not None and pair.verdict == "falls":
-        return ("falls" if score.above_chance else "falls to chance"), True
+        return ("falls" if score.above_chance else f"falls to {words.against_chance(score).removeprefix('at ')}"), True
     if not score.above_chance:
-        return "at chance", False
+        return words.against_chance(score), False
     return ("not compared" if pair is None else pair.verdict), False
 
 
@@ -161,5 +162,5 @@ def _zone_links(atlas: Atlas, layers: list[Layer], attention: list[int]) -> list
         if zone is not None:
             links.append(Link(key, f"Z{atlas.zones.index(zone)}"))
     for place, zone in enumerate(atlas.zones):
-        links += [Link(f"Z{place}", part.key) for part in advice.strategy(atlas) if part.follows == zone.verdict]
+        links += [Link(f"Z{place}", part.key) for part in advice.strategy(atlas) if zone.verdict in part.follows]
     return links

@@ -1,7 +1,7 @@
 """The charts of report.html. Each takes the atlas and a width in px and returns an <svg>, or None where nothing was measured.
 
 Drawn twice, wide and narrow, because a picture shrunk to a phone is not readable; the page shows the one that fits.
-Shape says the same as colour everywhere (critical: diamond, safe: circle, uncertain: triangle), for readers who tell colours apart badly.
+Shape says the same as colour everywhere (critical: diamond, safe: circle, light: square, uncertain: triangle), for readers who tell colours apart badly.
 Intervals are always drawn. Left out: anything that the tables say better.
 """
 
@@ -18,7 +18,7 @@ from bitatlas.report import facts, svg
 from bitatlas.report.heat import bits_cell
 from bitatlas.report.svg import Canvas
 
-SHAPE_OF = {"critical": "diamond", "safe": "circle", "uncertain": "triangle"}
+SHAPE_OF = {"critical": "diamond", "safe": "circle", "light": "square", "uncertain": "triangle"}
 KIND_MARKS = {
     "uniform": ("square", "c-ink"),
     "plan": ("diamond", "c-plan"),

@@ -17,7 +17,7 @@ from bitatlas import words
 from bitatlas.records import Atlas
 from bitatlas.report.cards import Card, Link, Overview, overview_of
 
-SIGNS = {"critical": "◆", "safe": "●", "warning": "▲"}  # the shapes of the charts
+SIGNS = {"critical": "◆", "safe": "●", "light": "■", "warning": "▲"}  # the shapes of the charts
 MOST_ACROSS = 8  # task cards in one row
 
 

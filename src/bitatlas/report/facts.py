@@ -19,17 +19,26 @@ OUTSIDE = " (not in --formats)"  # ends the name of a uniform baseline whose for
 
 def basis(measured: Iterable[Measured | None]) -> str:
     """What a column of numbers rests on, said once: base, rows, count. Two bases are both named, many are each row's own."""
-    seen: dict[tuple[str, int], list[str]] = {}
+    seen: dict[tuple[str, str], list[str]] = {}
     for m in measured:
         if m is not None:
             rows = f"{m.rows} rows" if m.rows in ("fit", "select", "test") else m.rows.replace("items:", "items of ")
-            bases = seen.setdefault((rows, m.n), [])
+            count = f"{m.n}" if m.blocks is None else f"{m.n} in {m.blocks} blocks"
+            bases = seen.setdefault((rows, count), [])
             bases += [] if m.base in bases else [m.base]
     parts = []
     for (rows, n), bases in seen.items():
         named = " and ".join(bases) if len(bases) <= 2 else "each row's own"
         parts.append(f"base {named}, {rows}, n = {n}")
     return "; ".join(parts) or NOT_MEASURED
+
+
+def generalizes(tokens: TokensInfo) -> str:
+    """What an interval over rows speaks of: texts like this one, where whole documents were resampled, or only this text."""
+    if tokens.by_document and tokens.documents > 1:
+        return f"over documents: they speak of text like this ({tokens.documents:,} documents)"
+    many = "each a stretch of a document" if tokens.documents > 1 else "stretches of the one document"
+    return f"over blocks of rows, {many}: they speak of this text, not of others like it"
 
 
 # --- names -----------------------------------------------------------------------------------------------------------
@@ -275,7 +284,9 @@ def findings_by_topic(atlas: Atlas) -> dict[str, list[Finding]]:
 
 def comparisons_at_chance(atlas: Atlas) -> list[Finding]:
     """Comparisons that claim nothing since the task's score is no better than guessing; that it is has a finding of its own."""
-    return [finding for finding in atlas.findings if finding.topic == "tasks" and finding.verdict == "at chance"]
+    return [
+        finding for finding in atlas.findings if finding.topic == "tasks" and finding.verdict in ("at chance", "below chance")
+    ]
 
 
 _INTERVAL = re.compile(r"\[[−\d., ]+\]")
@@ -288,7 +299,7 @@ def evidence(finding: Finding) -> list[str]:
     if finding.evidence is not None and not _INTERVAL.search(finding.text):
         parts.append(interval(finding.evidence, unit=True))
     if finding.p_value is not None and not _P_VALUE.search(finding.text):
-        parts.append(p_is(finding.p_value))
+        parts.append(p_is(finding.p_value, finding.p_is_bound))
     return parts
 
 

@@ -17,14 +17,19 @@ from bitatlas.report import charts, facts, heat, pairs, prediction, tasks, why
 WIDE, HALF, NARROW = 960, 460, 350  # px of a chart across the page, of one of two, and on a phone
 
 Keys = list[tuple[str, str, str]]  # (shape, css class, meaning)
-VERDICTS: Keys = [("◆", "v-critical", "critical"), ("●", "v-safe", "safe"), ("▲", "v-uncertain", "uncertain")]
+VERDICTS: Keys = [
+    ("◆", "v-critical", "critical"),
+    ("●", "v-safe", "safe"),
+    ("■", "v-light", "light"),
+    ("▲", "v-uncertain", "uncertain"),
+]
 PLANS: Keys = [
     ("◆", "c-plan", "plan"),
     ("■", "c-ink", "uniform"),
     ("▲", "c-baseline", "baseline"),
     ("●", "c-muted", "random plans"),
 ]
-HELD: Keys = [("●", "v-safe", "held"), ("◆", "v-critical", "lost"), ("▲", "v-uncertain", "inconclusive or at chance")]
+HELD: Keys = [("●", "v-safe", "held"), ("◆", "v-critical", "lost"), ("▲", "v-uncertain", "inconclusive, at or below chance")]
 PAIRS: Keys = [("■", "c-heat", "worse together than apart"), ("■", "c-bits", "they spare each other")]
 AROUND: Keys = [("●", "c-high", "random plan"), ("◆", "c-plan", "the plan")]
 

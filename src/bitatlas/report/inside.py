@@ -15,7 +15,7 @@ EVIDENCE = ("Damage lowered, nats/token", "Damage raised, nats/token", "Share of
 def evidence(one: Layer | UnitDamage | KindDamage) -> list[str]:
     """The cells below `EVIDENCE`."""
     measured = (one.lowered, one.raised, one.share, one.criticality)
-    return [*(interval(value) for value in measured), words.p_value(one.q_value)]
+    return [*(interval(value) for value in measured), words.p_value(one.q_value, one.q_is_bound)]
 
 
 def kind_table(atlas: Atlas) -> Table:

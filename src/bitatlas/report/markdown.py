@@ -15,7 +15,15 @@ from bitatlas.report.mermaid import overview
 from bitatlas.report.tables import Table, tables
 from bitatlas.words import visible
 
-MARKS = {"holds": "✅", "does not hold": "❌", "inconclusive": "⚠️", "critical": "🔴", "safe": "✅", "uncertain": "⚠️"}
+MARKS = {
+    "holds": "✅",
+    "does not hold": "❌",
+    "inconclusive": "⚠️",
+    "critical": "🔴",
+    "safe": "✅",
+    "light": "🟣",
+    "uncertain": "⚠️",
+}
 MARKS |= {"falls": "📉", "rises": "📈"}
 
 # an interval of numbers is no link, and an underscore between word characters is no emphasis: both stay readable

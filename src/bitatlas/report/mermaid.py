@@ -16,11 +16,12 @@ from bitatlas.report.cards import Card, Overview, overview_of
 CLASSES = {
     "critical": "fill:#ff6b6b,stroke:#d63031,stroke-width:2px,color:#fff",
     "safe": "fill:#00b894,stroke:#00a085,stroke-width:2px,color:#fff",
+    "light": "fill:#5f4bb6,stroke:#341f97,stroke-width:2px,color:#fff",
     "warning": "fill:#fdcb6e,stroke:#e17055,stroke-width:2px,color:#333",
     "attention": "fill:#74b9ff,stroke:#0984e3,stroke-width:2px,color:#fff",
     "recommendation": "fill:#a29bfe,stroke:#6c5ce7,stroke-width:2px,color:#fff",
 }
-SIGNS = {"critical": "🔴", "safe": "✅", "warning": "⚠️"}
+SIGNS = {"critical": "🔴", "safe": "✅", "light": "🟣", "warning": "⚠️"}
 GROUPS = (
     ("DATASETS", "📊 Dataset Performance"),
     ("LAYERS", "🧠 Layer Criticality Analysis"),
@@ -31,7 +32,7 @@ GROUPS = (
 LONGEST = 240  # characters of one line of a label: longer text is cut; the tables have it whole
 
 # an interval of numbers stays readable; every other character outside the list becomes an entity
-_ESCAPED = re.compile(r"(\[[−0-9., ]+\])|([^\w .,:()%+=/?×–—…\-−✅⚠️🔴🎯])")
+_ESCAPED = re.compile(r"(\[[−0-9., ]+\])|([^\w .,:()%+=/?×–—…\-−✅⚠️🔴🟣🎯])")
 
 
 def escape(text: str) -> str:

@@ -140,13 +140,12 @@ def task_table(atlas: Atlas) -> Table:
     for s in atlas.tasks:
         low, high = (number(100 * end, 1) for end in s.wilson95)
         accuracy = f"{percent(s.correct / s.n)} [{low}, {high}]" if s.n else words.NOT_MEASURED
-        above = "above chance" if s.above_chance else "at chance"
         precision = facts.precision_name(atlas, s.precision)
         norm = "" if s.correct_norm is None or not s.n else percent(s.correct_norm / s.n)
-        rows.append([s.task, precision, f"{s.correct}/{s.n}", accuracy, norm, percent(s.chance, 0), above])
+        rows.append([s.task, precision, f"{s.correct}/{s.n}", accuracy, norm, percent(s.chance, 0), words.against_chance(s)])
     note = (
-        "Accuracy with its 95% Wilson interval. At chance: not above it (one-sided exact binomial, Holm over precisions). acc_norm: of choices, "
-        f"by likelihood per character. {facts.few_shot_text(atlas)}"
+        "Accuracy with its 95% Wilson interval. At chance: not above it, nor below (one-sided exact binomials, Holm over precisions). acc_norm: of "
+        f"choices, by likelihood per character. {facts.few_shot_text(atlas)}"
     )
     head = ["Task", "Precision", "Correct", "Accuracy", "acc_norm", "Chance", "Against chance"]
     return Table("tasks", "Tasks", note, head, rows, "Not measured: the run was asked for no tasks.")
@@ -236,7 +235,13 @@ def sparsity_table(atlas: Atlas) -> Table:
 
 def folk_table(atlas: Atlas) -> Table:
     rows = [
-        [f.claim, f.verdict, f.text, interval(f.evidence, unit=True) if f.evidence else "", words.p_value(f.p_value)]
+        [
+            f.claim,
+            f.verdict,
+            f.text,
+            interval(f.evidence, unit=True) if f.evidence else "",
+            words.p_value(f.p_value, f.p_is_bound),
+        ]
         for f in atlas.findings
         if f.topic == "folk"
     ]
@@ -253,11 +258,18 @@ DEFINITIONS = {
     "in a 2-bit model",
     "criticality": "a layer's share of the damage ÷ its share of the weights; 1 means as harmful as its size",
     "critical": "the interval of the criticality lies above 1",
-    "safe": "the interval lies below 1, and the layer's measured damage is within the tolerance that the user set",
-    "uncertain": "neither: the interval holds 1, or lies below it with damage above the tolerance",
+    "safe": "the interval lies below 1, and the damage of lowering the layer alone is within the tolerance that the user set; which of these "
+    "layers are safe together was measured, too",
+    "light": "the interval lies below 1, but the damage is not shown to be within the tolerance: less harmful than its size, not harmless",
+    "uncertain": "the interval holds 1",
+    "zone": "critical, where its interval lies above 1 and its layers are critical or uncertain; safe, where all its layers are safe together; "
+    "light, where they are safe or light",
     "code bits": "bits of the codes alone, per quantized weight",
     "stored bits": "all bytes of the quantized modules × 8 / their weights: codes, scales, zero-points, padding",
-    "interval": "95%, by bootstrap over sequences or problems, never over tokens or heads; Wilson for k/n",
+    "interval": "95%, by bootstrap over sequences or problems, never over tokens or heads, and over blocks of rows where rows of one text "
+    "depend on each other; Wilson for k/n",
+    "better, no worse shown, worse": "a plan beside the simple plans of its size: the interval of the paired difference lies below 0 for each; "
+    "neither; above 0 for some, corrected for their number",
     "entropy": "mean over rows with at least 8 keys of H(A)/ln n, sink keys removed, 0..1",
     "head specialization": "share of heads with a recognized role (previous token, duplicate, induction, retrieval): "
     "κ ≥ 0.3 and p < 5% after Benjamini-Hochberg",
@@ -282,6 +294,7 @@ def provenance_table(atlas: Atlas) -> Table:
         ["quantizer", atlas.quantizer],
         ["formats", ", ".join(atlas.formats)],
         ["text", f"{tokens.source}, rows of {tokens.row_length} tokens; {facts.text_facts(tokens)}"],
+        ["intervals over rows", facts.generalizes(tokens)],
     ]
     for name, split in tokens.splits.items():
         rows.append([f"{name} rows", f"{split.rows:,} rows, {split.tokens:,} tokens, sha256 {split.sha256}"])
