@@ -221,7 +221,7 @@ def test_value_and_down_have_to_exceed_the_greatest_other_kind():
     said = value_and_down(modules, rows)
     assert said.verdict == "does not hold"
     assert "(k_proj); the lesser minus that" in said.text
-    tied = value_and_down(modules, quadratic_rows(0.02 * np.array([1.3, 1.3, 0.2, 0.2, 1.3]), np.zeros((5, 5)), 48, seed=1))
+    tied = value_and_down(modules, quadratic_rows(0.02 * np.array([1.3, 1.3, 0.2, 0.2, 1.3]), np.zeros((5, 5)), 48, seed=3))
     assert tied.verdict == "inconclusive"
 
 

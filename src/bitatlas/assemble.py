@@ -158,7 +158,9 @@ def text_rows(modules: Sequence[Module], settings: Settings, found: Measurements
 
     def of(screen: TaskScreen, name: str) -> LayerRows:
         layers = screen.layers
-        return LayerRows(screen.widths[high], screen.widths[low], layers.lowered, layers.raised, weights, high, low, name)
+        return LayerRows(
+            screen.widths[high], screen.widths[low], layers.lowered, layers.raised, weights, high, low, name, blocks=screen.blocks
+        )
 
     texts: dict[str, TaskRows] = {
         task: (screen.widths, of(screen, f"text:{task}")) for task, screen in found.task_screens.items()

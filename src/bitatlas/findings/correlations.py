@@ -144,8 +144,8 @@ def correlations(measures: Mapping[str, Floats], shares: Shares, sizes: Floats |
         if len(values) < 3 or np.ptp(values) == 0:
             continue
         ends = None
-        if shares.rows.rows > 1:
-            low, high = percentile_interval(spearman(values, shares.resampled / sizes), shares.rows.rows)
+        if shares.rows.independent >= 2:
+            low, high = percentile_interval(spearman(values, shares.resampled / sizes), shares.rows.independent)
             ends = (float(low), float(high))
         found.append(Correlation(name, float(spearman(values, shares.mean / sizes)), ends, len(values)))
     return found

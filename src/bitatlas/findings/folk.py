@@ -16,7 +16,7 @@ from collections.abc import Collection, Mapping, Sequence
 import numpy as np
 from numpy.typing import ArrayLike
 
-from bitatlas.evaluation.bootstrap import percentile_interval, resample_means, two_sided_p
+from bitatlas.evaluation.bootstrap import block_count, percentile_interval, resample_means, two_sided_p
 from bitatlas.findings.correlations import Floats, cannot_tell, side
 from bitatlas.findings.shares import Shares
 from bitatlas.records import Correlation, Finding, Measured, TaskScore
@@ -124,7 +124,7 @@ def early_is_safe(shares: Shares, tolerance: float) -> Finding:
         f"{number(shares.criticality(second)[0])}, difference {interval(effect, unit=True)}.{_rests_text(single, seen != OPEN)} "
         f"Its part of the damage is {interval(damage, unit=True)}, {within} the tolerance of {given(tolerance)}{_worst(shares, first)}."
     )
-    return Finding("folk", EARLY, verdict, text, effect, two_sided_p(resampled, 0.0, shares.rows.rows))
+    return Finding("folk", EARLY, verdict, text, effect, two_sided_p(resampled, 0.0, shares.rows.independent))
 
 
 def _worst(shares: Shares, layers: Sequence[int]) -> str:
@@ -152,7 +152,7 @@ def late_is_critical(shares: Shares) -> Finding:
         f"{how} its size: criticality {interval(criticality, unit=True)}, {interval(between(shares, last, others)[0], unit=True)} more than "
         f"that of the others.{_rests_text(single, seen != OPEN)}"
     )
-    p = two_sided_p(resampled, 1.0, shares.rows.rows)
+    p = two_sided_p(resampled, 1.0, shares.rows.independent)
     return Finding("folk", LATE, OPEN if single else seen, text, criticality, p)
 
 
@@ -184,7 +184,7 @@ def least_minus_greatest(
     ratios = [[shares.criticality(group) for group in groups] for groups in (some, others)]
     means = np.array([a[0] - b[0] for a in ratios[0] for b in ratios[1]])  # [pairs]
     resampled = np.stack([a[1] - b[1] for a in ratios[0] for b in ratios[1]], axis=1)  # [resamples, pairs]
-    rows = shares.rows.rows
+    rows = shares.rows.independent
     low = float(np.min(percentile_interval(resampled, rows)[0]))
     error = resampled.std(axis=0)
     below = np.divide(means - resampled, error, out=np.zeros_like(resampled), where=error > 0).max(axis=1)  # [resamples]
@@ -195,7 +195,9 @@ def least_minus_greatest(
     p_above = max(two_sided_p(one, 0.0, rows) if mean > 0 else 1.0 for mean, one in zip(means, resampled.T, strict=True))
     needed = float(np.divide(-means, error, out=np.zeros_like(means), where=error > 0).max())  # standard errors below 0
     p_below = two_sided_p(below, needed, rows) if needed > np.median(below) else 1.0
-    return Measured(effect.mean, (low, high), effect.unit, effect.base, effect.rows, effect.n), min(p_above, p_below)
+    return Measured(effect.mean, (low, high), effect.unit, effect.base, effect.rows, effect.n, effect.blocks), min(
+        p_above, p_below
+    )
 
 
 # --- measures that mark critical layers --------------------------------------------------------------------------------
@@ -216,7 +218,15 @@ def _marks(claim: str, one: Correlation | None, name: str, wanted: int, family: 
     if why := _unfit(shares, 4) or one.not_tested:
         return not_tested("folk", claim, why)
     assert one.q_value is not None
-    effect = Measured(one.rho, one.ci95, "rank correlation", shares.rows.both_bases, shares.rows.split, shares.rows.rows)
+    effect = Measured(
+        one.rho,
+        one.ci95,
+        "rank correlation",
+        shares.rows.both_bases,
+        shares.rows.split,
+        shares.rows.rows,
+        block_count(shares.rows.blocks),
+    )
     verdict = {wanted: HOLDS, -wanted: FAILS, 0: OPEN}[side(one)]
     text = (
         f"Rank correlation of {name} with criticality over {one.n} layers: {interval(effect)}, the interval over rows, for these layers. "

@@ -79,7 +79,7 @@ def _welch_p(own: Shares, general: Shares | None, layer: int) -> float:
     means, variances, free = [], [], []
     for shares in (own, general):
         mean, resampled = shares.criticality([layer])
-        rows = shares.rows.rows
+        rows = shares.rows.independent
         means.append(mean)
         variances.append(float(resampled.var()) * rows / (rows - 1))  # a bootstrap's variance is short by that
         free.append(rows - 1)
@@ -95,7 +95,7 @@ def _agreement(own: Shares, general: Shares) -> Correlation:
     weights = own.rows.weights
     rho = spearman_by_row(own.mean[None] / weights, general.mean[None] / weights)
     resampled = spearman_by_row(own.resampled / weights, general.resampled / weights)
-    low, high = percentile_interval(resampled, min(own.rows.rows, general.rows.rows))
+    low, high = percentile_interval(resampled, min(own.rows.independent, general.rows.independent))
     return Correlation(AGREEMENT, float(rho[0]), (float(low), float(high)), own.rows.layers)
 
 

@@ -31,6 +31,7 @@ class TaskScreen:
 
     widths: dict[str, np.ndarray]
     layers: LayerScreen
+    blocks: list[int] | None = None  # of each row; None: rows are independent
 
 
 def screen_tasks(
@@ -51,7 +52,10 @@ def screen_text(
 
 def general_rows(test: Tensor, length: int) -> Tensor:
     """The first `length` tokens of test rows, spread over all of them; all rows where they are no longer (they were measured already)."""
-    if test.shape[1] <= length:
-        return test
-    chosen = np.unique(np.linspace(0, len(test) - 1, min(GENERAL_ROWS, len(test))).round().astype(np.int64))
-    return test[chosen, :length]
+    return test if test.shape[1] <= length else test[general_index(test, length), :length]
+
+
+def general_index(test: Tensor, length: int) -> np.ndarray:
+    """Which test rows those are: int64 [rows], ascending."""
+    count = len(test) if test.shape[1] <= length else min(GENERAL_ROWS, len(test))
+    return np.unique(np.linspace(0, len(test) - 1, count).round().astype(np.int64))
