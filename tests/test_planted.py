@@ -10,7 +10,6 @@ import torch
 from torch import Tensor
 
 import tiny
-from bitatlas.checkpoint import decoder_layers
 from bitatlas.findings.ablation import ablation_record
 from bitatlas.journal import Journal
 from bitatlas.profiles.ablation import Removal, ablate
@@ -91,7 +90,7 @@ def test_even_attention_has_the_entropy_of_its_keys(profiled: AttentionResult) -
 
     model = planted_model()
     with eager(model):
-        run_captured(model, decoder_layers(model), rows, read)
+        run_captured(model, rows, read)
     exact = sum(math.log(keys) for keys in range(LEAST_KEYS, rows.shape[1])) / (rows.shape[1] - LEAST_KEYS)
     assert found[0][:, EVEN[1]].tolist() == pytest.approx([exact] * len(rows), abs=1e-5)
     entropy = {(head.layer, head.head): head.entropy for head in profiled.heads}

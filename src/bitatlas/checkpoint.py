@@ -320,13 +320,9 @@ def check_causal(model: PreTrainedModel, name: str) -> None:
     try:
         with _quiet():
             logits = model(input_ids=ids, use_cache=False).logits[:, :-1].float()  # [2, tokens - 1, vocabulary]
-    except (
-        TypeError,
-        ValueError,
-        AttributeError,
-        KeyError,
-        IndexError,
-    ) as error:  # each family misses in its own way what is not text
+    except (UserError, MemoryError, torch.OutOfMemoryError):
+        raise
+    except Exception as error:  # each family misses in its own way what is not text
         raise UserError(f"{name}: {type(model).__name__} cannot be run on text alone ({reason_of(error)})") from None
     if (logits[0] - logits[1]).abs().max() > CAUSAL_TOLERANCE * logits.abs().max():
         raise UserError(f"{name}: {type(model).__name__} reads ahead, so it is not a causal language model")
@@ -398,12 +394,14 @@ def linear_modules(model: nn.Module, layers_path: str, fuse: bool, left_out: Col
 
 
 def is_router(path: str, outputs: int, experts: Collection[int]) -> bool:
-    """Does a linear module choose the way (the scores of experts, one number that weighs an expert)? A few weights, kept by every runtime.
+    """Does a linear module choose the way (the scores of experts, one number that weighs an expert, the index of keys that are looked at)?
+
+    Such choices have no gradient, and they are a few weights that every runtime keeps.
 
     experts: numbers of experts in the config. An MLP's `gate_proj` is no router.
     """
     words = path.split(".")
-    if outputs == 1 or any("router" in word for word in words):
+    if outputs == 1 or any("router" in word or "indexer" in word for word in words):
         return True
     return any(word == "gate" or word.endswith("_gate") for word in words) and (
         outputs in experts or ("gate" in words and not experts)

@@ -21,7 +21,7 @@ import torch
 from torch import Tensor, nn
 
 from bitatlas.checkpoint import decoder_layers
-from bitatlas.layerwise import Call, Shared, enter, forked, run_layer
+from bitatlas.layerwise import Call, Shared, enter, forked, rows_and_tokens, run_layer
 from bitatlas.profiles.capture import capturing
 from bitatlas.profiles.maps import js_distance, mean_where, strip_sinks, usable_queries
 from bitatlas.streaming import held
@@ -59,7 +59,7 @@ def in_step(
     with capturing(model, partial(_keep, found)):
         for index, (layer, _) in enumerate(zip(layers, start.calls, strict=False)):
             found.clear()
-            before = (reference, moved)
+            before = rows_and_tokens(model, reference), rows_and_tokens(model, moved)
             local = forked(of_reference)
             with held(model, index):
                 following = run_layer(layer, reference, start.call(index, of_reference))
