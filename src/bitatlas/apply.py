@@ -209,7 +209,8 @@ def draw(plan: Plan, checkpoint: Checkpoint, skeleton: nn.Module, shard_bytes: i
             "any, so that no packed checkpoint of it loads; bitatlas export writes what other runtimes read"
         )
     packed = {name: _prefix(conversion, name) for name in plan.modules if name not in whole}
-    made = _made(plan, skeleton, conversion)
+    other = _named_conversion(checkpoint, conversion, entries)
+    made = _made(plan, skeleton, conversion, other)
     taken = {f"{name}.weight" for name in plan.modules} | set(made)
     gone = {key for parameter in taken for key in conversion.origins[parameter].all_keys}
     copied = [key for key in entries if key not in gone]
@@ -232,22 +233,24 @@ def draw(plan: Plan, checkpoint: Checkpoint, skeleton: nn.Module, shard_bytes: i
     shards = cut(wanted, shard_bytes)
     causes["headers of the files"] = sum(len(shard.header) for shard in shards)
     told = {name: count for name, count in causes.items() if count}
-    aliases = aliases_of(checkpoint, conversion, packed, entries)
+    aliases = _aliases(packed, conversion, other) if other else {}
     return Blueprint(sources, conversion, packed, whole, copied, made, shards, told, aliases)
 
 
-def aliases_of(
-    checkpoint: Checkpoint, conversion: Conversion, names: Iterable[str], entries: Mapping[str, Entry]
-) -> dict[str, str]:
-    """Module -> its name in the model class that the config names, of those that are called otherwise there.
+def _named_conversion(checkpoint: Checkpoint, conversion: Conversion, entries: Mapping[str, Entry]) -> Conversion | None:
+    """Of the model class that the config names, where that is another one than the skeleton's.
 
     A checkpoint that also sees is opened as its text part where transformers has a class for that: one file, two names.
     """
     kind = named_class(checkpoint.config)
     if kind is None or kind is conversion.kind:
-        return {}
+        return None
     with torch.device("meta"):
-        other = conversion_of(kind(checkpoint.config), entries)
+        return conversion_of(kind(checkpoint.config), entries)
+
+
+def _aliases(names: Iterable[str], conversion: Conversion, other: Conversion) -> dict[str, str]:
+    """Module -> its name in the other class, of those that are called otherwise there."""
     found = {}
     for name in names:
         key = conversion.key(f"{name}.weight")
@@ -275,7 +278,9 @@ def _meta(conversion: Conversion, parameter: str, entries: Mapping[str, Entry]) 
     return conversion.read(parameter, lambda key: _empty(entries[key]))
 
 
-def _made(plan: Plan, skeleton: nn.Module, conversion: Conversion) -> dict[str, dict[str, Callable[[Tensor], Tensor]]]:
+def _made(
+    plan: Plan, skeleton: nn.Module, conversion: Conversion, other: Conversion | None
+) -> dict[str, dict[str, Callable[[Tensor], Tensor]]]:
     """What is written otherwise than it is stored, planned modules apart (see `Blueprint.made`)."""
     planned = {f"{name}.weight" for name in plan.modules}
     again = {name for name in conversion.made if conversion.target(name)[1]}  # a rule takes its own result: the tensors stay
@@ -286,7 +291,17 @@ def _made(plan: Plan, skeleton: nn.Module, conversion: Conversion) -> dict[str, 
         cuts = pieces(module, path)
         for parameter in {source: None for source, _ in cuts.values()}:
             made[parameter] = {name: how for name, (source, how) in cuts.items() if source == parameter}
+    if other:
+        made = {p: {_known_to_both(name, p, conversion, other): how for name, how in parts.items()} for p, parts in made.items()}
     return made
+
+
+def _known_to_both(name: str, parameter: str, conversion: Conversion, other: Conversion) -> str:
+    """What the tensor `name`, made of `parameter`, is called in the other class, where that name leads to it in this one, too."""
+    there, _ = other.target(conversion.origins[parameter].all_keys[0])
+    parent = parameter.rpartition(".")[0]
+    renamed = there.rpartition(".")[0] + name.removeprefix(parent)
+    return renamed if conversion.target(renamed, [name])[0] == name else name
 
 
 def _whole_entry(name: str, conversion: Conversion, entries: Mapping[str, Entry]) -> Entry:

@@ -108,38 +108,42 @@ def unpackable(model: Any, names: Iterable[str]) -> list[str]:
     In a packed module there is no `weight` until the first pass, so such a folder does not load. The initialization is run as if all
     of them were packed; what it cannot do without is given back to it.
     """
-    asked: list[str] = []
-    changed = {name: _take_weight(model.get_submodule(name), name, asked) for name in names}
+    changed = {name: _take_weight(model.get_submodule(name), name) for name in names}
     found: list[str] = []
     try:
         for module in model.modules():
-            while not _initialized(model, module) and asked and asked[-1] in changed:
-                changed.pop(asked[-1])()
-                found.append(asked[-1])
+            while name := _read_early(model, module):
+                changed.pop(name)()
+                found.append(name)
     finally:
         for give_back in changed.values():
             give_back()
     return found
 
 
-def _initialized(model: Any, module: nn.Module) -> bool:
-    """Did it go without the weights that are not there?"""
+class _ReadEarlyError(AttributeError):
+    """The weight of the module with this name was wanted. What asks whether there is one gets its answer and goes on."""
+
+
+def _read_early(model: Any, module: nn.Module) -> str | None:
+    """The module whose weight the initialization of `module` could not do without."""
     try:
         model._init_weights(module)
-    except AttributeError:
-        return False
+    except _ReadEarlyError as error:
+        return str(error)
     except Exception:  # of tensors without data; the finished folder is loaded anyway
-        return True
-    return True
+        return None
+    return None
 
 
-def _take_weight(module: nn.Module, name: str, asked: list[str]) -> Callable[[], None]:
-    """`module` has no `weight` from now on and notes in `asked` that it was wanted, until what is returned is called."""
+def _take_weight(module: nn.Module, name: str) -> Callable[[], None]:
+    """`module` has no `weight` until what is returned is called."""
     kind, parameters = type(module), dict(module._parameters)
 
-    def wanted(_: nn.Module) -> Tensor:
-        asked.append(name)
-        raise AttributeError("weight")
+    def missing(owner: nn.Module, attribute: str) -> Any:
+        if attribute == "weight":
+            raise _ReadEarlyError(name)
+        return kind.__getattr__(owner, attribute)
 
     def give_back() -> None:
         module.__class__ = kind
@@ -147,7 +151,7 @@ def _take_weight(module: nn.Module, name: str, asked: list[str]) -> Callable[[],
         module._parameters.update(parameters)
 
     del module._parameters["weight"]
-    module.__class__ = type(kind.__name__, (kind,), {"weight": property(wanted)})
+    module.__class__ = type(kind.__name__, (kind,), {"__getattr__": missing})
     return give_back
 
 
