@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from pathlib import Path
 
 import numpy as np
@@ -9,6 +10,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
 from bitatlas.apply import apply_plan
@@ -181,6 +183,22 @@ def test_a_float32_gguf_is_the_model_as_transformers_reads_it(family: str, chang
     with torch.no_grad():
         difference = (checkpoint.load_model()(ids).logits - read(ids).logits).abs().max()
     assert float(difference) <= 1e-5
+
+
+@pytest.mark.parametrize("same", [True, False])
+def test_a_head_that_the_config_ties_and_the_file_stores_otherwise_is_written(same: bool, tiny_llama: Path, tmp_path: Path):
+    """And what transformers passes over has no place in it."""
+    folder = Path(shutil.copytree(tiny_llama, tmp_path / "model"))
+    tensors = load_file(folder / "model.safetensors")
+    embedding = tensors["model.embed_tokens.weight"]
+    more = {"lm_head.weight": embedding.clone() if same else 2 * embedding, "counter": torch.ones(1, dtype=torch.uint32)}
+    save_file({**tensors, **more}, folder / "model.safetensors", metadata={"format": "pt"})
+    names = [part.name for part in draw(open_checkpoint(str(folder)), None).parts]
+    assert (
+        ("output.weight" in names) != same
+        and "token_embd.weight" in names
+        and len(names) == len(set(names)) == len(tensors) + (not same)
+    )
 
 
 def test_models_that_are_not_written_are_told_what_to_do(tmp_path: Path):

@@ -181,7 +181,7 @@ def test_budgets_are_kept(budget: Budget, surveyed: Path, tiny_llama: Path, text
         assert again.damage.measured is None
 
 
-@pytest.mark.parametrize("seed", [0, 3])
+@pytest.mark.parametrize("seed", [3])
 def test_no_change_of_a_unit_is_measured_twice(tiny_llama: Path, text: Path, tmp_path: Path, monkeypatch, seed: int):
     """The search asks for what the screen of units measured: with the screen's seed, so that it finds it in the journal."""
     measured: Counter[tuple[object, ...]] = Counter()
@@ -194,9 +194,9 @@ def test_no_change_of_a_unit_is_measured_twice(tiny_llama: Path, text: Path, tmp
         yield from measure(meter, base, swaps, batches, own_seed)
 
     monkeypatch.setattr(interactions, "_measured", counted)
-    changes = {"seed": seed, "rows": "2,2,2", "curve": False}
+    changes = {"seed": seed, "rows": "2,2,2", "row_length": 16, "curve": False, "fuse": True}
     run_survey(settings_for(tiny_llama, text, **changes), tmp_path / "out", False, QUIET)
-    assert len(measured) >= 2 * 21 and set(measured.values()) == {1}
+    assert len(measured) >= 2 * 12 and set(measured.values()) == {1}
 
 
 def test_verify_keeps_and_breaks_promises(surveyed: Path, tiny_llama: Path, tmp_path: Path):

@@ -16,11 +16,15 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 from transformers import AutoModelForCausalLM
 
+from bitatlas.apply import apply_plan
 from bitatlas.checkpoint import Checkpoint, check_finite, open_checkpoint, open_model
 from bitatlas.errors import UserError
+from bitatlas.files import to_json
 from bitatlas.folder import find_folder, weight_files
 from bitatlas.formats import get_format, stored_bytes
 from bitatlas.planning.budget import size_of
+from bitatlas.progress import Reporter
+from bitatlas.records import Budget, Plan, PlanDamage, PlanModel
 from tiny import make_checkpoint
 
 WEIGHTS, INDEX = "model.safetensors", "model.safetensors.index.json"
@@ -302,3 +306,26 @@ def test_sizes_of_mixed_dtypes_are_exact(small: Path, data: st.DataObject):
     assert size_of(checkpoint.modules, {}, info).total_bytes == info.total_bytes
     bits = 8 * sum(tensors[name].nbytes for name in linear)
     assert size_of(checkpoint.modules, {}, info).stored_bits == bits / info.quantizable_weights
+
+
+@pytest.mark.parametrize("seed", [0, 1])
+def test_a_packed_checkpoint_of_mixed_dtypes_has_the_bytes_that_were_promised(small: Path, tmp_path: Path, seed: int):
+    """To the byte; what a packed tensor takes beside the plan's count is told by name, and no other cause is left."""
+    pytest.importorskip("compressed_tensors")
+    generator = torch.Generator().manual_seed(seed)
+    folder = Path(shutil.copytree(small, tmp_path / "model"))
+    draw = torch.randint(1, len(DTYPES), (100,), generator=generator).tolist()
+    tensors = {name: t.to(DTYPES[draw.pop()]) for name, t in load_file(folder / WEIGHTS).items()}
+    save({**tensors, "counter": torch.ones(3, dtype=torch.uint32)}, folder / WEIGHTS)
+    checkpoint = open_checkpoint(str(folder), fuse=False)
+    modules = {module.name: "int4_g32" for module in checkpoint.modules if draw.pop() % 2}
+    size = size_of(checkpoint.modules, modules, checkpoint.info)
+    info = PlanModel(checkpoint.info.name, None, checkpoint.info.weights_sha256)
+    table = {"int4_g32": get_format("int4_g32")}
+    plan = Plan(info, table, "rtn", modules, Budget("size", float(size.total_bytes)), size, PlanDamage(None, None))
+    (tmp_path / "plan.json").write_text(to_json(plan), encoding="utf-8")
+    result = apply_plan(str(folder), tmp_path / "plan.json", tmp_path / "packed", Reporter(quiet=True))
+    written = sum(tensor.nbytes for file in weight_files(result.out) for tensor in load_file(file).values())
+    headers = result.causes.pop("headers of the files")
+    assert result.promised_bytes + sum(result.causes.values()) == written == result.disk_bytes - headers
+    assert "tensors of more than one dtype" not in result.causes

@@ -39,6 +39,7 @@ from bitatlas.llamacpp.names import (
 )
 from bitatlas.llamacpp.vocabulary import Vocabulary, add_vocabulary, vocabulary_of
 from bitatlas.quantizers.codes import Blocks
+from bitatlas.reader import Reader
 from bitatlas.records import Plan
 
 PLAN_KEY = "bitatlas.plan"
@@ -99,11 +100,12 @@ def draw(checkpoint: Checkpoint, plan: Plan | None, kind: str | None = None) -> 
         for module in checkpoint.modules:
             if module.name in planned:
                 check_rows([module], [planned[module.name]])
-    parts = [part for file in checkpoint.files for part in _parts(file, config, planned, kind)]
+    parts = [part for file in checkpoint.files for part in _parts(file, checkpoint, planned, kind)]
     names = Counter(part.name for part in parts)
-    if getattr(config, "tie_word_embeddings", False):
+    keys = {part.name: part.key for part in parts}
+    if getattr(config, "tie_word_embeddings", False) and _same_head(checkpoint, keys):
         parts = [part for part in parts if part.name != "output.weight"]  # llama.cpp takes the embedding where there is none
-    lost = sorted(set(planned) - {part.module for part in parts})
+    lost = sorted(set(planned) - {part.module for part in parts}) or ["token_embd.weight"] * ("token_embd.weight" not in keys)
     if lost or max(names.values()) > 1:
         what = lost[0] if lost else names.most_common(1)[0][0]
         raise UserError(f"--to llama.cpp: the checkpoint stores {what} in a way that is not followed here; {CONVERT}")
@@ -114,9 +116,18 @@ def draw(checkpoint: Checkpoint, plan: Plan | None, kind: str | None = None) -> 
     return Blueprint(architecture, sorted(parts, key=_place), vocabulary, note)
 
 
-def _parts(file: Path, config: Any, planned: Mapping[str, str], kind: str | None) -> Iterable[Part]:
+def _same_head(checkpoint: Checkpoint, keys: Mapping[str, str]) -> bool:
+    """Is the head that is stored beside the embedding the same, as the config says? Names in a GGUF -> in the files."""
+    if not {"output.weight", "token_embd.weight"} <= set(keys):
+        return False
+    reader = Reader(checkpoint.files)
+    return torch.equal(reader.read(keys["output.weight"]), reader.read(keys["token_embd.weight"]))
+
+
+def _parts(file: Path, checkpoint: Checkpoint, planned: Mapping[str, str], kind: str | None) -> Iterable[Part]:
+    config = checkpoint.config.get_text_config()
     for key, entry in read_header(file).items():
-        if key == "__metadata__" or key.endswith("rotary_emb.inv_freq"):
+        if key not in checkpoint.loaded:
             continue
         name, shape = tensor_name(key), tuple(entry["shape"])
         if name is None or entry["dtype"] not in KINDS:
