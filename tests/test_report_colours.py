@@ -16,7 +16,7 @@ APART = 18.0  # CIE 1976; a difference that is just seen is 2.3
 STEPS_APART = 7.0  # between neighbouring shades of bits, which carry their number, too
 
 SETS = {
-    "verdicts": ("critical", "safe", "uncertain"),
+    "verdicts": ("critical", "safe", "light", "uncertain"),
     "precisions": ("low", "high", "plan", "ink"),
     "plans": ("plan", "ink", "baseline", "muted"),
     "signs of an interaction": ("heat", "bits"),

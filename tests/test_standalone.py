@@ -63,7 +63,7 @@ def test_the_legend_is_drawn_inside_the_picture(drawings: dict[str, str]):
     root = ElementTree.fromstring(drawings["criticality"])
     _, _, width, height = map(float, root.get("viewBox").split())
     words = {node.text: (float(node.get("x")), float(node.get("y"))) for node in root.iter(f"{SVG}text")}
-    for meaning in ("critical", "safe", "uncertain"):
+    for meaning in ("critical", "safe", "light", "uncertain"):
         x, y = words[meaning]
         assert 0 <= x < width - 60 and y < height - standalone.MARGIN
 

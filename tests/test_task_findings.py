@@ -129,4 +129,7 @@ def test_few_items_hold_nothing_and_lose_nothing():
     nothing = np.zeros(20, bool)
     _, pairs = compare_all({"t": {"reference": nothing, "uniform:int2_g64": nothing}}, {"t": 0.25})
     (finding,) = width_findings(pairs)
+    assert finding.verdict == "below chance"  # none of 20, where guessing gets 5
+    _, pairs = compare_all({"t": {"reference": nothing[:8], "uniform:int2_g64": nothing[:8]}}, {"t": 0.25})
+    (finding,) = width_findings(pairs)
     assert finding.verdict == "at chance"

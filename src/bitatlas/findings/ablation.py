@@ -23,6 +23,7 @@ if TYPE_CHECKING:
     from bitatlas.profiles.ablation import Removal
 
 ROWS = "repeated random tokens"
+RARE = 0.05  # a random set that does as much, counted with the named heads as one of them
 SECOND = 1  # half of a sequence, on the last axis of the losses
 
 Floats = NDArray[np.float64]
@@ -82,14 +83,16 @@ def _finding(one: Ablation) -> Finding:
         f"({one.as_harmful} of {one.draws} random {'sets do' if many else 'heads do'} at least as much). "
         f"Difference: {interval(one.effect, unit=True)}."
     )
-    return Finding("attention", claim, verdict_of(one.effect), text, one.effect)
+    return Finding("attention", claim, verdict_of(one), text, one.effect)
 
 
-def verdict_of(effect: Measured) -> str:
-    """Holds where the whole interval is above 0, does not hold where it is below."""
-    if effect.ci95 is None:
+def verdict_of(one: Ablation) -> str:
+    """Holds where the whole interval is above 0 and few random sets do as much, does not hold where the interval is below."""
+    if one.effect is None or one.effect.ci95 is None:
         return OPEN
-    return HOLDS if effect.ci95[0] > 0 else FAILS if effect.ci95[1] < 0 else OPEN
+    low, high = one.effect.ci95
+    rare = (one.as_harmful + 1) / (one.draws + 1) <= RARE
+    return HOLDS if low > 0 and rare else FAILS if high < 0 else OPEN
 
 
 def head_names(heads: Sequence[Sequence[int]], most: int = 6) -> str:

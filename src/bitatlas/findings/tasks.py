@@ -197,8 +197,8 @@ def width_findings(pairs: Sequence[TaskPair]) -> list[Finding]:
         word = (
             best.format
             if best
-            else AT_CHANCE
-            if len(named[AT_CHANCE]) == len(widths)
+            else (BELOW_CHANCE if named[BELOW_CHANCE] else AT_CHANCE)
+            if len(named[AT_CHANCE]) + len(named[BELOW_CHANCE]) == len(widths)
             else LOST
             if len(named[LOST]) == len(widths)
             else OPEN

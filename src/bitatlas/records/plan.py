@@ -125,7 +125,7 @@ class Plan:
     baselines: list[Baseline] = field(default_factory=list)
     recommended: bool | None = None  # better than its baselines on test rows, or the smallest of equals; None: not judged
     verdict: str = ""
-    standing: str = ""  # "better", "no worse shown" or "worse" than the baselines; "": not judged, or before these words
     solver: dict[str, Any] = field(default_factory=dict)
     codes: str = ""  # whose quantized weights were measured: quantizer, its version, and the hash of the rows it was fitted on
+    standing: str = ""  # "better", "no worse shown" or "worse" than the baselines; "": not judged, or before these words
     schema: str = PLAN_SCHEMA

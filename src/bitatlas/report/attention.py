@@ -118,7 +118,7 @@ def ablation_table(atlas: Atlas) -> Table:
             interval(one.added_by_chance),
             f"{one.as_harmful} of {one.draws}" if one.draws else words.NOT_MEASURED,
             interval(one.effect),
-            verdict_of(one.effect) if one.effect else f"not tested: {one.not_tested}",
+            verdict_of(one) if one.effect else f"not tested: {one.not_tested}",
         ]
         for one in atlas.ablations
     ]

@@ -1,0 +1,40 @@
+"""Words on task scores: above, at and below chance, falls, no loss."""
+
+from __future__ import annotations
+
+import numpy as np
+
+from bitatlas.evaluation.paired import compare_all
+from simulations import Simulation
+
+ITEMS, CHANCE = 200, 0.25
+PRECISIONS = ("reference", "uniform:int4_g64", "uniform:int2_g64", "plan")
+
+
+def told(shares: tuple[float, ...], flips: float, seed: int) -> list[str]:
+    """Verdicts of all pairs of one task, and words of its scores. shares: right at each precision; `flips`: of the items, drawn anew."""
+    rng = np.random.default_rng(seed)
+    hard = rng.random(ITEMS)
+    right = {
+        name: np.where(rng.random(ITEMS) < flips, rng.random(ITEMS), hard) < share
+        for name, share in zip(PRECISIONS, shares, strict=True)
+    }
+    scores, pairs = compare_all({"t": right}, {"t": CHANCE})
+    words = ["above chance" for one in scores if one.above_chance] + ["below chance" for one in scores if one.below_chance]
+    return [pair.verdict for pair in pairs] + words
+
+
+def says(shares: tuple[float, ...], flips: float, word: str, seed: int) -> bool:
+    return any(one.startswith(word) for one in told(shares, flips, seed))
+
+
+SIMULATIONS = [
+    Simulation("… is above chance", "four precisions that guess", lambda seed: says((CHANCE,) * 4, 0.5, "above chance", seed)),
+    Simulation("below chance", "four precisions that guess", lambda seed: says((CHANCE,) * 4, 0.5, "below chance", seed)),
+    Simulation("falls", "four precisions that are equally good", lambda seed: says((0.7,) * 4, 0.3, "falls", seed)),
+    Simulation(
+        "no loss within 2 points",
+        "every precision loses 2 points",
+        lambda seed: says((0.9, 0.88, 0.88, 0.88), 0.02, "no loss", seed),
+    ),
+]
