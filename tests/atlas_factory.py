@@ -11,6 +11,7 @@ from dataclasses import dataclass, field
 import numpy as np
 
 from atlas_tasks import pairs_of, scores
+from bitatlas.findings.sparsity import sparsity_of
 from bitatlas.formats import FORMATS, stored_bytes
 from bitatlas.records import (
     Ablation,
@@ -116,7 +117,7 @@ def make_atlas(recipe: Recipe | None = None) -> Atlas:
         ],
         layers=layers,
         zones=_zones(recipe, layers, plan, modules),
-        weights=[_weights(recipe, rng, module) for module in modules],
+        weights=(weights := [_weights(recipe, rng, module) for module in modules]),
         attention=_attention(recipe, rng) if recipe.attention else [],
         heads=_heads(recipe, rng) if recipe.attention else [],
         tasks=[score for task in recipe.tasks for score in scores(recipe, task)],
@@ -124,9 +125,9 @@ def make_atlas(recipe: Recipe | None = None) -> Atlas:
         plan=plan,
         curve=[*_curve(recipe, modules, info, plan), *map(_point, plans)],
         correlations=[
-            Correlation("sparsity", -0.21, (-0.66, 0.34), recipe.layers),
-            Correlation("relative error at the low format", 0.74, (0.39, 0.91), recipe.layers),
-            Correlation("attention entropy", 0.08, None, recipe.layers),
+            Correlation("sparsity", -0.21, (-0.66, 0.34), recipe.layers, 0.44, 0.66),
+            Correlation("relative error at the low format", 0.74, (0.39, 0.91), recipe.layers, 0.00005, 0.00015),
+            Correlation("attention entropy", 0.08, None, recipe.layers, not_tested="it was made up"),
         ],
         findings=_findings(recipe, layers, pairs),
         notes=recipe.notes,
@@ -137,6 +138,7 @@ def make_atlas(recipe: Recipe | None = None) -> Atlas:
         shapley=_shapley(recipe, layers),
         ablations=_ablations() if recipe.attention else [],
         interactions=_interactions(recipe, modules),
+        sparsity=sparsity_of(weights, recipe.layers),
         head_maps=_head_maps() if recipe.attention else [],
         plans=plans,
     )

@@ -26,5 +26,13 @@ def emptied(atlas: Atlas) -> Atlas:
         name: [] for name in [*lists, "correlations", "unit_correlations", "units", "kinds", "findings", "plans", "head_maps"]
     }
     return dataclasses.replace(
-        atlas, plan=None, interactions=None, calibration=None, shapley=None, unit_damage={}, base_damage={}, **nothing
+        atlas,
+        plan=None,
+        interactions=None,
+        sparsity=None,
+        calibration=None,
+        shapley=None,
+        unit_damage={},
+        base_damage={},
+        **nothing,
     )

@@ -10,20 +10,22 @@ from scipy import stats
 
 from bitatlas.findings import (
     LayerRows,
+    chance_p,
     conclude,
-    correlations,
     folk_findings,
     joint_damage,
+    layer_correlations,
     layer_measures,
     layer_records,
+    marking_rules,
     misfit,
     number_of_zones,
-    permutation_p,
     segmentations,
     shares_of,
     spearman,
     with_low_share,
 )
+from bitatlas.findings.correlations import _shapes, cannot_tell, least_p
 from bitatlas.findings.joint import joint_findings
 from bitatlas.findings.shares import verdict_of
 from bitatlas.findings.zones import _word as zone_word
@@ -279,24 +281,55 @@ def test_rank_correlation_equals_scipy(seed, layers):
     np.testing.assert_allclose(spearman(x, y), expected, atol=1e-12)
 
 
-def test_permutation_p_is_exact_for_few_layers_and_close_for_many():
-    assert permutation_p([1, 2, 3, 4], [1, 2, 3, 4]) == 2 / 24
-    assert permutation_p([1, 2, 3], [1, 1, 1]) == 1.0
-    rng = np.random.default_rng(1)
-    x = rng.normal(size=24)
-    y = x + rng.normal(size=24) * 2
-    # scipy's p is a t approximation, good at 24 layers
-    assert permutation_p(x, y) == pytest.approx(stats.spearmanr(x, y).pvalue, abs=0.015)
+def test_chance_p_of_few_layers_is_every_choice_of_signs():
+    """Oracle: all 2^(L-1) signs of the shapes, surrogates made as curves and correlated with numpy; p counts both sides."""
+    rng = np.random.default_rng(0)
+    x, y = rng.normal(size=(2, 7))
+    ranks = stats.rankdata(y) - 4
+    shapes = _shapes(7)
+    np.testing.assert_allclose(shapes @ shapes.T, np.eye(6), atol=1e-12)
+    np.testing.assert_allclose(shapes.sum(axis=1), 0, atol=1e-12)
+    sizes = shapes @ ranks
+    surrogates = [(np.array(signs) * sizes) @ shapes for signs in itertools.product([1, -1], repeat=6)]
+    rho = [np.corrcoef(stats.rankdata(x), surrogate)[0, 1] for surrogate in surrogates]
+    seen = stats.spearmanr(x, y).statistic
+    assert chance_p(x, y) == np.mean([abs(one) >= abs(seen) - 1e-9 for one in rho])
 
 
-def test_a_measure_that_follows_damage_earns_a_say_and_noise_does_not():
-    first = np.linspace(0.01, 0.05, 12)
-    shares = shares_of(quadratic_rows(first, np.zeros((12, 12)), 48))
+def test_chance_p_knows_that_trends_are_one_observation_and_that_rough_order_is_many():
+    up = np.arange(16.0)
+    rough = np.random.default_rng(5).permutation(up)
+    assert chance_p(up, up) > 0.9  # two trends
+    assert chance_p(up**2, np.sqrt(up)) > 0.05
+    assert chance_p(rough, rough) < 0.001
+    assert chance_p(rough, -rough) == chance_p(rough, rough)
+    assert chance_p([1, 2, 3, 2], [1, 1, 1, 1]) == 1.0
+    assert chance_p([1.0, 2.0], [1.0, 2.0]) == 1.0
+
+
+def test_the_smallest_p_is_reached_and_few_layers_say_that_they_cannot_tell():
+    for layers in (3, 5, 8, 12):
+        alternating = (-1.0) ** np.arange(layers) * np.arange(1, layers + 1)
+        assert chance_p(alternating, alternating) == least_p(layers) == 2 / 2 ** (layers - 1)
+    first = np.array([0.01, 0.06, 0.03, 0.02, 0.05])
+    shares = shares_of(quadratic_rows(first, np.zeros((5, 5)), 48))
+    found = layer_correlations({"sparsity": -first, "depth": np.arange(5.0)}, shares)
+    assert found[0].rho < -0.9
+    assert found[0].q_value == 1 / 8
+    assert cannot_tell(found) == "5 layers cannot tell: the smallest p that they allow is 0.12, for 1 measure at once"
+    assert "5 layers cannot tell" in marking_rules(found, shares)[0].text
+    assert found[1].not_tested
+    assert found[1].q_value is None
+
+
+def test_a_measure_that_follows_damage_is_told_from_one_that_does_not():
+    first = np.random.default_rng(1).permutation(np.linspace(0.01, 0.06, 12))
+    shares = shares_of(quadratic_rows(first, np.zeros((12, 12)), 40))
     measures = {"sparsity": -first, "kurtosis": np.random.default_rng(3).normal(size=12), "constant": np.ones(12)}
-    found = {one.measure: one for one in correlations(measures, shares)}
+    found = {one.measure: one for one in layer_correlations(measures, shares)}
     assert set(found) == {"sparsity", "kurtosis"}
     assert found["sparsity"].ci95[0] <= found["sparsity"].rho < -0.9
-    assert -1 <= found["kurtosis"].ci95[0] < found["kurtosis"].ci95[1] <= 1
+    assert found["sparsity"].q_value == 2 * found["sparsity"].p_value <= 0.05 < found["kurtosis"].q_value
 
 
 def test_layer_measures_are_means_weighted_by_size_and_leave_out_what_is_not_whole():

@@ -10,7 +10,6 @@ from scipy import stats
 
 from bitatlas.findings import LayerRows, insides, shapley_check, shares_of
 from bitatlas.findings.correlations import spearman_by_row
-from bitatlas.findings.folk import attention_rules
 from bitatlas.findings.kinds import role_of, value_and_down
 from bitatlas.findings.shapley_check import shapley_findings
 from bitatlas.findings.shares import layer_records
@@ -215,6 +214,17 @@ def test_value_and_down_is_about_both(damage: tuple[float, float, float], verdic
     assert said.evidence.ci95 is not None
 
 
+def test_value_and_down_have_to_exceed_the_greatest_other_kind():
+    """Both are above the mean of the others, and keys are above both."""
+    modules = modules_of({"v_proj": (8, 8), "k_proj": (8, 8), "up_proj": (8, 8), "gate_proj": (8, 8), "down_proj": (8, 8)}, 2)
+    rows = quadratic_rows(0.02 * np.array([1.3, 2.0, 0.2, 0.2, 1.3]), np.zeros((5, 5)), 48)
+    said = value_and_down(modules, rows)
+    assert said.verdict == "does not hold"
+    assert "(k_proj); the lesser minus that" in said.text
+    tied = value_and_down(modules, quadratic_rows(0.02 * np.array([1.3, 1.3, 0.2, 0.2, 1.3]), np.zeros((5, 5)), 48, seed=3))
+    assert tied.verdict == "inconclusive"
+
+
 def test_value_and_down_says_what_it_could_not_tell_apart():
     fused = [Module("h.0.attn.c_attn", 0, "c_attn", (8, 8), "a"), Module("h.0.mlp.c_proj", 0, "mlp.c_proj", (8, 8), "b")]
     rows = quadratic_rows(np.array([0.01, 0.04]), np.zeros((2, 2)), 48)
@@ -244,11 +254,3 @@ def test_value_and_down_says_what_it_could_not_tell_apart():
 )
 def test_roles_by_name(name: str, role: str):
     assert role_of(Module(name, 1, name.rpartition(".")[2], (4, 4), name)) == role
-
-
-def test_rules_on_attention_hold_fail_and_say_what_is_missing():
-    first = np.linspace(0.01, 0.05, 9)
-    shares = shares_of(quadratic_rows(first, np.zeros((9, 9)), 48))
-    told = attention_rules(shares, {"attention entropy": -first, "head specialization": -first})
-    assert [one.verdict for one in told] == ["holds", "does not hold"]
-    assert all(one.text.startswith("Not tested") for one in attention_rules(shares, {}))

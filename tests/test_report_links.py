@@ -9,6 +9,7 @@ import pytest
 
 from atlas_factory import make_atlas
 from bitatlas.findings.prediction import CLAIM as PREDICTED
+from bitatlas.findings.sparsity import CLAIM as SPARSER
 from bitatlas.records import Atlas, Finding
 from bitatlas.report.html import html, write_reports
 from bitatlas.report.links import SECTIONS, numbers_of
@@ -35,7 +36,8 @@ def test_every_link_has_its_end_and_no_end_is_there_twice(atlas: Atlas) -> None:
     ("topic", "claim", "key"),
     [
         ("layers", "the layers' shares add up", "layers"),
-        ("layers", "weight statistics or depth tell where the damage is", "correlations"),
+        ("layers", "weight statistics tell where the damage is", "correlations"),
+        ("layers", SPARSER, "sparsity"),
         ("zones", "early layers 0–5", "zones"),
         ("attention", "attention of the unquantized model", "attention"),
         ("attention", "attention tells where the damage is", "correlations"),

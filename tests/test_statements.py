@@ -8,12 +8,15 @@ from bitatlas.findings import (
     TaskEvidence,
     conclude,
     folk_findings,
+    layer_correlations,
+    marking_rules,
     math_needs_more,
     shares_of,
     verdict_on_plan,
 )
 from bitatlas.records import (
     Budget,
+    Finding,
     Measured,
     Module,
     Plan,
@@ -32,64 +35,98 @@ GENEROUS = 100.0  # nats/token: nothing is unsafe for its damage
 NO_PAIRS = np.zeros((9, 9))
 UP = np.linspace(0.005, 0.045, 9)  # damage rises with depth
 ENDS_UP = np.array([0.06, *[0.01] * 7, 0.06])
+ROUGH = np.array([0.02, 0.05, 0.01, 0.06, 0.03, 0.07, 0.015, 0.04, 0.025, 0.055, 0.012, 0.045])  # neighbours unlike each other
 
 
-def folk(first: np.ndarray, tolerance: float, sparsity: np.ndarray | None = None) -> dict[str, str]:
-    shares = shares_of(quadratic_rows(first, NO_PAIRS, 48))
-    return {finding.claim: finding.verdict for finding in folk_findings(shares, tolerance, sparsity)}
+def folk(first: np.ndarray, tolerance: float) -> dict[str, Finding]:
+    shares = shares_of(quadratic_rows(first, np.zeros((len(first),) * 2), 48))
+    return {finding.claim: finding for finding in folk_findings(shares, tolerance)}
+
+
+def verdicts(first: np.ndarray, tolerance: float) -> dict[str, str]:
+    return {claim: finding.verdict for claim, finding in folk(first, tolerance).items()}
+
+
+def marked(first: np.ndarray, **measures: np.ndarray) -> dict[str, str]:
+    shares = shares_of(quadratic_rows(first, np.zeros((len(first),) * 2), 48))
+    named = {name.replace("_", " "): values for name, values in measures.items()}
+    return {one.claim: one.verdict for one in marking_rules(layer_correlations(named, shares), shares)}
 
 
 def test_rules_hold_where_they_are_planted():
-    told = folk(UP, GENEROUS, sparsity=-UP)
-    assert told == {
+    assert verdicts(UP, GENEROUS) == {
         "early layers are safe": "holds",
         "late layers are critical": "holds",
-        "sparse layers are safe": "holds",
         "the first and last layers matter most": "does not hold",
     }
-    assert folk(ENDS_UP, GENEROUS)["the first and last layers matter most"] == "holds"
+    assert verdicts(ENDS_UP, GENEROUS)["the first and last layers matter most"] == "holds"
+    assert marked(ROUGH, sparsity=-ROUGH, attention_entropy=ROUGH) == {
+        "sparse layers are safe": "holds",
+        "low attention entropy marks critical layers": "does not hold",
+        "specialized heads mark critical layers": "inconclusive",
+    }
 
 
 def test_rules_fail_where_the_opposite_is_planted():
-    told = folk(UP[::-1], GENEROUS, sparsity=UP[::-1])
+    told = verdicts(UP[::-1], GENEROUS)
     assert told["early layers are safe"] == "does not hold"
     assert told["late layers are critical"] == "does not hold"
-    assert told["sparse layers are safe"] == "does not hold"
+    assert marked(ROUGH, sparsity=ROUGH)["sparse layers are safe"] == "does not hold"
 
 
 def test_rules_are_inconclusive_on_equal_layers():
-    told = folk(np.full(9, 0.02), GENEROUS, sparsity=np.arange(9.0))
-    assert set(told.values()) == {"inconclusive"}
+    assert set(verdicts(np.full(9, 0.02), GENEROUS).values()) == {"inconclusive"}
+    assert set(marked(np.full(9, 0.02), sparsity=np.arange(9.0) % 4).values()) == {"inconclusive"}
+
+
+def test_two_trends_are_no_rule():
+    """Sparsity and damage both rise with depth: any two slow curves do, so nothing is said of one through the other."""
+    assert marked(UP, sparsity=-UP)["sparse layers are safe"] == "inconclusive"
 
 
 def test_early_layers_that_are_less_critical_but_harmful_are_not_safe():
     damage = UP[:4].sum()
-    assert folk(UP, damage * 2)["early layers are safe"] == "holds"
-    assert folk(UP, damage)["early layers are safe"] == "inconclusive"
-    assert folk(UP, damage / 2)["early layers are safe"] == "does not hold"
+    for tolerance, verdict in ((damage * 2, "holds"), (damage, "inconclusive"), (damage / 2, "does not hold")):
+        assert verdicts(UP, tolerance)["early layers are safe"] == verdict
 
 
-def test_four_layers_in_perfect_order_can_be_chance():
-    steps = np.array([0.01, 0.02, 0.03, 0.04])
-    (told,) = (
-        one
-        for one in folk_findings(shares_of(quadratic_rows(steps, np.zeros((4, 4)), 48)), GENEROUS, -steps)
-        if "sparse" in one.claim
-    )
-    assert told.evidence.ci95[1] < 0
-    assert (told.p_value, told.verdict) == (2 / 24, "inconclusive")
+def test_what_one_layer_does_is_no_rule_about_many():
+    """All layers are alike but one: the halves differ, and without that layer they do not."""
+    alone = np.array([0.02] * 8)
+    alone[7] = 0.2
+    told = folk(alone, GENEROUS)
+    for claim in ("early layers are safe", "late layers are critical"):
+        assert told[claim].verdict == "inconclusive"
+        assert "It rests on layer 7 alone: without it the difference is" in told[claim].text
+    assert told["early layers are safe"].evidence.ci95[1] < 0
+    steady = folk(UP, GENEROUS)
+    assert "That holds without any one of the layers." in steady["early layers are safe"].text
+    first = folk(alone[::-1], 0.1)["early layers are safe"]  # harmful all the same, and by one layer
+    assert first.verdict == "does not hold"
+    assert "most of it layer 0's (without it" in first.text
+
+
+def test_the_extremes_are_compared_with_the_greatest_of_the_others():
+    """Both ends are above the mean of those between; one of these is above both ends."""
+    told = folk(np.array([0.05, 0.01, 0.01, 0.07, 0.01, 0.01, 0.01, 0.05]), GENEROUS)["the first and last layers matter most"]
+    assert told.verdict == "does not hold"
+    assert "the greatest between" in told.text
+    assert "(layer 3)" in told.text
+    tied = folk(np.array([0.05, 0.01, 0.01, 0.05, 0.01, 0.01, 0.01, 0.05]), GENEROUS)["the first and last layers matter most"]
+    assert tied.verdict == "inconclusive"
+    assert tied.evidence.ci95[0] < 0 < tied.evidence.ci95[1]
 
 
 def test_one_critical_end_is_not_both_ends():
-    told = folk(np.array([0.06, *[0.02] * 7, 0.01]), GENEROUS)
+    told = verdicts(np.array([0.06, *[0.02] * 7, 0.01]), GENEROUS)
     assert told["the first and last layers matter most"] == "does not hold"
 
 
 def test_models_too_small_for_a_rule_say_so():
-    told = folk_findings(shares_of(quadratic_rows(np.array([0.01, 0.05]), np.zeros((2, 2)), 30)), 0.05, np.array([0.1, 0.2]))
-    texts = {finding.claim: finding.text for finding in told}
-    assert texts["sparse layers are safe"] == "Not tested: the model has 2 layers, the test needs 4."
-    assert texts["the first and last layers matter most"].startswith("Not tested")
+    told = folk(np.array([0.01, 0.05]), 0.05)
+    assert told["early layers are safe"].text == "Not tested: the model has 2 layers, the test needs 4."
+    assert told["late layers are critical"].text == "Not tested: the model has 2 layers, the test needs 6."
+    assert told["the first and last layers matter most"].text.startswith("Not tested")
 
 
 def answers(n: int, high: float, low: float, seed: int) -> dict[str, np.ndarray]:
@@ -117,12 +154,34 @@ def test_math_needs_more_is_an_interaction(math, questions, verdict):
         "arc2": answers(100, *questions, seed=3),
     }
     told = math_needs_more(outcomes, {"svamp"}, scored(outcomes), "uniform:int4_g64", "uniform:int2_g64")
-    drops = {
-        task: 100 * (right["uniform:int4_g64"].mean() - right["uniform:int2_g64"].mean()) for task, right in outcomes.items()
+    drops = {  # of what is known beyond guessing: chance is 0.1 here
+        task: 100 * (right["uniform:int4_g64"].mean() - right["uniform:int2_g64"].mean()) / 0.9
+        for task, right in outcomes.items()
     }
     assert told.evidence.mean == pytest.approx(drops["svamp"] - (drops["arc"] + drops["arc2"]) / 2)
     assert (told.topic, told.claim, told.verdict) == ("tasks", "math needs higher precision", verdict)
     assert ("would not have shown" in told.text) == (verdict == "inconclusive")
+    assert "This compares svamp, arc and arc2, no more" in told.text
+    assert "the form of the answer may be what differs" in told.text
+
+
+def test_a_floor_under_one_task_is_no_difference():
+    """Both tasks lose half of what is known; a half of the choices are right by guessing, so fewer points are lost there."""
+    n = 4000
+    known, kept, guessed = np.arange(n) % 8 < 6, np.arange(n) % 8 < 3, np.arange(n) // 8 % 2 == 0
+    outcomes = {
+        "svamp": {"uniform:int4_g64": known, "uniform:int2_g64": kept},
+        "arc": {"uniform:int4_g64": known | guessed, "uniform:int2_g64": kept | guessed},
+    }
+    scores = [
+        TaskScore(task, name, int(right.sum()), n, {"svamp": 0.0, "arc": 0.5}[task], (0.0, 1.0), True)
+        for task, by_name in outcomes.items()
+        for name, right in by_name.items()
+    ]
+    told = math_needs_more(outcomes, {"svamp"}, scores, "uniform:int4_g64", "uniform:int2_g64")
+    assert told.evidence.mean == pytest.approx(0.0, abs=1e-9)
+    assert told.verdict == "inconclusive"
+    assert "lose 37.5 points and questions (arc) 37.5" in told.text
 
 
 def test_math_is_not_tested_where_a_kind_is_missing_or_at_chance():

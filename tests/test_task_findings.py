@@ -2,6 +2,7 @@
 
 import numpy as np
 import pytest
+import torch
 from scipy.stats import spearmanr
 
 from bitatlas.evaluation.paired import compare_all
@@ -11,11 +12,12 @@ from bitatlas.findings.tasks import (
     LOST,
     differing,
     smallest_held,
-    task_damage,
+    task_damages,
     task_text_findings,
     task_widths,
     width_findings,
 )
+from bitatlas.sensitivity.task_text import general_rows
 
 LAYERS = 6
 PROFILE = np.array([0.5, 1.0, 2.0, 1.0, 0.7, 0.8])
@@ -31,8 +33,9 @@ def rows_of(profile, rows, seed):
 
 
 def record(profile, seed=0):
-    general = shares_of(rows_of(PROFILE, 48, 1000 + seed), seed)
-    return task_damage("t", {"int2_g64": np.ones(16)}, rows_of(profile, 16, seed), general, seed), general
+    general = rows_of(PROFILE, 48, 1000 + seed)
+    (found,) = task_damages({"t": ({"int2_g64": np.ones(16)}, rows_of(profile, 16, seed))}, general, seed)
+    return found, shares_of(general, seed)
 
 
 def test_equal_profiles_are_rarely_called_different():
@@ -45,16 +48,41 @@ def test_equal_profiles_are_rarely_called_different():
 def test_a_layer_that_the_task_needs_more_is_found():
     changed = PROFILE.copy()
     changed[4] = 3.0
-    found, general = record(changed)
+    found, _ = record(changed)
     assert 4 in differing(found)
-    (finding,) = task_text_findings([found], general)
+    (finding,) = task_text_findings([found])
     assert finding.verdict == "holds"
     assert "ore critical there: layer" in finding.text
     assert "(layer 4: " in finding.text
-    same, general = record(PROFILE)
-    (finding,) = task_text_findings([same], general)
+    same, _ = record(PROFILE)
+    (finding,) = task_text_findings([same])
     assert finding.verdict == "inconclusive"
     assert "No layer's criticality is shown to differ" in finding.text
+
+
+def test_tasks_are_one_family_and_without_general_text_of_their_length_nothing_is_compared():
+    changed = PROFILE.copy()
+    changed[4] = 3.0
+    texts = {"t": ({}, rows_of(changed, 16, 0)), **{f"same {i}": ({}, rows_of(PROFILE, 16, 1 + i)) for i in range(3)}}
+    general = rows_of(PROFILE, 48, 1000)
+    alone = task_damages({"t": texts["t"]}, general)[0].q_values
+    together = task_damages(texts, general)
+    assert together[0].q_values[4] > alone[4]
+    assert differing(together[0])
+    assert together[0].general == together[1].general
+    (untold,) = task_damages({"t": texts["t"]}, None)
+    assert untold.q_values == [1.0] * LAYERS
+    assert task_text_findings([untold])[0].verdict == "inconclusive"
+
+
+def test_the_general_text_is_cut_to_the_tasks_length_and_spread_over_all_rows():
+    test = torch.arange(100 * 8).reshape(100, 8)
+    cut = general_rows(test, 3)
+    assert cut.shape == (32, 3)
+    assert (cut[0].tolist(), cut[-1].tolist()) == ([0, 1, 2], [792, 793, 794])
+    assert len(np.unique(cut[:, 0].numpy())) == 32
+    assert general_rows(test[:5], 3).tolist() == test[:5, :3].tolist()
+    assert general_rows(test, 8) is test
 
 
 def test_the_rank_correlation_equals_scipys():

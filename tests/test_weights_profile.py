@@ -10,9 +10,10 @@ from hypothesis import strategies as st
 from scipy import stats
 
 from bitatlas.errors import UserError
+from bitatlas.findings.sparsity import alike, sparsity_findings, sparsity_of
 from bitatlas.profiles import weights
 from bitatlas.profiles.weights import weight_profile
-from bitatlas.records import Module
+from bitatlas.records import Module, WeightProfile
 
 
 def module_of(weight: torch.Tensor, name: str = "model.layers.3.mlp.up_proj") -> Module:
@@ -113,3 +114,69 @@ def test_shares_do_not_depend_on_the_unit(seed: int, scale: float, rows: int, co
     assert second.outlier_ratio == pytest.approx(first.outlier_ratio, rel=1e-9)
     assert first.relative_error["x"] == pytest.approx(0.25)
     assert second.std == pytest.approx(first.std * scale, rel=1e-9)
+
+
+# --- beside a Gaussian -------------------------------------------------------------------------------------------------
+
+
+def layers_of(shares: list[float], count: int = 1_000_000) -> list[WeightProfile]:
+    """A module a layer, with so much of its weights below 1 % of its standard deviation."""
+    return [
+        WeightProfile(f"m{layer}", layer, "m", count, 1.0, share, {"0.01": share}, 0.0, 5.0, 0.0, {})
+        for layer, share in enumerate(shares)
+    ]
+
+
+def test_drawn_gaussians_are_called_what_they_are() -> None:
+    generator = torch.Generator().manual_seed(0)
+    profiles = [
+        weight_profile(
+            Module(f"m{layer}", layer, "m", (1000, 400), "m"), torch.randn((1000, 400), generator=generator) * 0.02, {}
+        )
+        for layer in range(3)
+    ]
+    found = sparsity_of(profiles, 3)
+    assert found is not None
+    assert [point.threshold for point in found.curve] == [0.001, 0.003, 0.01, 0.03, 0.1]
+    for point in found.curve:
+        assert point.gaussian == pytest.approx(2 * stats.norm.cdf(point.threshold) - 1, rel=1e-12)
+        assert point.ratio95[0] < 1.05
+        assert point.ratio95[1] > 0.95
+    assert found.curve[2].verdict == "as many"
+    assert not found.differ
+    (said,) = sparsity_findings(found)
+    assert said.verdict == "does not hold"
+    assert "as a Gaussian's 0.80%" in said.text
+    assert "Layers do not differ" in said.text
+    assert set(alike(found)) == {"sparsity"}
+
+
+@pytest.mark.parametrize(
+    ("shares", "verdict", "differ"),
+    [
+        ([0.014] * 4, "holds", False),  # a Laplace distribution's
+        ([0.004] * 4, "does not hold", False),
+        ([0.0088] * 4, "inconclusive", False),  # 10 % more, and no word for it
+        ([0.006, 0.010, 0.007, 0.009], "does not hold", True),
+        ([0.0080, 0.0081, 0.0079, 0.0080], "does not hold", False),  # a million weights a layer: significant, and nothing
+    ],
+)
+def test_words_want_a_size_as_well_as_a_test(shares: list[float], verdict: str, differ: bool) -> None:
+    found = sparsity_of(layers_of(shares, 10_000_000), len(shares))
+    assert found is not None
+    # oracle: scipy's test of the table of counts
+    table = [[round(share * 10_000_000), 10_000_000 - round(share * 10_000_000)] for share in shares]
+    assert found.p_value == pytest.approx(stats.chi2_contingency(table).pvalue, rel=1e-9, abs=1e-300)
+    assert found.differ is differ
+    assert sparsity_findings(found)[0].verdict == verdict
+    assert bool(alike(found)) is not differ
+
+
+def test_the_spread_between_layers_is_the_one_they_were_drawn_with() -> None:
+    rng = np.random.default_rng(0)
+    true = 0.008 * (1 + 0.2 * rng.standard_normal(400))
+    found = sparsity_of(layers_of((rng.binomial(100_000, true) / 100_000).tolist(), 100_000), 400)
+    assert found is not None
+    assert found.spread == pytest.approx(0.2, rel=0.12)  # 400 layers know a standard deviation to 4 %
+    assert sparsity_of(layers_of([0.01]), 2) is None
+    assert sparsity_of([], 2) is None

@@ -69,6 +69,7 @@ class Measurements:
     notes: list[str]
     calibration: Calibration | None = None
     task_screens: Mapping[str, TaskScreen] = field(default_factory=dict)
+    general_screen: TaskScreen | None = None  # of test rows cut to the length of the tasks' rows
     orders: np.ndarray | None = None  # [pairs, rows, layers]: what each layer adds in sampled orders, on the first test rows
     order_models: int = 0  # that were measured for it
     joint: JointDamage | None = None
@@ -101,7 +102,7 @@ def assemble(
         shapley=shapley,
         ablations=ablations,
         joint=found.joint,
-        tested=TaskEvidence(scores, pairs, found.outcomes, math_tasks, task_rows(modules, settings, found)),
+        tested=TaskEvidence(scores, pairs, found.outcomes, math_tasks, *text_rows(modules, settings, found)),
         seed=settings.seed,
     )
     uniform = uniform_records(info, modules, found.widths, tokens.blocks("test"), settings.seed)
@@ -144,28 +145,23 @@ def assemble(
         head_maps=list(found.head_maps),
         joint=found.joint,
         plans=[other.plan for other in found.others],
+        sparsity=conclusions.sparsity,
     )
 
 
-def task_rows(modules: Sequence[Module], settings: Settings, found: Measurements) -> dict[str, TaskRows]:
-    """The damage of layers on each task's own text."""
+def text_rows(modules: Sequence[Module], settings: Settings, found: Measurements) -> tuple[dict[str, TaskRows], LayerRows | None]:
+    """The damage of layers on each task's own text, and on general text of the same length."""
     weights = layer_rows(modules, settings, found).weights
-    return {
-        task: (
-            screen.widths,
-            LayerRows(
-                screen.widths[settings.high],
-                screen.widths[settings.low],
-                screen.layers.lowered,
-                screen.layers.raised,
-                weights,
-                settings.high,
-                settings.low,
-                f"text:{task}",
-            ),
-        )
-        for task, screen in found.task_screens.items()
+    high, low = settings.high, settings.low
+
+    def of(screen: TaskScreen, name: str) -> LayerRows:
+        layers, widths = screen.layers, screen.widths
+        return LayerRows(widths[high], widths[low], layers.lowered, layers.raised, weights, high, low, name, screen.blocks)
+
+    texts: dict[str, TaskRows] = {
+        task: (screen.widths, of(screen, f"text:{task}")) for task, screen in found.task_screens.items()
     }
+    return texts, of(found.general_screen, "test, cut to the tasks' length") if found.general_screen else None
 
 
 def layer_rows(modules: Sequence[Module], settings: Settings, found: Measurements, tokens: TokensInfo | None = None) -> LayerRows:

@@ -44,7 +44,7 @@ from bitatlas.records import Atlas, Calibration, JointDamage, Module, WeightProf
 from bitatlas.sensitivity.kinds import screen_kinds
 from bitatlas.sensitivity.orders import OrderScreen, screen_orders
 from bitatlas.sensitivity.screens import LayerScreen, screen_layers, screen_uniform, screen_units, uniform
-from bitatlas.sensitivity.task_text import ROW_LENGTH, ROWS, screen_tasks
+from bitatlas.sensitivity.task_text import ROW_LENGTH, ROWS, TaskScreen, general_places, general_rows, screen_tasks, screen_text
 from bitatlas.settings import Settings
 from bitatlas.tokens import cut_rows
 from bitatlas.words import interval
@@ -91,7 +91,7 @@ def _survey(run: Run) -> Atlas:
     reporter.found("plan", f"{interval(judged.plan.damage.measured, unit=True)} on test rows")
     others = short_curve(run, tools, most_critical, judged.plan) if settings.curve else []
     calibration = check_prediction(run, tools, judged.plan.modules)
-    screens = screen_tasks(meter, modules, settings.formats, task_rows(run), reporter)
+    screens, general = screen_texts(run)
     every = {f"uniform:{name}": uniform(modules, name) for name in reversed(settings.formats)}
     outcomes, items = run_tasks(run, {"reference": {}, **every, "plan": judged.plan.modules})
     found = Measurements(
@@ -115,6 +115,7 @@ def _survey(run: Run) -> Atlas:
         notes=list(dict.fromkeys([*run.checkpoint.notes, *(note for result in attention for note in result.notes)])),
         calibration=calibration,
         task_screens=screens,
+        general_screen=general,
         orders=orders.added if orders else None,
         order_models=orders.models if orders else 0,
         joint=joint,
@@ -256,6 +257,19 @@ def check_prediction(run: Run, tools: Tools, assignment: Mapping[str, str]) -> C
 
     base = np.array([formats.index(assignment[unit.modules[0].name]) for unit in units])
     return calibrate(base, len(formats), tools.probe, tools.scores, measure, run.settings.seed, run.rows.blocks("select"))
+
+
+def screen_texts(run: Run) -> tuple[dict[str, TaskScreen], TaskScreen | None]:
+    """Damage on each task's own text, and on general text of the same length where there is any task."""
+    rows, formats = task_rows(run), run.settings.formats
+    if not rows:
+        return {}, None
+    of_tasks = screen_tasks(run.meter, run.checkpoint.modules, formats, rows, run.reporter)
+    length = next(iter(rows.values())).shape[1]  # the same for all
+    test, blocks = run.rows.test, run.rows.blocks("test")
+    cut = general_rows(test, length)
+    screen = screen_text(run.meter, run.checkpoint.modules, formats, cut, "the general text beside them", run.reporter)
+    return of_tasks, replace(screen, blocks=blocks if cut is test else [blocks[place] for place in general_places(len(test))])
 
 
 def task_rows(run: Run) -> dict[str, Tensor]:

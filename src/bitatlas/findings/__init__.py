@@ -4,6 +4,7 @@
     joint.py         which safe layers are safe together
     zones.py         runs of layers that are about equally critical, and how many there are
     correlations.py  do cheap measures tell where the damage is?
+    sparsity.py      weights near 0 beside a Gaussian's, and whether the layers differ
     ablation.py      heads removed: are they what they are called?
     folk.py          rules of thumb, each tested on this checkpoint
     tasks.py         tasks on their own text, and the widths that hold them
@@ -24,18 +25,18 @@ from __future__ import annotations
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 
-import numpy as np
 from numpy.typing import ArrayLike
 
 from bitatlas.findings.ablation import ablation_findings, ablation_record
-from bitatlas.findings.correlations import correlations, layer_measures, permutation_p, spearman
-from bitatlas.findings.folk import RULED, attention_rules, folk_findings, math_needs_more
+from bitatlas.findings.correlations import chance_p, correlations, layer_correlations, layer_measures, spearman
+from bitatlas.findings.folk import RULED, folk_findings, marking_rules, math_needs_more
 from bitatlas.findings.joint import joint_damage, joint_findings
 from bitatlas.findings.kinds import value_and_down
 from bitatlas.findings.parts import insides
 from bitatlas.findings.prediction import calibration_findings
 from bitatlas.findings.shapley_check import shapley_check, shapley_findings
 from bitatlas.findings.shares import LayerRows, Shares, layer_records, misfit, shares_of
+from bitatlas.findings.sparsity import alike, sparsity_findings, sparsity_of
 from bitatlas.findings.stability import reliability_findings, with_rows_needed
 from bitatlas.findings.statements import (
     attention_findings,
@@ -45,7 +46,7 @@ from bitatlas.findings.statements import (
     task_findings,
     zone_findings,
 )
-from bitatlas.findings.tasks import task_damage, task_text_findings, width_findings
+from bitatlas.findings.tasks import TaskRows, task_damages, task_text_findings, width_findings
 from bitatlas.findings.verdict import PlanVerdict, verdict_on_plan
 from bitatlas.findings.zones import number_of_zones, segmentations, with_low_share, zones
 from bitatlas.records import (
@@ -59,6 +60,7 @@ from bitatlas.records import (
     Module,
     Plan,
     ShapleyCheck,
+    Sparsity,
     TaskDamage,
     TaskPair,
     TaskScore,
@@ -74,28 +76,28 @@ __all__ = [
     "TaskEvidence",
     "TaskRows",
     "ablation_record",
+    "chance_p",
     "conclude",
     "correlations",
     "folk_findings",
     "insides",
     "joint_damage",
+    "layer_correlations",
     "layer_measures",
     "layer_records",
+    "marking_rules",
     "math_needs_more",
     "misfit",
     "number_of_zones",
-    "permutation_p",
     "segmentations",
     "shapley_check",
     "shares_of",
+    "sparsity_of",
     "spearman",
     "verdict_on_plan",
     "with_low_share",
     "zones",
 ]
-
-
-TaskRows = tuple[Mapping[str, np.ndarray], LayerRows]  # format -> damage [rows] on a task's text; its layers
 
 
 @dataclass(frozen=True)
@@ -107,6 +109,7 @@ class TaskEvidence:
     outcomes: Mapping[str, Mapping[str, ArrayLike]] | None = None
     math_tasks: Collection[str] = ()  # those whose items are word problems
     texts: Mapping[str, TaskRows] = field(default_factory=dict)  # damage on each task's own text
+    general: LayerRows | None = None  # the same on test rows of the same length
 
 
 @dataclass(frozen=True)
@@ -118,6 +121,7 @@ class Conclusions:
     correlations: list[Correlation]
     findings: list[Finding]
     task_damage: list[TaskDamage] = field(default_factory=list)
+    sparsity: Sparsity | None = None
 
 
 def conclude(
@@ -147,9 +151,10 @@ def conclude(
     if plan is not None:
         found_zones = with_low_share(found_zones, modules, plan.modules, rows.low_name)
     measures = layer_measures(weights, attention, rows.layers, rows.low_name)
-    correlated = correlations(measures, shares)
-    about_measures = measure_findings(correlated, measures, shares, seed, RULED)
-    damage = [task_damage(task, *texts, shares, seed) for task, texts in tested.texts.items()]
+    sparsity = sparsity_of(weights, rows.layers)
+    correlated = layer_correlations(measures, shares, alike(sparsity), seed)
+    about_measures = measure_findings(correlated, RULED)
+    damage = task_damages(tested.texts, tested.general, seed)
     findings = [
         *plan_findings(plan, found_zones, rows.low_name),
         *calibration_findings(calibration),
@@ -158,19 +163,20 @@ def conclude(
         *shapley_findings(shapley),
         *reliability_findings(rows, layers, seed),
         *(finding for finding in about_measures if finding.topic == "layers"),
+        *sparsity_findings(sparsity),
         *zone_findings(found_zones),
-        *folk_findings(shares, tolerance, measures.get("sparsity"), seed),
-        *attention_rules(shares, measures, seed),
+        *folk_findings(shares, tolerance),
+        *marking_rules(correlated, shares),
         value_and_down(modules, kinds, seed),
         *task_findings(tested.scores, tested.pairs),
         *width_findings(tested.pairs),
         *_about_math(tested, rows, seed),
-        *task_text_findings(damage, shares),
+        *task_text_findings(damage),
         *attention_findings(attention, rows.low_name, rows.high_name),
         *ablation_findings(ablations),
         *(finding for finding in about_measures if finding.topic == "attention"),
     ]
-    return Conclusions(layers, found_zones, correlated, findings, damage)
+    return Conclusions(layers, found_zones, correlated, findings, damage, sparsity)
 
 
 def _about_math(tested: TaskEvidence, rows: LayerRows, seed: int) -> list[Finding]:

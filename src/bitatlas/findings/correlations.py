@@ -1,30 +1,40 @@
-"""Do cheap measures tell where the damage is? Spearman's rank correlation of each with the layers' share of the damage.
+"""Do cheap measures tell where the damage is? Spearman's rank correlation of each with the layers' criticality.
 
 Two questions, two answers. How well is the correlation of *these* layers known? The interval: rows are resampled, the layers
-stay. Could it be chance? The permutation p: would a measure that has nothing to do with damage line up with these layers as
-well? A measure earns a say in the bits when the interval excludes 0 and p, corrected over all measures, is at most 5 %.
+stay. Could it be chance? A model has only so many layers, and neighbours are alike, so that two smooth curves that have nothing to do with
+each other line up often: random orders of the layers call 16 to 30 % of them related. The null here keeps how smooth a measure is. Its ranks
+are written as a sum of shapes over depth (a line, an arc, then ever faster waves), and each shape keeps its size while its sign is
+drawn anew: a measure of the same smoothness that runs otherwise. Two trends have one shape in common, whose sign says nothing, so a trend
+alone is never beyond chance, and depth, which is nothing else, is not tested. A measure earns a say in the bits when the interval over
+rows excludes 0 and p, corrected over all measures (Benjamini-Hochberg), is at most 5 %.
+
+Few layers have few shapes: no p is below 2 / 2^(layers - 1), which is said where it decides.
 Left out: partial correlations (the measures hang together), modules instead of layers.
-Source: Spearman 1904; exact permutation test: Pitman 1937.
+Sources: Spearman 1904; random signs of orthogonal components: Winkler et al. 2014 (sign flipping), Theiler et al. 1992 (phases; cosines here, since
+layers are no circle).
 """
 
 from __future__ import annotations
 
-import itertools
 import math
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from functools import lru_cache
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
+from scipy.fft import dct
 from scipy.stats import rankdata
 
-from bitatlas.evaluation.bootstrap import percentile_interval
-from bitatlas.findings.shares import Shares
+from bitatlas.evaluation.bootstrap import benjamini_hochberg, is_bound, percentile_interval
+from bitatlas.findings.shares import FALSE_DISCOVERIES, Shares
 from bitatlas.records import AttentionLayer, Correlation, WeightProfile
+from bitatlas.words import p_value
 
 Floats = NDArray[np.float64]
 
-MOST_EXACT = 7  # layers whose 5040 orders are all tried
-PERMUTATIONS = 10_000
+MOST_EXACT = 15  # layers, of which all 2^13 choices of signs are tried
+DRAWS = 10_000  # of signs, for more layers
 DEPTH = "depth"
 WEIGHT_MEASURES = ("sparsity", "kurtosis", "outlier ratio", "relative error")
 ATTENTION_MEASURES = ("attention entropy", "head specialization", "reasoning focus")
@@ -76,27 +86,97 @@ def spearman_by_row(x: ArrayLike, y: ArrayLike) -> Floats:
     return np.divide((a * b).sum(axis=-1), spread, out=np.zeros_like(spread), where=spread > 0)
 
 
-def permutation_p(x: ArrayLike, y: ArrayLike, seed: int = 0) -> float:
-    """Two-sided p of "x: [layers] and y: [layers] are in unrelated order": all orders of few layers, else random ones."""
-    y = np.asarray(y, dtype=np.float64)
-    seen = abs(float(spearman(x, y))) - 1e-12  # equal correlations may differ in the last digit
-    if len(y) <= MOST_EXACT:
-        orders = np.array(list(itertools.permutations(y)))
-        return float((np.abs(spearman(x, orders)) >= seen).mean())
-    rng = np.random.default_rng(seed)
-    orders = rng.permuted(np.tile(y, (PERMUTATIONS, 1)), axis=1)  # [permutations, layers]
-    return float((np.count_nonzero(np.abs(spearman(x, orders)) >= seen) + 1) / (PERMUTATIONS + 1))
+@lru_cache(maxsize=8)
+def _shapes(layers: int) -> Floats:
+    """[layers - 1, layers], orthonormal and each of mean 0: a line, an arc, then cosines of growing frequency."""
+    depth = np.linspace(-1, 1, layers)
+    polynomials = [depth**degree for degree in range(min(3, layers))]
+    waves = dct(np.eye(layers), norm="ortho", axis=0)[3:]
+    return np.linalg.qr(np.array([*polynomials, *waves]).T)[0].T[1:]
 
 
-def correlations(measures: Mapping[str, Floats], shares: Shares) -> list[Correlation]:
-    """One record a measure, with the interval over rows. Constant measures are left out: they have no order."""
+@lru_cache(maxsize=8)
+def _signs(layers: int, seed: int) -> Floats:
+    """[draws, layers - 1] of 1 and -1; all choices of few. The first is never turned: turning all of them changes no size."""
+    if layers <= MOST_EXACT:
+        choices = np.arange(2 ** (layers - 2))
+        turned = (choices[:, None] >> np.arange(layers - 2)) & 1
+    else:
+        turned = np.random.default_rng(seed).integers(0, 2, (DRAWS, layers - 2))
+        turned[0] = 0  # what was seen is one of them
+    return np.concatenate([np.ones((len(turned), 1)), 1.0 - 2 * turned], axis=1)
+
+
+def chance_p(x: ArrayLike, y: ArrayLike, seed: int = 0) -> float:
+    """Two-sided p of "x: [layers] and y: [layers] have nothing to do with each other", neighbouring layers being alike; 1 below 3 layers."""
+    layers = len(np.asarray(x))
+    if layers < 3:
+        return 1.0
+    ranks = [rankdata(np.asarray(values, dtype=np.float64)) for values in (x, y)]
+    in_common = np.prod(
+        [_shapes(layers) @ (one - one.mean()) for one in ranks], axis=0
+    )  # [layers - 1]; the sum is the covariance of ranks
+    seen = abs(float(in_common.sum())) - 1e-9  # equal sums may differ in the last digit
+    return float((np.abs(_signs(layers, seed) @ in_common) >= seen).mean())
+
+
+def least_p(layers: int) -> float:
+    """The smallest p that so many layers allow."""
+    return 2.0 ** (2 - layers) if layers <= MOST_EXACT else 1 / DRAWS
+
+
+def cannot_tell(found: Sequence[Correlation]) -> str:
+    """Why no single measure could pass, "" where one could. found: of layers."""
+    tested = [one for one in found if one.q_value is not None]
+    if not tested or least_p(tested[0].n) * len(tested) <= FALSE_DISCOVERIES:
+        return ""
+    measures = "1 measure" if len(tested) == 1 else f"{len(tested)} measures"
+    return f"{tested[0].n} layers cannot tell: the smallest p that they allow is {p_value(least_p(tested[0].n))}, for {measures} at once"
+
+
+def correlations(measures: Mapping[str, Floats], shares: Shares, sizes: Floats | float = 1.0) -> list[Correlation]:
+    """One record a measure, with the interval over rows. Constant measures are left out: they have no order.
+
+    Correlated with the share of the damage, or with criticality where `sizes` are the weights.
+    """
     found = []
     for name, values in measures.items():
         if len(values) < 3 or np.ptp(values) == 0:
             continue
         ends = None
-        if shares.rows.rows > 1:
-            low, high = percentile_interval(spearman(values, shares.resampled), shares.rows.rows)
+        if shares.rows.independent >= 2:
+            low, high = percentile_interval(spearman(values, shares.resampled / sizes), shares.rows.independent)
             ends = (float(low), float(high))
-        found.append(Correlation(name, float(spearman(values, shares.mean)), ends, len(values)))
+        found.append(Correlation(name, float(spearman(values, shares.mean / sizes)), ends, len(values)))
     return found
+
+
+def layer_correlations(
+    measures: Mapping[str, Floats], shares: Shares, untested: Mapping[str, str] | None = None, seed: int = 0
+) -> list[Correlation]:
+    """One record a measure with its p and q against chance: one family. untested: measures that are not in it, and why."""
+    why = {DEPTH: "a trend over depth cannot be told from chance in one model", **(untested or {})}
+    found = correlations(measures, shares, shares.rows.weights)
+    if not shares.defined:
+        why |= {one.measure: "there is too little damage to share" for one in found}
+    tested = [one for one in found if one.measure not in why]
+    p = [chance_p(measures[one.measure], shares.mean / shares.rows.weights, seed) for one in tested]
+    q = [float(value) for value in benjamini_hochberg(p)] if p else []
+    sampled = p and shares.rows.layers > MOST_EXACT  # of few layers all signs are tried, and p is exact
+    bound = [bool(value) for value in is_bound(p, least_p(shares.rows.layers))] if sampled else [False] * len(p)
+    by_name = {one.measure: told for one, *told in zip(tested, p, q, bound, strict=True)}
+    return [
+        replace(one, not_tested=why[one.measure])
+        if one.measure in why
+        else replace(
+            one, p_value=by_name[one.measure][0], q_value=by_name[one.measure][1], q_is_bound=bool(by_name[one.measure][2])
+        )
+        for one in found
+    ]
+
+
+def side(one: Correlation) -> int:
+    """1 or -1 where a measure is beyond chance over layers and its interval over rows excludes 0; else 0."""
+    if one.ci95 is None or one.q_value is None or one.q_value > FALSE_DISCOVERIES:
+        return 0
+    return 1 if one.ci95[0] > 0 else -1 if one.ci95[1] < 0 else 0

@@ -2,8 +2,10 @@
 
 Every test has one effect with a 95 % interval over rows and three outcomes: *holds*, *does not hold* (the interval lies on
 the other side), *inconclusive*. What is tested is written next to each rule. Effects on criticality say which layers are worse
-than others of their size; whether they are harmless is a second question, answered by the tolerance.
-Left out: a correction over the rules (each is a question of its own, asked once), and anything about other checkpoints.
+than others of their size; whether they are harmless is a second question, answered by the tolerance. A rule about a group of layers has to
+survive the leaving out of any one layer, since what one layer does is no rule about many. Rules that a measure marks critical layers take
+their verdicts from one family of tests (see `correlations`).
+Left out: a correction over the other rules (each is a question of its own, asked once), and anything about other checkpoints.
 """
 
 from __future__ import annotations
@@ -14,15 +16,14 @@ from collections.abc import Collection, Mapping, Sequence
 import numpy as np
 from numpy.typing import ArrayLike
 
-from bitatlas.evaluation.bootstrap import percentile_interval, resample_means, two_sided_p
-from bitatlas.findings.correlations import Floats, permutation_p, spearman
+from bitatlas.evaluation.bootstrap import percentile_interval, resample_means, smallest_p, two_sided_p
+from bitatlas.findings.correlations import Floats, cannot_tell, side
 from bitatlas.findings.shares import Shares
-from bitatlas.records import Finding, Measured, TaskScore
-from bitatlas.words import interval, listed, named_layers, number, percent
+from bitatlas.records import Correlation, Finding, Measured, TaskScore
+from bitatlas.words import interval, listed, named_layers, number, p_is, percent
 
 HOLDS, FAILS, OPEN = "holds", "does not hold", "inconclusive"
-CHANCE_LEVEL = 0.05
-RULED = ("attention entropy", "head specialization")  # measures that a rule is about
+RULED = ("sparsity", "attention entropy", "head specialization")  # measures that a rule is about
 POWER_SIGMAS = 2.80  # standard errors that a two-sided 5 % test finds with 80 % power
 
 EARLY = "early layers are safe"
@@ -32,14 +33,16 @@ SHARP = "low attention entropy marks critical layers"
 SPECIAL = "specialized heads mark critical layers"
 ENDS = "the first and last layers matter most"
 MATH = "math needs higher precision"
+MARKS = (
+    (SPARSE, "sparsity", -1),
+    (SHARP, "attention entropy", -1),
+    (SPECIAL, "head specialization", 1),
+)  # claim, measure, its sign
 
 
-def folk_findings(shares: Shares, tolerance: float, sparsity: Floats | None = None, seed: int = 0) -> list[Finding]:
-    """The rules about layers. sparsity: [layers]; `tolerance` in nats/token."""
-    rules = [early_is_safe(shares, tolerance), late_is_critical(shares)]
-    rules.append(sparse_is_safe(shares, sparsity, seed))
-    rules.append(ends_matter_most(shares))
-    return rules
+def folk_findings(shares: Shares, tolerance: float) -> list[Finding]:
+    """The rules about where in the model layers stand; `tolerance` in nats/token."""
+    return [early_is_safe(shares, tolerance), late_is_critical(shares), ends_matter_most(shares)]
 
 
 def not_tested(topic: str, claim: str, why: str) -> Finding:
@@ -62,103 +65,180 @@ def side_of(effect: Measured, wanted: int) -> str:
     return FAILS if low > 0 or high < 0 else OPEN
 
 
-def early_is_safe(shares: Shares, tolerance: float) -> Finding:
-    """Two conditions. The first half is less critical than the second (pooled criticality, first minus second, below 0), and lowering
-    the whole first half adds no more than the tolerance (sum of its Shapley values). Fails where either interval is on the other side.
-    An odd middle layer belongs to neither half.
+# --- groups of layers --------------------------------------------------------------------------------------------------
+
+
+def between(shares: Shares, first: Sequence[int], second: Sequence[int]) -> tuple[Measured, Floats]:
+    """Pooled criticality of the `first` layers minus that of the `second`, and the same resampled."""
+    (mean_1, resampled_1), (mean_2, resampled_2) = shares.criticality(first), shares.criticality(second)
+    return shares.record(mean_1 - mean_2, resampled_1 - resampled_2, "ratio"), resampled_1 - resampled_2
+
+
+def rests_on(shares: Shares, first: Sequence[int], second: Sequence[int]) -> dict[int, Measured]:
+    """Layers without which `first` and `second` are not shown to differ as they do, and the difference without each; none where no
+    difference is shown. Each group needs two layers or more.
     """
-    if why := _unfit(shares, 2):
+    whole = side_of(between(shares, first, second)[0], +1)
+    found: dict[int, Measured] = {}
+    for layer in [*first, *second] if whole != OPEN else []:
+        effect, _ = between(shares, *([one for one in group if one != layer] for group in (first, second)))
+        if side_of(effect, +1) != whole:
+            found[layer] = effect
+    return found
+
+
+def _rests_text(found: Mapping[int, Measured], shown: bool) -> str:
+    """What is left of a difference without the layer that it rests on most; "" where no difference is `shown`."""
+    if not shown:
+        return ""
+    if not found:
+        return " That holds without any one of the layers."
+    most = min(found, key=lambda layer: abs(found[layer].mean))
+    others = sorted(layer for layer in found if layer != most)
+    also = f" (so it does on {named_layers(others)})" if others else ""
+    return f" It rests on layer {most} alone: without it the difference is {interval(found[most], unit=True)}{also}."
+
+
+def early_is_safe(shares: Shares, tolerance: float) -> Finding:
+    """Two conditions. The first half is less critical than the second (pooled criticality, first minus second, below 0, also without any
+    one layer), and lowering the whole first half adds no more than the tolerance (sum of its Shapley values). Fails where either is on
+    the other side. An odd middle layer belongs to neither half.
+    """
+    if why := _unfit(shares, 4):
         return not_tested("folk", EARLY, why)
     half = shares.rows.layers // 2
     first, second = list(range(half)), list(range(shares.rows.layers - half, shares.rows.layers))
-    (mean_1, resampled_1), (mean_2, resampled_2) = shares.criticality(first), shares.criticality(second)
-    effect = shares.record(mean_1 - mean_2, resampled_1 - resampled_2, "ratio")
+    effect, resampled = between(shares, first, second)
     damage = shares.damage(first)
     assert damage.ci95 is not None
-    side = side_of(effect, -1)
-    if side == FAILS or damage.ci95[0] > tolerance:
+    seen, single = side_of(effect, -1), rests_on(shares, first, second)
+    order = OPEN if single else seen
+    if order == FAILS or damage.ci95[0] > tolerance:
         verdict = FAILS
     else:
-        verdict = HOLDS if side == HOLDS and damage.ci95[1] <= tolerance else OPEN
-    order = {HOLDS: "less critical than", FAILS: "more critical than", OPEN: "not shown to differ from"}[side]
+        verdict = HOLDS if order == HOLDS and damage.ci95[1] <= tolerance else OPEN
+    compared = {HOLDS: "less critical than", FAILS: "more critical than", OPEN: "not shown to differ from"}[seen]
     within = "within" if damage.ci95[1] <= tolerance else "above" if damage.ci95[0] > tolerance else "not shown to be within"
     text = (
-        f"The first half ({named_layers(first)}) is {order} the second: criticality {number(mean_1)} against {number(mean_2)}, "
-        f"difference {interval(effect, unit=True)}. Its part of the damage is {interval(damage, unit=True)}, {within} the tolerance of {number(tolerance)}."
+        f"The first half ({named_layers(first)}) is {compared} the second: criticality {number(shares.criticality(first)[0])} against "
+        f"{number(shares.criticality(second)[0])}, difference {interval(effect, unit=True)}.{_rests_text(single, seen != OPEN)} "
+        f"Its part of the damage is {interval(damage, unit=True)}, {within} the tolerance of {number(tolerance)}{_worst(shares, first)}."
     )
-    return Finding("folk", EARLY, verdict, text, effect, two_sided_p(resampled_1 - resampled_2, 0.0, shares.rows.rows))
+    p = two_sided_p(resampled, 0.0, shares.rows.independent)
+    return Finding("folk", EARLY, verdict, text, effect, p, at_floor(p, shares))
+
+
+def at_floor(p: float, shares: Shares) -> bool:
+    """Whether resampling gives no smaller p."""
+    return p <= smallest_p(len(shares.resampled), shares.rows.independent) < 1
+
+
+def _worst(shares: Shares, layers: Sequence[int]) -> str:
+    """The layer with most of the damage of these, where that is more than half of it."""
+    most = max(layers, key=lambda layer: shares.mean[layer])
+    if shares.mean[most] <= shares.mean[layers].sum() / 2:
+        return ""
+    rest = shares.damage([layer for layer in layers if layer != most])
+    return f", most of it layer {most}'s (without it {interval(rest)})"
 
 
 def late_is_critical(shares: Shares) -> Finding:
-    """Pooled criticality of the last third of the layers (at least one) above 1."""
-    if why := _unfit(shares, 2):
+    """Pooled criticality of the last third of the layers above 1; of all others then below 1, also without any one layer."""
+    if why := _unfit(shares, 6):
         return not_tested("folk", LATE, why)
     layers = shares.rows.layers
-    last = list(range(layers - max(1, layers // 3), layers))
+    last, others = list(range(layers - layers // 3, layers)), list(range(layers - layers // 3))
     mean, resampled = shares.criticality(last)
     criticality = shares.record(mean, resampled, "ratio")
-    verdict = side_of(shares.record(mean - 1, resampled - 1, "ratio"), +1)
-    how = {HOLDS: "more than", FAILS: "less than", OPEN: "not shown to differ from"}[verdict]
+    seen, single = side_of(shares.record(mean - 1, resampled - 1, "ratio"), +1), rests_on(shares, last, others)
+    how = {HOLDS: "more than", FAILS: "less than", OPEN: "not shown to differ from"}[seen]
     share, _ = shares.share(last)
     text = (
         f"The last third ({named_layers(last)}) does {percent(share)} of the damage with {percent(share / mean if mean else 0.0)} of the weights, "
-        f"{how} its size: criticality {interval(criticality, unit=True)}."
+        f"{how} its size: criticality {interval(criticality, unit=True)}, {interval(between(shares, last, others)[0], unit=True)} more than "
+        f"that of the others.{_rests_text(single, seen != OPEN)}"
     )
-    return Finding("folk", LATE, verdict, text, criticality, two_sided_p(resampled, 1.0, shares.rows.rows))
-
-
-def sparse_is_safe(shares: Shares, sparsity: Floats | None, seed: int = 0) -> Finding:
-    """The sparser a layer, the less critical."""
-    return _marks(SPARSE, "sparsity", sparsity, -1, shares, seed)
-
-
-def attention_rules(shares: Shares, measures: Mapping[str, Floats], seed: int = 0) -> list[Finding]:
-    """The rules about attention. measures: name -> [layers], of the unquantized model."""
-    return [
-        _marks(SHARP, "attention entropy", measures.get("attention entropy"), -1, shares, seed),
-        _marks(SPECIAL, "head specialization", measures.get("head specialization"), +1, shares, seed),
-    ]
-
-
-def _marks(claim: str, name: str, measure: Floats | None, wanted: int, shares: Shares, seed: int) -> Finding:
-    """Rank correlation of a measure with criticality on the `wanted` side of 0, and rarer than 5 % among random orders of the layers.
-
-    It fails where the correlation is on the other side, just as rarely: in this model the rule is the wrong way round.
-    """
-    if measure is None or np.ptp(measure) == 0:
-        return not_tested("folk", claim, f"{name} was not measured or is the same everywhere")
-    if why := _unfit(shares, 4):
-        return not_tested("folk", claim, why)
-    # within a model, ranks of criticality are ranks of damage per weight
-    per_weight = shares.rows.weights
-    rho, resampled = spearman(measure, shares.mean / per_weight), spearman(measure, shares.resampled / per_weight)
-    effect = shares.record(float(rho), resampled, "rank correlation")
-    p = permutation_p(measure, shares.mean / per_weight, seed)
-    verdict = side_of(effect, wanted)
-    if p > CHANCE_LEVEL:
-        verdict = OPEN
-    text = (
-        f"Rank correlation of {name} with criticality over {shares.rows.layers} layers: {interval(effect)} "
-        f"(permutation p = {number(p)})."
-    )
-    return Finding("folk", claim, verdict, text, effect, p)
+    p = two_sided_p(resampled, 1.0, shares.rows.independent)
+    return Finding("folk", LATE, OPEN if single else seen, text, criticality, p, at_floor(p, shares))
 
 
 def ends_matter_most(shares: Shares) -> Finding:
-    """The less critical one of the first and the last layer against the pooled criticality of all between: above 0."""
+    """The less critical one of the first and the last layer against the most critical one between: above 0."""
     if why := _unfit(shares, 3):
         return not_tested("folk", ENDS, why)
     last = shares.rows.layers - 1
-    between = list(range(1, last))
-    (first_mean, first), (last_mean, at_last) = shares.criticality([0]), shares.criticality([last])
-    rest_mean, rest = shares.criticality(between)
-    resampled = np.minimum(first, at_last) - rest
-    effect = shares.record(min(first_mean, last_mean) - rest_mean, resampled, "ratio")
+    inner = list(range(1, last))
+    effect, p = least_minus_greatest(shares, [[0], [last]], [[layer] for layer in inner])
+    first_mean, last_mean = (shares.criticality([layer])[0] for layer in (0, last))
+    greatest = max(inner, key=lambda layer: shares.criticality([layer])[0])
     text = (
-        f"Criticality of layer 0 is {number(first_mean)}, of layer {last} {number(last_mean)}, of those between {number(rest_mean)}; "
-        f"the lesser end minus those between: {interval(effect, unit=True)}."
+        f"Criticality of layer 0 is {number(first_mean)}, of layer {last} {number(last_mean)}, the greatest between "
+        f"{number(shares.criticality([greatest])[0])} (layer {greatest}); the lesser end minus the greatest between: {interval(effect, unit=True)}."
     )
-    return Finding("folk", ENDS, side_of(effect, +1), text, effect, two_sided_p(resampled, 0.0, shares.rows.rows))
+    return Finding("folk", ENDS, side_of(effect, +1), text, effect, p, at_floor(p, shares))
+
+
+def least_minus_greatest(
+    shares: Shares, some: Sequence[Sequence[int]], others: Sequence[Sequence[int]]
+) -> tuple[Measured, float]:
+    """Criticality of the least critical group of `some` minus that of the most critical of `others`, and its two-sided p.
+
+    Which groups these are is chosen by the same rows, so the interval is made of the differences of all pairs: no pair may be below its
+    own lower end for the least one to be (intersection and union, no correction), and the upper end is the least of upper ends that all
+    pairs keep together (greatest of studentized differences). Sources: Berger 1982; Westfall & Young 1993.
+    """
+    ratios = [[shares.criticality(group) for group in groups] for groups in (some, others)]
+    means = np.array([a[0] - b[0] for a in ratios[0] for b in ratios[1]])  # [pairs]
+    resampled = np.stack([a[1] - b[1] for a in ratios[0] for b in ratios[1]], axis=1)  # [resamples, pairs]
+    rows = shares.rows.independent
+    low = float(np.min(percentile_interval(resampled, rows)[0]))
+    error = resampled.std(axis=0)
+    below = np.divide(means - resampled, error, out=np.zeros_like(resampled), where=error > 0).max(axis=1)  # [resamples]
+    high = float(np.min(means + float(percentile_interval(below, rows)[1]) * error))
+    effect = shares.record(float(means.min()), resampled[:, 0], "ratio")
+    if effect.ci95 is None:
+        return effect, 1.0
+    p_above = max(two_sided_p(one, 0.0, rows) if mean > 0 else 1.0 for mean, one in zip(means, resampled.T, strict=True))
+    needed = float(np.divide(-means, error, out=np.zeros_like(means), where=error > 0).max())  # standard errors below 0
+    p_below = two_sided_p(below, needed, rows) if needed > np.median(below) else 1.0
+    return Measured(effect.mean, (low, high), effect.unit, effect.base, effect.rows, effect.n), min(p_above, p_below)
+
+
+# --- measures that mark critical layers --------------------------------------------------------------------------------
+
+
+def marking_rules(correlated: Sequence[Correlation], shares: Shares) -> list[Finding]:
+    """The rules that a measure marks critical (or safe) layers. correlated: of layers, tested as one family.
+
+    One fails where the measure is beyond chance on the other side: in this model the rule is the wrong way round.
+    """
+    by_name = {one.measure: one for one in correlated}
+    return [_marks(claim, by_name.get(name), name, wanted, correlated, shares) for claim, name, wanted in MARKS]
+
+
+def _marks(claim: str, one: Correlation | None, name: str, wanted: int, family: Sequence[Correlation], shares: Shares) -> Finding:
+    if one is None:
+        return not_tested("folk", claim, f"{name} was not measured or is the same everywhere")
+    if why := _unfit(shares, 4) or one.not_tested:
+        return not_tested("folk", claim, why)
+    assert one.q_value is not None
+    effect = Measured(one.rho, one.ci95, "rank correlation", shares.rows.both_bases, shares.rows.split, shares.rows.rows)
+    verdict = {wanted: HOLDS, -wanted: FAILS, 0: OPEN}[side(one)]
+    text = (
+        f"Rank correlation of {name} with criticality over {one.n} layers: {interval(effect)}, the interval over rows, for these layers. "
+        f"Against measures as smooth over depth that have nothing to do with damage: {family_text(one, family)}."
+    )
+    return Finding("folk", claim, verdict, text, effect, one.q_value, one.q_is_bound)
+
+
+def family_text(one: Correlation, family: Sequence[Correlation]) -> str:
+    """`q = 0.21 of 6 measures`, and that so few layers cannot tell, where that is so."""
+    measures = sum(other.q_value is not None for other in family)
+    few = cannot_tell(family) if not side(one) else ""
+    return f"{p_is(one.q_value or 0.0, one.q_is_bound, 'q')} of {measures} measure{'s' if measures > 1 else ''}{f'; {few}' if few else ''}"
+
+
+# --- tasks -------------------------------------------------------------------------------------------------------------
 
 
 def math_needs_more(
@@ -172,13 +252,14 @@ def math_needs_more(
     """Task x precision: do word problems lose more from precision `high` to `low` than questions do?
 
     outcomes: task -> precision -> right or wrong, [items]. A task counts when it is above chance at `high`: below, there is nothing to
-    lose. Drops are in points, averaged over the tasks of a kind; items are resampled within their task.
+    lose. Guessing hides a part of what is lost, and more where there are fewer choices, so losses are of (accuracy - chance) / (1 - chance),
+    in points, averaged over the tasks of a kind; items are resampled within their task.
     """
-    fit = {score.task for score in scores if score.precision == high and score.above_chance}
+    chance = {score.task: score.chance for score in scores if score.precision == high and score.above_chance and score.chance < 1}
     drops = {
-        task: 100 * (np.asarray(right[high], dtype=np.float64) - np.asarray(right[low], dtype=np.float64))
+        task: 100 * (np.asarray(right[high], dtype=np.float64) - np.asarray(right[low], dtype=np.float64)) / (1 - chance[task])
         for task, right in outcomes.items()
-        if task in fit and high in right and low in right
+        if task in chance and high in right and low in right
     }
     kinds = [[task for task in drops if (task in math_tasks) is wanted] for wanted in (True, False)]
     if not all(kinds):
@@ -194,9 +275,12 @@ def math_needs_more(
     effect = Measured(float(math_mean - questions_mean), ci95, "points", high, where, sum(items))
     verdict = side_of(effect, +1) if ci95 else OPEN
     text = (
-        f"From {high} to {low}, word problems ({listed(kinds[0])}) change by {number(-math_mean, 1)} points and questions ({listed(kinds[1])}) "
-        f"by {number(-questions_mean, 1)}; word problems lose more by {interval(effect, unit=True)}."
+        f"From {high} to {low}, of what is known beyond guessing, (accuracy − chance) / (1 − chance), word problems ({listed(kinds[0])}) lose "
+        f"{number(math_mean, 1)} points and questions ({listed(kinds[1])}) {number(questions_mean, 1)}; word problems lose more by "
+        f"{interval(effect, unit=True)}. This compares {listed([*kinds[0], *kinds[1]])}, no more: word problems are answered in writing "
+        "and questions by choice, so the form of the answer may be what differs, and not the subject."
     )
     if verdict == OPEN:
         text += f" A difference under about {number(POWER_SIGMAS * float(resampled.std()), 0)} points would not have shown."
-    return Finding("tasks", MATH, verdict, text, effect, two_sided_p(resampled, 0.0, min(items)))
+    p = two_sided_p(resampled, 0.0, min(items))
+    return Finding("tasks", MATH, verdict, text, effect, p, p <= smallest_p(len(resampled), min(items)))

@@ -9,10 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-import numpy as np
-
-from bitatlas.evaluation.bootstrap import two_sided_p
-from bitatlas.findings.folk import HOLDS, OPEN, not_tested, side_of
+from bitatlas.findings.folk import HOLDS, OPEN, at_floor, least_minus_greatest, not_tested, side_of
 from bitatlas.findings.shares import LayerRows, shares_of
 from bitatlas.records import Finding, Module
 from bitatlas.words import interval, listed, number, percent
@@ -43,7 +40,7 @@ def role_of(module: Module) -> str:
 
 
 def value_and_down(modules: Sequence[Module], rows: LayerRows | None, seed: int = 0) -> Finding:
-    """The less critical one of the two (all value projections, all down projections) against all other kinds, pooled: above 0.
+    """The less critical one of the two (all value projections, all down projections) against the most critical other kind: above 0.
 
     rows: of kinds, in the order in which they come among the modules.
     """
@@ -59,14 +56,14 @@ def value_and_down(modules: Sequence[Module], rows: LayerRows | None, seed: int 
         return not_tested("folk", VALUE_AND_DOWN, f"no kind of module is known to be one of these ({', '.join(kinds)})")
     if not shares.defined:
         return not_tested("folk", VALUE_AND_DOWN, "the low format does no more damage than the high one beyond chance")
-    ratios = {role: shares.criticality(group) for role, group in groups.items()}
-    rest_mean, rest = shares.criticality(others)
-    resampled = np.min([own for _, own in ratios.values()], axis=0) - rest
-    effect = shares.record(min(mean for mean, _ in ratios.values()) - rest_mean, resampled, "ratio")
+    effect, p = least_minus_greatest(shares, list(groups.values()), [[place] for place in others])
+    ratios = {role: shares.criticality(group)[0] for role, group in groups.items()}
+    greatest = max(others, key=lambda place: shares.criticality([place])[0])
     chosen = [place for group in groups.values() for place in group]
     text = (
-        f"Criticality of the {listed(f'{role} projections is {number(mean, 2)}' for role, (mean, _) in ratios.items())}, of all other kinds "
-        f"{number(rest_mean, 2)}; {'the lesser' if len(groups) == 2 else 'it'} minus those: {interval(effect, unit=True)}. They do "
+        f"Criticality of the {listed(f'{role} projections is {number(mean, 2)}' for role, mean in ratios.items())}, the greatest of all other "
+        f"kinds {number(shares.criticality([greatest])[0], 2)} ({kinds[greatest]}); {'the lesser' if len(groups) == 2 else 'it'} minus that: "
+        f"{interval(effect, unit=True)}. They do "
         f"{percent(shares.share(chosen)[0])} of the damage with {percent(float(rows.weights[chosen].sum() / rows.weights.sum()))} of the weights."
     )
     verdict = side_of(effect, +1)
@@ -78,4 +75,4 @@ def value_and_down(modules: Sequence[Module], rows: LayerRows | None, seed: int 
             else " The other of the two is not known here."
         )
         verdict = OPEN if verdict == HOLDS else verdict
-    return Finding("folk", VALUE_AND_DOWN, verdict, text, effect, two_sided_p(resampled, 0.0, shares.rows.rows))
+    return Finding("folk", VALUE_AND_DOWN, verdict, text, effect, p, at_floor(p, shares))

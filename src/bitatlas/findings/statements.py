@@ -5,14 +5,11 @@ One statement a thing, each with its evidence; what could not be told is said in
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Collection, Sequence
 
-import numpy as np
-
-from bitatlas.evaluation.bootstrap import benjamini_hochberg
-from bitatlas.findings.correlations import ATTENTION_MEASURES, Floats, permutation_p
+from bitatlas.findings.correlations import ATTENTION_MEASURES, cannot_tell, side
 from bitatlas.findings.folk import FAILS, HOLDS, OPEN
-from bitatlas.findings.shares import FALSE_DISCOVERIES, VERDICTS, Shares
+from bitatlas.findings.shares import FALSE_DISCOVERIES, VERDICTS
 from bitatlas.findings.verdict import BETTER, WORSE
 from bitatlas.records import AttentionLayer, Correlation, Finding, Layer, Measured, Plan, TaskPair, TaskScore, Zone
 from bitatlas.words import interval, listed, named_layers, number, p_is, percent
@@ -109,34 +106,31 @@ def zone_findings(zones: Sequence[Zone]) -> list[Finding]:
 # --- cheap measures ----------------------------------------------------------------------------------------------------
 
 
-def measure_findings(
-    found: Sequence[Correlation], measures: Mapping[str, Floats], shares: Shares, seed: int = 0, told: Collection[str] = ()
-) -> list[Finding]:
-    """Whether weight statistics and attention measures earn a say in the bits: one statement each.
+def measure_findings(found: Sequence[Correlation], told: Collection[str] = ()) -> list[Finding]:
+    """Whether weight statistics and attention measures earn a say in the bits: one statement each. found: of layers, tested as one family.
 
-    Measures that are `told` elsewhere count in the correction and are not repeated.
+    Measures that are `told` elsewhere are not repeated, with the same q there.
     """
-    p = [permutation_p(measures[one.measure], shares.mean, seed) for one in found]
-    q = benjamini_hochberg(p) if p else np.empty(0)
-    earned = [
-        one.measure
-        for one, q_value in zip(found, q, strict=True)
-        if shares.defined and one.ci95 and (one.ci95[0] > 0 or one.ci95[1] < 0) and q_value <= FALSE_DISCOVERIES
-    ]
     statements = []
     for topic, claim in (
-        ("layers", "weight statistics or depth tell where the damage is"),
+        ("layers", "weight statistics tell where the damage is"),
         ("attention", "attention tells where the damage is"),
     ):
         about = [
             one for one in found if (one.measure in ATTENTION_MEASURES) == (topic == "attention") and one.measure not in told
         ]
-        if not about:
+        if not any(one.q_value is not None for one in about):
             continue
-        good = [one.measure for one in about if one.measure in earned]
+        good = [one.measure for one in about if side(one)]
         seen = "; ".join(f"{one.measure} {number(one.rho, 2)}{_ends(one)}" for one in about)
-        text = f"Rank correlation with the share of damage over {about[0].n} layers: {seen}. "
-        text += f"Beyond chance: {listed(good)}." if good else "None is beyond chance."
+        text = f"Rank correlation with criticality over {about[0].n} layers (intervals are over rows, for these layers): {seen}. "
+        least = min((one for one in about if one.q_value is not None), key=lambda one: one.q_value or 0.0)
+        text += f"Beyond chance over layers: {listed(good)}" if good else "None is beyond chance over layers"
+        text += f" (smallest {p_is(least.q_value or 0.0, least.q_is_bound, 'q')})"
+        few = cannot_tell(found)
+        text += f": {few}." if few and not good else "."
+        why = {one.measure: one.not_tested for one in about if one.not_tested}
+        text += "".join(f" {name.capitalize()} was not tested: {reason}." for name, reason in why.items())
         statements.append(Finding(topic, claim, HOLDS if good else OPEN, text))
     return statements
 

@@ -1,8 +1,10 @@
 """What each task asks of the bits: on its own text, and in its scores at every uniform width.
 
-*Own text.* Criticality of the layers on the task's rows against that on the general test rows. The two sets of rows are independent, and so
-are their bootstraps. A layer differs where the interval of the difference excludes 0 (Benjamini-Hochberg over the task's layers); the rank
-correlation of the two profiles is lowered by the noise of few rows, so it describes and decides nothing.
+*Own text.* Criticality of the layers on the task's rows against that on general test rows that were cut to the same length: what comes
+early in a row hurts otherwise than what comes late, whatever the text. The two sets of rows are independent, and so are their bootstraps.
+A layer differs where Welch's t of the difference says so, with the bootstraps' standard errors (no resampled tail is small enough for a screen
+of so many), Benjamini-Hochberg over all tasks and layers; the rank correlation of the two profiles is lowered by the noise of few rows, so it
+describes and decides nothing.
 
 *Held.* A width holds a task where "no loss within x points" against the reference is shown, loses it where the score falls and that is not
 shown, and is inconclusive or at chance otherwise (see `evaluation.paired`). The smallest width held is the narrowest such, of those below
@@ -12,21 +14,24 @@ Left out: widths of single layers; plans that hold a task (`planning.protect`).
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
-from scipy.stats import rankdata
+from scipy import stats
 
-from bitatlas.evaluation.bootstrap import benjamini_hochberg, measured, percentile_interval, two_sided_p
+from bitatlas.evaluation.bootstrap import benjamini_hochberg, measured, percentile_interval
 from bitatlas.evaluation.paired import AT_CHANCE, BELOW_CHANCE, UNIFORM, within
+from bitatlas.findings.correlations import spearman_by_row
 from bitatlas.findings.folk import HOLDS, OPEN
 from bitatlas.findings.shares import FALSE_DISCOVERIES, LayerRows, Shares, shares_of
 from bitatlas.formats import by_width
-from bitatlas.records import Correlation, Finding, TaskDamage, TaskPair
-from bitatlas.words import interval, listed, named_layers, number
+from bitatlas.records import Correlation, Finding, Measured, TaskDamage, TaskPair
+from bitatlas.words import interval, listed, named_layers, number, p_value
 
 Floats = np.ndarray
+TaskRows = tuple[Mapping[str, Floats], LayerRows]  # format -> damage [rows] on a task's text; its layers
 HELD, LOST = "held", "lost"
 AGREEMENT = "criticality on the general text"
 
@@ -34,37 +39,64 @@ AGREEMENT = "criticality on the general text"
 # --- a task's own text -------------------------------------------------------------------------------------------------
 
 
-def task_damage(task: str, widths: Mapping[str, Floats], rows: LayerRows, general: Shares, seed: int = 0) -> TaskDamage:
-    """The record of one task. widths: format -> damage on its rows, nats/token; `general`: shares on the test rows."""
-    own = shares_of(rows, seed + 1)  # other draws than the general rows': the two are independent
-    layers = range(rows.layers)
-    ratios = [(own.criticality([layer]), general.criticality([layer])) for layer in layers]
-    fit = own.defined and general.defined
-    least = min(rows.rows, general.rows.rows)
-    p = [two_sided_p(here[1] - there[1], 0.0, least) if fit else 1.0 for here, there in ratios]
-    return TaskDamage(
-        task=task,
-        uniform={name: measured(values, "nats/token", f"uniform:{name}", rows.split, seed) for name, values in widths.items()},
-        criticality=[own.record(*here, "ratio") for here, _ in ratios],
-        q_values=[float(q) for q in benjamini_hochberg(p)],
-        agreement=_agreement(own, general, least) if fit and rows.layers > 2 else None,
-    )
+def task_damages(texts: Mapping[str, TaskRows], general: LayerRows | None, seed: int = 0) -> list[TaskDamage]:
+    """One record a task. texts: task -> (format -> damage on its rows, nats/token; its layers); `general`: general text at the same length.
+
+    Without `general` text no layers are compared.
+    """
+    of_tasks = {task: shares_of(rows, seed + 1) for task, (_, rows) in texts.items()}  # other draws than the general text's
+    elsewhere = None if general is None else shares_of(general, seed)
+    p = [_welch_p(own, elsewhere, layer) for own in of_tasks.values() for layer in range(own.rows.layers)]
+    q = iter(benjamini_hochberg(p)) if p else iter(())
+    return [
+        TaskDamage(
+            task=task,
+            uniform={
+                name: measured(values, "nats/token", f"uniform:{name}", own.rows.split, seed)
+                for name, values in texts[task][0].items()
+            },
+            criticality=_criticality(own),
+            q_values=[float(next(q)) for _ in range(own.rows.layers)],
+            agreement=_agreement(own, elsewhere) if elsewhere and _comparable(own, elsewhere) else None,
+            general=_criticality(elsewhere) if elsewhere else [],
+        )
+        for task, own in of_tasks.items()
+    ]
 
 
-def _agreement(own: Shares, general: Shares, least: int) -> Correlation:
+def _criticality(shares: Shares) -> list[Measured]:
+    return [shares.record(*shares.criticality([layer]), "ratio") for layer in range(shares.rows.layers)]
+
+
+def _comparable(own: Shares, general: Shares) -> bool:
+    return own.defined and general.defined and own.rows.layers > 2
+
+
+def _welch_p(own: Shares, general: Shares | None, layer: int) -> float:
+    """Two-sided p of "the layer is as critical on both texts"."""
+    if general is None or not own.defined or not general.defined:
+        return 1.0
+    means, variances, free = [], [], []
+    for shares in (own, general):
+        mean, resampled = shares.criticality([layer])
+        rows = shares.rows.independent
+        means.append(mean)
+        variances.append(float(resampled.var()) * rows / (rows - 1))  # a bootstrap's variance is short by that
+        free.append(rows - 1)
+    total = sum(variances)
+    if total == 0:
+        return 1.0
+    degrees = total**2 / sum(variance**2 / one for variance, one in zip(variances, free, strict=True))
+    return float(2 * stats.t.sf(abs(means[0] - means[1]) / math.sqrt(total), degrees))
+
+
+def _agreement(own: Shares, general: Shares) -> Correlation:
     """Spearman's rank correlation of damage per weight, here and there."""
     weights = own.rows.weights
-    rho = _rank_correlation(own.mean[None] / weights, general.mean[None] / weights)
-    low, high = percentile_interval(_rank_correlation(own.resampled / weights, general.resampled / weights), least)
+    rho = spearman_by_row(own.mean[None] / weights, general.mean[None] / weights)
+    resampled = spearman_by_row(own.resampled / weights, general.resampled / weights)
+    low, high = percentile_interval(resampled, min(own.rows.independent, general.rows.independent))
     return Correlation(AGREEMENT, float(rho[0]), (float(low), float(high)), own.rows.layers)
-
-
-def _rank_correlation(x: Floats, y: Floats) -> Floats:
-    """x, y: [resamples, layers] -> [resamples], row by row; 0 where either is constant."""
-    ranks = [rankdata(one, axis=-1) for one in (x, y)]
-    a, b = (one - one.mean(axis=-1, keepdims=True) for one in ranks)
-    spread = np.sqrt((a**2).sum(axis=-1) * (b**2).sum(axis=-1))
-    return np.divide((a * b).sum(axis=-1), spread, out=np.zeros_like(spread), where=spread > 0)
 
 
 def differing(record: TaskDamage) -> list[int]:
@@ -72,7 +104,7 @@ def differing(record: TaskDamage) -> list[int]:
     return [layer for layer, q in enumerate(record.q_values) if q <= FALSE_DISCOVERIES]
 
 
-def task_text_findings(records: Sequence[TaskDamage], general: Shares) -> list[Finding]:
+def task_text_findings(records: Sequence[TaskDamage]) -> list[Finding]:
     """One statement a task: is its profile of critical layers another than the general text's?"""
     found = []
     for record in records:
@@ -87,16 +119,20 @@ def task_text_findings(records: Sequence[TaskDamage], general: Shares) -> list[F
             continue
         rho = record.agreement
         assert rho.ci95 is not None
-        text += f"Rank correlation of the layers' criticality: {number(rho.rho, 2)} [{number(rho.ci95[0], 2)}, {number(rho.ci95[1], 2)}]. "
+        text += (
+            f"Rank correlation of the layers' criticality with that on {record.general[0].n} general rows of the same length: "
+            f"{number(rho.rho, 2)} [{number(rho.ci95[0], 2)}, {number(rho.ci95[1], 2)}]. "
+        )
         other = differing(record)
-        text += _differences(record, general, other) if other else "No layer's criticality is shown to differ."
-        text += f" Smallest q = {number(min(record.q_values))}."
+        text += _differences(record, other) if other else "No layer's criticality is shown to differ."
+        least = p_value(min(record.q_values))
+        text += f" Smallest q {least if least.startswith('<') else f'= {least}'}."
         found.append(Finding("tasks", claim, HOLDS if other else OPEN, text))
     return found
 
 
-def _differences(record: TaskDamage, general: Shares, other: Sequence[int]) -> str:
-    means = {layer: (record.criticality[layer].mean, general.criticality([layer])[0]) for layer in other}
+def _differences(record: TaskDamage, other: Sequence[int]) -> str:
+    means = {layer: (record.criticality[layer].mean, record.general[layer].mean) for layer in other}
     above = [layer for layer, (here, there) in means.items() if here > there]
     below = [layer for layer in other if layer not in above]
     parts = [f"{word} critical there: {named_layers(group)}" for word, group in (("more", above), ("less", below)) if group]

@@ -64,6 +64,28 @@ class WeightProfile:
 
 
 @dataclass(frozen=True)
+class SparsityPoint:
+    """Share of all quantizable weights below a threshold, beside what a Gaussian of the same width has."""
+
+    threshold: float  # standard deviations of the module
+    share: float
+    gaussian: float
+    ratio95: tuple[float, float]  # interval of share / gaussian, for so many independent weights
+    verdict: str  # "more", "as many", "fewer" or "inconclusive": 10 % more or fewer count
+
+
+@dataclass(frozen=True)
+class Sparsity:
+    """Weights near 0: the curve over thresholds, and whether the layers differ."""
+
+    curve: list[SparsityPoint]
+    layers: list[float]  # share below 1 % of the standard deviation, by layer
+    p_value: float  # chi-squared, "all layers are alike"
+    spread: float  # standard deviation between layers beyond that of so many weights, as a share of the mean
+    differ: bool  # p <= 0.05, and a spread of at least 5 %
+
+
+@dataclass(frozen=True)
 class AttentionHead:
     layer: int
     head: int
@@ -274,8 +296,11 @@ class TaskDamage:
     task: str
     uniform: dict[str, Measured]  # format -> every module at it
     criticality: list[Measured]
-    q_values: list[float]  # two-sided, criticality as on the test rows, Benjamini-Hochberg over layers
-    agreement: Correlation | None  # of criticality here and on the test rows, over layers
+    q_values: list[
+        float
+    ]  # two-sided, criticality as on general text of the same length, Benjamini-Hochberg over tasks and layers
+    agreement: Correlation | None  # of criticality here and on that general text, over layers
+    general: list[Measured] = field(default_factory=list)  # criticality on test rows cut to the task's length
 
 
 @dataclass(frozen=True)
@@ -307,8 +332,12 @@ class Correlation:
 
     measure: str
     rho: float
-    ci95: tuple[float, float] | None
+    ci95: tuple[float, float] | None  # of layers and units: over rows, for these layers
     n: int
+    p_value: float | None = None  # of layers: against measures as smooth over depth that have nothing to do with damage
+    q_value: float | None = None  # Benjamini-Hochberg over all measures
+    not_tested: str = ""  # why there is no p
+    q_is_bound: bool = False  # resampling gives no smaller one: printed with "<"
 
 
 @dataclass(frozen=True)
@@ -375,5 +404,6 @@ class Atlas:
     interactions: UnitInteractions | None = None
     head_maps: list[HeadMap] = field(default_factory=list)
     joint: JointDamage | None = None  # None: no layer is safe, or a survey from before it was measured
+    sparsity: Sparsity | None = None
     plans: list[Plan] = field(default_factory=list)  # verified at other sizes, from small to large; files in curve/
     schema: str = ATLAS_SCHEMA

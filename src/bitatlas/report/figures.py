@@ -111,7 +111,7 @@ def _plan(atlas: Atlas) -> dict[str, Sketch]:
 
 def _others(atlas: Atlas) -> dict[str, Sketch]:
     held = "Difference from the reference on the same items. Bars: 95% intervals; dashed: the margin of loss that is ruled out where a task is held."
-    earns = "Rank correlation over layers; the interval is over rows. Whether a measure beats chance is said in the findings."
+    earns = "Rank correlation over layers; intervals are over rows, for these layers. Whether a measure beats chance over layers: q in the table."
     together = pairs.caption(atlas)
     return {
         "pairs": Sketch(pairs.matrix, "Which units hurt together", together, PAIRS, HALF),

@@ -63,17 +63,33 @@ def correlation_table(atlas: Atlas) -> Table:
     """Every cheap measure against measured damage, over layers and over units."""
     layers = {one.measure: one for one in atlas.correlations}
     units = {one.measure: one for one in atlas.unit_correlations}
-    rows = [[name, _rho(layers.get(name)), _rho(units.get(name))] for name in dict.fromkeys([*layers, *units])]
+    rows = [
+        [name, _rho(layers.get(name)), _chance(layers.get(name)), _rho(units.get(name))]
+        for name in dict.fromkeys([*layers, *units])
+    ]
     note = (
-        "Spearman's ρ of a cheap measure with the measured share of the damage; the interval is over rows. Units differ in size, so there "
-        "the number of weights is itself a measure to beat. Whether a measure beats chance over layers is said in the findings."
+        "Spearman's ρ of a cheap measure with criticality (layers) or with the share of the damage (units). Intervals are over rows, for these "
+        "layers and units; they say nothing about other layers. q: against measures as smooth over depth that have nothing to do with damage, "
+        "Benjamini-Hochberg over all measures; the findings and the folk rules rest on it. Units differ in size, so there the number of "
+        "weights is itself a measure to beat."
     )
-    head = ["Measure", f"ρ over {_count(atlas.correlations)} layers", f"ρ over {_count(atlas.unit_correlations)} units"]
+    head = [
+        "Measure",
+        f"ρ over {_count(atlas.correlations)} layers",
+        "q over layers",
+        f"ρ over {_count(atlas.unit_correlations)} units",
+    ]
     return Table("correlations", "Cheap measures against damage", note, head, rows)
 
 
 def _count(found: list[Correlation]) -> str:
     return str(found[0].n) if found else "0"
+
+
+def _chance(one: Correlation | None) -> str:
+    if one is None:
+        return words.NOT_MEASURED
+    return "not tested" if one.q_value is None else words.p_value(one.q_value, one.q_is_bound)
 
 
 def _rho(one: Correlation | None) -> str:

@@ -14,6 +14,7 @@ from bitatlas.report.table import Table
 # (topic, words in the claim, table's key), the first that fits; the last of a topic takes all that is left
 TABLES = (
     ("layers", "weight statistics", "correlations"),
+    ("layers", "than a Gaussian has", "sparsity"),
     ("layers", "", "layers"),
     ("zones", "", "zones"),
     ("attention", "tells where the damage is", "correlations"),

@@ -12,12 +12,14 @@ from dataclasses import dataclass, field
 from markupsafe import Markup
 
 from bitatlas import words
+from bitatlas.findings.sparsity import gaussian_share
 from bitatlas.records import Atlas, Measured, WeightProfile
 from bitatlas.report import facts, svg
 from bitatlas.report.svg import Canvas
 
 SIGNS = {"circle": "●", "square": "■", "triangle": "▲", "diamond": "◆"}  # the shapes as text, for legends
 DISTANCE = "Jensen-Shannon distance, 0..1"
+GAUSSIAN = 100 * gaussian_share(0.01)  # % of its values within 1 % of its standard deviation
 Value = Callable[[WeightProfile], float | None]
 
 
@@ -57,6 +59,7 @@ def panel(series: Sequence[Series], label: str, rule: float | None = None, zero:
         return None
     c = Canvas(340, 190, left=44, right=8, top=26, bottom=36)
     include = [0.0] if zero and min(p[2] for p in points) >= 0 else []
+    include += [] if rule is None else [rule]
     low, high = svg.nice_range([end for p in points for end in p[1:]], include)
     y = svg.linear(low, high, c.y0, c.y1)
     layers = sorted({point[0] for point in points})
@@ -99,7 +102,11 @@ def weight_panels(atlas: Atlas) -> list[Panel]:
     energy = f"‖W − Q(W)‖² / ‖W‖² at {atlas.low}"
     tail = weights(lambda p: p.outlier_ratio)
     return [
-        Panel("Sparsity", "Weights with |w| below 1% of σ", panel(weights(lambda p: 100 * p.sparsity), "% of weights")),
+        Panel(
+            "Sparsity",
+            "Weights with |w| below 1% of σ; dashed: of a Gaussian",
+            panel(weights(lambda p: 100 * p.sparsity), "% of weights", GAUSSIAN),
+        ),
         Panel("Excess kurtosis", "0 for a normal distribution", panel(weights(lambda p: p.kurtosis), "kurtosis")),
         Panel("Quantization error", energy, panel(weights(_error_at(atlas.low)), "% of the weights' energy")),
         Panel("Largest outlier", "Largest |w| / σ, mean over modules", panel(tail, "standard deviations")),

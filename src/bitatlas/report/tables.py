@@ -37,6 +37,7 @@ def tables(atlas: Atlas) -> list[Table]:
         attention.drift_table,
         attention.ablation_table,
         weight_table,
+        sparsity_table,
         folk_table,
         inside.correlation_table,
         definition_table,
@@ -204,6 +205,30 @@ def weight_table(atlas: Atlas) -> Table:
     return Table("weights", "Weights", note, [*head, *(f"Error at {name}" for name in formats)], rows)
 
 
+def sparsity_table(atlas: Atlas) -> Table:
+    """The curve over thresholds beside a Gaussian's."""
+    found = atlas.sparsity
+    head = ["Threshold, σ", "Weights below it", "Of a Gaussian", "Times a Gaussian's", "Verdict"]
+    if found is None:
+        return Table("sparsity", "Weights near 0", "", head, empty="Not measured.")
+    rows = [
+        [
+            percent(one.threshold),
+            percent(one.share, 3),
+            percent(one.gaussian, 3),
+            interval(Measured(one.share / one.gaussian, one.ratio95, "ratio", "reference", "weights", 0)),
+            {"as many": "as a Gaussian's", "inconclusive": "inconclusive"}.get(one.verdict, f"{one.verdict} than a Gaussian's"),
+        ]
+        for one in found.curve
+    ]
+    note = (
+        "All modules, each by its own standard deviation; intervals are those of so many independent weights. More or fewer: beyond 10 %. Layers "
+        f"{'differ' if found.differ else 'do not differ'} at 1 % of σ: {percent(min(found.layers), 2)} to {percent(max(found.layers), 2)}, chi-squared "
+        f"{words.p_is(found.p_value)}, standard deviation between them beyond chance {percent(found.spread)} of the mean (5 % count)."
+    )
+    return Table("sparsity", "Weights near 0", note, head, rows)
+
+
 def folk_table(atlas: Atlas) -> Table:
     rows = [
         [
@@ -216,7 +241,10 @@ def folk_table(atlas: Atlas) -> Table:
         for f in atlas.findings
         if f.topic == "folk"
     ]
-    note = "Rules of thumb, taken as hypotheses and tested on this checkpoint."
+    note = (
+        "Rules of thumb, taken as hypotheses and tested on this checkpoint. Intervals are over rows. p of a measure that marks layers: "
+        "q over all measures, the same as among the cheap measures."
+    )
     return Table("folk", "Folk rules", note, ["Rule", "Verdict", "What was seen", "Evidence", "p"], rows, "None was tested.")
 
 

@@ -9,7 +9,7 @@ from markupsafe import Markup
 
 from bitatlas import words
 from bitatlas.findings.tasks import HELD, LOST, TaskWidth, differing, smallest_held, task_widths
-from bitatlas.records import Atlas
+from bitatlas.records import Atlas, TaskDamage
 from bitatlas.report import svg
 from bitatlas.report.charts import Row, forest
 from bitatlas.report.table import Table
@@ -68,15 +68,21 @@ def text_table(atlas: Atlas) -> Table:
         ends = f" [{number(rho.ci95[0], 2)}, {number(rho.ci95[1], 2)}]" if rho and rho.ci95 else ""
         agrees = f"{number(rho.rho, 2)}{ends}" if rho else words.NOT_MEASURED
         other = differing(record)
-        named = ", ".join(f"{layer} ({interval(record.criticality[layer])})" for layer in other) or "none"
+        named = ", ".join(f"{layer} ({_both(record, layer)})" for layer in other) or "none"
         n = next((str(m.n) for m in record.uniform.values()), "")
         rows.append([record.task, n, *(interval(record.uniform.get(name)) for name in formats), agrees, named])
     note = (
         "Questions and right answers of the task's items, in short rows. ρ: rank correlation of the layers' criticality there with that on "
-        "the general text, lowered by the noise of few rows. Layers that differ: criticality there, Benjamini-Hochberg over layers."
+        "general text, test rows cut to the same length, lowered by the noise of few rows. Layers that differ: criticality there against that "
+        "on the general text, Benjamini-Hochberg over all tasks and layers."
     )
     head = ["Task", "Rows", *(f"Damage at {name}, nats/token" for name in formats), "ρ with general text", "Layers that differ"]
     return Table("tasktext", "Damage on each task's own text", note, head, rows, "Not measured: the run was asked for no tasks.")
+
+
+def _both(record: TaskDamage, layer: int) -> str:
+    general = f" against {interval(record.general[layer])}" if record.general else ""
+    return f"{interval(record.criticality[layer])}{general}"
 
 
 def held_chart(atlas: Atlas, width: int) -> Markup | None:
