@@ -157,10 +157,8 @@ def text_rows(modules: Sequence[Module], settings: Settings, found: Measurements
     high, low = settings.high, settings.low
 
     def of(screen: TaskScreen, name: str) -> LayerRows:
-        layers = screen.layers
-        return LayerRows(
-            screen.widths[high], screen.widths[low], layers.lowered, layers.raised, weights, high, low, name, blocks=screen.blocks
-        )
+        layers, widths = screen.layers, screen.widths
+        return LayerRows(widths[high], widths[low], layers.lowered, layers.raised, weights, high, low, name, screen.blocks)
 
     texts: dict[str, TaskRows] = {
         task: (screen.widths, of(screen, f"text:{task}")) for task, screen in found.task_screens.items()

@@ -44,7 +44,7 @@ from bitatlas.records import Atlas, Calibration, JointDamage, Module, WeightProf
 from bitatlas.sensitivity.kinds import screen_kinds
 from bitatlas.sensitivity.orders import OrderScreen, screen_orders
 from bitatlas.sensitivity.screens import LayerScreen, screen_layers, screen_uniform, screen_units, uniform
-from bitatlas.sensitivity.task_text import ROW_LENGTH, ROWS, TaskScreen, general_index, general_rows, screen_tasks, screen_text
+from bitatlas.sensitivity.task_text import ROW_LENGTH, ROWS, TaskScreen, general_places, general_rows, screen_tasks, screen_text
 from bitatlas.settings import Settings
 from bitatlas.tokens import cut_rows
 from bitatlas.words import interval
@@ -266,10 +266,10 @@ def screen_texts(run: Run) -> tuple[dict[str, TaskScreen], TaskScreen | None]:
         return {}, None
     of_tasks = screen_tasks(run.meter, run.checkpoint.modules, formats, rows, run.reporter)
     length = next(iter(rows.values())).shape[1]  # the same for all
-    cut, index = general_rows(run.rows.test, length), general_index(run.rows.test, length)
-    general = screen_text(run.meter, run.checkpoint.modules, formats, cut, "the general text beside them", run.reporter)
-    blocks = run.rows.blocks("test")
-    return of_tasks, replace(general, blocks=[blocks[row] for row in index])
+    test, blocks = run.rows.test, run.rows.blocks("test")
+    cut = general_rows(test, length)
+    screen = screen_text(run.meter, run.checkpoint.modules, formats, cut, "the general text beside them", run.reporter)
+    return of_tasks, replace(screen, blocks=blocks if cut is test else [blocks[place] for place in general_places(len(test))])
 
 
 def task_rows(run: Run) -> dict[str, Tensor]:

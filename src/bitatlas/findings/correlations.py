@@ -26,7 +26,7 @@ from numpy.typing import ArrayLike, NDArray
 from scipy.fft import dct
 from scipy.stats import rankdata
 
-from bitatlas.evaluation.bootstrap import benjamini_hochberg, percentile_interval
+from bitatlas.evaluation.bootstrap import benjamini_hochberg, is_bound, percentile_interval
 from bitatlas.findings.shares import FALSE_DISCOVERIES, Shares
 from bitatlas.records import AttentionLayer, Correlation, WeightProfile
 from bitatlas.words import p_value
@@ -162,11 +162,15 @@ def layer_correlations(
     tested = [one for one in found if one.measure not in why]
     p = [chance_p(measures[one.measure], shares.mean / shares.rows.weights, seed) for one in tested]
     q = [float(value) for value in benjamini_hochberg(p)] if p else []
-    by_name = {one.measure: both for one, *both in zip(tested, p, q, strict=True)}
+    sampled = p and shares.rows.layers > MOST_EXACT  # of few layers all signs are tried, and p is exact
+    bound = [bool(value) for value in is_bound(p, least_p(shares.rows.layers))] if sampled else [False] * len(p)
+    by_name = {one.measure: told for one, *told in zip(tested, p, q, bound, strict=True)}
     return [
         replace(one, not_tested=why[one.measure])
         if one.measure in why
-        else replace(one, p_value=by_name[one.measure][0], q_value=by_name[one.measure][1])
+        else replace(
+            one, p_value=by_name[one.measure][0], q_value=by_name[one.measure][1], q_is_bound=bool(by_name[one.measure][2])
+        )
         for one in found
     ]
 

@@ -16,11 +16,11 @@ from collections.abc import Collection, Mapping, Sequence
 import numpy as np
 from numpy.typing import ArrayLike
 
-from bitatlas.evaluation.bootstrap import block_count, percentile_interval, resample_means, two_sided_p
+from bitatlas.evaluation.bootstrap import block_count, percentile_interval, resample_means, smallest_p, two_sided_p
 from bitatlas.findings.correlations import Floats, cannot_tell, side
 from bitatlas.findings.shares import Shares
 from bitatlas.records import Correlation, Finding, Measured, TaskScore
-from bitatlas.words import given, interval, listed, named_layers, number, p_value, percent
+from bitatlas.words import given, interval, listed, named_layers, number, p_is, percent
 
 HOLDS, FAILS, OPEN = "holds", "does not hold", "inconclusive"
 RULED = ("sparsity", "attention entropy", "head specialization")  # measures that a rule is about
@@ -124,7 +124,13 @@ def early_is_safe(shares: Shares, tolerance: float) -> Finding:
         f"{number(shares.criticality(second)[0])}, difference {interval(effect, unit=True)}.{_rests_text(single, seen != OPEN)} "
         f"Its part of the damage is {interval(damage, unit=True)}, {within} the tolerance of {given(tolerance)}{_worst(shares, first)}."
     )
-    return Finding("folk", EARLY, verdict, text, effect, two_sided_p(resampled, 0.0, shares.rows.independent))
+    p = two_sided_p(resampled, 0.0, shares.rows.independent)
+    return Finding("folk", EARLY, verdict, text, effect, p, at_floor(p, shares))
+
+
+def at_floor(p: float, shares: Shares) -> bool:
+    """Whether resampling gives no smaller p."""
+    return p <= smallest_p(len(shares.resampled), shares.rows.independent) < 1
 
 
 def _worst(shares: Shares, layers: Sequence[int]) -> str:
@@ -153,7 +159,7 @@ def late_is_critical(shares: Shares) -> Finding:
         f"that of the others.{_rests_text(single, seen != OPEN)}"
     )
     p = two_sided_p(resampled, 1.0, shares.rows.independent)
-    return Finding("folk", LATE, OPEN if single else seen, text, criticality, p)
+    return Finding("folk", LATE, OPEN if single else seen, text, criticality, p, at_floor(p, shares))
 
 
 def ends_matter_most(shares: Shares) -> Finding:
@@ -169,7 +175,7 @@ def ends_matter_most(shares: Shares) -> Finding:
         f"Criticality of layer 0 is {number(first_mean)}, of layer {last} {number(last_mean)}, the greatest between "
         f"{number(shares.criticality([greatest])[0])} (layer {greatest}); the lesser end minus the greatest between: {interval(effect, unit=True)}."
     )
-    return Finding("folk", ENDS, side_of(effect, +1), text, effect, p)
+    return Finding("folk", ENDS, side_of(effect, +1), text, effect, p, at_floor(p, shares))
 
 
 def least_minus_greatest(
@@ -232,15 +238,14 @@ def _marks(claim: str, one: Correlation | None, name: str, wanted: int, family: 
         f"Rank correlation of {name} with criticality over {one.n} layers: {interval(effect)}, the interval over rows, for these layers. "
         f"Against measures as smooth over depth that have nothing to do with damage: {family_text(one, family)}."
     )
-    return Finding("folk", claim, verdict, text, effect, one.q_value)
+    return Finding("folk", claim, verdict, text, effect, one.q_value, one.q_is_bound)
 
 
 def family_text(one: Correlation, family: Sequence[Correlation]) -> str:
     """`q = 0.21 of 6 measures`, and that so few layers cannot tell, where that is so."""
     measures = sum(other.q_value is not None for other in family)
     few = cannot_tell(family) if not side(one) else ""
-    text = p_value(one.q_value)
-    return f"q {text if text.startswith('<') else f'= {text}'} of {measures} measure{'s' if measures > 1 else ''}{f'; {few}' if few else ''}"
+    return f"{p_is(one.q_value or 0.0, one.q_is_bound, 'q')} of {measures} measure{'s' if measures > 1 else ''}{f'; {few}' if few else ''}"
 
 
 # --- tasks -------------------------------------------------------------------------------------------------------------
@@ -287,4 +292,5 @@ def math_needs_more(
     )
     if verdict == OPEN:
         text += f" A difference under about {number(POWER_SIGMAS * float(resampled.std()), 0)} points would not have shown."
-    return Finding("tasks", MATH, verdict, text, effect, two_sided_p(resampled, 0.0, min(items)))
+    p = two_sided_p(resampled, 0.0, min(items))
+    return Finding("tasks", MATH, verdict, text, effect, p, p <= smallest_p(len(resampled), min(items)))

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from bitatlas.findings.folk import HOLDS, OPEN, least_minus_greatest, not_tested, side_of
+from bitatlas.findings.folk import HOLDS, OPEN, at_floor, least_minus_greatest, not_tested, side_of
 from bitatlas.findings.shares import LayerRows, shares_of
 from bitatlas.records import Finding, Module
 from bitatlas.words import interval, listed, number, percent
@@ -75,4 +75,4 @@ def value_and_down(modules: Sequence[Module], rows: LayerRows | None, seed: int 
             else " The other of the two is not known here."
         )
         verdict = OPEN if verdict == HOLDS else verdict
-    return Finding("folk", VALUE_AND_DOWN, verdict, text, effect, p)
+    return Finding("folk", VALUE_AND_DOWN, verdict, text, effect, p, at_floor(p, shares))

@@ -12,7 +12,7 @@ from bitatlas.findings.folk import FAILS, HOLDS, OPEN
 from bitatlas.findings.shares import FALSE_DISCOVERIES, VERDICTS
 from bitatlas.findings.verdict import BETTER, WORSE
 from bitatlas.records import AttentionLayer, Correlation, Finding, Layer, Measured, Plan, TaskPair, TaskScore, Zone
-from bitatlas.words import given, interval, listed, named_layers, number, p_is, p_value, percent
+from bitatlas.words import given, interval, listed, named_layers, number, p_is, percent
 
 GOOD_FIT = 0.1  # of the damage that the quadratic model may miss before its shares are called rough
 DESCRIBED = "described"
@@ -124,9 +124,9 @@ def measure_findings(found: Sequence[Correlation], told: Collection[str] = ()) -
         good = [one.measure for one in about if side(one)]
         seen = "; ".join(f"{one.measure} {number(one.rho, 2)}{_ends(one)}" for one in about)
         text = f"Rank correlation with criticality over {about[0].n} layers (intervals are over rows, for these layers): {seen}. "
-        least = min(one.q_value for one in about if one.q_value is not None)
+        least = min((one for one in about if one.q_value is not None), key=lambda one: one.q_value or 0.0)
         text += f"Beyond chance over layers: {listed(good)}" if good else "None is beyond chance over layers"
-        text += f" (smallest q = {p_value(least)})" if least >= 1e-4 else f" (smallest q {p_value(least)})"
+        text += f" (smallest {p_is(least.q_value or 0.0, least.q_is_bound, 'q')})"
         few = cannot_tell(found)
         text += f": {few}." if few and not good else "."
         why = {one.measure: one.not_tested for one in about if one.not_tested}

@@ -338,6 +338,7 @@ class Correlation:
     p_value: float | None = None  # of layers: against measures as smooth over depth that have nothing to do with damage
     q_value: float | None = None  # Benjamini-Hochberg over all measures
     not_tested: str = ""  # why there is no p
+    q_is_bound: bool = False  # resampling gives no smaller one: printed with "<"
 
 
 @dataclass(frozen=True)
@@ -403,7 +404,7 @@ class Atlas:
     ablations: list[Ablation] = field(default_factory=list)
     interactions: UnitInteractions | None = None
     head_maps: list[HeadMap] = field(default_factory=list)
-    sparsity: Sparsity | None = None
     joint: JointDamage | None = None  # None: no layer is safe, or a survey from before it was measured
+    sparsity: Sparsity | None = None
     plans: list[Plan] = field(default_factory=list)  # verified at other sizes, from small to large; files in curve/
     schema: str = ATLAS_SCHEMA

@@ -89,7 +89,7 @@ def _count(found: list[Correlation]) -> str:
 def _chance(one: Correlation | None) -> str:
     if one is None:
         return words.NOT_MEASURED
-    return "not tested" if one.q_value is None else words.p_value(one.q_value)
+    return "not tested" if one.q_value is None else words.p_value(one.q_value, one.q_is_bound)
 
 
 def _rho(one: Correlation | None) -> str:

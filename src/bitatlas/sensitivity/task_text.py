@@ -31,7 +31,7 @@ class TaskScreen:
 
     widths: dict[str, np.ndarray]
     layers: LayerScreen
-    blocks: list[int] | None = None  # of each row; None: rows are independent
+    blocks: list[int] | None = None  # of the rows (see `evaluation.bootstrap`)
 
 
 def screen_tasks(
@@ -52,10 +52,11 @@ def screen_text(
 
 def general_rows(test: Tensor, length: int) -> Tensor:
     """The first `length` tokens of test rows, spread over all of them; all rows where they are no longer (they were measured already)."""
-    return test if test.shape[1] <= length else test[general_index(test, length), :length]
+    if test.shape[1] <= length:
+        return test
+    return test[general_places(len(test)), :length]
 
 
-def general_index(test: Tensor, length: int) -> np.ndarray:
-    """Which test rows those are: int64 [rows], ascending."""
-    count = len(test) if test.shape[1] <= length else min(GENERAL_ROWS, len(test))
-    return np.unique(np.linspace(0, len(test) - 1, count).round().astype(np.int64))
+def general_places(rows: int) -> list[int]:
+    """Which of so many test rows are cut for `general_rows`."""
+    return [int(place) for place in np.unique(np.linspace(0, rows - 1, min(GENERAL_ROWS, rows)).round())]
