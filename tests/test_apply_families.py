@@ -21,6 +21,7 @@ from bitatlas.errors import UserError
 from bitatlas.export import conversion
 from bitatlas.export.targets import export_plan
 from bitatlas.files import to_json
+from bitatlas.naming import rules_of
 from bitatlas.verify import verify_plan
 from test_apply import LOGITS, QUIET, applied, check_bytes, largest_difference, make_plan
 from tiny import make_checkpoint
@@ -146,12 +147,12 @@ def test_modules_that_the_checkpoint_stores_in_one_tensor_are_packed_apart(tmp_p
     from transformers.core_model_loading import Chunk, WeightConverter
 
     skeleton = open_checkpoint(str(make_checkpoint(tmp_path / "model", num_key_value_heads=4)), None, False).skeleton()
-    rules = conversion.rules_of(skeleton)
+    rules = rules_of(skeleton)
     split = WeightConverter(["self_attn.qk.weight"], ["self_attn.q_proj.weight", "self_attn.k_proj.weight"], [Chunk(dim=0)])
     names = [f"model.layers.0.self_attn.{part}.weight" for part in ("q_proj", "k_proj")]
     both = torch.randn(128, 64)
     with pytest.MonkeyPatch.context() as patched:
-        patched.setattr(conversion, "rules_of", lambda model: conversion.Rules(rules.renamings, [split], rules.rename))
+        patched.setattr(conversion, "rules_of", lambda model: replace(rules, converters=[split]))
         found = conversion.Conversion(skeleton, {"model.layers.0.self_attn.qk.weight": both.to("meta")})
     assert set(found.made) == set(names) == set(found.origins) and all(found.key(name) is None for name in names)
     read = [found.read(name, {"model.layers.0.self_attn.qk.weight": both}.__getitem__) for name in names]

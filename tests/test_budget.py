@@ -159,7 +159,7 @@ refusals = [
     ),
     (
         Budget("size", 1234567.75 * 2**30),
-        "--size 1205.63TiB is above 60.11kB, the most that int4_g64 gives; possible: 38.99kB to 60.11kB",
+        "--size 1234567.75GiB is above 60.11kB, the most that int4_g64 gives; possible: 38.99kB to 60.11kB",
     ),
     (Budget("code_bits", 4.5), "--code-bits 4.5 is above 4.0, the most that int4_g64 gives; possible: 2.0 to 4.0"),
     (Budget("stored_bits", 2), "--stored-bits 2 is below 2.523, the least that int2_g64 gives; possible: 2.523 to 4.523"),

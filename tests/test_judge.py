@@ -63,4 +63,4 @@ def test_a_plan_that_beats_it_is():
 )
 def test_a_tolerance_is_judged_on_the_test_rows(ci95: tuple[float, float] | None, said: str):
     damage = Measured(0.3, ci95, "nats/token", "plan", "test", 8)
-    assert on_tolerance(damage, 0.5) == f"{said} the tolerated 0.500 on test rows"
+    assert on_tolerance(damage, 0.5) == f"{said} the tolerated 0.5 on test rows"
