@@ -209,7 +209,9 @@ def test_masses_are_what_loops_give() -> None:
     for row in range(3):
         for number, role in enumerate(ROLES):
             targets = role_targets(role, ids[row].numpy())
-            pairs = matched_pairs(targets, 3, np.random.default_rng([5, number, row]))
+            tokens = ids[row].numpy()
+            counts = np.bincount(tokens)[tokens] if role == "retrieval" else None  # matched on frequency, too
+            pairs = matched_pairs(targets, 3, np.random.default_rng([5, number, row]), counts)
             queries = sorted(set(pairs.query.tolist()))
             for draw in range(4):
                 keys = pairs.target if draw == 0 else pairs.drawn[draw - 1]

@@ -52,9 +52,9 @@ def sentences(curve: Curve, layers: int, seed: int) -> list[Finding]:
     """All that is said about measures in a world where none has to do with damage."""
     rng = np.random.default_rng(seed)
     rows = rows_of(np.exp(0.5 * curve(layers, rng)), 24, seed, noise=0.2)
-    shares = Shares(
-        rows, rows.values.mean(axis=0), resample_means(rows.values, 200)
-    )  # fewer than in a survey: only signs of intervals count
+    whole = np.column_stack([rows.values, rows.low - rows.high])  # [rows, layers + 1]
+    mean, resampled = whole.mean(axis=0), resample_means(whole, 200)  # fewer than in a survey: only signs of intervals count
+    shares = Shares(rows, mean[:-1], resampled[:, :-1], float(mean[-1]), resampled[:, -1])
     measures = {name: curve(layers, rng) for name in MEASURES[:-1]} | {"depth": np.arange(layers, dtype=float)}
     found = layer_correlations(measures, shares)
     return [*marking_rules(found, shares), *measure_findings(found, RULED)]

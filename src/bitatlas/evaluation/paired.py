@@ -48,6 +48,7 @@ from bitatlas.words import given, p_is, p_value
 
 UNIFORM = "uniform:"
 MANY = 500  # items, from which on a binomial is normal enough to say "about so many"
+BELOW_ALPHA = 0.01  # of "below chance": so guessing is called "at chance" in 95 of 100 tasks, whichever side the luck is on
 AT_CHANCE, BELOW_CHANCE, NO_LOSS = "at chance", "below chance", "no loss"
 
 Outcomes = Mapping[str, ArrayLike]  # precision -> right or wrong, bool [items]
@@ -142,7 +143,7 @@ def score(task: str, precision: str, correct: ArrayLike, chance: float) -> TaskS
     """k of n with its interval. correct: bool [items]; chance: share that guessing gets right. Above and below chance are uncorrected."""
     outcomes = _bools(correct)
     k, n = int(outcomes.sum()), len(outcomes)
-    above, below = (test(k, n, chance) < ALPHA for test in (above_chance_p, below_chance_p))
+    above, below = above_chance_p(k, n, chance) < ALPHA, below_chance_p(k, n, chance) < BELOW_ALPHA
     return TaskScore(task, precision, k, n, chance, wilson(k, n), above, below)
 
 
@@ -160,7 +161,7 @@ def scores(task: str, outcomes: Outcomes, chance: float) -> dict[str, TaskScore]
         holm([test(one.correct, one.n, chance) for one in each.values()]) for test in (above_chance_p, below_chance_p)
     )
     return {
-        name: replace(one, above_chance=bool(p < ALPHA), below_chance=bool(q < ALPHA))
+        name: replace(one, above_chance=bool(p < ALPHA), below_chance=bool(q < BELOW_ALPHA))
         for (name, one), p, q in zip(each.items(), above, below, strict=True)
     }
 

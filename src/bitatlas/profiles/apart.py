@@ -62,11 +62,10 @@ def heads_apart(model: Any, count: Mapping[int, int]) -> bool:
             whole = read(None)
             for head in {0, heads - 1}:
                 width = whole.shape[-1] // heads
+                columns = slice(head * width, (head + 1) * width)
                 moved = (read(head) - whole).abs().flatten(0, -2).amax(0) > 0  # [inputs]
-                if (
-                    not moved[head * width : (head + 1) * width].any()
-                    or moved.sum() > moved[head * width : (head + 1) * width].sum()
-                ):
+                silent = not moved[columns].any() and bool(whole[..., columns].any())  # a head may put out nothing at all
+                if silent or moved.sum() > moved[columns].sum():
                     return False
     return True
 

@@ -255,7 +255,7 @@ class TaskScore:
     wilson95: tuple[float, float]
     above_chance: bool  # one-sided exact binomial p < 0.05, Holm over precisions
     correct_norm: int | None = None  # of choices: right by log-likelihood per character (acc_norm)
-    below_chance: bool = False  # the same on the other side: not guessing
+    below_chance: bool = False  # the same on the other side, p < 0.01: not guessing
 
 
 @dataclass(frozen=True)
