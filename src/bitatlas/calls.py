@@ -28,6 +28,7 @@ class Calls:
     known: bool
     idle: frozenset[str]  # never called: their weight is read by others, or by nobody
     read: frozenset[str]  # whose weight something else than nn.Linear's own forward reads, called or not
+    unlike: frozenset[str]  # that do something else with it than to multiply (groups of inputs, each with a part of the weight)
 
 
 @torch.no_grad()
@@ -36,15 +37,16 @@ def calls_of(model: Any, layers_path: str, names: list[str]) -> Calls:
     called: set[str] = set()
     read = {name for name in names if _own_forward(model.get_submodule(name))}
     _placeholders(model)
+    unlike = frozenset(name for name in read if not _multiplies(model.get_submodule(name)))
     model.set_experts_implementation("eager")  # fused kernels would need real weights
     _answering(model, names, called, read)
     try:
         model(input_ids=torch.ones(2, TOKENS, dtype=torch.int64), use_cache=False)
     except Exception:  # each family fails in its own way on numbers that mean nothing
-        return Calls(False, frozenset(), frozenset(read))
+        return Calls(False, frozenset(), frozenset(read), unlike)
     kinds = {_of_experts(name, layers_path) for name in called}
     idle = frozenset(name for name in names if _of_experts(name, layers_path) not in kinds)
-    return Calls(True, idle, frozenset(read))
+    return Calls(True, idle, frozenset(read), unlike)
 
 
 def _of_experts(name: str, layers_path: str) -> str:
@@ -56,6 +58,18 @@ def _of_experts(name: str, layers_path: str) -> str:
 def _own_forward(module: nn.Module) -> bool:
     """Does it multiply by itself, so that nothing that takes nn.Linear's place would do the same?"""
     return isinstance(module, nn.Linear) and type(module).forward is not nn.Linear.forward
+
+
+def _multiplies(module: Any) -> bool:
+    """Does a module with a forward of its own give what nn.Linear would, on some inputs?"""
+    x = torch.rand(2, 3, module.in_features, generator=torch.Generator().manual_seed(0)).to(module.weight.dtype)
+    try:
+        given = module(x)
+        return given.shape == (2, 3, module.out_features) and torch.allclose(
+            given, nn.functional.linear(x, module.weight, module.bias), rtol=1e-2
+        )
+    except Exception:  # it wants its inputs in another form
+        return False
 
 
 def _placeholders(model: nn.Module) -> None:

@@ -143,16 +143,17 @@ def _plannable(
     """The modules that a plan is made of, and those that it leaves out, by reason; UserError where there are none."""
     every = linear_modules(model, layers_path, fuse)
     calls = calls_in(config, name, layers_path, [module.name for module in every])
-    modules = linear_modules(model, layers_path, fuse, calls.idle)
+    modules = linear_modules(model, layers_path, fuse, calls.idle | calls.unlike)
     if not modules:
         raise UserError(
             f"{name}: no linear module of its decoder layers is called in a forward pass, so there is nothing to quantize"
         )
-    idle = [module for module in every if module.name in calls.idle]
+    idle, unlike = ([module for module in every if module.name in names] for names in (calls.idle, calls.unlike - calls.idle))
     held = {module.name for module in every}
     shared = [module for module in _shared_modules(model, layers_path) if module.name not in held]
     return modules, [
         ("since the module is never called (its weight is read by others, or not used)", idle),
+        ("since the module does more with its weight than to multiply by it", unlike),
         ("since several layers share the weight", shared),
     ]
 
