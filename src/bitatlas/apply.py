@@ -226,15 +226,15 @@ def draw(plan: Plan, checkpoint: Checkpoint, skeleton: nn.Module, shard_bytes: i
         for suffix, part in layout(module.shape, fmt, whole_zeros).items():
             wanted.append(Entry(packed[module.name] + suffix, DTYPE_WORDS[part[0]], part[1], part_bytes(part)))
         causes.update(overheads(module.shape, fmt, whole_zeros))
-    merged = {key for parameter in made for key in conversion.origins[parameter].all_keys}
-    causes["tensors in the form that transformers loads"] = sum(entry.size_bytes for entry in made_entries) - sum(
-        entries[key].size_bytes for key in merged
-    )
+    merged = {*made, *conversion.made} & taken
+    stored = {key for parameter in merged for key in conversion.origins[parameter].all_keys}
+    apart = [_entry(name, conversion.made[name]) for name in merged - set(made)]  # of planned modules
+    grown = sum(entry.size_bytes for entry in made_entries + apart) - sum(entries[key].size_bytes for key in stored)
+    causes["tensors in the form that transformers loads"] = grown
     shards = cut(wanted, shard_bytes)
     causes["headers of the files"] = sum(len(shard.header) for shard in shards)
     told = {name: count for name, count in causes.items() if count}
-    aliases = _aliases(packed, conversion, other) if other else {}
-    return Blueprint(sources, conversion, packed, whole, copied, made, shards, told, aliases)
+    return Blueprint(sources, conversion, packed, whole, copied, made, shards, told, _aliases(packed, conversion, other))
 
 
 def _named_conversion(checkpoint: Checkpoint, conversion: Conversion, entries: Mapping[str, Entry]) -> Conversion | None:
@@ -249,9 +249,11 @@ def _named_conversion(checkpoint: Checkpoint, conversion: Conversion, entries: M
         return conversion_of(kind(checkpoint.config), entries)
 
 
-def _aliases(names: Iterable[str], conversion: Conversion, other: Conversion) -> dict[str, str]:
+def _aliases(names: Iterable[str], conversion: Conversion, other: Conversion | None) -> dict[str, str]:
     """Module -> its name in the other class, of those that are called otherwise there."""
-    found = {}
+    found: dict[str, str] = {}
+    if other is None:
+        return found
     for name in names:
         key = conversion.key(f"{name}.weight")
         target = other.target(key)[0].removesuffix(".weight") if key else name
