@@ -160,22 +160,10 @@ def _check_stored(model: nn.Module, reader: Reader, targets: dict[str, Target], 
             raise UserError(f"{name}: {whole[target.name]} and {key} are both the model's {target.name}; one of them must go")
         if target.whole and reader.shape(key) != tuple(parameter.shape):
             raise UserError(f"{name}: {key} has shape {reader.shape(key)}, but the config says {tuple(parameter.shape)}")
-    if len(whole) == sum(
-        target.name in parameters for target in targets.values()
-    ):  # what is made of several is not told apart here
-        _check_missing(model, reader, set(parameters) - set(whole), name)
-
-
-def _check_missing(model: Any, reader: Reader, absent: set[str], name: str) -> None:
-    """UserError for parameters that are in the files under no name: packed, or not there (transformers would draw random numbers)."""
+    absent = set(parameters) - {target.name for target in targets.values()}
     packed = [key for path in sorted(absent) for suffix in PACKED if (key := path.removesuffix(".weight") + suffix) in reader]
     if packed:
         raise UserError(f"{name}: {packed[0]} is packed, so the checkpoint is quantized already; give the unquantized one")
-    tied = {one for pair in model.all_tied_weights_keys.items() if not absent.issuperset(pair) for one in pair}
-    optional = model._keys_to_ignore_on_load_missing or ()
-    missing = sorted(path for path in absent - tied if not any(re.search(pattern, path) for pattern in optional))
-    if missing:
-        raise UserError(f"{name}: the weights lack {len(missing)} tensors of the model, the first is {missing[0]}")
 
 
 def _with_sizes(modules: list[Module], reader: Reader, targets: dict[str, Target]) -> list[Module]:
