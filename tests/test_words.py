@@ -29,7 +29,9 @@ def test_numbers_layers_and_lists_read_as_text():
 
 
 def test_numbers_that_somebody_gave_keep_their_digits():
-    assert [given(value) for value in (3.0, 2.9, 1.9999999, 4294967296.0)] == ["3", "2.9", "1.9999999", "4294967296"]
+    assert [given(value) for value in (3.0, 2.9, 1.9999999, 0.000001234, 4294967296.0)] == [
+        "3", "2.9", "1.9999999", "0.000001234", "4294967296",
+    ]  # fmt: skip
     sizes = (12, 500_000_000, 1_500_000, 1_234_567, 999_999, 2**30)
     assert [given_size(n) for n in sizes] == ["12 bytes", "500 MB", "1.50 MB", "1.234567 MB", "999.999 kB", "1.073741824 GB"]
 

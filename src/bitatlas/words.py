@@ -33,7 +33,9 @@ def number(value: float, decimals: int | None = None) -> str:
 
 def given(value: float) -> str:
     """A number that somebody gave, with all its digits: 3, 2.9, 1.9999999."""
-    return str(int(value)) if float(value).is_integer() and abs(value) < 2**53 else repr(float(value))
+    if float(value).is_integer() and abs(value) < 2**53:
+        return str(int(value))
+    return f"{Decimal(repr(float(value))):f}" if 1e-12 < abs(value) < 1 else repr(float(value))
 
 
 def decimals_of(low: float, high: float, least: int = 0) -> int:
