@@ -88,9 +88,9 @@ def greedy_alone(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> 
     ends = getattr(config, "eos_token_id", None)
     known = [*(ends if isinstance(ends, list) else [ends]), tokenizer.eos_token_id]
     ids = list(dict.fromkeys(token for token in known if token is not None))
-    before = model.generation_config
+    before = getattr(model, "generation_config", None)
     try:
         model.generation_config = GenerationConfig(eos_token_id=ids or None, bos_token_id=getattr(config, "bos_token_id", None))
         yield
     finally:
-        model.generation_config = before
+        model.generation_config = before  # type: ignore[assignment]
