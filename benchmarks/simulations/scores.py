@@ -12,7 +12,7 @@ PRECISIONS = ("reference", "uniform:int4_g64", "uniform:int2_g64", "plan")
 
 
 def told(shares: tuple[float, ...], flips: float, seed: int) -> list[str]:
-    """Verdicts of all pairs of one task, and words of its scores. shares: right at each precision; `flips`: of the items, drawn anew."""
+    """Verdicts of one task's pairs with the reference, and words of its scores. shares: right at each precision; `flips`: of the items, drawn anew."""
     rng = np.random.default_rng(seed)
     hard = rng.random(ITEMS)
     right = {
@@ -21,7 +21,7 @@ def told(shares: tuple[float, ...], flips: float, seed: int) -> list[str]:
     }
     scores, pairs = compare_all({"t": right}, {"t": CHANCE})
     words = ["above chance" for one in scores if one.above_chance] + ["below chance" for one in scores if one.below_chance]
-    return [pair.verdict for pair in pairs] + words
+    return [pair.verdict for pair in pairs if pair.first == "reference"] + words
 
 
 def says(shares: tuple[float, ...], flips: float, word: str, seed: int) -> bool:
