@@ -11,7 +11,7 @@ from bitatlas.words import byte_size, given, given_size, interval, listed, named
     [
         (Measured(0.21437, (0.1992, 0.2321), "nats/token", "", "", 9), "0.214 [0.199, 0.232] nats/token"),
         (Measured(-0.004, (-0.02, 0.01), "share", "", "", 9), "−0.4% [−2.0, 1.0]"),
-        (Measured(25.0, (25.0, 25.0), "%", "", "", 9), "25.0% [every resample alike]"),
+        (Measured(25.0, (25.0, 25.0), "%", "", "", 9), "25.0% (in every resample)"),
         (Measured(1.5, None, "ratio", "", "", 1), "1.50 [no interval]"),
     ],
 )

@@ -14,7 +14,7 @@ from bitatlas.records import Measured, Plan, TaskScore
 
 MINUS = "−"
 NOT_MEASURED = "not measured"
-ALIKE = "every resample alike"  # in the place of an interval without width
+ALIKE = "(in every resample)"  # in the place of an interval without width
 # C0 but tab and newline, DEL, C1, and the marks that reorder a line's letters
 _STEERING = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\u061c\u200e\u200f\u202a-\u202e\u2066-\u2069]")
 
@@ -70,7 +70,7 @@ def interval(m: Measured | None, unit: bool = False) -> str:
     decimals = decimals_of(*ci95, least=1 if sign in ("%", "points") else 0)
     low, high = (number(end, decimals) for end in ci95)
     if low == high == number(mean, decimals):
-        return f"{low}{after} [{ALIKE}]{suffix}"
+        return f"{low}{after}{suffix} {ALIKE}"
     return f"{number(mean, decimals)}{after} [{low}, {high}]{suffix}"
 
 

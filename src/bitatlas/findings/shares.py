@@ -10,13 +10,13 @@ A share is a share of the *measured* damage, v(all) - v(none): a ratio of means 
 blocks. Criticality = share of the damage / share of the weights. Damage is not quite quadratic, so shares have an error that no row sees:
 - with sampled orders of the layers (`sensitivity.orders`: few rows, few pairs of an order and its reverse, no model of the damage), what the
   quadratic shares miss on those rows is taken off all shares, which makes them unbiased whatever the game; the rows and the pairs that this was
-  taken from are resampled. Pairs are few, so each layer's spread between pairs is pooled with that of all layers, and drawn from Student's t;
+  taken from are resampled. Pairs are few, so a layer's spread between pairs counts as at least that of all layers, and is drawn from Student's t;
 - without (units, kinds of modules, a task's text), every share is blurred by what the shares' sum misses of the whole, relative to the lesser
   of the two, once for all parts alike and once for each.
 The same arithmetic serves units, and kinds of modules, as the parts that the model is made of (see `parts`).
 Left out: which three layers interact.
 Sources: Shapley 1953; the mean of first-in and last-in marginals for 2-additive games: Grabisch & Roubens 1999; control variates: Owen
-2013; pooled variances: Smyth 2004.
+2013.
 """
 
 from __future__ import annotations
@@ -51,7 +51,7 @@ CRITICAL, SAFE, LIGHT, UNCERTAIN = VERDICTS = ("critical", "safe", "light", "unc
 # a screen over L layers asks for tails of 0.025 / L: resamples beyond that, but no more than memory and time allow
 RESAMPLES_A_LAYER, MOST_RESAMPLES = 1000, 50_000
 LEAST_SUM = 0.05  # of the whole, that quadratic shares add up to: where they are less, nothing is known of them
-POOLED = 2.0  # degrees of freedom that the spread of all layers counts for beside a layer's own pairs of orders
+POOLED = 2.0  # degrees of freedom that the spread of all layers adds to those of a layer's own pairs of orders
 
 
 @dataclass(frozen=True)
@@ -219,8 +219,8 @@ def _against_orders(
     residual = (orders.mean(axis=1) - orders.mean(axis=(0, 1))) / whole.mean()  # [pairs, layers], by pair
     own = (residual**2).sum(axis=0) / (pairs - 1)
     freedom = POOLED + pairs - 1
-    pooled = (POOLED * own.mean() + (pairs - 1) * own) / freedom  # [layers]
-    scaled = residual * np.sqrt(np.divide(pooled, own, out=np.ones(layers), where=own > 0) / (pairs * (pairs - 1)))
+    spread = np.maximum(own.mean(), own)  # [layers]
+    scaled = residual * np.sqrt(np.divide(spread, own, out=np.ones(layers), where=own > 0) / (pairs * (pairs - 1)))
     tails = np.sqrt(freedom / rng.chisquare(freedom, (resamples, 1)))
     return mean, _ratio(drawn[:, :-1], drawn[:, -1]) + tails * (rng.standard_normal((resamples, pairs)) @ scaled)
 
