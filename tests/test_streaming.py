@@ -131,9 +131,7 @@ def test_names_that_are_not_the_models_own_are_refused(tmp_path: Path):
     tensors = load_file(folder / "model.safetensors")
     tensors["model.layers.0.self_attn.query.weight"] = tensors.pop("model.layers.0.self_attn.q_proj.weight")
     save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
-    with pytest.raises(
-        UserError, match=r"--memory: model.layers.0.self_attn.q_proj.weight is not in the weights files"
-    ):
+    with pytest.raises(UserError, match=r"--memory: model.layers.0.self_attn.q_proj.weight is not in the weights files"):
         open_checkpoint(str(folder)).stream_model()
 
 
