@@ -16,7 +16,7 @@ from bitatlas.checkpoint import open_checkpoint
 from bitatlas.errors import UserError
 from bitatlas.formats import FORMATS, INTEGER_FORMATS, Format
 from bitatlas.journal import Journal
-from bitatlas.quantizers import QUANTIZERS, gptq, rtn
+from bitatlas.quantizers import QUANTIZERS, gptq, moments, rtn
 from bitatlas.quantizers.moments import input_moments
 from bitatlas.sensitivity.damage import DamageMeter
 from bitatlas.swap import weight_of
@@ -233,3 +233,24 @@ def test_damage_of_a_trained_model_on_rows_not_seen(babyllama: Path):
     print(damage)
     assert damage["gptq"]["int2_g32"] < 0.3 * damage["rtn"]["int2_g32"]
     assert damage["gptq"]["int4_g32"] < 0.45 * damage["rtn"]["int4_g32"]
+
+
+def test_modules_that_share_an_input_at_times_have_their_own_sums():
+    """q and k part, r joins when q had more already, o misses what q has later."""
+    a, b, c, d = (torch.randn(2, 5, 4, generator=torch.Generator().manual_seed(seed)) for seed in range(4))
+    batches = [
+        [("q", a), ("k", a), ("o", a), ("q", b), ("k", c), ("r", b)],
+        [("q", d), ("k", d), ("r", d), ("o", c)],
+        [("q", a), ("o", b), ("never", a[:, :0])],
+        [("p", a), ("s", a), ("p", b)],
+    ]
+    sums = moments._Sums()
+    for batch in batches:
+        sums.next_batch()
+        for name, inputs in batch:
+            sums.add(name, inputs)
+    found = {name: mean for names, mean in sums.means() for name in names}
+    for name, mean in found.items():
+        x = torch.cat([inputs.reshape(-1, 4) for batch in batches for other, inputs in batch if other == name]).double()
+        torch.testing.assert_close(mean, x.T @ x / max(1, len(x)), rtol=1e-5, atol=1e-6)
+    assert set(found) == {"q", "k", "r", "o", "never", "p", "s"}

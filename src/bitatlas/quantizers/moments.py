@@ -104,6 +104,7 @@ class _Sums:
         self.owner: dict[str, str] = {}
         self._total: dict[str, Tensor] = {}
         self._tokens: dict[str, int] = {}
+        self._shared: dict[str, tuple[Tensor, int]] = {}  # the owner's sum and tokens when a module last had the same input
         self._latest: dict[str, Tensor] = {}  # by owner, of this batch: kept alive, so that `is` means the same tensor
 
     def next_batch(self) -> None:
@@ -125,21 +126,32 @@ class _Sums:
 
     def add(self, name: str, inputs: Tensor) -> None:
         """`inputs` [..., in] goes into module `name`."""
-        if name not in self.owner:
-            self.owner[name] = next((owner for owner, tensor in self._latest.items() if tensor is inputs), name)
-        owner = self.owner[name]
-        if owner != name:
-            if self._latest.get(owner) is not inputs:
-                raise RuntimeError(f"{name} and {owner} had the same input in one batch and not in another")
-            return
+        tokens = inputs.numel() // inputs.shape[-1]
+        if self.owner.get(name, "") != name:
+            owner = next((owner for owner, tensor in self._latest.items() if tensor is inputs), name)
+            before = self._shared[name][1] if name in self._shared else 0
+            if owner == self.owner.get(name, owner) and owner != name and self._tokens[owner] == before + tokens:
+                self.owner[name] = owner  # both had the same so far
+                self._shared[name] = self._total[owner], self._tokens[owner]
+                return
+            self._part(name)
         self._latest[name] = inputs
         flat = inputs.detach().reshape(-1, inputs.shape[-1]).float()
         product = precise(flat.T @ flat)
         self._total[name] = self._total[name] + product if name in self._total else product
-        self._tokens[name] = self._tokens.get(name, 0) + len(flat)
+        self._tokens[name] = self._tokens.get(name, 0) + tokens
+
+    def _part(self, name: str) -> None:
+        """From here on `name` goes its own way, from what it had together with another."""
+        self.owner[name] = name
+        if name in self._shared:
+            self._total[name], self._tokens[name] = self._shared.pop(name)
 
     def means(self) -> Iterator[tuple[list[str], Tensor]]:
         """The modules that share an input, and its matrix; each is forgotten once handed out."""
+        for name, (_, tokens) in list(self._shared.items()):
+            if tokens != self._tokens[self.owner[name]]:
+                self._part(name)
         for owner in list(self._total):
             sharing = [name for name, own in self.owner.items() if own == owner]
             yield sharing, self._total.pop(owner) / max(1, self._tokens[owner])
