@@ -143,7 +143,8 @@ def zones(
     for name, (first, last), border in zip(names, cuts, borders, strict=True):
         members = range(first, last + 1)
         criticality = shares.record(*shares.criticality(list(members)), "ratio")
-        verdict = _word(criticality, [layers[layer].verdict for layer in members], set(members) <= set(together))
+        jointly = len(members) == 1 or set(members) <= set(together)  # one layer alone is lowered together with nothing
+        verdict = _word(criticality, [layers[layer].verdict for layer in members], jointly)
         found.append(Zone(first, last, name, criticality, verdict if count > 1 else UNCERTAIN, border95=border))
     return found
 
