@@ -5,7 +5,7 @@ nothing reads it (keys and values of layers that use those of others). What is d
 moments, packed weights) passes such a weight by.
 
 A skeleton is asked, without any weight: every parameter is one number seen through the parameter's shape, every linear module answers
-with a constant and tells that it was called or that someone else read its weight, and a few tokens go through. No product is computed and
+with a constant and tells that it was called, and a few tokens go through. No product is computed and
 no memory is taken. An expert that no token came to is known by the others of its kind.
 """
 
@@ -23,30 +23,30 @@ TOKENS = 5  # that go through, of two rows
 
 @dataclass(frozen=True)
 class Calls:
-    """Names of linear modules. `known`: the model could be run; without it the other two are empty."""
+    """Names of linear modules. `idle` is empty where the model could not be run."""
 
-    known: bool
     idle: frozenset[str]  # never called: their weight is read by others, or by nobody
-    read: frozenset[str]  # whose weight something else than nn.Linear's own forward reads, called or not
-    unlike: frozenset[str]  # that do something else with it than to multiply (groups of inputs, each with a part of the weight)
+    unlike: frozenset[
+        str
+    ]  # that do something else with their weight than to multiply (groups of inputs, each with a part of the weight)
 
 
 @torch.no_grad()
 def calls_of(model: Any, layers_path: str, names: list[str]) -> Calls:
     """How the linear modules `names` of `model` are used, a skeleton (see `streaming.without_weights`), which is of no other use after."""
     called: set[str] = set()
-    read = {name for name in names if _own_forward(model.get_submodule(name))}
     _placeholders(model)
-    unlike = frozenset(name for name in read if not _multiplies(model.get_submodule(name)))
+    own = [name for name in names if _own_forward(model.get_submodule(name))]
+    unlike = frozenset(name for name in own if not _multiplies(model.get_submodule(name)))
     model.set_experts_implementation("eager")  # fused kernels would need real weights
-    _answering(model, names, called, read)
+    _answering(model, names, called)
     try:
         model(input_ids=torch.ones(2, TOKENS, dtype=torch.int64), use_cache=False)
     except Exception:  # each family fails in its own way on numbers that mean nothing
-        return Calls(False, frozenset(), frozenset(read), unlike)
+        return Calls(frozenset(), unlike)
     kinds = {_of_experts(name, layers_path) for name in called}
     idle = frozenset(name for name in names if _of_experts(name, layers_path) not in kinds)
-    return Calls(True, idle, frozenset(read), unlike)
+    return Calls(idle, unlike)
 
 
 def _of_experts(name: str, layers_path: str) -> str:
@@ -85,8 +85,8 @@ def _placeholders(model: nn.Module) -> None:
             module._parameters[name] = made[id(parameter)]
 
 
-def _answering(model: nn.Module, names: list[str], called: set[str], read: set[str]) -> None:
-    """Every linear module answers with a constant from now on; `called` and `read` take the names of those of `names`."""
+def _answering(model: nn.Module, names: list[str], called: set[str]) -> None:
+    """Every linear module answers with a constant from now on; `called` takes the names of those of `names`."""
     wanted = {id(model.get_submodule(name)): name for name in names}
     for module in list(model.modules()):
         if (
@@ -95,8 +95,6 @@ def _answering(model: nn.Module, names: list[str], called: set[str], read: set[s
             name = wanted.get(id(module), "")
             shape = tuple(module.weight.shape)  # type: ignore[arg-type]
             module.forward = _answer(shape, isinstance(module, nn.Linear), name, called)  # type: ignore[method-assign]
-            if name:
-                module.__class__ = _observed(type(module), name, read)
 
 
 def _answer(shape: tuple[int, ...], is_linear: bool, name: str, called: set[str]) -> Any:
@@ -107,14 +105,3 @@ def _answer(shape: tuple[int, ...], is_linear: bool, name: str, called: set[str]
         return x.new_full((*x.shape[:-1], width), 0.5)
 
     return forward
-
-
-def _observed(kind: type, name: str, read: set[str]) -> type:
-    """A class like `kind` whose weight is noticed when it is asked for."""
-
-    def get(self: nn.Module, attribute: str) -> Any:
-        if attribute == "weight":
-            read.add(name)
-        return nn.Module.__getattr__(self, attribute)
-
-    return type(kind.__name__, (kind,), {"__getattr__": get})
