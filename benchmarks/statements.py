@@ -52,7 +52,9 @@ def table(rows: list[tuple[Simulation, Rate]]) -> str:
 
 def write(rows: list[tuple[Simulation, Rate]]) -> None:
     """Write the results, and the table between its two marks in the page."""
-    content = [{"sentence": s.sentence, "truth": s.truth, "wrong": r.wrong, "runs": r.runs, "nominal": r.nominal} for s, r in rows]
+    content = [
+        {"sentence": s.sentence, "truth": s.truth, "wrong": r.wrong, "runs": r.runs, "nominal": r.nominal} for s, r in rows
+    ]
     RESULTS.write_text(json.dumps(content, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
     before, _, rest = PAGE.read_text(encoding="utf-8").partition(BEGIN)
     _, _, after = rest.partition(END)
@@ -72,7 +74,10 @@ def main() -> int:
             rate = future.result()
             rows.append((simulation, rate))
             mark = "" if rate.kept else "   <-- above its promise"
-            print(f"{100 * rate.rate:5.1f} % of {rate.runs}  (at most {100 * rate.nominal:g} %)  {simulation.sentence}{mark}", flush=True)
+            print(
+                f"{100 * rate.rate:5.1f} % of {rate.runs}  (at most {100 * rate.nominal:g} %)  {simulation.sentence}{mark}",
+                flush=True,
+            )
     if not args.only:
         write(rows)
     return 0 if all(rate.kept for _, rate in rows) else 1
