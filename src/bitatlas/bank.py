@@ -20,7 +20,6 @@ from pathlib import Path
 from safetensors import SafetensorError
 from torch import Tensor, nn
 
-from bitatlas.crew.crew import Crew
 from bitatlas.errors import UserError
 from bitatlas.files import write_text
 from bitatlas.formats import FORMATS, Format, stored_bytes
@@ -37,6 +36,10 @@ BANK = "bank"  # folder of quantized weights, in a run's folder
 KEPT_BYTES = 2**31  # of unpacked codes in memory
 HEADER_BYTES = 1024  # of one file, at most
 Key = tuple[str, str]  # module, format
+Progress = Callable[[int, int], None]
+Helper = Callable[
+    [dict[str, list[str]], Progress | None], None
+]  # makes (module -> formats) in other processes, in the bank's folder
 
 
 class Bank:
@@ -75,7 +78,7 @@ class Bank:
         self.folder = folder / f"{quantizer}-{content_key(weights_sha256, self.identity)[:12]}" if folder else None
         self._kept: OrderedDict[Key, Codes | Blocks] = OrderedDict()
         self._kept_bytes = 0
-        self.crew: Crew | None = None
+        self.helper: Helper | None = None
         self._ready: set[Key] = set()
 
     def fill(self, formats: Sequence[str], progress: Callable[[int, int], None] | None = None) -> None:
@@ -83,14 +86,11 @@ class Bank:
         self.ready([(module, name) for module in self.modules for name in formats], progress)
 
     def ready(self, keys: Iterable[Key], progress: Callable[[int, int], None] | None = None) -> None:
-        """All of `keys` (module, format) are made, by the crew where there is one; its workers then find their files."""
+        """Make all of `keys` (module, format); other processes help where a helper is set, and then find their files."""
         new = [key for key in keys if key not in self._ready]
-        if self.crew and self.folder:
+        if self.helper and self.folder:
             self._describe()
-            missing = self._missing(new)
-            by_names = {tuple(names): [m for m, own in missing.items() if own == names] for names in missing.values()}
-            pieces = [piece for names, own in by_names.items() for piece in self.quantizer.pieces(own, names, self.crew.slots)]
-            self.crew.share("bank", pieces, progress)
+            self.helper(self._missing(new), progress)
         self._make(new, progress)
         self._ready.update(new)
 

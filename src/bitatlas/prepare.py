@@ -38,6 +38,7 @@ from bitatlas.quantizers import get_quantizer
 from bitatlas.records import Atlas, Budget
 from bitatlas.sensitivity.damage import DamageMeter
 from bitatlas.sensitivity.probe import probe_of
+from bitatlas.sensitivity.workers import Workers
 from bitatlas.settings import DEFAULT_FORMATS, Settings, check_device, parse_formats, parse_rows
 from bitatlas.shelf import sweep
 from bitatlas.tokens import Rows, check_vocabulary, make_rows, read_documents
@@ -65,7 +66,7 @@ class Run:
     journal: Journal
     meter: DamageMeter
     reporter: Reporter
-    crew: Crew | None = None
+    workers: Workers | None = None
 
     @property
     def subject(self) -> Subject:
@@ -173,7 +174,8 @@ def prepare(settings: Settings, out: Path, resume: bool, reporter: Reporter, cre
     run = run_of(settings, out, checkpoint, way, model, tokenizer, rows, items, _open_journal(out, checkpoint), reporter)
     if crew:
         crew.brief(run)
-        run.crew = run.meter.crew = run.bank.crew = crew
+        run.workers = run.meter.workers = crew
+        run.bank.helper = crew.make_codes
     return run
 
 

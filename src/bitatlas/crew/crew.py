@@ -11,9 +11,9 @@ from __future__ import annotations
 
 import os
 import secrets
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -23,6 +23,7 @@ from torch import Tensor
 from bitatlas.crew.cluster import Cluster, Needs, check_ray, slots
 from bitatlas.crew.place import TOKEN, Place, greet, versions
 from bitatlas.errors import UserError
+from bitatlas.sensitivity.workers import Progress, Share
 from bitatlas.words import byte_size
 
 if TYPE_CHECKING:
@@ -30,26 +31,10 @@ if TYPE_CHECKING:
     from bitatlas.prepare import Run
     from bitatlas.progress import Reporter
 
-Progress = Callable[[int, int], None]
-
 RETRIES = 5  # of a piece whose worker or host was lost
 PATIENCE = 30.0  # seconds without a result, after which is looked whether any host is left
 WORKER_BYTES = 2**30  # of a process that has imported everything and loaded nothing
 MOST_PARTS = 64  # of one batch
-
-
-@dataclass(frozen=True)
-class Share:
-    """How things that are missing of a batch become a piece of work.
-
-    `piece_of(things, batch)`: the arguments of the worker's `job`. `passes`: of the model, that one thing costs; `fixed`: that any
-    piece costs besides.
-    """
-
-    job: str
-    piece_of: Callable[[list[Any], Tensor], tuple[Any, ...]]
-    passes: float
-    fixed: float
 
 
 class Crew:
@@ -148,6 +133,13 @@ class Crew:
             for part in range(min(count, len(things)))
         ]
         self.share(share.job, pieces, progress)
+
+    def make_codes(self, missing: Mapping[str, list[str]], progress: Progress | None = None) -> None:
+        """Quantize what is missing of the bank (module -> formats), by the workers into its folder."""
+        by_names = {tuple(names): [module for module, own in missing.items() if own == names] for names in missing.values()}
+        pieces_of = self._run.bank.quantizer.pieces
+        pieces = [piece for names, modules in by_names.items() for piece in pieces_of(modules, names, self.slots)]
+        self.share("bank", pieces, progress)
 
     def share(self, job: str, pieces: Sequence[tuple[Any, ...]], progress: Progress | None = None) -> None:
         """Each piece to a worker, its measurements into the journal. A single piece is left to the caller, who would only wait."""

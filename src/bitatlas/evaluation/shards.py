@@ -26,9 +26,9 @@ def score_shards(run: Run, task: str, items: list[Item], assignment: Mapping[str
     shards = [items[start : start + SHARD_ITEMS] for start in range(0, len(items), SHARD_ITEMS)]
     keys = [content_key("task", run.meter.identity, dict(assignment), task, items_sha256(shard)) for shard in shards]
     with run.reporter.stage(f"{task} ({precision})") as progress:
-        if run.crew:
+        if run.workers:
             missing = [shard for shard, key in zip(shards, keys, strict=True) if run.journal.get(key) is None]
-            run.crew.share("tasks", [(task, shard, assignment) for shard in missing], progress)
+            run.workers.share("tasks", [(task, shard, assignment) for shard in missing], progress)
         with swapped(run.model, run.bank.weights(assignment)):
             for shard, key in zip(shards, keys, strict=True):
                 value = run.journal.get(key)

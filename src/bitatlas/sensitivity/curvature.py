@@ -72,11 +72,11 @@ def expand(
     rows: int64 [rows, tokens]. Units are in the order in which their first module comes.
     """
     key = ("curvature", meter.identity, dict(base), [[m.name, m.unit] for m in modules], list(formats), seed, draws)
-    if meter.crew:
+    if meter.workers:
         batches = chain.from_iterable(meter.chunks(rows))
         ahead = [batch for batch in batches if meter.journal.get(content_key(*key, rows_sha256(batch))) is None]
         # a batch is a view of all rows, which would travel whole
-        meter.crew.share("curvature", [(modules, formats, base, batch.clone(), seed, draws) for batch in ahead], progress)
+        meter.workers.share("curvature", [(modules, formats, base, batch.clone(), seed, draws) for batch in ahead], progress)
     found: list[Found] = []
     total = sum(map(len, meter.chunks(rows)))
     for chunk in meter.chunks(rows):

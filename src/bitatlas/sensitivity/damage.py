@@ -25,7 +25,6 @@ from torch import Tensor
 
 from bitatlas.bank import Bank
 from bitatlas.checkpoint import decoder_layers
-from bitatlas.crew.crew import Crew, Share
 from bitatlas.journal import Journal, content_key
 from bitatlas.layerwise import (
     LOGIT_BYTES,
@@ -41,13 +40,13 @@ from bitatlas.layerwise import (
     record,
     token_spans,
 )
+from bitatlas.sensitivity.workers import Progress, Share, Workers
 from bitatlas.shelf import Shelf
 from bitatlas.streaming import Lookup, Stream, stream_of
 from bitatlas.swap import swapped
 from bitatlas.tokens import rows_sha256
 
 Assignment = Mapping[str, str]
-Progress = Callable[[int, int], None]
 Finals = dict[str, list[Tensor]]  # plan -> what comes out of the last layer, by batch
 FinalsOf = Callable[[Sequence[Tensor], Sequence[str]], Iterator[Finals]]
 REFERENCE_BYTES = 2**28  # of the reference's log-probabilities that are kept: a search asks for the same rows again and again
@@ -157,7 +156,7 @@ class _Made:
 
 
 class DamageMeter:
-    """Measures assignments of one model. `model` holds the reference weights between calls. `crew`: who measures ahead of it."""
+    """Measures assignments of one model. `model` holds the reference weights between calls. `workers`: who measures ahead of it."""
 
     def __init__(
         self,
@@ -172,7 +171,7 @@ class DamageMeter:
         self.bank = bank
         self.journal = journal
         self.room = room or Room()
-        self.crew: Crew | None = None
+        self.workers: Workers | None = None
         weight = next(model.parameters())
         self.identity = (weights_sha256, quantizer, str(weight.dtype), weight.device.type)
         self.vocabulary = int(self.model.get_output_embeddings().weight.shape[0])
@@ -297,15 +296,15 @@ class DamageMeter:
         return {name: np.concatenate([np.asarray(part) for part in own]) for name, own in parts.items()}
 
     def _ahead(self, rows: Tensor, plans: Mapping[str, Assignment], share: Share, progress: Progress | None) -> None:
-        """What is missing, measured by the crew where there is one."""
-        if not self.crew:
+        """What is missing, measured by the workers where there are some."""
+        if not self.workers:
             return
         ahead = []
         for batch in chain.from_iterable(self.chunks(rows)):
             keys = {self._keys(plan, [batch])[0]: name for name, plan in plans.items()}  # equal plans once
             ahead.append((batch, [name for key, name in keys.items() if self.journal.get(key) is None]))
         self.bank.ready(sorted({pair for _, names in ahead for name in names for pair in plans[name].items()}))
-        self.crew.spread(share, ahead, progress)
+        self.workers.spread(share, ahead, progress)
 
     def _keys(self, plan: Assignment, batches: Sequence[Tensor]) -> tuple[str, ...]:
         return tuple(content_key("damage", self.identity, rows_sha256(batch), dict(plan)) for batch in batches)

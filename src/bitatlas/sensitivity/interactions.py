@@ -24,11 +24,11 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from bitatlas.crew.crew import Share
 from bitatlas.journal import content_key
 from bitatlas.layerwise import check_range, cut, logits_of, record
 from bitatlas.sensitivity.curvature import label_points, labels_at
 from bitatlas.sensitivity.damage import Assignment, DamageMeter, Progress, Swap
+from bitatlas.sensitivity.workers import Share
 from bitatlas.swap import swapped
 from bitatlas.tokens import rows_sha256
 
@@ -55,7 +55,7 @@ def swap_interactions(
     meter: DamageMeter, base: Assignment, swaps: Sequence[Swap], rows: Tensor, seed: int = 0, progress: Progress | None = None
 ) -> Interactions:
     """Every swap alone, around `base`. rows: int64 [rows, tokens]"""
-    if meter.crew:
+    if meter.workers:
         share = Share("interactions", lambda some, batch: (base, some, batch, seed), passes=0.5, fixed=2)
         ahead = [
             (
@@ -68,7 +68,7 @@ def swap_interactions(
             )
             for batch in chain.from_iterable(meter.chunks(rows))
         ]
-        meter.crew.spread(share, ahead, progress)
+        meter.workers.spread(share, ahead, progress)
     by_row, together, done = [], np.zeros((len(swaps), len(swaps))), 0
     total = len(swaps) * sum(map(len, meter.chunks(rows)))
     for chunk in meter.chunks(rows):
