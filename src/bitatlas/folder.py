@@ -1,7 +1,7 @@
 """A checkpoint's folder, before anything is built from it: where it is, its config, its weight files and their headers.
 
 Everything here reads a few kilobytes; a folder that cannot be used is refused in one line, whatever a library raises about it.
-Left out: pickle weights (`pickled.py` converts them, where that is asked for), code that comes with a checkpoint, encoders and encoder-decoders, and (except for comparisons) checkpoints that are quantized already.
+Left out: pickle weights, code that comes with a checkpoint, encoders and encoder-decoders, and (except for comparisons) checkpoints that are quantized already.
 """
 
 from __future__ import annotations
@@ -29,8 +29,6 @@ HUB_FILES = [
     "LICENSE*",
     "NOTICE*",
 ]
-PICKLE_FILE = "pytorch_model.bin"
-PICKLE_HUB_FILES = ["pytorch_model*.bin"]
 LONGEST_NAME = 100  # of a weights file; what a file system takes is a little more than 250 bytes
 LONGEST_REASON = 200  # characters of a library's message that are repeated
 
@@ -40,11 +38,8 @@ def reason_of(error: BaseException) -> str:
     return " ".join(str(error).split())[:LONGEST_REASON] or type(error).__name__
 
 
-def find_folder(name: str, revision: str | None, pickle: bool = False) -> Path:
-    """The local folder `name`, or a hub name's files in the hub's own cache; UserError where there is neither.
-
-    `pickle`: with weights of that kind, where the hub has no others.
-    """
+def find_folder(name: str, revision: str | None) -> Path:
+    """The local folder `name`, or a hub name's files in the hub's own cache; UserError where there is neither."""
     if not name.strip():
         raise UserError("the model's name is empty: give a checkpoint folder, or a hub name like owner/model")
     try:
@@ -61,10 +56,7 @@ def find_folder(name: str, revision: str | None, pickle: bool = False) -> Path:
     from huggingface_hub import snapshot_download
 
     try:
-        folder = Path(snapshot_download(name, revision=revision, allow_patterns=HUB_FILES))
-        if pickle and not any(folder.glob("*.safetensors")):
-            folder = Path(snapshot_download(name, revision=revision, allow_patterns=[*HUB_FILES, *PICKLE_HUB_FILES]))
-        return folder
+        return Path(snapshot_download(name, revision=revision, allow_patterns=HUB_FILES))
     except Exception as error:  # the hub client raises many kinds; each means that the model cannot be had
         raise UserError(f"{name}: no such folder, and the hub did not give it ({reason_of(error)})") from None
 
@@ -129,21 +121,14 @@ def weight_files(folder: Path) -> list[Path]:
     return files
 
 
-def pickle_files(folder: Path) -> list[Path]:
-    """The pickle files of a checkpoint that has such weights; UserError where one is missing."""
-    index = folder / f"{PICKLE_FILE}.index.json"
-    files = _indexed(index) if index.is_file() else [folder / PICKLE_FILE] if (folder / PICKLE_FILE).is_file() else []
-    missing = [file.name for file in files if not file.is_file()]
-    if missing:
-        raise UserError(f"{folder}: weights file {missing[0]} is missing ({len(missing)} of {len(files)})")
-    return files
-
-
 def _pickle_hint(folder: Path) -> str:
-    if (folder / PICKLE_FILE).is_file() or (folder / f"{PICKLE_FILE}.index.json").is_file():
-        return f"; {PICKLE_FILE} is pickle, which can run code as it is read: if you trust it, `survey --allow-pickle` converts it first"
-    pickles = sorted(file for pattern in ("*.bin", "*.pt", "*.pth") for file in folder.glob(pattern))
-    return f"; {pickles[0].name} is pickle, which is not read: convert it to safetensors" if pickles else ""
+    files = sorted(file for pattern in ("*.bin", "*.pt", "*.pth") for file in folder.glob(pattern))
+    if not files:
+        return ""
+    return (
+        f"; {files[0].name} is pickle, which can run code as it is read: if you trust it, transformers writes the model anew, as safetensors: "
+        f'AutoModelForCausalLM.from_pretrained("{folder}").save_pretrained("NEW_FOLDER"), and the same with AutoTokenizer'
+    )
 
 
 def _indexed(index: Path) -> list[Path]:

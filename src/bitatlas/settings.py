@@ -48,7 +48,6 @@ class Settings:
     revision: str | None = None
     seed: int = 0
     margin_points: float = MARGIN_POINTS  # of "no loss within x points"
-    allow_pickle: bool = False  # convert weights that are stored as pickle
     curve: bool = True  # a few verified plans at other sizes
 
     def __post_init__(self) -> None:
