@@ -33,7 +33,6 @@ Floats = NDArray[np.float64]
 WIDTHS = (64, 2048, 32768)  # states kept per unit: the narrow passes are only there to find a good plan quickly
 STATES_IN_ALL = 3_000_000  # units x states of one pass: bounds its time (seconds) and its memory (12 MB)
 DAMAGE_BITS = 60  # sums of the integer damages stay below 2**60
-FLOAT_BITS = 53
 ROUND_OFF = 1e-12  # of the magnitudes in a bound: many times the float error, so that nothing is dropped by rounding
 
 
@@ -76,29 +75,6 @@ def solve_knapsack(damage: NDArray, cost: NDArray, limit: int) -> Solution:
     return Solution(choice, value, lowest, value - lowest)
 
 
-def solve_cheapest(damage: NDArray, cost: NDArray, tolerated: float) -> Solution:
-    """The assignment of least cost whose total damage is at most `tolerated` (to the rounding of float64).
-
-    damage: [units, formats] in the unit of `tolerated`; cost: [units, formats], whole numbers. `value`, `bound` and `gap` are
-    costs. Among equal costs the least damage, then the narrower formats first. What is met is the predicted damage; measure it.
-    Raises UserError where no assignment does that little damage, ValueError for wrong input.
-    """
-    damage, cost = _checked(damage, cost)
-    least = math.fsum(damage.min(axis=1))
-    whole, shift = _whole(damage)
-    lowest = int(whole.min(axis=1).sum())
-    # each damage as given is off by the last digit of float64: an assignment that meets the tolerance on paper stays allowed
-    limit = _floor_scaled(tolerated, shift) + len(damage) * 2 ** (DAMAGE_BITS - FLOAT_BITS) - lowest
-    if limit < 0:
-        raise UserError(f"--max-damage {tolerated:g}: the least that these formats are predicted to do is {least:.3g} nats/token")
-    cheapest = int(cost.min(axis=1).sum())
-    problem = _Problem(cost - cost.min(axis=1, keepdims=True), whole - whole.min(axis=1, keepdims=True), limit)
-    choice, bound = _solve(problem)
-    value = int(_picked(cost, choice).sum())
-    lowest_cost = value if bound is None else min(value, math.ceil(bound) + cheapest)
-    return Solution(choice, float(value), float(lowest_cost), float(value - lowest_cost))
-
-
 # --- whole numbers -----------------------------------------------------------------------------------------------------
 
 
@@ -120,16 +96,6 @@ def _whole(damage: Floats) -> tuple[Ints, int]:
     largest = float(np.abs(damage).max(axis=1).sum())
     shift = DAMAGE_BITS - 1 - math.frexp(largest)[1] if largest > 0 else 0
     return np.rint(np.ldexp(damage, shift)).astype(np.int64), shift
-
-
-def _floor_scaled(value: float, shift: int) -> int:
-    """floor(value * 2**shift), kept within what sums can reach."""
-    if math.isnan(value):
-        raise ValueError("tolerated: not a number")
-    ceiling = 2 ** (DAMAGE_BITS + 1)
-    if math.isinf(value) or (value and math.frexp(value)[1] + shift > DAMAGE_BITS + 1):
-        return ceiling if value > 0 else -ceiling
-    return math.floor(math.ldexp(value, shift))
 
 
 def _picked(table: NDArray, choice: Ints) -> NDArray:
