@@ -23,6 +23,7 @@ if TYPE_CHECKING:
     from bitatlas.profiles.ablation import Removal
 
 ROWS = "repeated random tokens"
+NAMED = 6  # heads in a sentence
 SECOND = 1  # half of a sequence, on the last axis of the losses
 
 Floats = NDArray[np.float64]
@@ -92,7 +93,8 @@ def verdict_of(effect: Measured) -> str:
     return HOLDS if effect.ci95[0] > 0 else FAILS if effect.ci95[1] < 0 else OPEN
 
 
-def head_names(heads: Sequence[Sequence[int]], most: int = 6) -> str:
+def head_names(heads: Sequence[Sequence[int]]) -> str:
     """`3.1, 5.0`: layer and head, the first of them."""
     names = [f"{layer}.{head}" for layer, head in heads]
-    return ", ".join(names[:most]) + (f" and {number(len(names) - most, 0)} more" if len(names) > most else "")
+    more = f" and {number(len(names) - NAMED, 0)} more" if len(names) > NAMED else ""
+    return ", ".join(names[:NAMED]) + more

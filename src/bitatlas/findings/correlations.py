@@ -26,7 +26,6 @@ Floats = NDArray[np.float64]
 MOST_EXACT = 7  # layers whose 5040 orders are all tried
 PERMUTATIONS = 10_000
 DEPTH = "depth"
-WEIGHT_MEASURES = ("sparsity", "kurtosis", "outlier ratio", "relative error")
 ATTENTION_MEASURES = ("attention entropy", "head specialization", "reasoning focus")
 
 
