@@ -20,6 +20,7 @@ Sources: Kellerer, Pferschy & Pisinger, Knapsack Problems (2004), chapter 11; Du
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -75,6 +76,11 @@ def solve_knapsack(damage: NDArray, cost: NDArray, limit: int) -> Solution:
     return Solution(choice, value, lowest, value - lowest)
 
 
+def spent(cost: NDArray, choice: Ints | Sequence[int]) -> int:
+    """What a choice costs in all. cost: [units, formats], choice: [units]."""
+    return int(_picked(cost, choice).sum())
+
+
 # --- whole numbers -----------------------------------------------------------------------------------------------------
 
 
@@ -98,7 +104,7 @@ def _whole(damage: Floats) -> tuple[Ints, int]:
     return np.rint(np.ldexp(damage, shift)).astype(np.int64), shift
 
 
-def _picked(table: NDArray, choice: Ints) -> NDArray:
+def _picked(table: NDArray, choice: Ints | Sequence[int]) -> NDArray:
     return table[np.arange(len(table)), choice]  # [units]
 
 
@@ -108,16 +114,16 @@ def _picked(table: NDArray, choice: Ints) -> NDArray:
 def _solve(problem: _Problem) -> tuple[Ints, float | None]:
     """(choice [units], lower bound on the value; None: the choice is proven optimal)."""
     best = _least_each(problem.value, problem.weight)
-    if _picked(problem.weight, best).sum() <= problem.limit:
+    if spent(problem.weight, best) <= problem.limit:
         return best, None
     price, low, high = _multiplier(problem)
     best = _rounded(problem, low, high)
     bound = 0.0
     for width in WIDTHS:
-        known = int(_picked(problem.value, best).sum())
+        known = spent(problem.value, best)
         width = max(WIDTHS[1], min(width, STATES_IN_ALL // len(best))) if width > WIDTHS[1] else width
         found, dropped = _programme(problem, price, known, width)
-        if found is not None and _picked(problem.value, found).sum() <= known:  # as good: first by the rule for ties
+        if found is not None and spent(problem.value, found) <= known:  # as good: first by the rule for ties
             best = found
         if dropped is None:
             return best, None
@@ -141,11 +147,11 @@ def _multiplier(problem: _Problem) -> tuple[float, Ints, Ints]:
     value, weight = problem.value, problem.weight
     fits, over = _least_each(weight, value), _least_each(value, weight)
     while True:
-        value_low, weight_low = (int(_picked(table, fits).sum()) for table in (value, weight))
-        value_high, weight_high = (int(_picked(table, over).sum()) for table in (value, weight))
+        value_low, weight_low = (spent(table, fits) for table in (value, weight))
+        value_high, weight_high = (spent(table, over) for table in (value, weight))
         price = (value_low - value_high) / (weight_high - weight_low)
         between = (value + price * weight).argmin(axis=1)
-        new_value, new_weight = (int(_picked(table, between).sum()) for table in (value, weight))
+        new_value, new_weight = (spent(table, between) for table in (value, weight))
         line = value_low + price * weight_low
         if new_value + price * new_weight >= line * (1 - ROUND_OFF) or not weight_low < new_weight < weight_high:
             return price, fits, over
@@ -159,7 +165,7 @@ def _rounded(problem: _Problem, fits: Ints, over: Ints) -> Ints:
     """A good plan: from `fits` towards `over`, largest steps first, then whatever still fits. [units]"""
     units = np.arange(len(fits))
     choice = fits.copy()
-    slack = problem.limit - int(_picked(problem.weight, choice).sum())
+    slack = problem.limit - spent(problem.weight, choice)
     steps = problem.weight[units, over] - problem.weight[units, fits]
     for unit in np.argsort(-steps, kind="stable"):
         if problem.value[unit, over[unit]] < problem.value[unit, fits[unit]] and steps[unit] <= slack:
