@@ -32,9 +32,8 @@ with atheris.instrument_imports(include=["bitatlas"]):
     from bitatlas.errors import UserError
     from bitatlas.evaluation.items import load_items
     from bitatlas.files import read_record, to_json
-    from bitatlas.folder import pickle_files, read_config, read_header, weight_files
+    from bitatlas.folder import read_config, read_header, weight_files
     from bitatlas.journal import Journal, content_key
-    from bitatlas.pickled import _plain_tensors, notes_of
     from bitatlas.records import Atlas, Plan
     from bitatlas.sealed import load_sealed, save_sealed
     from bitatlas.tokens import read_documents
@@ -48,15 +47,6 @@ VALUES: list[Any] = [
     None, True, 0, -1, 1e308, 2**70, float("nan"), "", "a", "../x", "/etc/passwd", "\ud800", "a\0b", "int2_g64", "9" * 400, [], {}, [[]], {"a": None}
 ]  # fmt: skip
 KEYS = [content_key(number) for number in range(3)]
-
-
-def pickles(file: Path) -> None:
-    """As `pickled.py` reads them: whatever torch raises of a damaged file becomes one line there."""
-    try:
-        content = torch.load(file, weights_only=True)
-    except Exception:
-        return
-    _plain_tensors(content, file)
 
 
 def journal(file: Path) -> None:
@@ -83,10 +73,7 @@ READERS: dict[str, tuple[str, Callable[[Path], Any]]] = {
     "tokens": ("text.jsonl", lambda file: read_documents(str(file))),
     "header": ("model.safetensors", read_header),
     "index": ("model.safetensors.index.json", lambda file: weight_files(file.parent)),
-    "pickle-index": ("pytorch_model.bin.index.json", lambda file: pickle_files(file.parent)),
-    "pickle": ("pytorch_model.bin", pickles),
     "config": ("config.json", lambda file: read_config(file.parent, "model")),
-    "converted": ("converted.json", lambda file: notes_of(file.parent)),
     "bank": ("m.safetensors", sealed),
     "journal": ("run.sqlite", journal),
 }
@@ -103,16 +90,13 @@ def seeds(place: Path) -> dict[str, bytes]:
     for key in KEYS:
         written.put(key, "damage", [1.0, 2.0])
     written.close()
-    torch.save({"a": torch.zeros(2)}, place / "bin")
     whole = (model / "model.safetensors").read_bytes()
     index = {"metadata": {"total_size": 9}, "weight_map": {"a": "model-1.safetensors", "b": "model-2.safetensors"}}
     worked = [{"question": "1 + 2?", "answer": "1 + 2 = <<1+2=3>>3\n#### 3"}] * 4
     found: dict[str, Any] = {
         "plan": to_json(atlas.plan), "atlas": to_json(atlas), "questions": "\n".join(map(json.dumps, QUESTIONS)), "problems": json.dumps(PROBLEMS),
         "worked": "\n".join(map(json.dumps, worked)), "tokens": '{"text": "one"}\n{"text": "two", "id": 3}\n',
-        "header": whole[: 8 + int.from_bytes(whole[:8], "little")], "index": json.dumps(index), "pickle-index": json.dumps(index),
-        "pickle": (place / "bin").read_bytes(), "config": (model / "config.json").read_bytes(),
-        "converted": json.dumps({"schema": "bitatlas.converted/1", "sha256": {"pytorch_model.bin": "ab"}}),
+        "header": whole[: 8 + int.from_bytes(whole[:8], "little")], "index": json.dumps(index), "config": (model / "config.json").read_bytes(),
         "bank": (place / "sealed").read_bytes(), "journal": (place / "run.sqlite").read_bytes(),
     }  # fmt: skip
     return {name: content if isinstance(content, bytes) else content.encode() for name, content in found.items()}

@@ -14,7 +14,7 @@ import tiny
 from bitatlas.curve import SHORT_POINTS, sizes_beside, trace_curve
 from bitatlas.errors import UserError
 from bitatlas.files import read_record
-from bitatlas.prepare import default_settings
+from bitatlas.prepare import default_settings, settings_of
 from bitatlas.progress import Reporter
 from bitatlas.records import Atlas, Budget, Plan
 from bitatlas.survey import run_survey
@@ -36,6 +36,11 @@ def surveyed(tiny_llama: Path, tmp_path_factory: pytest.TempPathFactory) -> Path
     shutil.copytree(folder / "out", folder / "first", ignore=shutil.ignore_patterns("bank", "run.sqlite*"))
     run_survey(replace(settings, curve=False), folder / "out", True, QUIET)
     return folder / "out"
+
+
+def test_settings_of_a_survey_that_had_an_option_which_has_gone(surveyed: Path):
+    atlas = read_record(surveyed / "atlas.json", Atlas)
+    assert settings_of(replace(atlas, settings=atlas.settings | {"allow_pickle": False})) == settings_of(atlas)
 
 
 @pytest.fixture(scope="module")

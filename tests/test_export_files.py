@@ -18,9 +18,8 @@ from safetensors.numpy import load_file
 import runtimes
 from bitatlas.checkpoint import open_checkpoint
 from bitatlas.errors import UserError
-from bitatlas.export import gptqmodel, mlx
+from bitatlas.export import mlx, recipes
 from bitatlas.export.targets import TARGETS
-from bitatlas.export.words import SCRIPTS
 from bitatlas.formats import FORMATS, Format
 from bitatlas.quantizers import rtn
 from bitatlas.quantizers.codes import Codes
@@ -66,7 +65,7 @@ def test_a_rule_matches_its_own_module_alone():
     ]
     names = [*layers, "model.layers.1.mlp", "model.layersx1.mlp.up", "model.layers.1.mlp.up.inner"]
     for name in layers:
-        assert [other for other in names if re.match(gptqmodel.rule(name), other)] == [name]
+        assert [other for other in names if re.match(recipes.rule(name), other)] == [name]
 
 
 def test_modules_that_stay_are_named(tmp_path: Path):
@@ -185,15 +184,14 @@ def test_vllm_is_given_what_apply_writes(tmp_path: Path):
     assert "needs --model" in refusal(make_plan(modules, sha256), tmp_path / "alone", "vllm")
 
 
-@pytest.mark.parametrize("target", [name for name in TARGETS if (SCRIPTS / f"{name.replace('-', '_')}.py").exists()])
+@pytest.mark.parametrize("target", ["torchao", "llm-compressor", "gptqmodel", "autoround"])
 def test_scripts_are_programs(target: str, tmp_path: Path):
     """They parse, and the files that they read are those that are written."""
-    source = (SCRIPTS / f"{target.replace('-', '_')}.py").read_text(encoding="utf-8")
+    out = exported(SMALL, tmp_path, target).out
+    source = (out / "quantize.py").read_text(encoding="utf-8")
     ast.parse(source)
-    if target != "mlx":
-        exported(SMALL, tmp_path, target)
-        for file in re.findall(r'"([\w-]+\.(?:json|yaml))"', source):
-            assert (tmp_path / "out" / file).is_file(), file
+    files = re.findall(r'"([\w-]+\.(?:json|yaml))"', source)
+    assert files and all((out / file).is_file() for file in files)
 
 
 # --- MLX: our own codes ------------------------------------------------------------------------------------------------
@@ -263,6 +261,7 @@ def test_mlx_folder(tmp_path: Path):
         assert np.abs(dequantized(tensors, *sizes[name]) - ours).max() <= 2.0**-23 * np.abs(ours).max()
     assert set(after) == set(before) and all(np.array_equal(after[key], before[key]) for key in after)
     assert (out / "tokenizer.json").read_bytes() == (model / "tokenizer.json").read_bytes()
+    ast.parse((out / "load.py").read_text(encoding="utf-8"))
 
 
 def test_mlx_refuses_rows_that_groups_do_not_divide(tmp_path: Path):

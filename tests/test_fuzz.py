@@ -22,9 +22,8 @@ from bitatlas.checkpoint import open_checkpoint
 from bitatlas.errors import UserError
 from bitatlas.evaluation.items import load_items
 from bitatlas.files import read_record, to_json
-from bitatlas.folder import pickle_files, read_header, weight_files
+from bitatlas.folder import read_header, weight_files
 from bitatlas.journal import Journal
-from bitatlas.pickled import SCHEMA, STORY, notes_of
 from bitatlas.records import Atlas, Plan
 from bitatlas.tokens import read_documents
 from task_files import PROBLEMS, QUESTIONS
@@ -198,20 +197,11 @@ def test_journals(data: st.DataObject):
                 found.close()
 
 
-@SPENT
-@given(st.data())
-def test_pickle_indexes(data: st.DataObject):
-    index = {"metadata": {}, "weight_map": {"a.weight": "pytorch_model-1.bin"}}
-    answers(lambda file: pickle_files(file.parent), "pytorch_model.bin.index.json", data.draw(damaged(index)))
-
-
 def test_what_fuzzing_found(tmp_path: Path):
-    """A name that no file system takes, and a note of another form."""
+    """A name that no file system takes."""
     (tmp_path / "model.safetensors.index.json").write_text(json.dumps({"weight_map": {"a": "9" * 400}}))
     with pytest.raises(UserError, match="outside the folder"):
         weight_files(tmp_path)
-    (tmp_path / STORY).write_text(json.dumps({"schema": SCHEMA, "sha256": 1e308}))
-    assert notes_of(tmp_path) == []
 
 
 @pytest.mark.slow

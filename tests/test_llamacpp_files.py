@@ -18,7 +18,6 @@ from bitatlas.checkpoint import open_checkpoint
 from bitatlas.errors import UserError
 from bitatlas.files import to_json
 from bitatlas.formats import FORMATS, INTEGER_FORMATS, LLAMA_CPP, LLAMA_CPP_BLOCKS, by_width, check_rows, stored_bytes, takes
-from bitatlas.llamacpp.bench import median_depth, ratio_of
 from bitatlas.llamacpp.names import heads_to_permute, permute, tensor_name, weight_names
 from bitatlas.llamacpp.write import draw, write_gguf
 from bitatlas.planning.baselines import outside_uniform
@@ -205,23 +204,3 @@ def test_models_that_are_not_written_are_told_what_to_do(tmp_path: Path):
     checkpoint = open_checkpoint(str(make_checkpoint(tmp_path / "a", "gpt_neox")), None, False)
     with pytest.raises(UserError, match=r"a GGUF of gpt_neox is not written here \(only of llama.*convert_hf_to_gguf.py"):
         draw(checkpoint, None)
-
-
-# --- speed -------------------------------------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize("count", range(6, 40))
-def test_the_interval_of_a_median_covers_it(count: int):
-    """P(median outside) by the binomial distribution, one more value left out being too many."""
-    from scipy.stats import binom
-
-    depth = median_depth(count)
-    assert 2 * binom.cdf(depth, count, 0.5) <= 0.05 < 2 * binom.cdf(depth + 1, count, 0.5)
-
-
-def test_words_of_a_ratio():
-    assert ratio_of([2.0] * 8, [1.0] * 8).word == "faster"
-    assert ratio_of([1.0] * 8, [2.0] * 8).word == "slower"
-    assert ratio_of([1.0, 2.0] * 4, [2.0, 1.0] * 4).word == "inconclusive"
-    with pytest.raises(ValueError, match="5 values"):
-        median_depth(5)

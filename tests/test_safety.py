@@ -5,7 +5,6 @@ from __future__ import annotations
 import io
 import json
 import os
-import pickle
 import re
 import shutil
 import subprocess
@@ -18,13 +17,13 @@ import torch
 from rich.table import Table
 from rich.text import Text
 from safetensors.torch import load_file
+from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import tiny
 from bitatlas import cli
 from bitatlas.checkpoint import open_checkpoint
 from bitatlas.errors import UserError
 from bitatlas.files import read_record
-from bitatlas.pickled import STORY, as_safetensors
 from bitatlas.plain import PlainConsole
 from bitatlas.progress import Reporter
 from bitatlas.records import Atlas
@@ -36,56 +35,7 @@ def copy(tiny_llama: Path, tmp_path: Path) -> Path:
     return shutil.copytree(tiny_llama, tmp_path / "given" / "model")
 
 
-def as_pickle(folder: Path, shards: int = 1) -> dict[str, torch.Tensor]:
-    """The folder's weights as transformers used to store them: lm_head and embeddings are one memory."""
-    tensors = load_file(folder / "model.safetensors")
-    (folder / "model.safetensors").unlink()
-    names = list(tensors)
-    tensors["lm_head.weight"] = tensors["model.embed_tokens.weight"]
-    if shards == 1:
-        torch.save(tensors, folder / "pytorch_model.bin")
-        return tensors
-    places = {name: f"pytorch_model-{number % shards + 1:05}-of-{shards:05}.bin" for number, name in enumerate(names)}
-    for file in set(places.values()):
-        torch.save({name: tensors[name] for name in names if places[name] == file}, folder / file)
-    (folder / "pytorch_model.bin.index.json").write_text(json.dumps({"metadata": {}, "weight_map": places}))
-    return tensors
-
-
 # --- pickle ------------------------------------------------------------------------------------------------------------
-
-
-def test_pickle_is_refused_and_the_flag_named(copy: Path):
-    as_pickle(copy)
-    with pytest.raises(UserError, match=r"is pickle, which can run code as it is read: .* `survey --allow-pickle` converts it"):
-        open_checkpoint(str(copy))
-
-
-@pytest.mark.parametrize("shards", [1, 3])
-def test_converted_weights_are_the_same_to_the_byte(copy: Path, tmp_path: Path, tiny_llama: Path, shards: int):
-    tensors = as_pickle(copy, shards)
-    before = {file.name: file.read_bytes() for file in copy.iterdir()}
-    place = Path(as_safetensors(str(copy), None, tmp_path / "out"))
-    assert place == tmp_path / "out" / "safetensors" / "model"
-    found = load_file(place / "model.safetensors")
-    assert found.keys() == tensors.keys() - {"lm_head.weight"}  # tied: stored once
-    assert all(torch.equal(found[name], tensors[name]) for name in found)
-    converted, original = open_checkpoint(str(place)), open_checkpoint(str(tiny_llama))
-    assert (converted.info.total_bytes, converted.info.name) == (original.info.total_bytes, "model")
-    ids = torch.arange(20)[None]
-    assert torch.equal(converted.load_model()(ids).logits, original.load_model()(ids).logits)
-    assert {file.name: file.read_bytes() for file in copy.iterdir()} == before
-    stamp = (place / "model.safetensors").stat().st_mtime_ns
-    assert Path(as_safetensors(str(copy), None, tmp_path / "out")) == place
-    assert (place / "model.safetensors").stat().st_mtime_ns == stamp  # made once
-    sums = json.loads((place / STORY).read_text())["sha256"]
-    assert len(sums) == shards and all(len(value) == 64 for value in sums.values())
-
-
-def test_safetensors_are_used_where_there_are_any(copy: Path, tmp_path: Path):
-    (copy / "pytorch_model.bin").write_bytes(b"whatever")
-    assert as_safetensors(str(copy), None, tmp_path / "out") == str(copy)
-    assert not (tmp_path / "out").exists()
 
 
 class Bomb:
@@ -96,31 +46,31 @@ class Bomb:
         return (os.mkdir, (self.place,))
 
 
-@pytest.mark.parametrize("kind", ["zip", "plain", "cut", "nested", "numbers", "empty"])
-def test_pickle_that_is_more_than_tensors_is_refused_and_not_run(copy: Path, tmp_path: Path, kind: str):
-    tensors = as_pickle(copy)
-    file, out = copy / "pytorch_model.bin", tmp_path / "out"
-    bomb = {**tensors, "bomb": Bomb(str(tmp_path / "ran"))}
-    if kind == "zip":
-        torch.save(bomb, file)
-    elif kind == "plain":
-        file.write_bytes(pickle.dumps(bomb))
-    elif kind == "cut":
-        file.write_bytes(file.read_bytes()[:2000])
-    else:
-        torch.save({"nested": {"state_dict": tensors}, "numbers": {**tensors, "step": 3}, "empty": {}}[kind], file)
-    with pytest.raises(UserError, match=r"pytorch_model.bin: .*(so it is|the file is) not read") as error:
-        as_safetensors(str(copy), None, out)
-    assert "\n" not in str(error.value)
-    assert not (tmp_path / "ran").exists()
-    assert not out.exists() or not any(out.rglob("*.*"))
+def as_pickle(folder: Path, **others: object) -> None:
+    """The folder's weights as transformers used to store them."""
+    torch.save(load_file(folder / "model.safetensors") | others, folder / "pytorch_model.bin")
+    (folder / "model.safetensors").unlink()
 
 
-def test_an_index_of_pickles_may_not_leave_the_folder(copy: Path, tmp_path: Path):
+def test_pickle_is_refused_and_not_run(copy: Path, tmp_path: Path):
+    as_pickle(copy, bomb=Bomb(str(tmp_path / "ran")))
+    with pytest.raises(UserError, match=r"is pickle, which can run code as it is read: if you trust it, ") as error:
+        open_checkpoint(str(copy))
+    assert "\n" not in str(error.value) and not (tmp_path / "ran").exists()
+
+
+def test_what_the_refusal_of_pickle_tells_to_do_gives_the_same_model(copy: Path, tmp_path: Path, tiny_llama: Path):
     as_pickle(copy)
-    (copy / "pytorch_model.bin.index.json").write_text(json.dumps({"weight_map": {"a": "../elsewhere.bin"}}))
-    with pytest.raises(UserError, match="outside the folder"):
-        as_safetensors(str(copy), None, tmp_path / "out")
+    with pytest.raises(UserError) as error:
+        open_checkpoint(str(copy))
+    told = re.search(r'AutoModelForCausalLM\.from_pretrained\("(.*)"\)\.save_pretrained\("NEW_FOLDER"\)', str(error.value))
+    assert told
+    for kind in (AutoModelForCausalLM, AutoTokenizer):
+        kind.from_pretrained(told[1]).save_pretrained(tmp_path / "new")
+    written, original = open_checkpoint(str(tmp_path / "new")), open_checkpoint(str(tiny_llama))
+    ids = torch.arange(20)[None]
+    assert torch.equal(written.load_model()(ids).logits, original.load_model()(ids).logits)
+    assert written.load_tokenizer().get_vocab() == original.load_tokenizer().get_vocab()
 
 
 # --- code that comes with a model ----------------------------------------------------------------------------------------
@@ -224,10 +174,9 @@ def listing(*folders: Path) -> dict[str, tuple[int, int]]:
 
 @pytest.mark.slow
 def test_a_survey_writes_only_to_its_folder_and_connects_to_nothing(tmp_path: Path):
-    """Of a hostile-looking local model given as pickle, with tasks: a process of its own, whose home, cache and working folder are watched."""
+    """Of a hostile-looking local model, with tasks: a process of its own, whose home, cache and working folder are watched."""
     name = "<img src=x onerror=alert(1)>[red]\x1b[31m"
     model = make_checkpoint(tmp_path / "given" / name)
-    as_pickle(model)
     (tmp_path / "given" / "text.txt").write_text(tiny.TEXT)
     (tmp_path / "watch").mkdir()
     (tmp_path / "watch" / "sitecustomize.py").write_text(WATCHER)
@@ -248,7 +197,7 @@ def test_a_survey_writes_only_to_its_folder_and_connects_to_nothing(tmp_path: Pa
         "PYTHONPATH": os.pathsep.join([str(tmp_path / "watch"), os.environ.get("PYTHONPATH", "")]), "HF_HUB_OFFLINE": "1", "PYTHONDONTWRITEBYTECODE": "1",
     }  # fmt: skip
     words = [
-        "survey", str(model), "--allow-pickle", "--tokens", str(tmp_path / "given" / "text.txt"), "--rows", "2,2,4", "--row-length", "24",
+        "survey", str(model), "--tokens", str(tmp_path / "given" / "text.txt"), "--rows", "2,2,4", "--row-length", "24",
         "--formats", "int2_g32,int4_g32", "--tasks", "demo_questions", "--limit", "2", "--no-refine", "--out", str(tmp_path / "out"),
     ]  # fmt: skip
     done = subprocess.run(
@@ -268,7 +217,6 @@ def test_a_survey_writes_only_to_its_folder_and_connects_to_nothing(tmp_path: Pa
     )
     atlas = read_record(tmp_path / "out" / "atlas.json", Atlas)
     assert atlas.model.name == name
-    assert any("converted to safetensors" in note for note in atlas.notes)
     said = (done.stdout + done.stderr).removesuffix(f"{tmp_path}/out/report.html\n")
     assert "\x1b" not in said and "\\x1b[31m" in said and "[red]" in said
     assert "<img" not in (tmp_path / "out" / "report.html").read_text(encoding="utf-8")

@@ -6,7 +6,8 @@ import numpy as np
 import pytest
 
 from bitatlas.planning.choose import Scores, choose_smallest, damage_tables
-from bitatlas.planning.search import Subject, Tools, _smaller, _spent, search, under
+from bitatlas.planning.search import Subject, Tools, _smaller, search, under
+from bitatlas.planning.solve import spent
 from bitatlas.records import Budget, ModelInfo, Module
 from test_refine import Planted
 
@@ -71,7 +72,7 @@ def test_a_start_that_does_not_fit_is_left_out_and_one_that_fits_bounds_the_resu
     best = min((np.array(p) for p in np.ndindex(*(2,) * UNITS) if sum(p) == 3), key=game.of)
     too_large = np.ones(UNITS, dtype=int)
     found = under(cost, 2 * UNITS + 6, tools_of(game), {"given": best, "too large": too_large})
-    assert _spent(cost, found.choice) <= 2 * UNITS + 6
+    assert spent(cost, found.choice) <= 2 * UNITS + 6
     assert found.selected <= game.of(best)
     assert not any("too large" in step["kind"] for step in found.solver["steps"])
 
@@ -84,4 +85,4 @@ def test_smaller_limits_stop_at_the_cheapest_plan():
     start = choose_smallest(tools.scores, cost, everything, tools.on_select)
     assert start[3] == 2 * UNITS
     found = under(cost, 2 * UNITS + 8, tools)
-    assert _spent(cost, _smaller(cost, everything, tools, found).choice) >= 2 * UNITS
+    assert spent(cost, _smaller(cost, everything, tools, found).choice) >= 2 * UNITS

@@ -12,7 +12,7 @@ from scipy.optimize import Bounds, LinearConstraint, milp
 from scipy.sparse import csr_array
 
 from bitatlas.errors import UserError
-from bitatlas.planning.solve import Solution, solve_cheapest, solve_knapsack
+from bitatlas.planning.solve import Solution, solve_knapsack
 
 
 def every_choice(units: int, formats: int) -> np.ndarray:
@@ -55,18 +55,6 @@ def test_knapsack_equals_brute_force_and_breaks_ties_by_the_rule(seed, units, fo
     found = solve_knapsack(damage, cost, limit)
     assert found.choice.tolist() == best_of(choices, damages, costs, costs <= limit).tolist()
     assert (found.value, found.gap) == (damages[costs <= limit].min(), 0.0)
-
-
-@settings(max_examples=150, deadline=None)
-@given(**games)
-def test_cheapest_equals_brute_force_and_breaks_ties_by_the_rule(seed, units, formats, damage_top, cost_top, place):
-    damage, cost = game(seed, units, formats, damage_top, cost_top)
-    choices = every_choice(units, formats)
-    damages, costs = sums(damage, choices), sums(cost, choices)
-    tolerated = damages.min() + place * (damages.max() - damages.min())
-    found = solve_cheapest(damage, cost, tolerated)
-    assert found.choice.tolist() == best_of(choices, costs, damages, damages <= tolerated).tolist()
-    assert (found.value, found.gap) == (costs[damages <= tolerated].min(), 0.0)
 
 
 @settings(max_examples=60, deadline=None)
@@ -129,15 +117,6 @@ def test_500_units_by_6_formats_are_proven_within_five_seconds(place):
     assert cost[np.arange(500), found.choice].sum() <= limit
 
 
-def test_the_two_problems_invert_each_other():
-    damage, cost = model_shaped(np.random.default_rng(2), 80)
-    limit = int(cost.sum() * 0.15)
-    least = solve_knapsack(damage, cost, limit)
-    cheapest = solve_cheapest(damage, cost, least.value)
-    assert cheapest.value == cost[np.arange(80), least.choice].sum()
-    assert cheapest.choice.tolist() == least.choice.tolist()
-
-
 def tied(seed: int) -> tuple[np.ndarray, np.ndarray]:
     """Damage falls in proportion to cost: every plan lies on the bound, the worst case for proofs."""
     rng = np.random.default_rng(seed)
@@ -172,17 +151,10 @@ def test_one_format_has_one_answer():
     assert found == Solution(found.choice, math.fsum([0.1, 0.2]), math.fsum([0.1, 0.2]), 0.0)
 
 
-def test_a_tolerance_met_exactly_is_met():
-    # 0.1 + 0.2 is above 0.3 in float64
-    assert solve_cheapest(np.array([[0.1, 0.0], [0.2, 0.0]]), np.array([[1, 2], [1, 2]]), 0.3).value == 2
-
-
 def test_impossible_requests_are_refused_by_one_line():
     damage, cost = np.array([[1.0, 0.5]]), np.array([[2, 4]])
     with pytest.raises(UserError, match="budget of 1 is below 2"):
         solve_knapsack(damage, cost, 1)
-    with pytest.raises(UserError, match=r"--max-damage 0.4: .* 0.5 nats/token"):
-        solve_cheapest(damage, cost, 0.4)
 
 
 @pytest.mark.parametrize(

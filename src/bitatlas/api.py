@@ -80,7 +80,7 @@ def survey(
     vram: str | None = None, context: int | None = None, tokens: Place | None = None, rows: Rows = (24, 24, 64), row_length: int = 192,
     tasks: Sequence[str] | None = None, task_data: Place | None = None, limit: int | None = 300, few_shot: int = 0, tolerance: float = 0.05,
     margin: str = "2pp", protect: Sequence[str] = (), fuse: bool = True, refine: bool | None = None, curve: bool = True, device: str = "cpu",
-    dtype: str = "auto", memory: str | None = None, ray: str | None = None, revision: str | None = None, allow_pickle: bool = False, seed: int = 0,
+    dtype: str = "auto", memory: str | None = None, ray: str | None = None, revision: str | None = None, seed: int = 0,
     resume: bool = False, quiet: bool = False,
 ) -> Atlas:  # fmt: skip
     """Measure a checkpoint, plan its precision, verify the plan, write everything to `out`. Without `model`: the bundled demo.
@@ -101,7 +101,7 @@ def survey(
         budget=parse_budget(code_bits, stored_bits, size, max_damage, vram, context, protect=protect), tokens=_text(tokens),
         rows=",".join(map(str, rows)), row_length=row_length, tasks=_tasks(tasks), task_data=_text(task_data), limit=limit,
         few_shot=few_shot, tolerance=tolerance, fuse=fuse, refine=refine, curve=curve, device=device, dtype=dtype,
-        memory_bytes=parse_size(memory, "memory") if memory else None, revision=revision, allow_pickle=allow_pickle, seed=seed,
+        memory_bytes=parse_size(memory, "memory") if memory else None, revision=revision, seed=seed,
         margin_points=parse_points(margin, "margin"),
     )  # fmt: skip
     return _as(Atlas, run_survey(settings, Path(out), resume, Reporter(quiet), ray))

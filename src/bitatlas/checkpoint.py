@@ -4,7 +4,7 @@ Everything that can be known without reading weights is read first, from the con
 folder or an impossible budget is refused at once. The model's skeleton is built on torch's meta device, which costs no memory.
 
 Any causal language model of transformers will do: decoder layers are the largest list of equal blocks that hold linear modules.
-Left out: pickle weights (see `pickled.py`), remote code, checkpoints that are quantized already, and experts fused into one 3-D tensor, which stay
+Left out: pickle weights, remote code, checkpoints that are quantized already, and experts fused into one 3-D tensor, which stay
 as they are (a note says so).
 """
 

@@ -46,7 +46,7 @@ def version(show: Annotated[bool, typer.Option("--version", help="Print the vers
 
 COMMANDS: dict[str, Callable[..., None]] = {
     "survey": survey.survey, "plan": plan.plan, "apply": write.apply, "export": write.export, "verify": check.verify,
-    "bench-model": check.bench_model, "compare": compare.compare, "report": report.report,
+    "compare": compare.compare, "report": report.report,
 }  # fmt: skip
 for name, command in COMMANDS.items():
     app.command(name)(command)

@@ -1,7 +1,7 @@
 """A checkpoint's folder, before anything is built from it: where it is, its config, its weight files and their headers.
 
 Everything here reads a few kilobytes; a folder that cannot be used is refused in one line, whatever a library raises about it.
-Left out: pickle weights (`pickled.py` converts them, where that is asked for), code that comes with a checkpoint, encoders and encoder-decoders, and (except for comparisons) checkpoints that are quantized already.
+Left out: pickle weights, code that comes with a checkpoint, encoders and encoder-decoders, and (except for comparisons) checkpoints that are quantized already.
 """
 
 from __future__ import annotations
@@ -9,7 +9,6 @@ from __future__ import annotations
 import json
 import re
 import struct
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -38,7 +37,6 @@ INDEX_FILE = f"{WEIGHTS_FILE}.index.json"
 RANK_FILE = re.compile(r"shard-\d{5}-model-\d{5}-of-\d{5}\.safetensors")  # one process's part of each tensor
 ADAPTER_FILE = "adapter_config.json"
 PICKLE_FILE = "pytorch_model.bin"
-PICKLE_HUB_FILES = ["pytorch_model*.bin"]
 KNOWN_MODELS = {**MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES, **MODEL_FOR_CAUSAL_LM_MAPPING_NAMES}  # model type -> architecture
 KNOWN_ARCHITECTURES = {*MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES.values(), *MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.values()}
 PICKLES = (".bin", ".pt", ".pth", ".ckpt")
@@ -53,11 +51,8 @@ def reason_of(error: BaseException) -> str:
     return " ".join(str(error).split())[:LONGEST_REASON] or type(error).__name__
 
 
-def find_folder(name: str, revision: str | None, pickle: bool = False) -> Path:
-    """The local folder `name`, or a hub name's files in the hub's own cache; UserError where there is neither.
-
-    `pickle`: with weights of that kind, where the hub has no others.
-    """
+def find_folder(name: str, revision: str | None) -> Path:
+    """The local folder `name`, or a hub name's files in the hub's own cache; UserError where there is neither."""
     if not name.strip():
         raise UserError("the model's name is empty: give a checkpoint folder, or a hub name like owner/model")
     try:
@@ -79,11 +74,7 @@ def find_folder(name: str, revision: str | None, pickle: bool = False) -> Path:
     from huggingface_hub import snapshot_download
 
     try:
-        get = partial(snapshot_download, name, revision=revision, ignore_patterns=NOT_HUB_FILES)
-        folder = Path(get(allow_patterns=HUB_FILES))
-        if pickle and not has_safetensors(folder):
-            folder = Path(get(allow_patterns=[*HUB_FILES, *PICKLE_HUB_FILES]))
-        return folder
+        return Path(snapshot_download(name, revision=revision, allow_patterns=HUB_FILES, ignore_patterns=NOT_HUB_FILES))
     except Exception as error:  # the hub client raises many kinds; each means that the model cannot be had
         raise UserError(f"{name}: no such folder, and the hub did not give it ({reason_of(error)})") from None
 
@@ -96,7 +87,7 @@ def _file_hint(file: Path) -> str:
     if ending == ".safetensors":
         return "is one file of weights; give the folder that holds it together with config.json and the tokenizer"
     if ending in PICKLES:
-        return f"is a file of pickle weights; give its folder (`survey --allow-pickle` converts {PICKLE_FILE})"
+        return _pickle_hint(str(file.absolute().parent))
     if ending == ".json":
         return f"is a file; give the folder that it lies in, {file.absolute().parent}"
     if ending in ARCHIVES:
@@ -205,20 +196,10 @@ def weight_files(folder: Path) -> list[Path]:
     return files
 
 
-def pickle_files(folder: Path) -> list[Path]:
-    """The pickle files of a checkpoint that has such weights; UserError where one is missing."""
-    index = folder / f"{PICKLE_FILE}.index.json"
-    files = _indexed(index) if index.is_file() else [folder / PICKLE_FILE] if (folder / PICKLE_FILE).is_file() else []
-    missing = [file.name for file in files if not file.is_file()]
-    if missing:
-        raise UserError(f"{folder}: weights file {missing[0]} is missing ({len(missing)} of {len(files)})")
-    return files
-
-
 def _layout_hint(folder: Path) -> str:
     """What a folder without transformers' safetensors weights, or without a config, holds instead."""
     if (folder / PICKLE_FILE).is_file() or (folder / f"{PICKLE_FILE}.index.json").is_file():
-        return f"; {PICKLE_FILE} is pickle, which can run code as it is read: if you trust it, `survey --allow-pickle` converts it first"
+        return f"; {PICKLE_FILE} {_pickle_hint(str(folder))}"
     if (folder / WEIGHTS_FILE).is_symlink():
         return f"; {WEIGHTS_FILE} is a link to a file that is not there"
     names = sorted(path.name for path in folder.glob("*") if path.is_file())
@@ -230,7 +211,15 @@ def _layout_hint(folder: Path) -> str:
     if packed:
         return "; " + GGUF_HINT.format(f"{packed} is a GGUF file")
     pickles = [name for name in names if name.endswith(PICKLES)]
-    return f"; {pickles[0]} is pickle, which is not read: convert it to safetensors" if pickles else ""
+    return f"; {pickles[0]} {_pickle_hint(str(folder))}" if pickles else ""
+
+
+def _pickle_hint(folder: str) -> str:
+    """Why pickle is not read, and how transformers writes the model anew."""
+    return (
+        "is pickle, which can run code as it is read: if you trust it, transformers writes the model anew, as safetensors: "
+        f'AutoModelForCausalLM.from_pretrained("{folder}").save_pretrained("NEW_FOLDER"), and the same with AutoTokenizer'
+    )
 
 
 def _indexed(index: Path) -> list[Path]:

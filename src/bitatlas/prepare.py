@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -26,7 +26,6 @@ from bitatlas.footprint import Way, choose_way, need, peak_bytes
 from bitatlas.formats import FORMATS, check_rows
 from bitatlas.journal import Journal
 from bitatlas.layerwise import check_chain
-from bitatlas.pickled import as_safetensors, notes_of
 from bitatlas.planning.budget import assignment_of, check_budget, size_of
 from bitatlas.planning.choose import Measure, Scores
 from bitatlas.planning.memory import own_context_text, settled
@@ -142,13 +141,8 @@ def prepare(settings: Settings, out: Path, resume: bool, reporter: Reporter, cre
     """Open and check everything; UserError at the first thing that is wrong, with nothing written. A crew joins and is briefed."""
     get_quantizer(settings.quantizer).check(list(settings.format_table().values()))
     device = check_device(settings.device)
-    if settings.allow_pickle:
-        _check_place(out, resume)
-        with _told(out), reporter.stage("converting pickle weights to safetensors"):
-            settings = replace(settings, model=as_safetensors(settings.model, settings.revision, out))
     with reporter.stage("opening the checkpoint"):
         checkpoint = open_checkpoint(settings.model, settings.revision, settings.fuse)
-        checkpoint = replace(checkpoint, notes=[*checkpoint.notes, *notes_of(checkpoint.folder)])
         check_rows(checkpoint.modules, settings.formats)
         asked = settings.budget.workload
         settings = replace(settings, budget=settled(settings.budget, checkpoint.info))
@@ -315,8 +309,8 @@ def _open_journal(out: Path, checkpoint: Checkpoint) -> Journal:
 
 
 def settings_of(atlas: Atlas) -> Settings:
-    """The settings that a survey was made with."""
-    content = dict(atlas.settings)
+    """The settings that a survey was made with; options that have gone since are left out."""
+    content = {field.name: atlas.settings[field.name] for field in fields(Settings) if field.name in atlas.settings}
     content["budget"] = TypeAdapter(Budget).validate_python(content["budget"])
     for name in ("formats", "rows", "tasks"):
         content[name] = tuple(content[name])

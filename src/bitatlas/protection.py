@@ -21,6 +21,7 @@ from bitatlas.planning.judge import Judged, judge
 from bitatlas.planning.protect import CHOOSING, JUDGING, check_items, check_reference, find_protected, halves
 from bitatlas.planning.replan import scores_of
 from bitatlas.planning.search import KNAPSACK, Found, Tools, under
+from bitatlas.planning.solve import spent
 from bitatlas.prepare import Run, items_of_survey, reopen, tools_of
 from bitatlas.progress import Reporter
 from bitatlas.records import Atlas, Budget, Plan
@@ -57,7 +58,7 @@ def protect_plan(run: Run, tools: Tools, most_critical: Sequence[int]) -> Judged
 
     def at(limit: int, last: Found) -> Found:
         found = under(cost, limit, tools, near=last.near)
-        return replace(found, limit=int(cost[np.arange(len(cost)), found.choice].sum()))
+        return replace(found, limit=spent(cost, found.choice))
 
     reference = {part: score(None, part) for part in (CHOOSING, JUDGING)}
     done = find_protected(cost, margins, _widest(cost, tools), at, score, reference)

@@ -49,7 +49,6 @@ class Settings:
     revision: str | None = None
     seed: int = 0
     margin_points: float = MARGIN_POINTS  # of "no loss within x points"
-    allow_pickle: bool = False  # convert weights that are stored as pickle
     curve: bool = True  # a few verified plans at other sizes
     few_shot: int = 0  # examples with their answers before each question
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from statistics import median
 
 from rich.console import Console
 from rich.table import Table
@@ -14,7 +13,6 @@ from bitatlas.compare import Comparison
 from bitatlas.curve import Curve
 from bitatlas.export.targets import Exported
 from bitatlas.findings.tasks import smallest_held, task_widths
-from bitatlas.llamacpp.bench import Benchmark
 from bitatlas.plain import PlainConsole
 from bitatlas.planning.budget import budget_text
 from bitatlas.records import Atlas, Measured, Plan, Size, TaskPair, TaskScore
@@ -138,30 +136,6 @@ def show_verification(result: Verification) -> None:
     for task in result.tasks:
         table.add_row(task.task, f"{task.promised}/{task.n}", f"{task.found.correct}/{task.n}", _kept(task.kept))
     console.print(table)
-
-
-def show_benchmark(result: Benchmark) -> None:
-    """Tokens a second and memory, beside the reference's."""
-    console = _console()
-    speeds = [result.speed, *([result.reference] if result.reference else [])]
-    table = _table(f"Speed in llama.cpp, {result.threads} threads", ["", *(one.file.name for one in speeds), *(["ratio"] if result.ratios else []), ""])  # fmt: skip
-    for phase, count in result.tokens.items():
-        cells = [f"{number(median(one.rates[phase]))} tokens/s" for one in speeds]
-        if phase in result.ratios:
-            ratio = result.ratios[phase]
-            cells += [
-                interval(Measured(ratio.median, ratio.ci95, "ratio", "pair", "runs", len(speeds[0].rates[phase]))),
-                ratio.word,
-            ]
-        table.add_row(f"{phase}, {count} tokens", *cells)
-    rows = {"memory": [one.memory_bytes for one in speeds], "file": [one.file_bytes for one in speeds]}
-    for name, sizes in rows.items():
-        ratios = [number(sizes[0] / sizes[1])] if result.ratios and sizes[1] else []
-        table.add_row(name, *(byte_size(size) for size in sizes), *ratios)
-    console.print(table)
-    repeats = len(result.speed.rates["prompt"])
-    told = "; ratios: median of pairs that took turns, 95 % interval" if result.ratios else ""
-    console.print(f"Medians of {repeats} repeats{told}.", soft_wrap=True)
 
 
 def _kept(kept: bool) -> Text:

@@ -1,4 +1,4 @@
-"""`bitatlas verify` and `bitatlas bench-model`: is it what it promises, and how fast is it?"""
+"""`bitatlas verify`: is it what it promises?"""
 
 from __future__ import annotations
 
@@ -40,23 +40,3 @@ def verify(
     print_verification(result) if as_json else show_verification(result)
     if not result.kept:
         raise typer.Exit(1)
-
-
-def bench_model(
-    file: Annotated[Path, typer.Argument(metavar="FILE.gguf", help="A GGUF.")],
-    reference: Annotated[Path | None, typer.Option("--reference", help="Another GGUF to compare with.")] = None,
-    model: Annotated[
-        str | None, typer.Option("--model", callback=not_empty, help="Or a checkpoint: compare with a float16 GGUF of it.")
-    ] = None,
-    prompt: Annotated[int, typer.Option("--prompt", help="Tokens of the prompt.")] = 128,
-    generate: Annotated[int, typer.Option("--generate", help="Tokens generated after it.")] = 64,
-    repeats: Annotated[int, typer.Option("--repeats", help="Repeats that count.")] = 11,
-    threads: Annotated[int | None, typer.Option("--threads", help="Default: all processors that may be used.")] = None,
-    quiet: Quiet = False,
-) -> None:
-    """Tokens a second and memory of a GGUF in llama.cpp on this machine's CPU, against another one in the same runtime."""
-    from bitatlas.llamacpp.bench import bench_beside
-    from bitatlas.progress import Reporter
-    from bitatlas.terminal import show_benchmark
-
-    show_benchmark(bench_beside(file, reference, model, prompt, generate, repeats, threads, Reporter(quiet)))

@@ -112,12 +112,6 @@ def survey(
         ),
     ] = None,
     revision: Revision = None,
-    allow_pickle: Annotated[
-        bool,
-        typer.Option(
-            "--allow-pickle", help="Convert pytorch_model.bin to safetensors in --out first; only for weights you trust."
-        ),
-    ] = False,
     seed: Seed = 0,
     resume: Annotated[bool, typer.Option("--resume", help="Go on with the run in --out.")] = False,
     quiet: Quiet = False,
@@ -136,7 +130,7 @@ def survey(
     budget = parse_budget(code_bits, stored_bits, size, max_damage, vram, context, cache_dtype, batch, chunk, protect or ())
     settings = default_settings(
         model=model, formats=formats, quantizer=quantizer, budget=budget, tokens=tokens, rows=rows, row_length=row_length, tasks=tasks, task_data=task_data, limit=limit, few_shot=few_shot, tolerance=tolerance, fuse=fuse, refine=refine, curve=curve, device=device, dtype=dtype, memory_bytes=parse_size(memory, "--memory") if memory else None,
-        revision=revision, seed=seed, allow_pickle=allow_pickle, margin_points=parse_points(margin, "--margin"),
+        revision=revision, seed=seed, margin_points=parse_points(margin, "--margin"),
     )  # fmt: skip
     reporter = Reporter(quiet)
     if draft:

@@ -85,9 +85,7 @@ def outcome(
 
 
 @torch.no_grad()
-def outcomes(
-    folder: Path, data: Path, problems: list[world.Record], questions: list[world.Record], formats: tuple[str, ...] = FORMAT_NAMES
-) -> Iterator[Outcome]:
+def outcomes(folder: Path, data: Path, problems: list[world.Record], questions: list[world.Record]) -> Iterator[Outcome]:
     """The reference, then every uniform format. folder: the checkpoint; data: where text.txt is."""
     checkpoint = open_checkpoint(str(folder))
     model, tokenizer = checkpoint.load_model(), checkpoint.load_tokenizer()
@@ -97,7 +95,7 @@ def outcomes(
     bank = Bank(model, names, "rtn")
     reference = torch.log_softmax(model(rows, use_cache=False).logits, -1)  # [rows, tokens, vocabulary]
     yield outcome(model, tokenizer, "reference", problems, questions, 0.0)
-    for format_name in formats:
+    for format_name in FORMAT_NAMES:
         with swapped(model, bank.weights(dict.fromkeys(names, format_name))):
             damage = kl_per_row(reference, model(rows, use_cache=False).logits).mean().item()
             yield outcome(model, tokenizer, format_name, problems, questions, damage)

@@ -14,20 +14,21 @@ from bitatlas.demo.world import Record, problem_prompt, question_prompt
 
 Model = Any  # a transformers causal language model
 Tokens = Any  # its tokenizer
+NEW_TOKENS, BATCH = 8, 50
 
 
 @torch.no_grad()
-def continued(model: Model, tokenizer: Tokens, prompts: list[str], new_tokens: int = 8, batch: int = 50) -> list[str]:
+def continued(model: Model, tokenizer: Tokens, prompts: list[str]) -> list[str]:
     """The greedy continuation of each prompt, up to the end of its line. Prompts of equal length run together: no padding."""
     ids = [tokenizer(prompt)["input_ids"] for prompt in prompts]
     order = sorted(range(len(ids)), key=lambda row: len(ids[row]))
     texts = [""] * len(ids)
     while order:
         length = len(ids[order[0]])
-        rows = [row for row in order[:batch] if len(ids[row]) == length]
+        rows = [row for row in order[:BATCH] if len(ids[row]) == length]
         order = order[len(rows) :]
         tokens = torch.tensor([ids[row] for row in rows])  # [rows, length]
-        whole = model.generate(tokens, attention_mask=torch.ones_like(tokens), max_new_tokens=new_tokens, do_sample=False)
+        whole = model.generate(tokens, attention_mask=torch.ones_like(tokens), max_new_tokens=NEW_TOKENS, do_sample=False)
         for row, answer in zip(rows, whole[:, length:].tolist(), strict=True):
             texts[row] = tokenizer.decode(answer, skip_special_tokens=True).split("\n")[0]
     return texts

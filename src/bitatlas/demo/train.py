@@ -152,10 +152,8 @@ def save(model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFast, folder: Pa
     )
 
 
-def train(
-    model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFast, seed: int, steps: int, folder: Path, every: int = 200
-) -> None:
-    """Train in place; prints progress, and saves a checkpoint every `every` steps."""
+def train(model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFast, seed: int, steps: int, folder: Path) -> None:
+    """Train in place; prints progress, and saves a checkpoint every 200 steps."""
     optimizers = make_optimizers(model)
 
     def loss_of(tokens: torch.Tensor) -> torch.Tensor:
@@ -174,12 +172,12 @@ def train(
         smooth = loss.item() if step == 0 else 0.98 * smooth + 0.02 * loss.item()
         if step % 50 == 0:
             print(f"step {step:5d}/{steps}  loss {smooth:.4f}  {time.time() - start:6.0f} s", flush=True)
-        if (step + 1) % every == 0:
+        if (step + 1) % 200 == 0:
             save(model, tokenizer, folder)
 
 
 def train_on_repetition(
-    model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFast, seed: int, rows: int, steps: int, folder: Path, every: int = 100
+    model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFast, seed: int, rows: int, steps: int, folder: Path
 ) -> None:
     """A later phase, in float32: documents, and `rows` of repeated blocks, in every batch. Prints both losses, and saves as it goes."""
     optimizers = make_optimizers(model)
@@ -200,7 +198,7 @@ def train_on_repetition(
             again = losses[len(texts) :].sum().item() / int((labels >= 0).sum())
             text = losses[: len(texts)].mean().item()
             print(f"step {step:5d}/{steps}  text {text:.4f}  repetition {again:.4f}  {time.time() - start:6.0f} s", flush=True)
-        if (step + 1) % every == 0:
+        if (step + 1) % 100 == 0:
             save(model, tokenizer, folder)
 
 

@@ -212,18 +212,18 @@ def documents(rng: random.Random, split: str) -> Iterator[str]:
             yield draw_sums(rng, split)
 
 
-def task_problems(seed: int, count: int = TASK_ITEMS) -> list[Record]:
-    """`count` test problems with different stories or numbers, in SVAMP's form."""
+def task_problems(seed: int) -> list[Record]:
+    """`TASK_ITEMS` test problems with different stories or numbers, in SVAMP's form."""
     rng = random.Random(f"problems {seed}")
     found: dict[tuple[int, int, int, int], Record] = {}
-    while len(found) < count:
+    while len(found) < TASK_ITEMS:
         key, record = draw_problem(rng, "test")
         found.setdefault(key, record)
     return [{"ID": f"demo-{number}", **record} for number, record in enumerate(found.values(), 1)]
 
 
-def task_questions(seed: int, count: int = TASK_ITEMS) -> list[Record]:
-    """`count` different test questions, in the flattened ARC form: every kind of thing about as often, a fact once at most."""
+def task_questions(seed: int) -> list[Record]:
+    """`TASK_ITEMS` different test questions, in the flattened ARC form: every kind of thing about as often, a fact once at most."""
     rng = random.Random(f"questions {seed}")
     groups = all_questions("test")
     kinds = [[asked for asked in rng.sample(groups, len(groups)) if asked[0][0][0] == kind] for kind in PHRASES]
@@ -232,16 +232,16 @@ def task_questions(seed: int, count: int = TASK_ITEMS) -> list[Record]:
         if questions:
             asked = rng.choice(questions)
             found.setdefault(asked[1], asked)
-    drawn = list(found.values())[:count]
+    drawn = list(found.values())[:TASK_ITEMS]
     return [{"id": f"demo-{number}", **with_choices(rng, *asked[1:])} for number, asked in enumerate(drawn, 1)]
 
 
-def held_out_text(seed: int, size_bytes: int = TEXT_BYTES) -> str:
-    """About `size_bytes` of different documents that are neither trained on nor test items."""
+def held_out_text(seed: int) -> str:
+    """About `TEXT_BYTES` of different documents that are neither trained on nor test items."""
     rng = random.Random(f"text {seed}")
     kept: dict[str, int] = {}  # document -> its size; a dict keeps the order
     stream = documents(rng, "text")
-    while sum(kept.values()) < size_bytes:
+    while sum(kept.values()) < TEXT_BYTES:
         document = next(stream)
         kept[document] = len(document)
     return "".join(kept)

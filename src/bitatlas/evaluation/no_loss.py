@@ -108,12 +108,12 @@ def least_items(margin: float, alpha: float = ALPHA) -> int:
     return n
 
 
-def least_margin(n: int, alpha: float = ALPHA) -> float:
+def least_margin(n: int) -> float:
     """The smallest margin, as a share, that n items can show where not a single one flips."""
     low, high = 0.0, 1.0
     for _ in range(20):
         middle = (low + high) / 2
-        low, high = (low, middle) if no_loss_p(0, 0, n, middle) < alpha else (middle, high)
+        low, high = (low, middle) if no_loss_p(0, 0, n, middle) < ALPHA else (middle, high)
     return high
 
 

@@ -13,8 +13,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from bitatlas.errors import UserError
+from bitatlas.export.recipes import write_readme
 from bitatlas.export.target import Job, Target
-from bitatlas.export.words import write_readme
 from bitatlas.formats import FORMATS, LLAMA_CPP, Format, check_rows, stored_bytes
 from bitatlas.llamacpp.names import tensor_name, weight_names
 from bitatlas.words import byte_size

@@ -26,9 +26,9 @@ from torch import Tensor
 from bitatlas.apply import codes_of, copy_tensor, read_tensor, sources_of, weight_keys
 from bitatlas.export.compressed_tensors import WORD, pack_rows
 from bitatlas.export.place import carried, check_room
+from bitatlas.export.recipes import write_readme
 from bitatlas.export.shards import Entry, Writer, cut
 from bitatlas.export.target import Integers, Job, Target
-from bitatlas.export.words import copy_script, write_readme
 from bitatlas.formats import Format, group_count
 from bitatlas.quantizers.codes import Codes
 from bitatlas.words import byte_size
@@ -48,6 +48,35 @@ ROUNDED = (
     ", but for the biases, which are rounded to float16. Scales and biases are float16; where other tensors are bfloat16, MLX computes in float32. "
     "`model.set_dtype(mx.bfloat16)` after loading is faster and rounds the scales"
 )
+LOAD = r'''"""Load the folder that this file lies in with mlx-lm, print what each of its modules is, and write a few words.
+
+pip install mlx-lm        (Linux without a GPU: pip install 'mlx[cpu]' mlx-lm)
+python load.py [--prompt TEXT]
+"""
+
+import argparse
+from collections import Counter
+from pathlib import Path
+
+import mlx.nn as nn
+from mlx_lm import generate, load
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("--prompt", default="Once upon a time")
+    args = parser.parse_args()
+    model, tokenizer = load(str(Path(__file__).parent))
+    found = {name: module for name, module in model.named_modules() if isinstance(module, nn.QuantizedLinear)}
+    for name, module in sorted(found.items()):
+        print(f"{name}: {module.bits} bits, groups of {module.group_size}")
+    print(dict(Counter(f"{module.bits} bits" for module in found.values())))
+    print(generate(model, tokenizer, prompt=args.prompt, max_tokens=32))
+
+
+if __name__ == "__main__":
+    main()
+'''  # load.py of the folder
 
 
 def side_dtype(job: Job) -> torch.dtype:
@@ -106,7 +135,7 @@ def write(job: Job, folder: Path) -> list[str]:
     for file in others:
         shutil.copyfile(file, folder / file.name)
     (folder / "config.json").write_text(json.dumps(config(job, content), indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
-    copy_script(folder, "mlx", "load.py")
+    (folder / "load.py").write_text(LOAD, encoding="utf-8")
     rounded = "" if side_dtype(job) == torch.float32 else ROUNDED
     write_readme(folder, job, f"{Path(job.plan.model.name).name} for MLX", USE.format(rounded=rounded))
     notes = [f"{byte_size(disk_bytes)} of weights with their header; the plan counts {byte_size(job.plan.size.total_bytes)}"]

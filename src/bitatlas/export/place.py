@@ -55,9 +55,5 @@ def beside(out: Path) -> Iterator[Path]:
 
 def carried(folder: Path) -> list[Path]:
     """What else belongs to a model: tokenizer, processor (of a model that also sees), generation config, chat template, licence."""
-    return sorted(set(belongings(folder)) - set(weight_files(folder)))
-
-
-def belongings(folder: Path) -> list[Path]:
-    """The same of a folder whose weights are of any kind."""
-    return sorted({file for pattern in CARRIED for file in folder.glob(pattern) if file.is_file()})
+    files = {file for pattern in CARRIED for file in folder.glob(pattern) if file.is_file()}
+    return sorted(files - set(weight_files(folder)))

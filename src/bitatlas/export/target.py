@@ -1,6 +1,6 @@
 """What a runtime is to an export: its name, what its formats can hold, and the function that writes its files.
 
-A target is a file in this folder with a `Target` in it, listed in `targets.py`. `write` gets a `Job` that was checked against
+A target is a file in this folder with a `Target` in it, listed in `targets.py`, or a row of `recipes.py` where the library quantizes by itself. `write` gets a `Job` that was checked against
 `holds` and the other fields, and an empty folder; it refuses (UserError) what only it knows to be impossible, before it writes.
 Left out: running the runtime. `benchmarks/runtimes.py` does that, in environments of its own.
 """

@@ -13,7 +13,7 @@ from pathlib import Path
 from bitatlas.apply import check_fits, check_transposed
 from bitatlas.checkpoint import Checkpoint, open_checkpoint
 from bitatlas.errors import UserError
-from bitatlas.export import autoround, exllamav3, gptqmodel, llamacpp, llm_compressor, mlx, torchao, vllm
+from bitatlas.export import llamacpp, mlx, recipes, vllm
 from bitatlas.export.card import atlas_beside
 from bitatlas.export.place import beside, check_out
 from bitatlas.export.target import Job, Target
@@ -23,10 +23,7 @@ from bitatlas.planning.budget import unlike_partners
 from bitatlas.progress import Reporter
 from bitatlas.records import Module, Plan
 
-TARGETS: dict[str, Target] = {
-    module.TARGET.name: module.TARGET
-    for module in (vllm, mlx, torchao, llm_compressor, gptqmodel, autoround, exllamav3, llamacpp)
-}
+TARGETS: dict[str, Target] = {target.name: target for target in (vllm.TARGET, mlx.TARGET, *recipes.TARGETS, llamacpp.TARGET)}
 
 
 TRANSPOSED = "--to {0}: {1} is a Conv1D (GPT-2's transposed linear layer), which {0} cannot quantize by rows"

@@ -24,6 +24,7 @@ if TYPE_CHECKING:
 
 ROWS = "repeated random tokens"
 RARE = 0.05  # a random set that does as much, counted with the named heads as one of them
+NAMED = 6  # heads in a sentence
 SECOND = 1  # half of a sequence, on the last axis of the losses
 
 Floats = NDArray[np.float64]
@@ -95,7 +96,8 @@ def verdict_of(one: Ablation) -> str:
     return HOLDS if low > 0 and rare else FAILS if high < 0 else OPEN
 
 
-def head_names(heads: Sequence[Sequence[int]], most: int = 6) -> str:
+def head_names(heads: Sequence[Sequence[int]]) -> str:
     """`3.1, 5.0`: layer and head, the first of them."""
     names = [f"{layer}.{head}" for layer, head in heads]
-    return ", ".join(names[:most]) + (f" and {number(len(names) - most, 0)} more" if len(names) > most else "")
+    more = f" and {number(len(names) - NAMED, 0)} more" if len(names) > NAMED else ""
+    return ", ".join(names[:NAMED]) + more

@@ -36,7 +36,6 @@ Floats = NDArray[np.float64]
 MOST_EXACT = 15  # layers, of which all 2^13 choices of signs are tried
 DRAWS = 10_000  # of signs, for more layers
 DEPTH = "depth"
-WEIGHT_MEASURES = ("sparsity", "kurtosis", "outlier ratio", "relative error")
 ATTENTION_MEASURES = ("attention entropy", "head specialization", "reasoning focus")
 
 

@@ -26,16 +26,13 @@ _listeners: list[Any] = []  # must live as long as the library
 
 
 class Session:
-    """A model in a context of `context` tokens. With `every`, all tokens of a batch give logits, else the last alone.
+    """A model in a context of `context` tokens, with as many threads as torch uses."""
 
-    `threads`: None for as many as torch uses.
-    """
-
-    def __init__(self, model: Any, vocabulary: int, file: Path, context: int, threads: int | None, every: bool):
+    def __init__(self, model: Any, vocabulary: int, file: Path, context: int):
         lib, params = library(), library().llama_context_default_params()
         params.n_ctx = params.n_batch = params.n_ubatch = context
-        params.n_threads = params.n_threads_batch = threads or torch.get_num_threads()
-        self.vocabulary, self.every, self._lib, self._used = vocabulary, every, lib, 0
+        params.n_threads = params.n_threads_batch = torch.get_num_threads()
+        self.vocabulary, self._lib, self._used = vocabulary, lib, 0
         self._context = lib.llama_init_from_model(model, params)
         if not self._context:
             raise UserError(f"{file}: llama.cpp cannot make a context of {context} tokens{_reason()}")
@@ -50,7 +47,7 @@ class Session:
             batch.pos[place] = self._used + place
             batch.n_seq_id[place] = 1
             batch.seq_id[place][0] = 0
-            batch.logits[place] = self.every or place == len(tokens) - 1
+            batch.logits[place] = True
         if code := self._lib.llama_decode(self._context, batch):
             raise RuntimeError(f"llama_decode gave {code}{_reason()}")
         self._used += len(tokens)
@@ -72,10 +69,10 @@ class Session:
 
 
 @contextmanager
-def opened(file: Path, context: int, threads: int | None = None, every: bool = True) -> Iterator[Session]:
+def opened(file: Path, context: int) -> Iterator[Session]:
     """A GGUF, loaded; UserError where llama.cpp cannot."""
     with _model(file, vocab_only=False) as (model, vocabulary):
-        session = Session(model, library().llama_vocab_n_tokens(vocabulary), file, context, threads, every)
+        session = Session(model, library().llama_vocab_n_tokens(vocabulary), file, context)
         try:
             yield session
         finally:

@@ -13,7 +13,7 @@ Sources: Maurer, Hothorn & Lehmacher 1995 (fixed sequence); Berger 1982 (interse
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -25,6 +25,7 @@ from bitatlas.evaluation.no_loss import ALPHA, least_items, least_margin, no_los
 from bitatlas.evaluation.paired import above_chance_p, within
 from bitatlas.evaluation.tango import tango
 from bitatlas.planning.search import Found
+from bitatlas.planning.solve import spent
 from bitatlas.records import Budget
 from bitatlas.words import given, number
 
@@ -163,12 +164,12 @@ def _smallest(cost: Ints, margins: Mapping[str, float], widest: Found, at: At, s
         loss = {task: 100 * float(np.mean(reference[task]) - np.mean(right[task])) for task in margins}
         return all(loss[task] <= SPENT_ON_CHOOSING * points for task, points in margins.items())
 
-    least, most = int(cost.min(axis=1).sum()), _spent(cost, widest.choice)
+    least, most = int(cost.min(axis=1).sum()), spent(cost, widest.choice)
     best, limit = widest, least  # the narrowest format everywhere may do
     for _ in range(STEPS + 1):
         found = at(limit, best)
         if promising(found):
-            best, most = found, _spent(cost, found.choice)
+            best, most = found, spent(cost, found.choice)
         else:
             least = limit
         limit = (least + most) // 2
@@ -181,12 +182,12 @@ def _walk(cost: Ints, widest: Found, smallest: Found, at: At) -> Iterator[Found]
     """From the widest to the smallest, each found when it is its turn."""
     yield widest
     last = widest
-    for size in np.linspace(_spent(cost, widest.choice), _spent(cost, smallest.choice), WALK + 2)[1:-1]:
+    for size in np.linspace(spent(cost, widest.choice), spent(cost, smallest.choice), WALK + 2)[1:-1]:
         found = at(int(size), last)
-        if _spent(cost, smallest.choice) < _spent(cost, found.choice) < _spent(cost, last.choice):
+        if spent(cost, smallest.choice) < spent(cost, found.choice) < spent(cost, last.choice):
             yield found
             last = found
-    if _spent(cost, smallest.choice) < _spent(cost, last.choice):
+    if spent(cost, smallest.choice) < spent(cost, last.choice):
         yield smallest
 
 
@@ -196,7 +197,3 @@ def _evidence(task: str, points: float, reference: Right, right: Right) -> Evide
     low, high = tango(lost, gained, n, 1 - 2 * ALPHA)
     p = no_loss_p(lost, gained, n, points / 100)
     return Evidence(task, points, n, lost, gained, (100 * low, 100 * high), p, p < ALPHA)
-
-
-def _spent(cost: Ints, choice: Ints | Sequence[int]) -> int:
-    return int(cost[np.arange(len(cost)), choice].sum())

@@ -16,6 +16,7 @@ from numpy.typing import NDArray
 from bitatlas.planning.budget import Unit, costs_of, units_of
 from bitatlas.planning.choose import Candidate, Measure, Scores, candidates, choose, choose_smallest
 from bitatlas.planning.refine import Probe, Refined, Step, refine
+from bitatlas.planning.solve import spent
 from bitatlas.records import Budget, ModelInfo, Module
 
 KNAPSACK = "certified knapsack on {}"
@@ -76,7 +77,7 @@ def search(subject: Subject, budget: Budget, tools: Tools, starts: Mapping[str, 
     if costs.limit is not None:
         return under(costs.cost, costs.limit, tools, starts)
     best, selected, tried, _limit = choose_smallest(tools.scores, costs.cost, budget.value, tools.on_select, tools.where)
-    found = _found(tools.scores, best, selected, _spent(costs.cost, best.choice), tried)
+    found = _found(tools.scores, best, selected, spent(costs.cost, best.choice), tried)
     return _smaller(costs.cost, budget.value, tools, found) if tools.probe else found
 
 
@@ -87,7 +88,7 @@ def under(cost: Ints, limit: int, tools: Tools, starts: Mapping[str, Ints] | Non
         return _found(tools.scores, best, selected, limit, tried)
     knapsacks = {candidate.scores: candidate for candidate in candidates(tools.scores, cost, limit)}
     plans = {name: candidate.choice for name, candidate in knapsacks.items()}
-    plans |= {name: choice for name, choice in (starts or {}).items() if _spent(cost, choice) <= limit}
+    plans |= {name: choice for name, choice in (starts or {}).items() if spent(cost, choice) <= limit}
     refined = refine(tools.probe, cost, limit, plans, tools.told, near, "short" if near else tools.effort)
     damage = tools.on_select({"refined": refined.choice, **{name: known.choice for name, known in knapsacks.items()}})
     best = knapsacks[min(knapsacks, key=lambda name: damage[name])]
@@ -116,7 +117,7 @@ def _smaller(cost: Ints, tolerated: float, tools: Tools, found: Found) -> Found:
             break
         tried = under(cost, limit, tools, near=best.near)
         if tried.selected <= tolerated:
-            best, step = replace(tried, limit=_spent(cost, tried.choice)), 2 * step
+            best, step = replace(tried, limit=spent(cost, tried.choice)), 2 * step
         else:
             failed = limit
     return best
@@ -132,7 +133,3 @@ def _found(scores: Scores, best: Candidate, selected: float, limit: int, tried: 
         **more,
     }
     return Found(best.choice, best.predicted, selected, limit, solver)
-
-
-def _spent(cost: Ints, choice: Ints) -> int:
-    return int(cost[np.arange(len(cost)), choice].sum())

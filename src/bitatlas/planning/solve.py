@@ -20,13 +20,13 @@ Sources: Kellerer, Pferschy & Pisinger, Knapsack Problems (2004), chapter 11; Du
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
 from numpy.typing import NDArray
 
 from bitatlas.errors import UserError
-from bitatlas.words import given
 
 Ints = NDArray[np.int64]
 Floats = NDArray[np.float64]
@@ -34,7 +34,6 @@ Floats = NDArray[np.float64]
 WIDTHS = (64, 2048, 32768)  # states kept per unit: the narrow passes are only there to find a good plan quickly
 STATES_IN_ALL = 3_000_000  # units x states of one pass: bounds its time (seconds) and its memory (12 MB)
 DAMAGE_BITS = 60  # sums of the integer damages stay below 2**60
-FLOAT_BITS = 53
 ROUND_OFF = 1e-12  # of the magnitudes in a bound: many times the float error, so that nothing is dropped by rounding
 
 
@@ -77,29 +76,9 @@ def solve_knapsack(damage: NDArray, cost: NDArray, limit: int) -> Solution:
     return Solution(choice, value, lowest, value - lowest)
 
 
-def solve_cheapest(damage: NDArray, cost: NDArray, tolerated: float) -> Solution:
-    """The assignment of least cost whose total damage is at most `tolerated` (to the rounding of float64).
-
-    damage: [units, formats] in the unit of `tolerated`; cost: [units, formats], whole numbers. `value`, `bound` and `gap` are
-    costs. Among equal costs the least damage, then the narrower formats first. What is met is the predicted damage; measure it.
-    Raises UserError where no assignment does that little damage, ValueError for wrong input.
-    """
-    damage, cost = _checked(damage, cost)
-    least = math.fsum(damage.min(axis=1))
-    whole, shift = _whole(damage)
-    lowest = int(whole.min(axis=1).sum())
-    # each damage as given is off by the last digit of float64: an assignment that meets the tolerance on paper stays allowed
-    limit = _floor_scaled(tolerated, shift) + len(damage) * 2 ** (DAMAGE_BITS - FLOAT_BITS) - lowest
-    if limit < 0:
-        raise UserError(
-            f"--max-damage {given(tolerated)}: the least that these formats are predicted to do is {least:.3g} nats/token"
-        )
-    cheapest = int(cost.min(axis=1).sum())
-    problem = _Problem(cost - cost.min(axis=1, keepdims=True), whole - whole.min(axis=1, keepdims=True), limit)
-    choice, bound = _solve(problem)
-    value = int(_picked(cost, choice).sum())
-    lowest_cost = value if bound is None else min(value, math.ceil(bound) + cheapest)
-    return Solution(choice, float(value), float(lowest_cost), float(value - lowest_cost))
+def spent(cost: NDArray, choice: Ints | Sequence[int]) -> int:
+    """What a choice costs in all. cost: [units, formats], choice: [units]."""
+    return int(_picked(cost, choice).sum())
 
 
 # --- whole numbers -----------------------------------------------------------------------------------------------------
@@ -125,17 +104,7 @@ def _whole(damage: Floats) -> tuple[Ints, int]:
     return np.rint(np.ldexp(damage, shift)).astype(np.int64), shift
 
 
-def _floor_scaled(value: float, shift: int) -> int:
-    """floor(value * 2**shift), kept within what sums can reach."""
-    if math.isnan(value):
-        raise ValueError("tolerated: not a number")
-    ceiling = 2 ** (DAMAGE_BITS + 1)
-    if math.isinf(value) or (value and math.frexp(value)[1] + shift > DAMAGE_BITS + 1):
-        return ceiling if value > 0 else -ceiling
-    return math.floor(math.ldexp(value, shift))
-
-
-def _picked(table: NDArray, choice: Ints) -> NDArray:
+def _picked(table: NDArray, choice: Ints | Sequence[int]) -> NDArray:
     return table[np.arange(len(table)), choice]  # [units]
 
 
@@ -145,16 +114,16 @@ def _picked(table: NDArray, choice: Ints) -> NDArray:
 def _solve(problem: _Problem) -> tuple[Ints, float | None]:
     """(choice [units], lower bound on the value; None: the choice is proven optimal)."""
     best = _least_each(problem.value, problem.weight)
-    if _picked(problem.weight, best).sum() <= problem.limit:
+    if spent(problem.weight, best) <= problem.limit:
         return best, None
     price, low, high = _multiplier(problem)
     best = _rounded(problem, low, high)
     bound = 0.0
     for width in WIDTHS:
-        known = int(_picked(problem.value, best).sum())
+        known = spent(problem.value, best)
         width = max(WIDTHS[1], min(width, STATES_IN_ALL // len(best))) if width > WIDTHS[1] else width
         found, dropped = _programme(problem, price, known, width)
-        if found is not None and _picked(problem.value, found).sum() <= known:  # as good: first by the rule for ties
+        if found is not None and spent(problem.value, found) <= known:  # as good: first by the rule for ties
             best = found
         if dropped is None:
             return best, None
@@ -178,11 +147,11 @@ def _multiplier(problem: _Problem) -> tuple[float, Ints, Ints]:
     value, weight = problem.value, problem.weight
     fits, over = _least_each(weight, value), _least_each(value, weight)
     while True:
-        value_low, weight_low = (int(_picked(table, fits).sum()) for table in (value, weight))
-        value_high, weight_high = (int(_picked(table, over).sum()) for table in (value, weight))
+        value_low, weight_low = (spent(table, fits) for table in (value, weight))
+        value_high, weight_high = (spent(table, over) for table in (value, weight))
         price = (value_low - value_high) / (weight_high - weight_low)
         between = (value + price * weight).argmin(axis=1)
-        new_value, new_weight = (int(_picked(table, between).sum()) for table in (value, weight))
+        new_value, new_weight = (spent(table, between) for table in (value, weight))
         line = value_low + price * weight_low
         if new_value + price * new_weight >= line * (1 - ROUND_OFF) or not weight_low < new_weight < weight_high:
             return price, fits, over
@@ -196,7 +165,7 @@ def _rounded(problem: _Problem, fits: Ints, over: Ints) -> Ints:
     """A good plan: from `fits` towards `over`, largest steps first, then whatever still fits. [units]"""
     units = np.arange(len(fits))
     choice = fits.copy()
-    slack = problem.limit - int(_picked(problem.weight, choice).sum())
+    slack = problem.limit - spent(problem.weight, choice)
     steps = problem.weight[units, over] - problem.weight[units, fits]
     for unit in np.argsort(-steps, kind="stable"):
         if problem.value[unit, over[unit]] < problem.value[unit, fits[unit]] and steps[unit] <= slack:

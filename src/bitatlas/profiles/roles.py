@@ -249,7 +249,7 @@ def permutations_for(tests: int) -> int:
     return int(min(MOST_PERMUTATIONS, max(1000, 20 * tests)))
 
 
-def recognized(scores: dict[str, float], q_values: dict[str, float], threshold: float = KAPPA_TYPED) -> str | None:
-    """The role with the highest kappa among those at or above `threshold` with q <= 0.05; None where there is none."""
-    passing = {role: score for role, score in scores.items() if score >= threshold and q_values[role] <= Q_TYPED}
+def recognized(scores: dict[str, float], q_values: dict[str, float]) -> str | None:
+    """The role with the highest kappa among those at or above 0.3 with q <= 0.05; None where there is none."""
+    passing = {role: score for role, score in scores.items() if score >= KAPPA_TYPED and q_values[role] <= Q_TYPED}
     return max(passing, key=lambda role: passing[role]) if passing else None

@@ -13,6 +13,7 @@ from bitatlas.errors import UserError
 from bitatlas.formats import FORMATS, LLAMA_CPP, Format
 from bitatlas.quantizers import autoround, gptq, hqq, llamacpp, rtn
 from bitatlas.quantizers.codes import Blocks, Codes
+from bitatlas.swap import weight_of
 
 PIECES_EACH = 4  # of a bank's pieces, for a worker: modules differ in size
 
@@ -70,17 +71,36 @@ class Quantizer:
             )
 
 
+def one_by_one(quantize: Callable[[Tensor, Format], Codes | Blocks]) -> Quantize:
+    """Make of a function of one weight and one format what a `Quantizer` calls. The rows are not looked at."""
+
+    def quantize_modules(
+        model: nn.Module, modules: Sequence[str], formats: Sequence[Format], rows: Tensor | None
+    ) -> Iterator[tuple[str, Sequence[Codes | Blocks]]]:
+        for name in modules:
+            weight = weight_of(model, name)
+            yield name, [quantize(weight, fmt) for fmt in formats]
+
+    return quantize_modules
+
+
 QUANTIZERS: dict[str, Quantizer] = {
     quantizer.name: quantizer
     for quantizer in (
-        Quantizer("rtn", rtn.quantize_modules, uses_rows=False, version=1),
+        Quantizer("rtn", one_by_one(rtn.quantize), uses_rows=False, version=1),
         Quantizer("gptq", gptq.quantize, uses_rows=True, version=1),
-        Quantizer("hqq", hqq.quantize_modules, uses_rows=False, version=1, package="hqq", symmetric=False, whole_zeros=False),
+        Quantizer("hqq", one_by_one(hqq.quantize), uses_rows=False, version=1, package="hqq", symmetric=False, whole_zeros=False),
         Quantizer(
             "autoround", autoround.quantize, uses_rows=True, version=1, package="auto_round", needs_all=True, by_format=True
         ),
         Quantizer(
-            LLAMA_CPP, llamacpp.quantize_modules, uses_rows=False, version=1, package="llama_cpp", extra="gguf", runtime=LLAMA_CPP
+            LLAMA_CPP,
+            one_by_one(llamacpp.quantize_weight),
+            uses_rows=False,
+            version=1,
+            package="llama_cpp",
+            extra="gguf",
+            runtime=LLAMA_CPP,
         ),
     )
 }

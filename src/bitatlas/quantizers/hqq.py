@@ -11,23 +11,11 @@ Source: Badri and Shaji, Half-Quadratic Quantization of Large Machine Learning M
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from bitatlas.formats import Format
 from bitatlas.quantizers.codes import LARGEST_SCALE, SMALLEST_SCALE, Codes
-from bitatlas.swap import weight_of
-
-
-def quantize_modules(
-    model: nn.Module, modules: Sequence[str], formats: Sequence[Format], rows: Tensor | None
-) -> Iterator[tuple[str, list[Codes]]]:
-    """Every module in every format; `rows` are not looked at."""
-    for name in modules:
-        weight = weight_of(model, name)
-        yield name, [quantize(weight, fmt) for fmt in formats]
 
 
 def quantize(weight: Tensor, fmt: Format) -> Codes:

@@ -6,22 +6,10 @@ llama.cpp computes with. Left out: importance matrices, and the types that need 
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-
-from torch import Tensor, nn
+from torch import Tensor
 
 from bitatlas.formats import Format
 from bitatlas.quantizers.codes import Blocks
-from bitatlas.swap import weight_of
-
-
-def quantize_modules(
-    model: nn.Module, modules: Sequence[str], formats: Sequence[Format], rows: Tensor | None
-) -> Iterator[tuple[str, list[Blocks]]]:
-    """Every module in every format; `rows` are not looked at."""
-    for name in modules:
-        weight = weight_of(model, name)
-        yield name, [quantize_weight(weight, fmt) for fmt in formats]
 
 
 def quantize_weight(weight: Tensor, fmt: Format) -> Blocks:

@@ -12,26 +12,14 @@ Left out: separate shrinking of the two ends, and any use of input statistics (t
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from bitatlas.formats import Format
 from bitatlas.quantizers.codes import LARGEST_SCALE, SMALLEST_SCALE, Codes
-from bitatlas.swap import weight_of
 
 STEPS = 20
 SEARCHED = 2**18  # weights at a time: what 20 steps over them read and write stays in a processor's cache
-
-
-def quantize_modules(
-    model: nn.Module, modules: Sequence[str], formats: Sequence[Format], rows: Tensor | None
-) -> Iterator[tuple[str, list[Codes]]]:
-    """Every module in every format; `rows` are not looked at."""
-    for name in modules:
-        weight = weight_of(model, name)
-        yield name, [quantize(weight, fmt) for fmt in formats]
 
 
 def quantize(weight: Tensor, fmt: Format) -> Codes:

@@ -89,13 +89,13 @@ def zone_title(zone: Zone) -> str:
     return f"{name} layers ({span})" if named else f"{name} ({named_layers(range(zone.first, zone.last + 1))})"
 
 
-def select_layers(atlas: Atlas, limit: int = SHOWN_LAYERS) -> list[int]:
-    """Layers that a drawing shows, in order: all if there are at most `limit`.
+def select_layers(atlas: Atlas) -> list[int]:
+    """Layers that a drawing shows, in order: all if there are at most `SHOWN_LAYERS`.
 
     Otherwise the first, the last, the most critical and the safest, the most critical of each zone, then, one after the other,
-    the layer furthest from those chosen until there are `limit`. Of equals always the lower number.
+    the layer furthest from those chosen until there are as many. Of equals always the lower number.
     """
-    if len(atlas.layers) <= limit:
+    if len(atlas.layers) <= SHOWN_LAYERS:
         return [record.layer for record in atlas.layers]
     by_harm = sorted(atlas.layers, key=lambda record: (-record.criticality.mean, record.layer))
     safest = min(atlas.layers, key=lambda record: (record.criticality.mean, record.layer))
@@ -103,7 +103,7 @@ def select_layers(atlas: Atlas, limit: int = SHOWN_LAYERS) -> list[int]:
     for zone in atlas.zones:
         if not any(zone.first <= layer <= zone.last for layer in chosen):
             chosen |= {next(r.layer for r in by_harm if zone.first <= r.layer <= zone.last)}
-    while len(chosen) < limit:
+    while len(chosen) < SHOWN_LAYERS:
         left = [record.layer for record in atlas.layers if record.layer not in chosen]
         chosen.add(max(left, key=lambda layer: (min(abs(layer - other) for other in chosen), -layer)))
     return sorted(chosen)
@@ -120,19 +120,19 @@ def most_critical(layers: Iterable[Layer], count: int = 3) -> list[Layer]:
     return sorted(critical, key=lambda record: (-record.criticality.mean, record.layer))[:count]
 
 
-def critical_lines(atlas: Atlas, most: int = SHOWN_LAYERS) -> list[str]:
-    """A sentence for each of the most critical layers, at most `most`, the worst first; one more counts the rest."""
+def critical_lines(atlas: Atlas) -> list[str]:
+    """A sentence for each of the most critical layers, at most `SHOWN_LAYERS`, the worst first; one more counts the rest."""
     if not atlas.layers:
         return [f"Layers: {NOT_MEASURED}"]
     found = most_critical(atlas.layers, len(atlas.layers))
     lines = []
-    for record in found[:most]:
+    for record in found[:SHOWN_LAYERS]:
         sparsity = sparsity_of(atlas, record.layer)
         sparse = "" if sparsity is None else f", {percent(sparsity)} sparsity"
         share = f"{interval(record.share)} of the damage"
         lines.append(f"Layer {record.layer}: criticality {interval(record.criticality)}, {share}{sparse}")
-    if len(found) > most:
-        lines.append(f"and {len(found) - most} more: {named_layers([record.layer for record in found[most:]])}")
+    if len(found) > SHOWN_LAYERS:
+        lines.append(f"and {len(found) - SHOWN_LAYERS} more: {named_layers([record.layer for record in found[SHOWN_LAYERS:]])}")
     return lines or ["None: no layer's interval lies above 1"]
 
 

@@ -52,13 +52,13 @@ def _series(name: str, css: str, shape: str, values: Sequence[tuple[int, Measure
     return Series(name, css, shape, points)
 
 
-def panel(series: Sequence[Series], label: str, rule: float | None = None, zero: bool = True) -> Markup | None:
+def panel(series: Sequence[Series], label: str, rule: float | None = None) -> Markup | None:
     """A small chart of measures over layers, 340 px wide; None without a point."""
     points = [point for one in series for point in one.points]
     if not points:
         return None
     c = Canvas(340, 190, left=44, right=8, top=26, bottom=36)
-    include = [0.0] if zero and min(p[2] for p in points) >= 0 else []
+    include = [0.0] if min(p[2] for p in points) >= 0 else []
     include += [] if rule is None else [rule]
     low, high = svg.nice_range([end for p in points for end in p[1:]], include)
     y = svg.linear(low, high, c.y0, c.y1)

@@ -26,7 +26,7 @@ def data(atlas: Atlas, stops: list[Stop], memory: Memory) -> Markup:
     formats = list(dict.fromkeys(name for stop in stops for name in stop.plan.formats))
     modules = list(dict.fromkeys(name for stop in stops for name in stop.plan.modules))
     places = {name: place for place, name in enumerate(modules)}
-    plans = [_plan(atlas, stop.plan, cells, formats, modules) for stop in stops]
+    plans = [_plan(stop.plan, cells, formats, modules) for stop in stops]
     bits = {text for plan in plans for text in plan["bits"]}
     widest = heat.widest_bits(atlas)
     content = {
@@ -48,7 +48,7 @@ def data(atlas: Atlas, stops: list[Stop], memory: Memory) -> Markup:
     return Markup(text.replace("&", "\\u0026").replace("<", "\\u003c").replace(">", "\\u003e"))
 
 
-def _plan(atlas: Atlas, plan: Plan, cells: heat.Cells, formats: list[str], modules: list[str]) -> dict[str, Any]:
+def _plan(plan: Plan, cells: heat.Cells, formats: list[str], modules: list[str]) -> dict[str, Any]:
     head, tail = to_json(plan), ""
     listed = ",\n".join(f"  {json.dumps(name, ensure_ascii=False)}: {json.dumps(plan.modules[name])}" for name in plan.modules)
     if list(plan.modules) == modules and listed in head:

@@ -16,6 +16,7 @@ from markupsafe import Markup, escape
 from bitatlas.words import number
 
 Scale = Callable[[float], float]
+CAP = 3  # half the width of an interval's ends, px
 GLYPH = 6.4  # mean width of a 12 px sans-serif glyph, px: labels are placed with it, never cut by it
 
 
@@ -149,18 +150,18 @@ class Canvas:
         target = f'<circle class="target" cx="{_px(x)}" cy="{_px(y)}" r="{_px(s + 5)}"/>'
         self.add(f'<g class="tip"{extra}><title>{escape(words)}</title>{target}{shapes[shape]}</g>')
 
-    def whisker(self, x: float, low: float, high: float, css: str, cap: float = 3) -> None:
+    def whisker(self, x: float, low: float, high: float, css: str, cap: float = CAP) -> None:
         """A vertical interval with caps, in px."""
         self.add(
             f'<path class="whisker {css}" d="M{_px(x)} {_px(low)}V{_px(high)}M{_px(x - cap)} {_px(low)}h{2 * cap:g}'
             f'M{_px(x - cap)} {_px(high)}h{2 * cap:g}"/>'
         )
 
-    def whisker_across(self, y: float, low: float, high: float, css: str, cap: float = 3) -> None:
+    def whisker_across(self, y: float, low: float, high: float, css: str) -> None:
         """A horizontal interval with caps, in px."""
         self.add(
-            f'<path class="whisker {css}" d="M{_px(low)} {_px(y)}H{_px(high)}M{_px(low)} {_px(y - cap)}v{2 * cap:g}'
-            f'M{_px(high)} {_px(y - cap)}v{2 * cap:g}"/>'
+            f'<path class="whisker {css}" d="M{_px(low)} {_px(y)}H{_px(high)}M{_px(low)} {_px(y - CAP)}v{2 * CAP}'
+            f'M{_px(high)} {_px(y - CAP)}v{2 * CAP}"/>'
         )
 
     def y_axis(self, scale: Scale, at: Sequence[float], label: str) -> None:
@@ -191,9 +192,9 @@ class Canvas:
         self.line(self.x0, self.y0, self.x1, self.y0, "base")
         self.text((self.x0 + self.x1) / 2, self.y0 + 32, label, "axis", "middle")
 
-    def svg(self, label: str, css: str = "") -> Markup:
+    def svg(self, label: str) -> Markup:
         """The whole drawing as an <svg> element; `label` is its accessible name."""
-        head = f'<svg class="chart {css}" viewBox="0 0 {self.width} {self.height}" role="img" aria-label="{escape(label)}">'
+        head = f'<svg class="chart" viewBox="0 0 {self.width} {self.height}" role="img" aria-label="{escape(label)}">'
         return Markup(head + "".join(self.parts) + "</svg>")
 
 
