@@ -25,17 +25,17 @@ from typing import Any
 import torch
 from torch import Tensor
 
-import bitatlas.demo as demo
-from bitatlas.bank import Bank
-from bitatlas.checkpoint import open_checkpoint
-from bitatlas.evaluation.items import load_items
-from bitatlas.profiles.attention import REPEATED_SEQUENCES, attention_profile
-from bitatlas.profiles.capture import eager
-from bitatlas.profiles.drift import in_dtype
-from bitatlas.profiles.focus import problems_of, tokenize
-from bitatlas.profiles.roles import repeated_tokens
-from bitatlas.sensitivity.screens import uniform
-from bitatlas.survey import FOCUS_PROBLEMS, PROFILED_ROWS
+import bitatlas.data.demo as demo
+from bitatlas.data.tasks import load_items
+from bitatlas.measure.attention.capture import eager
+from bitatlas.measure.attention.drift import in_dtype
+from bitatlas.measure.attention.focus import problems_of, tokenize
+from bitatlas.measure.attention.profile import REPEATED_SEQUENCES, attention_profile
+from bitatlas.measure.attention.roles import repeated_tokens
+from bitatlas.measure.screens import uniform
+from bitatlas.model.checkpoint import open_checkpoint
+from bitatlas.quantize.bank import Bank
+from bitatlas.run.survey import FOCUS_PROBLEMS, PROFILED_ROWS
 
 FORMAT = "int4_g32"
 LENGTH, BATCH = 192, 8

@@ -25,12 +25,12 @@ from typing import Any
 import numpy as np
 
 from bitatlas.errors import UserError
-from bitatlas.evaluation.bootstrap import measured
-from bitatlas.prepare import Run, default_settings, reopen
 from bitatlas.progress import Reporter
-from bitatlas.quantizers import QUANTIZERS
+from bitatlas.quantize import QUANTIZERS
 from bitatlas.records import Atlas, Budget
-from bitatlas.survey import run_survey
+from bitatlas.run.prepare import Run, default_settings, reopen
+from bitatlas.run.survey import run_survey
+from bitatlas.stats.bootstrap import measured
 
 RESULTS = Path(__file__).parent / "results" / "choices.json"
 PAGE = Path(__file__).parent.parent / "docs" / "choices.md"

@@ -26,14 +26,14 @@ from typing import Any
 import numpy as np
 import torch
 
-import bitatlas.demo as demo
-from bitatlas.crew.crew import Crew, hired
-from bitatlas.journal import Journal
-from bitatlas.planning.budget import units_of
-from bitatlas.prepare import Run, default_settings, prepare
+import bitatlas.data.demo as demo
+from bitatlas.measure.damage import Swap
+from bitatlas.measure.screens import uniform
 from bitatlas.progress import Reporter
-from bitatlas.sensitivity.damage import Swap
-from bitatlas.sensitivity.screens import uniform
+from bitatlas.records.journal import Journal
+from bitatlas.records.sizes import units_of
+from bitatlas.run.prepare import Run, default_settings, prepare
+from bitatlas.run.ray.scheduler import Crew, hired
 
 LOW, HIGH = "int2_g64", "int4_g64"
 WORKERS = 2

@@ -19,11 +19,11 @@ from pathlib import Path
 
 import torch
 
-import bitatlas.demo as demo
-from bitatlas.checkpoint import open_checkpoint
+import bitatlas.data.demo as demo
+from bitatlas.data.rows import rows_sha256
 from bitatlas.errors import UserError
-from bitatlas.settings import parse_formats
-from bitatlas.tokens import rows_sha256
+from bitatlas.model.checkpoint import open_checkpoint
+from bitatlas.run.settings import parse_formats
 from plan_peers.judging import BEST, MEAN, Entry, entries_of, judge
 from plan_peers.outside import Answer, NotRunError, run_bitatlas, run_own, run_peer
 from plan_peers.problem import Problem, Question, assert_disjoint, fit_rows, judging_rows

@@ -1,6 +1,6 @@
 """How large report.html is, how long writing it takes, and how long a browser needs to open it, for made-up atlases of more and more layers.
 
-    PYTHONPATH=tests python benchmarks/report.py
+    PYTHONPATH=tests/support python benchmarks/report.py
 
 Needs what the browser tests need (playwright, Chromium). Opening is the navigation's loadEventEnd, the best of three.
 """

@@ -20,13 +20,13 @@ from pathlib import Path
 import numpy as np
 import torch
 
-import bitatlas.demo as demo
-from bitatlas.bank import Bank
-from bitatlas.checkpoint import open_checkpoint
-from bitatlas.journal import Journal
-from bitatlas.layerwise import batch_rows
-from bitatlas.sensitivity.damage import DamageMeter, Swap
-from bitatlas.sensitivity.screens import uniform
+import bitatlas.data.demo as demo
+from bitatlas.measure.damage import DamageMeter, Swap
+from bitatlas.measure.screens import uniform
+from bitatlas.model.checkpoint import open_checkpoint
+from bitatlas.model.layerwise import batch_rows
+from bitatlas.quantize.bank import Bank
+from bitatlas.records.journal import Journal
 
 LOW, HIGH = "int2_g64", "int4_g64"
 RESULTS = Path(__file__).parent / "results"

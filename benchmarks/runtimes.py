@@ -24,16 +24,16 @@ from typing import Any
 
 import torch
 
-from bitatlas.bank import Bank
-from bitatlas.checkpoint import Checkpoint, open_checkpoint
 from bitatlas.export.mlx import CHECKED, path_of
 from bitatlas.export.targets import export_plan
-from bitatlas.files import to_json
-from bitatlas.formats import FORMATS
-from bitatlas.planning.budget import size_of
+from bitatlas.model.checkpoint import Checkpoint, open_checkpoint
+from bitatlas.model.swap import swapped
 from bitatlas.progress import Reporter
+from bitatlas.quantize.bank import Bank
 from bitatlas.records import Budget, Plan, PlanDamage, PlanModel
-from bitatlas.swap import swapped
+from bitatlas.records.files import to_json
+from bitatlas.records.formats import FORMATS
+from bitatlas.records.sizes import size_of
 
 ROOT = Path(__file__).resolve().parents[1]
 SHARED = ROOT.parent / "shared"
@@ -180,9 +180,9 @@ def export_alone(name: str, checkpoint: Checkpoint, tokens: torch.Tensor, envs: 
 
 def families(envs: Path) -> dict[str, Any]:
     """mlx, whose names of modules are its own, on the demo and on tiny random checkpoints of the families that are called checked."""
-    from bitatlas.demo import MODEL_DIR
+    from bitatlas.data.demo import MODEL_DIR
 
-    sys.path.insert(0, str(ROOT / "tests"))
+    sys.path.insert(0, str(ROOT / "tests" / "support"))
     from tiny import make_checkpoint
 
     found = {}

@@ -80,16 +80,16 @@ def measure(folder: Path, point: dict[str, Any]) -> dict[str, Any]:
     import numpy as np
     import torch
 
-    from bitatlas.bank import Bank
-    from bitatlas.checkpoint import open_checkpoint
-    from bitatlas.footprint import peak_bytes
-    from bitatlas.formats import FORMATS as TABLE
-    from bitatlas.formats import by_width, stored_bytes
-    from bitatlas.journal import Journal
-    from bitatlas.planning.expansion import quadratic
-    from bitatlas.planning.quadratic import solve_quadratic
-    from bitatlas.sensitivity.curvature import expand
-    from bitatlas.sensitivity.damage import DamageMeter
+    from bitatlas.measure.curvature import expand
+    from bitatlas.measure.damage import DamageMeter
+    from bitatlas.measure.memory_need import peak_bytes
+    from bitatlas.model.checkpoint import open_checkpoint
+    from bitatlas.plan.expansion import quadratic
+    from bitatlas.plan.quadratic import solve_quadratic
+    from bitatlas.quantize.bank import Bank
+    from bitatlas.records.formats import FORMATS as TABLE
+    from bitatlas.records.formats import by_width, stored_bytes
+    from bitatlas.records.journal import Journal
 
     device = point["device"]
     formats = by_width(list(FORMATS[: point["formats"]]))
@@ -131,8 +131,8 @@ def measure(folder: Path, point: dict[str, Any]) -> dict[str, Any]:
 
 def way_of(checkpoint: Any, point: dict[str, Any], dtype: Any, folder: Path) -> Any:
     """As a survey would go, on a GPU with what is free there or with `STREAMED_BYTES`; on a CPU as it is asked for, however small the model."""
-    from bitatlas.footprint import Way, choose_way, need
-    from bitatlas.sensitivity.damage import Room
+    from bitatlas.measure.damage import Room
+    from bitatlas.measure.memory_need import Way, choose_way, need
 
     sizes = [point[name] for name in ("vocabulary", "rows", "row_length", "formats")]
     needed = need(checkpoint.info, checkpoint.modules, *sizes, dtype, point["device"])

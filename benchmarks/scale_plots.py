@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from bitatlas.report.svg import Canvas, log_range, log_ticks, logarithmic
+from bitatlas.report.charts.canvas import Canvas, log_range, log_ticks, logarithmic
 
 STYLE = (
     "text{font:12px sans-serif;fill:#333}.grid{stroke:#ddd}.base{stroke:#888}path{fill:none;stroke-width:2}"

@@ -28,9 +28,9 @@ import scipy
 from scipy.optimize import Bounds, LinearConstraint, milp
 from scipy.sparse import csr_matrix, kron
 
-from bitatlas.planning.expansion import Quadratic
-from bitatlas.planning.quadratic import solve_quadratic
-from bitatlas.planning.solve import solve_knapsack
+from bitatlas.plan.expansion import Quadratic
+from bitatlas.plan.knapsack import solve_knapsack
+from bitatlas.plan.quadratic import solve_quadratic
 
 RESULTS = Path(__file__).parent / "results"
 BAR_SECONDS = 5.0

@@ -15,9 +15,10 @@ from typing import Any
 
 import typer
 
-from bitatlas import cli, records
-from bitatlas.formats import Format
-from bitatlas.workload import CacheLayers, MemoryShape, Workload
+from bitatlas import records
+from bitatlas.cli import main as cli
+from bitatlas.records.formats import Format
+from bitatlas.records.memory import CacheLayers, MemoryShape, Workload
 
 PLACE = Path(__file__).resolve().parent / "reference"
 NOTE = "Written by `docs/reference.py`; do not edit.\n"

@@ -8,8 +8,8 @@ from typing import Any
 import numpy as np
 from torch import Tensor
 
-from bitatlas.evaluation.bootstrap import mean_interval
-from bitatlas.planning.budget import size_of
+from bitatlas.records.sizes import size_of
+from bitatlas.stats.bootstrap import mean_interval
 from plan_peers.outside import Answer
 from plan_peers.problem import Problem
 

@@ -19,8 +19,8 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from bitatlas.planning.baselines import baselines
-from bitatlas.planning.solve import solve_knapsack
+from bitatlas.plan.baselines import baselines
+from bitatlas.plan.knapsack import solve_knapsack
 from plan_peers.problem import Problem, Question
 from plan_peers.rules import exllamav3_greedy, exllamav3_groups, greedy_per_bit, mlx_threshold
 from plan_peers.scores import gradient_scores, mlx_sensitivity, raised_groups, relative_errors, single_swaps

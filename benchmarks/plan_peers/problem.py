@@ -19,14 +19,16 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from bitatlas.bank import Bank
-from bitatlas.checkpoint import Checkpoint, open_checkpoint
-from bitatlas.journal import Journal
-from bitatlas.planning.budget import Unit, assignment_of, costs_of, units_of
+from bitatlas.data.rows import make_rows
+from bitatlas.data.texts import read_documents
+from bitatlas.measure.damage import DamageMeter
+from bitatlas.measure.screens import uniform
+from bitatlas.model.checkpoint import Checkpoint, open_checkpoint
+from bitatlas.plan.budget import costs_of
+from bitatlas.quantize.bank import Bank
 from bitatlas.records import Budget
-from bitatlas.sensitivity.damage import DamageMeter
-from bitatlas.sensitivity.screens import uniform
-from bitatlas.tokens import make_rows, read_documents
+from bitatlas.records.journal import Journal
+from bitatlas.records.sizes import Unit, assignment_of, units_of
 
 Ints = NDArray[np.int64]
 

@@ -18,7 +18,7 @@ from typing import Any
 import numpy as np
 
 from bitatlas.errors import UserError
-from bitatlas.evaluation.bootstrap import percentile_interval, resample_means
+from bitatlas.stats.bootstrap import percentile_interval, resample_means
 
 SCHEMA = "bitatlas.peers/1"
 OURS = "bitatlas"

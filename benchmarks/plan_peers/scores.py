@@ -18,10 +18,10 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
-from bitatlas.layerwise import batch_rows
-from bitatlas.sensitivity.damage import Swap
-from bitatlas.sensitivity.screens import uniform
-from bitatlas.swap import swapped
+from bitatlas.measure.damage import Swap
+from bitatlas.measure.screens import uniform
+from bitatlas.model.layerwise import batch_rows
+from bitatlas.model.swap import swapped
 from plan_peers.problem import Problem
 
 Floats = NDArray[np.float64]

@@ -5,12 +5,12 @@ from __future__ import annotations
 import numpy as np
 import torch
 
-from bitatlas.evaluation.bootstrap import benjamini_hochberg, measured
 from bitatlas.findings.ablation import ablation_findings, ablation_record
 from bitatlas.findings.statements import drift_finding
-from bitatlas.profiles.ablation import Removal
-from bitatlas.profiles.roles import TEXT_ROLES, kappa, permutation_p, recognized, role_masses
+from bitatlas.measure.attention.ablation import Removal
+from bitatlas.measure.attention.roles import TEXT_ROLES, kappa, permutation_p, recognized, role_masses
 from bitatlas.records import AttentionLayer, Measured
+from bitatlas.stats.bootstrap import benjamini_hochberg, measured
 from simulations import Simulation
 
 TOKENS, WORDS, ROWS = 96, 200, 4

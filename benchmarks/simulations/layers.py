@@ -6,8 +6,17 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from bitatlas.findings.folk import EARLY, ENDS, HOLDS, LATE, early_is_safe, ends_matter_most, late_is_critical
-from bitatlas.findings.kinds import VALUE_AND_DOWN, value_and_down
+from bitatlas.findings.folk import (
+    EARLY,
+    ENDS,
+    HOLDS,
+    LATE,
+    VALUE_AND_DOWN,
+    early_is_safe,
+    ends_matter_most,
+    late_is_critical,
+    value_and_down,
+)
 from bitatlas.findings.shares import LayerRows, Shares, shares_of
 from bitatlas.records import Finding, Module
 from simulations import Simulation

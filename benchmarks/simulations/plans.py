@@ -4,10 +4,9 @@ from __future__ import annotations
 
 import numpy as np
 
-from bitatlas.findings import verdict_on_plan
 from bitatlas.findings.prediction import verdict_on
-from bitatlas.findings.verdict import BETTER, WORSE, PlanVerdict
-from bitatlas.planning.calibration import MEASURED, PREDICTION, calibration
+from bitatlas.plan.calibration import MEASURED, PREDICTION, calibration
+from bitatlas.plan.judge import BETTER, WORSE, PlanVerdict, verdict_on_plan
 from bitatlas.records import CalibrationPoint, Measured
 from simulations import Simulation
 

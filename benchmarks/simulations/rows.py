@@ -5,8 +5,8 @@ from __future__ import annotations
 import numpy as np
 from scipy.signal import lfilter
 
-from bitatlas.dealing import deal
-from bitatlas.evaluation.bootstrap import measured
+from bitatlas.data.rows import deal
+from bitatlas.stats.bootstrap import measured
 from simulations import Simulation
 
 COUNTS = (24, 24, 64)  # fit, select and test rows

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 
-from bitatlas.evaluation.paired import compare_all
+from bitatlas.stats.paired import compare_all
 from simulations import Simulation
 
 ITEMS, CHANCE = 200, 0.25

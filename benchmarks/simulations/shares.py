@@ -9,13 +9,12 @@ from functools import lru_cache
 
 import numpy as np
 
-from bitatlas.findings import LayerRows, layer_records, shapley_check, shares_of, zones
+from bitatlas.findings import zones
 from bitatlas.findings.joint import joint_damage, within
-from bitatlas.findings.parts import kind_records
-from bitatlas.findings.shapley_check import GOOD_RANK, shapley_findings
-from bitatlas.findings.shares import CRITICAL, LIGHT, SAFE, misfit
-from bitatlas.findings.stability import reliability_findings
+from bitatlas.findings.reliability import GOOD_RANK, reliability_findings, shapley_check, shapley_findings
+from bitatlas.findings.shares import CRITICAL, LIGHT, SAFE, LayerRows, layer_records, misfit, shares_of
 from bitatlas.findings.statements import GOOD_FIT, _fit_finding
+from bitatlas.findings.units import kind_records
 from bitatlas.records import Module
 from simulations import Simulation
 

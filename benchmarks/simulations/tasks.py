@@ -6,9 +6,9 @@ from collections.abc import Callable
 
 import numpy as np
 
-from bitatlas.evaluation.paired import compare_all
 from bitatlas.findings.folk import HOLDS, MATH, math_needs_more
 from bitatlas.findings.tasks import HELD, task_damages, task_text_findings, task_widths
+from bitatlas.stats.paired import compare_all
 from simulations import Simulation
 from simulations.layers import rows_of
 

@@ -1,5 +1,5 @@
 """`python -m bitatlas` is the command `bitatlas`."""
 
-from bitatlas.cli import main
+from bitatlas.cli.main import main
 
 main()

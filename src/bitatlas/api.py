@@ -8,18 +8,19 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, fields
+from html import escape
 from os import PathLike
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from bitatlas import records
-from bitatlas.files import read_record, to_json, write_text
-from bitatlas.notebook import atlas_html, plan_html
+from bitatlas.records.files import read_record, to_json, write_text
+from bitatlas.records.text import byte_size, interval, number
 
 if TYPE_CHECKING:
-    from bitatlas.apply import Applied
-    from bitatlas.compare import Comparison
-    from bitatlas.verify import Verification
+    from bitatlas.export.packed import Applied
+    from bitatlas.run.compare import Comparison
+    from bitatlas.run.verify import Verification
 
 __all__ = ["Atlas", "Plan", "apply", "compare", "survey", "verify"]
 Place = str | PathLike[str]
@@ -62,8 +63,8 @@ class Atlas(records.Atlas):
     ) -> Plan:  # fmt: skip
         """The plan under another budget (give one), in seconds and without the model: its damage is predicted."""
         from bitatlas.errors import UserError
-        from bitatlas.planning.replan import replan_atlas
-        from bitatlas.settings import parse_budget
+        from bitatlas.plan.replan import replan_atlas
+        from bitatlas.run.settings import parse_budget
 
         budget = parse_budget(code_bits, stored_bits, size, max_damage, vram, context)
         if budget is None:
@@ -89,12 +90,12 @@ def survey(
     `protect`: a budget by tasks, like `["svamp=1pp"]`: the smallest model found that holds them. `memory`: at most so much
     at the peak, like "6GiB". `ray`: measure on a Ray cluster, "auto" or an address (docs/distribution.md).
     """
-    from bitatlas.evaluation.no_loss import parse_points
-    from bitatlas.planning.budget import parse_size
-    from bitatlas.prepare import default_settings
     from bitatlas.progress import Reporter
-    from bitatlas.settings import parse_budget
-    from bitatlas.survey import run_survey
+    from bitatlas.records.sizes import parse_size
+    from bitatlas.run.prepare import default_settings
+    from bitatlas.run.settings import parse_budget
+    from bitatlas.run.survey import run_survey
+    from bitatlas.stats.margin import parse_points
 
     settings = default_settings(
         model=_text(model), formats=None if formats is None else ",".join(formats), quantizer=quantizer,
@@ -109,7 +110,7 @@ def survey(
 
 def apply(model: Place, plan: Place, out: Place, *, quiet: bool = False) -> Applied:
     """Write the packed checkpoint of a plan.json (where the survey wrote it, so that its bank is found) to the new folder `out`."""
-    from bitatlas.apply import apply_plan
+    from bitatlas.export.packed import apply_plan
     from bitatlas.progress import Reporter
 
     return apply_plan(str(model), Path(plan), Path(out), Reporter(quiet))
@@ -121,8 +122,8 @@ def verify(
 ) -> Verification:  # fmt: skip
     """Measure a plan.json, a folder that `apply` wrote, or a GGUF, against what it promises; see `.kept`."""
     from bitatlas.progress import Reporter
-    from bitatlas.settings import check_seed
-    from bitatlas.verify import verify_plan
+    from bitatlas.run.settings import check_seed
+    from bitatlas.run.verify import verify_plan
 
     check_seed(seed)
     names = ",".join(tasks) if tasks else None
@@ -137,10 +138,10 @@ def compare(
     margin: str = "2pp", device: str = "cpu", seed: int = 0, quiet: bool = False,
 ) -> Comparison:  # fmt: skip
     """Two checkpoints or plans, quantized or not, on the same rows and items, paired."""
-    from bitatlas.compare import compare_models
-    from bitatlas.evaluation.no_loss import parse_points
     from bitatlas.progress import Reporter
-    from bitatlas.settings import check_seed
+    from bitatlas.run.compare import compare_models
+    from bitatlas.run.settings import check_seed
+    from bitatlas.stats.margin import parse_points
 
     check_seed(seed)
     return compare_models(
@@ -160,3 +161,53 @@ def _text(place: Place | None) -> str | None:
 
 def _tasks(tasks: Sequence[str] | None) -> str | None:
     return None if tasks is None else ",".join(tasks) or "none"
+
+
+# --- notebook --------------------------------------------------------------------------------------------------------------
+
+# A plan and an atlas as a notebook shows them: small tables in plain HTML, from records alone.
+#
+# Left out: charts; `report.html` has them.
+
+COLOURS = {"critical": "#b42318", "safe": "#18794e", "light": "#7030d0", "uncertain": "#8a6100"}
+
+
+def plan_html(plan: records.Plan) -> str:
+    """Size, damage, simple plans beside it, and how many modules have which format."""
+    damage = interval(plan.damage.measured, unit=True)
+    if plan.damage.measured is None and plan.damage.predicted is not None:
+        damage = f"{number(plan.damage.predicted)} nats/token (predicted)"
+    rows = [["this plan", byte_size(plan.size.total_bytes), number(plan.size.code_bits), damage]]
+    rows += [
+        [baseline.name, "", number(baseline.code_bits), interval(baseline.damage, unit=True)]
+        for baseline in plan.baselines
+        if not baseline.is_random
+    ]
+    counts = {name: sum(given == name for given in plan.modules.values()) for name in plan.formats}
+    used = ", ".join(f"{name} × {count}" for name, count in counts.items() if count)
+    title = f"Plan for {plan.model.name} ({plan.quantizer}): {used}"
+    return _table(title, ["", "size", "code bits", "damage"], rows) + (f"<p>{escape(plan.verdict)}</p>" if plan.verdict else "")
+
+
+def atlas_html(atlas: records.Atlas) -> str:
+    """The uniform widths, the layers with their verdicts, and the plan."""
+    widths = [
+        [u.format, byte_size(u.size.total_bytes), number(u.size.code_bits), interval(u.damage, unit=True)] for u in atlas.uniform
+    ]
+    layers = [[str(layer.layer), interval(layer.share), interval(layer.criticality), layer.verdict] for layer in atlas.layers]
+    parts = [
+        _table(f"Atlas of {atlas.model.name}: every module at one format", ["format", "size", "code bits", "damage"], widths),
+        _table("Layers", ["layer", "share of damage", "criticality", "verdict"], layers),
+    ]
+    return "".join(parts) + (plan_html(atlas.plan) if atlas.plan else "")
+
+
+def _table(title: str, head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    cells = "".join(f"<th>{escape(name)}</th>" for name in head)
+    lines = "".join(f"<tr>{''.join(map(_cell, row))}</tr>" for row in rows)
+    return f"<table><caption>{escape(title)}</caption><thead><tr>{cells}</tr></thead><tbody>{lines}</tbody></table>"
+
+
+def _cell(text: str) -> str:
+    style = f' style="color:{COLOURS[text]}"' if text in COLOURS else ""
+    return f"<td{style}>{escape(text)}</td>"

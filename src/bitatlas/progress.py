@@ -9,6 +9,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
+from typing import Any
 
 from rich.console import Console, RenderableType
 from rich.progress import (  # fmt: skip
@@ -21,11 +22,11 @@ from rich.progress import (  # fmt: skip
     TimeElapsedColumn,
     TimeRemainingColumn,
 )
+from rich.segment import Segment
 from rich.table import Table
 from rich.text import Text
 
-from bitatlas.plain import PlainConsole
-from bitatlas.words import number
+from bitatlas.records.text import number, visible
 
 Advance = Callable[[int, int], None]
 
@@ -87,3 +88,21 @@ class Pace(ProgressColumn):
 
     def render(self, task: Task) -> Text:
         return Text(f"{number(task.speed)}/s" if task.speed else "", "dim")
+
+
+# --- plain -----------------------------------------------------------------------------------------------------------------
+
+# A console that text from outside cannot steer: brackets are brackets, and control characters are shown, not sent to the terminal.
+#
+# Names of models, tensors, tasks and files come from whoever made them. Left out: look-alike letters of other alphabets.
+
+
+class PlainConsole(Console):
+    """rich's console without markup in strings; styles and moves of the cursor are our own alone."""
+
+    def __init__(self, **options: Any):
+        super().__init__(**{"markup": False, "highlight": False, "emoji": False, **options})
+
+    def render(self, *args: Any, **options: Any) -> Iterable[Segment]:
+        for segment in super().render(*args, **options):
+            yield segment if segment.control else segment._replace(text=visible(segment.text))

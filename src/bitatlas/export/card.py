@@ -14,9 +14,9 @@ from typing import Any
 
 from bitatlas import __version__
 from bitatlas.errors import UserError
-from bitatlas.files import read_record
 from bitatlas.records import Atlas, Measured, ModelInfo, Module, Plan, TaskScore
-from bitatlas.words import byte_size, interval, number
+from bitatlas.records.files import read_record
+from bitatlas.records.text import byte_size, interval, number
 
 TAKEN_OVER = ("license", "license_name", "license_link", "language", "pipeline_tag")  # from the base model's card
 SURVEYED = "the plan's reconstruction, measured by the survey"

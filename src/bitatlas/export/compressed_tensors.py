@@ -22,9 +22,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from bitatlas.formats import Format, group_count, stored_bytes
-from bitatlas.packing import pack
-from bitatlas.quantizers.codes import Codes
+from bitatlas.quantize.codes import Codes, pack
+from bitatlas.records.formats import Format, group_count, stored_bytes
 
 PACKAGE = "compressed_tensors"  # what the extra `export` installs
 WORD = 32  # bits

@@ -24,8 +24,8 @@ from typing import Any
 from torch import Tensor, nn
 
 from bitatlas.errors import UserError
-from bitatlas.folder import reason_of
-from bitatlas.naming import rules_of
+from bitatlas.model.naming import rules_of
+from bitatlas.model.tensor_files import reason_of
 
 METHOD = "compressed-tensors"
 Read = Callable[[str], Tensor]

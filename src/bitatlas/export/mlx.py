@@ -23,15 +23,16 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from bitatlas.apply import codes_of, copy_tensor, read_tensor, sources_of, weight_keys
 from bitatlas.export.compressed_tensors import WORD, pack_rows
-from bitatlas.export.place import carried, check_room
+from bitatlas.export.packed import codes_of, copy_tensor, read_tensor, sources_of, weight_keys
 from bitatlas.export.recipes import write_readme
-from bitatlas.export.shards import Entry, Writer, cut
-from bitatlas.export.target import Integers, Job, Target
-from bitatlas.formats import Format, group_count
-from bitatlas.quantizers.codes import Codes
-from bitatlas.words import byte_size
+from bitatlas.export.target import Job, Target
+from bitatlas.model.folder import carried, check_room
+from bitatlas.model.tensor_files import Entry, Writer, cut
+from bitatlas.quantize.codes import Codes
+from bitatlas.records.formats import Format, group_count
+from bitatlas.records.runtimes import Integers
+from bitatlas.records.text import byte_size
 
 RENAMED = {"gpt_neox": ("gpt_neox.layers.", "model.h.")}  # model type -> transformers' path of the layers, mlx-lm's
 CHECKED = ("llama", "mistral", "qwen2", "qwen3", "gpt_neox")  # loaded in mlx-lm by benchmarks/runtimes.py

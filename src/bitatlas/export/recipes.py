@@ -28,10 +28,11 @@ from typing import Any
 import yaml
 
 from bitatlas.errors import UserError
-from bitatlas.export.target import Integers, Job, Target
-from bitatlas.formats import Format
-from bitatlas.planning.budget import unlike_partners
-from bitatlas.words import byte_size, interval, number
+from bitatlas.export.target import Job, Target
+from bitatlas.records.formats import Format
+from bitatlas.records.runtimes import Integers
+from bitatlas.records.sizes import unlike_partners
+from bitatlas.records.text import byte_size, interval, number
 
 WIDTHS = (2, 3, 4, 8)
 AS_IT_WAS = 16  # "bits" of a module that is not quantized

@@ -7,17 +7,16 @@ Left out: running the runtime. `benchmarks/runtimes.py` does that, in environmen
 
 from __future__ import annotations
 
-import math
 from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Protocol
 
-from bitatlas.checkpoint import Checkpoint
-from bitatlas.formats import FORMATS, Format
+from bitatlas.model.checkpoint import Checkpoint
 from bitatlas.progress import Reporter
 from bitatlas.records import Module, Plan
+from bitatlas.records.formats import Format
+from bitatlas.records.runtimes import Holds
 
 
 @dataclass(frozen=True)
@@ -46,42 +45,6 @@ class Job:
     def kept(self) -> list[str]:
         """Linear modules of the decoder layers that the plan leaves as they are, as far as the model's modules are known."""
         return [module.name for module in self.modules if module.name not in self.plan.modules]
-
-
-class Holds(Protocol):
-    """What a runtime can hold."""
-
-    def fits(self, fmt: Format) -> bool: ...
-
-    def nearest(self, fmt: Format) -> str:
-        """The name of the held format that is nearest to `fmt`."""
-        ...
-
-
-@dataclass(frozen=True)
-class Integers:
-    """Group-wise integer formats: every combination of these, but for the pairs of bits and symmetry in `but`."""
-
-    bits: tuple[int, ...]
-    group_sizes: tuple[int, ...] = (32, 64, 128)
-    symmetric: tuple[bool, ...] = (False, True)
-    but: tuple[tuple[int, bool], ...] = ()
-
-    def fits(self, fmt: Format) -> bool:
-        if getattr(fmt, "runtime", "") or (fmt.bits, fmt.symmetric) in self.but:  # runtime: a format that one alone has
-            return False
-        return fmt.bits in self.bits and fmt.group_size in self.group_sizes and fmt.symmetric in self.symmetric
-
-    def nearest(self, fmt: Format) -> str:
-        """By width first (the wider of two), then symmetry, then group size (the smaller of two)."""
-        held = [other for other in FORMATS.values() if self.fits(other)]
-
-        def distance(other: Format) -> tuple[float, ...]:
-            wide = abs(other.bits - fmt.bits)
-            size = abs(math.log2(other.group_size / max(1, fmt.group_size)))
-            return (wide, -other.bits, other.symmetric != fmt.symmetric, size, other.group_size)
-
-        return min(held, key=distance).name
 
 
 @dataclass(frozen=True)

@@ -10,20 +10,21 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from bitatlas.apply import check_fits, check_transposed
-from bitatlas.checkpoint import Checkpoint, open_checkpoint
 from bitatlas.errors import UserError
-from bitatlas.export import llamacpp, mlx, recipes, vllm
+from bitatlas.export import mlx, recipes, vllm
 from bitatlas.export.card import atlas_beside
-from bitatlas.export.place import beside, check_out
+from bitatlas.export.gguf.target import TARGET
+from bitatlas.export.packed import check_fits, check_transposed
 from bitatlas.export.target import Job, Target
-from bitatlas.files import read_record, to_json, write_text
-from bitatlas.formats import GROUP_SIZES, Format
-from bitatlas.planning.budget import unlike_partners
+from bitatlas.model.checkpoint import Checkpoint, open_checkpoint
+from bitatlas.model.folder import beside, check_out
 from bitatlas.progress import Reporter
 from bitatlas.records import Module, Plan
+from bitatlas.records.files import read_record, to_json, write_text
+from bitatlas.records.formats import GROUP_SIZES, Format
+from bitatlas.records.sizes import unlike_partners
 
-TARGETS: dict[str, Target] = {target.name: target for target in (vllm.TARGET, mlx.TARGET, *recipes.TARGETS, llamacpp.TARGET)}
+TARGETS: dict[str, Target] = {target.name: target for target in (vllm.TARGET, mlx.TARGET, *recipes.TARGETS, TARGET)}
 
 
 TRANSPOSED = "--to {0}: {1} is a Conv1D (GPT-2's transposed linear layer), which {0} cannot quantize by rows"

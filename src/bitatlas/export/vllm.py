@@ -9,8 +9,9 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from bitatlas.apply import apply_plan
-from bitatlas.export.target import Integers, Job, Target
+from bitatlas.export.packed import apply_plan
+from bitatlas.export.target import Job, Target
+from bitatlas.records.runtimes import Integers
 
 
 def write(job: Job, folder: Path) -> list[str]:

@@ -14,13 +14,13 @@ from typing import TYPE_CHECKING
 import numpy as np
 from numpy.typing import NDArray
 
-from bitatlas.evaluation.bootstrap import RESAMPLES, percentile_interval
 from bitatlas.findings.folk import FAILS, HOLDS, OPEN
 from bitatlas.records import Ablation, Finding, Measured
-from bitatlas.words import interval, number
+from bitatlas.records.text import interval, number
+from bitatlas.stats.bootstrap import RESAMPLES, percentile_interval
 
 if TYPE_CHECKING:
-    from bitatlas.profiles.ablation import Removal
+    from bitatlas.measure.attention.ablation import Removal
 
 ROWS = "repeated random tokens"
 RARE = 0.05  # a random set that does as much, counted with the named heads as one of them

@@ -26,10 +26,10 @@ from numpy.typing import ArrayLike, NDArray
 from scipy.fft import dct
 from scipy.stats import rankdata
 
-from bitatlas.evaluation.bootstrap import benjamini_hochberg, is_bound, percentile_interval
 from bitatlas.findings.shares import FALSE_DISCOVERIES, Shares
 from bitatlas.records import AttentionLayer, Correlation, WeightProfile
-from bitatlas.words import p_value
+from bitatlas.records.text import p_value
+from bitatlas.stats.bootstrap import benjamini_hochberg, is_bound, percentile_interval
 
 Floats = NDArray[np.float64]
 

@@ -13,11 +13,11 @@ from collections.abc import Callable, Sequence
 
 import numpy as np
 
-from bitatlas.evaluation.bootstrap import Blocks, measured
 from bitatlas.findings.folk import FAILS, HOLDS, OPEN
 from bitatlas.findings.shares import SAFE
 from bitatlas.records import Finding, JointDamage, Layer, Measured
-from bitatlas.words import interval, named_layers, number
+from bitatlas.records.text import interval, named_layers, number
+from bitatlas.stats.bootstrap import Blocks, measured
 
 CLAIM = "the safe layers are safe together"
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from bitatlas.findings.folk import FAILS, HOLDS, OPEN
 from bitatlas.records import Calibration, Correlation, Finding, Measured
-from bitatlas.words import interval, listed, number
+from bitatlas.records.text import interval, listed, number
 
 GOOD = 0.95  # rank correlation
 SURE = 0.90  # that its interval must stay above

@@ -29,7 +29,8 @@ from typing import NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from bitatlas.evaluation.bootstrap import (
+from bitatlas.records import Layer, Measured
+from bitatlas.stats.bootstrap import (
     RESAMPLES,
     Blocks,
     benjamini_hochberg,
@@ -42,7 +43,6 @@ from bitatlas.evaluation.bootstrap import (
     smallest_p,
     two_sided_p,
 )
-from bitatlas.records import Layer, Measured
 
 Floats = NDArray[np.float64]
 

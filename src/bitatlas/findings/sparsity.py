@@ -22,7 +22,7 @@ from scipy import stats
 from bitatlas.findings.folk import FAILS, HOLDS, OPEN
 from bitatlas.findings.shares import FALSE_DISCOVERIES
 from bitatlas.records import Finding, Sparsity, SparsityPoint, WeightProfile
-from bitatlas.words import p_is, percent
+from bitatlas.records.text import p_is, percent
 
 CLAIM = "more weights are near 0 than a Gaussian has"
 BAND = 0.1  # of the Gaussian's share: less is no difference worth a word

@@ -10,9 +10,9 @@ from collections.abc import Collection, Sequence
 from bitatlas.findings.correlations import ATTENTION_MEASURES, cannot_tell, side
 from bitatlas.findings.folk import FAILS, HOLDS, OPEN
 from bitatlas.findings.shares import FALSE_DISCOVERIES, VERDICTS
-from bitatlas.findings.verdict import BETTER, WORSE
+from bitatlas.plan.judge import BETTER, WORSE
 from bitatlas.records import AttentionLayer, Correlation, Finding, Layer, Measured, Plan, TaskPair, TaskScore, Zone
-from bitatlas.words import given, interval, listed, named_layers, number, p_is, percent
+from bitatlas.records.text import given, interval, listed, named_layers, number, p_is, percent
 
 GOOD_FIT = 0.1  # of the damage that the quadratic model may miss before its shares are called rough
 DESCRIBED = "described"

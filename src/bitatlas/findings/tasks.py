@@ -21,14 +21,14 @@ from dataclasses import dataclass
 import numpy as np
 from scipy import stats
 
-from bitatlas.evaluation.bootstrap import benjamini_hochberg, measured, percentile_interval
-from bitatlas.evaluation.paired import AT_CHANCE, BELOW_CHANCE, UNIFORM, within
 from bitatlas.findings.correlations import spearman_by_row
 from bitatlas.findings.folk import HOLDS, OPEN
 from bitatlas.findings.shares import FALSE_DISCOVERIES, LayerRows, Shares, shares_of
-from bitatlas.formats import by_width
 from bitatlas.records import Correlation, Finding, Measured, TaskDamage, TaskPair
-from bitatlas.words import interval, listed, named_layers, number, p_value
+from bitatlas.records.formats import by_width
+from bitatlas.records.text import interval, listed, named_layers, number, p_value
+from bitatlas.stats.bootstrap import benjamini_hochberg, measured, percentile_interval
+from bitatlas.stats.paired import AT_CHANCE, BELOW_CHANCE, UNIFORM, within
 
 Floats = np.ndarray
 TaskRows = tuple[Mapping[str, Floats], LayerRows]  # format -> damage [rows] on a task's text; its layers

@@ -22,9 +22,9 @@ from dataclasses import replace
 import numpy as np
 from numpy.typing import NDArray
 
-from bitatlas.evaluation.bootstrap import Blocks, independent, percentile_interval, resample_means, standard_errors
 from bitatlas.findings.shares import CRITICAL, LIGHT, SAFE, UNCERTAIN, LayerRows, Shares, shares_of
 from bitatlas.records import Layer, Measured, Module, Zone
+from bitatlas.stats.bootstrap import Blocks, independent, percentile_interval, resample_means, standard_errors
 
 Floats = NDArray[np.float64]
 Cuts = list[tuple[int, int]]  # (first layer, last layer) of every zone

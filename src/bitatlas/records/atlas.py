@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Any
 
-from bitatlas.formats import Format
+from bitatlas.records.formats import Format
 from bitatlas.records.plan import Measured, ModelInfo, Module, Plan, Size
 
 ATLAS_SCHEMA = "bitatlas.atlas/1"

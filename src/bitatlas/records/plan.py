@@ -5,8 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Any
 
-from bitatlas.formats import Format
-from bitatlas.workload import MemoryShape, Workload
+from bitatlas.records.formats import Format
+from bitatlas.records.memory import MemoryShape, Workload
 
 PLAN_SCHEMA = "bitatlas.plan/1"
 

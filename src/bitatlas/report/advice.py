@@ -11,8 +11,9 @@ import re
 from dataclasses import dataclass
 
 from bitatlas.findings.shares import VERDICTS
-from bitatlas.findings.verdict import relation
+from bitatlas.plan.judge import relation
 from bitatlas.records import Atlas, Finding, Plan
+from bitatlas.records.text import NOT_MEASURED, byte_size, interval, named_layers, number, percent
 from bitatlas.report.facts import (
     low_share,
     narrowest_bits,
@@ -23,7 +24,6 @@ from bitatlas.report.facts import (
     width_of,
     with_verdict,
 )
-from bitatlas.words import NOT_MEASURED, byte_size, interval, named_layers, number, percent
 
 # --- the answer ------------------------------------------------------------------------------------------------------
 

@@ -8,10 +8,11 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterable
+from dataclasses import dataclass, field
 
-from bitatlas.formats import by_width
 from bitatlas.records import Atlas, AttentionLayer, Baseline, Finding, Layer, Measured, Module, Plan, TaskPair, TokensInfo, Zone
-from bitatlas.words import NOT_MEASURED, interval, listed, named_layers, number, p_is, percent, runs
+from bitatlas.records.formats import by_width
+from bitatlas.records.text import NOT_MEASURED, interval, listed, named_layers, number, p_is, percent, runs
 
 SHOWN_LAYERS = 8  # of a drawing with one box a layer; the tables list all
 OUTSIDE = " (not in --formats)"  # ends the name of a uniform baseline whose format the plan could not choose
@@ -312,3 +313,21 @@ def ends_text(measured: Measured | None) -> str:
     """The unit of a damage and its interval; "" where there is none."""
     _, bracket, ends = interval(measured).partition(" [")
     return f"nats/token, 95% [{ends}" if bracket else ""
+
+
+# --- table -----------------------------------------------------------------------------------------------------------------
+
+# One table of the report: plain text, before any markup.
+
+
+@dataclass(frozen=True)
+class Table:
+    """`head` and `rows` hold plain text. `note` and `points` (sentences) stand above the rows, `empty` in their place."""
+
+    key: str
+    title: str
+    note: str
+    head: list[str]
+    rows: list[list[str]] = field(default_factory=list)
+    empty: str = "Not measured."
+    points: list[str] = field(default_factory=list)

@@ -10,22 +10,28 @@ from __future__ import annotations
 import base64
 import hashlib
 import re
+from collections.abc import Collection
 from dataclasses import dataclass
 from importlib import resources
 from pathlib import Path
+from typing import NamedTuple
 
 from jinja2 import Environment, StrictUndefined
 from markupsafe import Markup, escape
 
-from bitatlas import words
-from bitatlas.files import write_text
-from bitatlas.records import Atlas
-from bitatlas.report import advice, budget, diagram, facts, heads, links, panels, slider
-from bitatlas.report.cards import LINK_NOTE
-from bitatlas.report.figures import figures
+from bitatlas.records import Atlas, Finding
+from bitatlas.records.files import write_text
+from bitatlas.records.text import byte_size, number
+from bitatlas.report import advice, facts
+from bitatlas.report.budget import slider
+from bitatlas.report.budget.stops import memory, stops
+from bitatlas.report.charts import diagram, heads, panels
+from bitatlas.report.charts.figures import figures
+from bitatlas.report.facts import Table
 from bitatlas.report.markdown import markdown
 from bitatlas.report.mermaid import overview
-from bitatlas.report.tables import Table, tables
+from bitatlas.report.overview import LINK_NOTE
+from bitatlas.report.tables import tables
 
 _KEPT = re.compile(r"(\[[−0-9., ]+\])|\d+–\d+|\bn = \d+|\b\d-bit\b|(?<!\w)--[a-z]+")
 LONG_TABLE = 12  # rows from which a table starts folded
@@ -49,7 +55,7 @@ def html(atlas: Atlas) -> str:
     environment = Environment(autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True)
     environment.filters["kept"] = keep_together
     template = environment.from_string(_read("templates", "report.html.j2"))
-    at, beside = budget.stops(atlas), budget.memory(atlas)
+    at, beside = stops(atlas), memory(atlas)
     page = template.render(
         atlas=atlas,
         title=facts.title_of(atlas),
@@ -73,7 +79,7 @@ def html(atlas: Atlas) -> str:
         folded=facts.comparisons_at_chance(atlas),
         stacked_tables=STACKED,
         critical=facts.critical_lines(atlas),
-        numbers_of=links.numbers_of,
+        numbers_of=numbers_of,
         facts=facts,
         is_long=_is_long,
         long_layers=LONG_LAYERS,
@@ -114,10 +120,63 @@ def _tiles(atlas: Atlas) -> list[Tile]:
         tiles.append(
             Tile("Plan's damage", facts.mean_text(atlas.plan.damage.measured), facts.ends_text(atlas.plan.damage.measured))
         )
-        bits = f"{words.number(size.stored_bits, 2)} stored bits, from {words.byte_size(atlas.model.total_bytes)}"
-        tiles.append(Tile(f"Plan's size, {words.number(size.code_bits, 2)} code bits", words.byte_size(size.total_bytes), bits))
+        bits = f"{number(size.stored_bits, 2)} stored bits, from {byte_size(atlas.model.total_bytes)}"
+        tiles.append(Tile(f"Plan's size, {number(size.code_bits, 2)} code bits", byte_size(size.total_bytes), bits))
     for uniform in atlas.uniform:
         if uniform.format in (atlas.low, atlas.high):
-            name = f"Uniform {facts.width_of(atlas, uniform.format)}, {words.byte_size(uniform.size.total_bytes)}"
+            name = f"Uniform {facts.width_of(atlas, uniform.format)}, {byte_size(uniform.size.total_bytes)}"
             tiles.append(Tile(name, facts.mean_text(uniform.damage), facts.ends_text(uniform.damage)))
     return tiles
+
+
+# --- links -----------------------------------------------------------------------------------------------------------------
+
+# Where on the page a finding's numbers stand: the id of a table, or of a section where that table has no rows.
+#
+# Left out: a link to the very row; a finding mostly rests on several.
+
+# (topic, words in the claim, table's key), the first that fits; the last of a topic takes all that is left
+TABLES = (
+    ("layers", "weight statistics", "correlations"),
+    ("layers", "than a Gaussian has", "sparsity"),
+    ("layers", "", "layers"),
+    ("zones", "", "zones"),
+    ("attention", "tells where the damage is", "correlations"),
+    ("attention", "removing the heads", "ablation"),
+    ("attention", "drifts", "drift"),
+    ("attention", "", "attention"),
+    ("tasks", "own text", "tasktext"),
+    ("tasks", "smallest uniform width", "widths"),
+    ("tasks", "is above chance", "tasks"),
+    ("tasks", "", "pairs"),
+    ("plan", "is predicted", "prediction"),
+    ("plan", "", "plan"),
+)
+SECTIONS = {
+    "layers": ("layers", "Layers and zones"),
+    "zones": ("layers", "Layers and zones"),
+    "attention": ("profiles", "Attention and weights"),
+    "tasks": ("tasks", "Tasks"),
+    "plan": ("plan", "The plan"),
+    "folk": ("folk", "Folk rules"),
+}
+
+
+class Place(NamedTuple):
+    """A link's end: an id of the page, and what stands there."""
+
+    id: str
+    title: str
+
+
+def numbers_of(finding: Finding, tables: Collection[Table]) -> Place:
+    """The table with a finding's numbers; its section where the table is empty, the method where the topic has none.
+
+    tables: those of the page.
+    """
+    fits = (key for topic, said, key in TABLES if topic == finding.topic and said in finding.claim)
+    wanted = next(fits, None)
+    for table in tables:
+        if table.key == wanted and table.rows:
+            return Place(f"table-{table.key}", table.title)
+    return Place(*SECTIONS.get(finding.topic, ("method", "Method and provenance")))

@@ -9,11 +9,12 @@ from __future__ import annotations
 import re
 
 from bitatlas.records import Atlas, Finding
+from bitatlas.records.text import visible
 from bitatlas.report import advice, facts
-from bitatlas.report.cards import LINK_NOTE
+from bitatlas.report.facts import Table
 from bitatlas.report.mermaid import overview
-from bitatlas.report.tables import Table, tables
-from bitatlas.words import visible
+from bitatlas.report.overview import LINK_NOTE
+from bitatlas.report.tables import tables
 
 MARKS = {
     "holds": "✅",

@@ -11,7 +11,7 @@ from __future__ import annotations
 import re
 
 from bitatlas.records import Atlas
-from bitatlas.report.cards import Card, Overview, overview_of
+from bitatlas.report.overview import Card, Overview, overview_of
 
 CLASSES = {
     "critical": "fill:#ff6b6b,stroke:#d63031,stroke-width:2px,color:#fff",

@@ -10,11 +10,24 @@ from __future__ import annotations
 import json
 from collections.abc import Callable
 
-from bitatlas import words
-from bitatlas.records import Atlas, Measured, Plan, TaskPair, WeightProfile, Zone
-from bitatlas.report import advice, attention, facts, inside, pairs, prediction, tasks
-from bitatlas.report.table import Table
-from bitatlas.words import interval, number, percent
+from bitatlas.records import Atlas, Correlation, KindDamage, Layer, Measured, Plan, TaskPair, UnitDamage, WeightProfile, Zone
+from bitatlas.records.text import (
+    NOT_MEASURED,
+    against_chance,
+    byte_size,
+    interval,
+    memory_text,
+    number,
+    p_is,
+    p_value,
+    percent,
+    protect_text,
+)
+from bitatlas.report import advice, facts
+from bitatlas.report.attention_tables import ablation_table, drift_table, precision_table, profile_table
+from bitatlas.report.charts import pairs, prediction
+from bitatlas.report.facts import Table
+from bitatlas.report.task_tables import margin_text, text_table, width_table
 
 
 def tables(atlas: Atlas) -> list[Table]:
@@ -23,23 +36,23 @@ def tables(atlas: Atlas) -> list[Table]:
         uniform_damage,
         layer_table,
         zone_table,
-        inside.kind_table,
-        inside.unit_table,
+        kind_table,
+        unit_table,
         pairs.table,
         plan_table,
         prediction.table,
         task_table,
         pair_table,
-        tasks.width_table,
-        tasks.text_table,
-        attention.profile_table,
-        attention.precision_table,
-        attention.drift_table,
-        attention.ablation_table,
+        width_table,
+        text_table,
+        profile_table,
+        precision_table,
+        drift_table,
+        ablation_table,
         weight_table,
         sparsity_table,
         folk_table,
-        inside.correlation_table,
+        correlation_table,
         definition_table,
         provenance_table,
     )
@@ -52,8 +65,8 @@ def uniform_damage(atlas: Atlas) -> Table:
             u.format,
             number(u.size.code_bits, 2),
             number(u.size.stored_bits, 2),
-            words.byte_size(u.size.quantized_bytes),
-            words.byte_size(u.size.total_bytes),
+            byte_size(u.size.quantized_bytes),
+            byte_size(u.size.total_bytes),
             interval(u.damage),
         ]
         for u in atlas.uniform
@@ -69,7 +82,7 @@ def layer_table(atlas: Atlas) -> Table:
         [
             str(r.layer),
             percent(r.weights / total),
-            *inside.evidence(r),
+            *evidence(r),
             r.verdict,
             _bits(facts.plan_bits(atlas, r.layer)),
         ]
@@ -93,7 +106,7 @@ def zone_table(atlas: Atlas) -> Table:
             _border(zone),
             interval(zone.criticality),
             zone.verdict,
-            words.NOT_MEASURED if zone.low_share is None else percent(zone.low_share),
+            NOT_MEASURED if zone.low_share is None else percent(zone.low_share),
         ]
         for zone in atlas.zones
     ]
@@ -120,10 +133,10 @@ def plan_table(atlas: Atlas) -> Table:
     )
     if plan is None:
         return Table("plan", "Plan and baselines", "", head, empty="No plan was made.")
-    ours = ["our plan", number(plan.size.code_bits, 2), words.byte_size(plan.size.quantized_bytes)]
+    ours = ["our plan", number(plan.size.code_bits, 2), byte_size(plan.size.quantized_bytes)]
     rows = [[*ours, interval(plan.damage.measured), ""]]
     for other in sorted(plan.baselines, key=lambda baseline: baseline.damage.mean):
-        size = [number(other.code_bits, 2), words.byte_size(other.quantized_bytes)]
+        size = [number(other.code_bits, 2), byte_size(other.quantized_bytes)]
         difference = "" if other.difference is None else interval(other.difference)
         rows.append([other.name, *size, interval(other.damage), difference])
     predicted = "" if plan.damage.predicted is None else f" Predicted damage: {number(plan.damage.predicted)} nats/token."
@@ -139,10 +152,10 @@ def task_table(atlas: Atlas) -> Table:
     rows = []
     for s in atlas.tasks:
         low, high = (number(100 * end, 1) for end in s.wilson95)
-        accuracy = f"{percent(s.correct / s.n)} [{low}, {high}]" if s.n else words.NOT_MEASURED
+        accuracy = f"{percent(s.correct / s.n)} [{low}, {high}]" if s.n else NOT_MEASURED
         precision = facts.precision_name(atlas, s.precision)
         norm = "" if s.correct_norm is None or not s.n else percent(s.correct_norm / s.n)
-        rows.append([s.task, precision, f"{s.correct}/{s.n}", accuracy, norm, percent(s.chance, 0), words.against_chance(s)])
+        rows.append([s.task, precision, f"{s.correct}/{s.n}", accuracy, norm, percent(s.chance, 0), against_chance(s)])
     note = (
         "Accuracy with its 95% Wilson interval. At chance: not above it, nor below (one-sided exact binomials, Holm over precisions). acc_norm: of "
         f"choices, by likelihood per character. {facts.few_shot_text(atlas)}"
@@ -159,8 +172,8 @@ def pair_table(atlas: Atlas) -> Table:
             pair.verdict,
             interval(pair.difference),
             f"{pair.lost} lost, {pair.gained} gained",
-            words.p_value(pair.mcnemar_p),
-            words.p_value(pair.holm_p),
+            p_value(pair.mcnemar_p),
+            p_value(pair.holm_p),
             number(pair.detectable_points, 1),
             f"about {pair.items_needed:,}" if pair.items_needed else "",
             *_no_loss_cells(pair),
@@ -174,7 +187,7 @@ def pair_table(atlas: Atlas) -> Table:
         "and about how many items would show it if nothing is lost."
     )
     head = ["Task", "Pair", "Verdict", "Difference, points", "Flips", "p", "Holm p", "Detectable, points", "Items needed"]
-    head += [f"No loss{tasks.margin_text(atlas)}, Holm p", "90% interval, points", "Items for no loss"]
+    head += [f"No loss{margin_text(atlas)}, Holm p", "90% interval, points", "Items for no loss"]
     told = any(finding.topic == "tasks" for finding in atlas.findings)  # then the findings have these sentences
     said = [
         f"{pair.task}, {facts.precision_name(atlas, pair.first)} → {facts.precision_name(atlas, pair.second)}: {pair.text}"
@@ -228,7 +241,7 @@ def sparsity_table(atlas: Atlas) -> Table:
     note = (
         "All modules, each by its own standard deviation; intervals are those of so many independent weights. More or fewer: beyond 10 %. Layers "
         f"{'differ' if found.differ else 'do not differ'} at 1 % of σ: {percent(min(found.layers), 2)} to {percent(max(found.layers), 2)}, chi-squared "
-        f"{words.p_is(found.p_value)}, standard deviation between them beyond chance {percent(found.spread)} of the mean (5 % count)."
+        f"{p_is(found.p_value)}, standard deviation between them beyond chance {percent(found.spread)} of the mean (5 % count)."
     )
     return Table("sparsity", "Weights near 0", note, head, rows)
 
@@ -240,7 +253,7 @@ def folk_table(atlas: Atlas) -> Table:
             f.verdict,
             f.text,
             interval(f.evidence, unit=True) if f.evidence else "",
-            words.p_value(f.p_value, f.p_is_bound),
+            p_value(f.p_value, f.p_is_bound),
         ]
         for f in atlas.findings
         if f.topic == "folk"
@@ -290,7 +303,7 @@ def provenance_table(atlas: Atlas) -> Table:
         ["weights sha256", model.weights_sha256],
         ["architecture", f"{model.architecture}, {model.layers} layers, {model.heads} heads, context {model.context:,} tokens"],
         ["weights", f"{model.quantizable_weights:,} quantizable, stored as {model.dtype}"],
-        ["size", f"{words.byte_size(model.total_bytes)}, of which {words.byte_size(model.other_bytes)} stay unquantized"],
+        ["size", f"{byte_size(model.total_bytes)}, of which {byte_size(model.other_bytes)} stay unquantized"],
         ["quantizer", atlas.quantizer],
         ["formats", ", ".join(atlas.formats)],
         ["text", f"{tokens.source}, rows of {tokens.row_length} tokens; {facts.text_facts(tokens)}"],
@@ -309,9 +322,9 @@ def provenance_table(atlas: Atlas) -> Table:
 def _no_loss_cells(pair: TaskPair) -> list[str]:
     shown = pair.no_loss
     if shown is None:
-        return [words.NOT_MEASURED, "", ""]
+        return [NOT_MEASURED, "", ""]
     low, high = (number(end, 1) for end in shown.ci90)
-    return [words.p_value(shown.holm_p), f"[{low}, {high}]", f"about {shown.items_needed:,}"]
+    return [p_value(shown.holm_p), f"[{low}, {high}]", f"about {shown.items_needed:,}"]
 
 
 # --- small helpers ---------------------------------------------------------------------------------------------------
@@ -326,8 +339,8 @@ def _plain(value: object) -> str:
 
 
 def _budget_text(plan: Plan) -> str:
-    memory = words.memory_text(plan)
-    return f"vram. {memory}" if memory else f"{plan.budget.kind} {words.protect_text(plan) or number(plan.budget.value)}"
+    memory = memory_text(plan)
+    return f"vram. {memory}" if memory else f"{plan.budget.kind} {protect_text(plan) or number(plan.budget.value)}"
 
 
 def _border(zone: Zone) -> str:
@@ -346,8 +359,103 @@ def _weighted(profiles: list[WeightProfile], value: Callable[[WeightProfile], fl
 
 
 def _percent(share: float | None, decimals: int) -> str:
-    return words.NOT_MEASURED if share is None else percent(share, decimals)
+    return NOT_MEASURED if share is None else percent(share, decimals)
 
 
 def _number(value: float | None) -> str:
-    return words.NOT_MEASURED if value is None else number(value)
+    return NOT_MEASURED if value is None else number(value)
+
+
+# --- inside ----------------------------------------------------------------------------------------------------------------
+
+# The tables on what is inside the layers: kinds of modules, the most critical units, and cheap measures against their damage.
+
+MOST_UNITS = 10  # that are shown; all are in the atlas
+EVIDENCE = ("Damage lowered, nats/token", "Damage raised, nats/token", "Share of damage", "Criticality", "q")  # columns
+
+
+def evidence(one: Layer | UnitDamage | KindDamage) -> list[str]:
+    """The cells below `EVIDENCE`."""
+    measured = (one.lowered, one.raised, one.share, one.criticality)
+    return [*(interval(value) for value in measured), p_value(one.q_value, one.q_is_bound)]
+
+
+def kind_table(atlas: Atlas) -> Table:
+    """Every kind of module, in all layers together."""
+    total = sum(kind.weights for kind in atlas.kinds) or 1
+    rows = [
+        [
+            kind.kind,
+            str(kind.modules),
+            percent(kind.weights / total),
+            *evidence(kind),
+        ]
+        for kind in atlas.kinds
+    ]
+    note = (
+        f"All modules of a kind together. Lowered: at {atlas.low}, all others at {atlas.high}; raised: the reverse. Share and criticality: "
+        f"{facts.basis([kind.share for kind in atlas.kinds])}. q: criticality = 1, two-sided, Benjamini-Hochberg over kinds."
+    )
+    head = ["Kind", "Modules", "Weights", *EVIDENCE]
+    return Table("kinds", "Kinds of modules", note, head, rows, "Not measured.")
+
+
+def unit_table(atlas: Atlas) -> Table:
+    """The most critical units, worst first."""
+    total = sum(unit.weights for unit in atlas.units) or 1
+    worst = sorted(atlas.units, key=lambda unit: (-unit.criticality.mean, unit.unit))[:MOST_UNITS]
+    rows = [
+        [
+            unit.unit,
+            str(unit.layer),
+            percent(unit.weights / total, 2),
+            *evidence(unit),
+        ]
+        for unit in worst
+    ]
+    note = (
+        f"The {len(rows)} with the highest criticality of {len(atlas.units)} units (modules that share one format); all are in atlas.json. "
+        f"Share and criticality: {facts.basis([unit.share for unit in worst])}. q: Benjamini-Hochberg over all units."
+    )
+    head = ["Unit", "Layer", "Weights", *EVIDENCE]
+    return Table("units", "Most critical units", note, head, rows, "Not measured.")
+
+
+def correlation_table(atlas: Atlas) -> Table:
+    """Every cheap measure against measured damage, over layers and over units."""
+    layers = {one.measure: one for one in atlas.correlations}
+    units = {one.measure: one for one in atlas.unit_correlations}
+    rows = [
+        [name, _rho(layers.get(name)), _chance(layers.get(name)), _rho(units.get(name))]
+        for name in dict.fromkeys([*layers, *units])
+    ]
+    note = (
+        "Spearman's ρ of a cheap measure with criticality (layers) or with the share of the damage (units). Intervals are over rows, for these "
+        "layers and units; they say nothing about other layers. q: against measures as smooth over depth that have nothing to do with damage, "
+        "Benjamini-Hochberg over all measures; the findings and the folk rules rest on it. Units differ in size, so there the number of "
+        "weights is itself a measure to beat."
+    )
+    head = [
+        "Measure",
+        f"ρ over {_count(atlas.correlations)} layers",
+        "q over layers",
+        f"ρ over {_count(atlas.unit_correlations)} units",
+    ]
+    return Table("correlations", "Cheap measures against damage", note, head, rows)
+
+
+def _count(found: list[Correlation]) -> str:
+    return str(found[0].n) if found else "0"
+
+
+def _chance(one: Correlation | None) -> str:
+    if one is None:
+        return NOT_MEASURED
+    return "not tested" if one.q_value is None else p_value(one.q_value, one.q_is_bound)
+
+
+def _rho(one: Correlation | None) -> str:
+    if one is None:
+        return NOT_MEASURED
+    ends = f"[{number(one.ci95[0], 2)}, {number(one.ci95[1], 2)}]" if one.ci95 else "[no interval]"
+    return f"{number(one.rho, 2)} {ends}"

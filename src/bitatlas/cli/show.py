@@ -1,0 +1,251 @@
+"""What a command says on the terminal when it is done: a few rich tables, from records alone."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from dataclasses import asdict, is_dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from rich.console import Console
+from rich.table import Table
+from rich.text import Text
+
+from bitatlas.export.packed import Applied
+from bitatlas.export.targets import Exported
+from bitatlas.findings.tasks import smallest_held, task_widths
+from bitatlas.plan.budget import budget_text
+from bitatlas.progress import PlainConsole
+from bitatlas.records import Atlas, Measured, Plan, Size, TaskPair, TaskScore
+from bitatlas.records.text import MINUS, against_chance, byte_size, interval, listed, memory_text, number, protect_text
+from bitatlas.run.compare import Comparison
+from bitatlas.run.curve import Curve
+from bitatlas.run.verify import Verification
+
+STYLES = {"critical": "red", "safe": "green", "light": "magenta", "uncertain": "yellow"}
+
+
+def _console() -> Console:
+    return PlainConsole()
+
+
+def _table(title: str, columns: Sequence[str]) -> Table:
+    table = Table(title=title, title_justify="left", box=None, pad_edge=False, header_style="bold")
+    for place, column in enumerate(columns):
+        table.add_column(column, justify="left" if place == 0 else "right")
+    return table
+
+
+def _nats(value: Measured | None) -> str:
+    return interval(value, unit=True) if value else "not measured"
+
+
+def show_summary(atlas: Atlas) -> None:
+    """The plan against its baselines, the layers, the tasks, the findings."""
+    console = _console()
+    if atlas.plan:
+        show_plan(atlas.plan)
+    layers = _table("Layers (criticality = share of damage / share of weights)", ["layer", "criticality", "verdict"])
+    for layer in atlas.layers:
+        style = STYLES[layer.verdict]
+        layers.add_row(str(layer.layer), interval(layer.criticality), Text(layer.verdict, style))
+    console.print(layers)
+    _show_scores(console, atlas.tasks)
+    _show_widths(console, atlas.task_pairs)
+    console.print()
+    for finding in atlas.findings:
+        line = Text.assemble((f"{finding.claim}: ", ""), (finding.verdict, "bold"), f". {finding.text}")
+        console.print(line, soft_wrap=True)
+
+
+def show_plan(plan: Plan) -> None:
+    """Size, damage and, where it was verified, its baselines."""
+    console = _console()
+    memory = memory_text(plan)
+    asked = protect_text(plan) or budget_text(plan.budget)
+    table = _table(f"Plan ({plan.budget.kind} {asked})", ["", "size", "code bits", "damage"])
+    predicted = f"{number(plan.damage.predicted)} (predicted)" if plan.damage.predicted is not None else "not predicted"
+    damage = _nats(plan.damage.measured) if plan.damage.measured else predicted
+    table.add_row("this plan", byte_size(plan.size.total_bytes), number(plan.size.code_bits), damage)
+    for baseline in plan.baselines:
+        if not baseline.is_random:
+            table.add_row(baseline.name, "", number(baseline.code_bits), _nats(baseline.damage))
+    random = [baseline for baseline in plan.baselines if baseline.is_random]
+    if random:
+        best = min(random, key=lambda baseline: baseline.damage.mean)
+        table.add_row(f"best of {len(random)} random plans", "", number(best.code_bits), _nats(best.damage))
+    console.print(table)
+    if memory:
+        console.print(memory, soft_wrap=True)
+    if plan.budget.protect:
+        console.print(f"Verdict: {plan.verdict}", soft_wrap=True)
+
+
+def show_draft(plan: Plan) -> None:
+    """The plan, what it is worth, and how to go on."""
+    show_plan(plan)
+    console = _console()
+    console.print(f"Verdict: {plan.verdict}", soft_wrap=True)
+    console.print("A survey goes on from here: the same command, with --resume in the place of --draft.", soft_wrap=True)
+
+
+def show_curve(curve: Curve) -> None:
+    """The uniform widths and the plans between them, by size."""
+    table = _table("Damage by size, test rows", ["", "size", "code bits", "damage", ""])
+    lines: list[tuple[Size, str, Measured | None, str]] = [
+        (u.size, f"uniform {u.format}", u.damage, "") for u in curve.atlas.uniform
+    ]
+    for plan, file in curve.plans:
+        lines.append((plan.size, file.name, plan.damage.measured, "" if plan.recommended else "not recommended"))
+    for size, name, damage, word in sorted(lines, key=lambda line: line[0].total_bytes):
+        table.add_row(name, byte_size(size.total_bytes), number(size.code_bits), _nats(damage), word)
+    _console().print(table)
+
+
+def show_exported(exported: Exported) -> None:
+    """What was written for which runtime, and what to know about it."""
+    console = _console()
+    files = f"{exported.target.name}: {', '.join(exported.files)}"
+    console.print(files, soft_wrap=True)
+    for note in exported.notes:
+        console.print(note, soft_wrap=True)
+
+
+def show_applied(result: Applied) -> None:
+    """Bytes promised and bytes on disk, with every cause of a difference."""
+    table = _table("Packed checkpoint", ["", "bytes"])
+    table.add_row("weights, as the plan promises", f"{result.promised_bytes:,}")
+    for cause, count in result.causes.items():
+        table.add_row(f"  {cause}", f"{count:+,}".replace("-", MINUS))
+    table.add_row("weights' files on disk", f"{result.disk_bytes:,}")
+    console = _console()
+    console.print(table)
+    console.print(f"Carried over: {listed(result.carried)}", soft_wrap=True)
+    for line in result.notes:
+        console.print(line, soft_wrap=True)
+
+
+def show_verification(result: Verification) -> None:
+    """Promised and found, side by side."""
+    console = _console()
+    table = _table("Verification", ["", "promised", "found", ""])
+    sizes: list[tuple[str, Size]] = [("promised", result.plan.size), ("found", result.size)]
+    table.add_row("quantized bytes", *(f"{size.quantized_bytes:,}" for _, size in sizes), _kept(result.size_kept))
+    table.add_row("total bytes", *(f"{size.total_bytes:,}" for _, size in sizes), _kept(result.size_kept))
+    if result.disk:
+        table.add_row(result.disk_what, *(f"{count:,}" for count in result.disk), _kept(result.disk[0] == result.disk[1]))
+    promised = "nothing" if result.promised is None else f"{number(result.promised)} nats/token"
+    table.add_row("damage", promised, _nats(result.damage), _kept(result.damage_kept))
+    for task in result.tasks:
+        table.add_row(task.task, f"{task.promised}/{task.n}", f"{task.found.correct}/{task.n}", _kept(task.kept))
+    console.print(table)
+
+
+def _kept(kept: bool) -> Text:
+    return Text("kept", "green") if kept else Text("NOT KEPT", "red")
+
+
+def show_comparison(result: Comparison) -> None:
+    """Damage, losses and paired task results of two checkpoints."""
+    console = _console()
+    console.print(f"A: {result.first}\nB: {result.second}")
+    if result.losses and result.loss_difference:
+        table = _table("On the same rows", ["", "nats/token"])
+        table.add_row("KL(A || B)", interval(result.damage))
+        table.add_row("loss of A", interval(result.losses[0]))
+        table.add_row("loss of B", interval(result.losses[1]))
+        table.add_row("B minus A", interval(result.loss_difference))
+        console.print(table)
+    _show_scores(console, result.scores)
+    for pair in result.pairs:
+        seen = f"(smallest detectable difference {number(pair.detectable_points, 1)} points)"
+        console.print(f"{pair.task}, {pair.first} to {pair.second}: {pair.text} {seen}", soft_wrap=True)
+
+
+def _show_widths(console: Console, pairs: list[TaskPair]) -> None:
+    found = task_widths(pairs)
+    if not found:
+        return
+    table = _table("Widths that hold each task (difference from the reference, points)", ["task", "width", "difference", "", ""])
+    for task, widths in found.items():
+        best = smallest_held(widths)
+        for one in widths:
+            table.add_row(task, one.format, interval(one.pair.difference), one.verdict, "smallest held" if one is best else "")
+    console.print(table)
+
+
+def _show_scores(console: Console, scores: list[TaskScore]) -> None:
+    if not scores:
+        return
+    table = _table("Tasks (95 % Wilson intervals)", ["task", "precision", "right", "accuracy", "acc_norm", ""])
+    for score in scores:
+        low, high = (100 * end for end in score.wilson95)
+        accuracy = f"{100 * score.correct / score.n:.1f}% [{low:.1f}, {high:.1f}]"
+        norm = "" if score.correct_norm is None else f"{100 * score.correct_norm / score.n:.1f}%"
+        table.add_row(score.task, score.precision, f"{score.correct}/{score.n}", accuracy, norm, against_chance(score))
+    console.print(table)
+
+
+# --- scripts ---------------------------------------------------------------------------------------------------------------
+
+# What a command says to a script (`--json`): one object on stdout, its schema named, records as they are in the files.
+#
+# Only stdout changes: progress stays on stderr, and files, refusals and exit codes are the same.
+
+if TYPE_CHECKING:
+    from bitatlas.run.compare import Comparison
+    from bitatlas.run.curve import Curve
+    from bitatlas.run.verify import Verification
+
+SURVEYED = ("model", "uniform", "layers", "zones", "tasks", "task_pairs", "plan", "findings", "notes")
+
+
+def print_survey(atlas: Atlas, out: Path) -> None:
+    """The main results, and where the files are; `atlas.json` there has everything."""
+    files = {"atlas": out / "atlas.json", "plan": out / "plan.json", "report": out / "report.html"}
+    _print("bitatlas.run.survey/1", files=files, **{name: getattr(atlas, name) for name in SURVEYED})
+
+
+def print_plan(plan: Plan, file: Path) -> None:
+    _print("bitatlas.planned/1", file=file, plan=plan)
+
+
+def print_curve(curve: Curve) -> None:
+    _print(
+        "bitatlas.run.curve/1", uniform=curve.atlas.uniform, plans=[{"file": file, "plan": plan} for plan, file in curve.plans]
+    )
+
+
+def print_verification(result: Verification) -> None:
+    """`kept` is the exit code's word: true means 0."""
+    disk = {"what": result.disk_what, "promised": result.disk[0], "found": result.disk[1]} if result.disk else None
+    promised = {"size": result.plan.size, "damage_nats": result.promised}
+    found = {"size": result.size, "damage": result.damage, "disk_bytes": disk}
+    tasks = [{**_plain(task), "kept": task.kept} for task in result.tasks]
+    kept = {"kept": result.kept, "size_kept": result.size_kept, "damage_kept": result.damage_kept}
+    _print("bitatlas.verification/1", **kept, promised=promised, found=found, tasks=tasks)
+
+
+def print_comparison(result: Comparison) -> None:
+    _print("bitatlas.comparison/1", **_plain(result))
+
+
+def print_files(files: list[Path]) -> None:
+    """Of `report`: what was written."""
+    _print("bitatlas.records.files/1", files=files)
+
+
+def _print(schema: str, **parts: Any) -> None:
+    print(json.dumps({"schema": schema, **_plain(parts)}, indent=1, ensure_ascii=False, allow_nan=False))
+
+
+def _plain(value: Any) -> Any:
+    """Records, paths and tuples, at any depth, as JSON has them."""
+    if is_dataclass(value) and not isinstance(value, type):
+        return _plain(asdict(value))
+    if isinstance(value, dict):
+        return {name: _plain(one) for name, one in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_plain(one) for one in value]
+    return str(value) if isinstance(value, Path) else value

@@ -1,0 +1,126 @@
+"""The number that a written answer states. One rule for every model and precision; what would be right plays no part in it.
+
+Of a short answer (SVAMP) the first line that is not empty counts, of a worked solution (GSM8K) the last one that states a number:
+
+1. What follows the last `####`, `\\boxed{` or "answer is" counts alone, if it states a number.
+2. A number that such a text, or a short answer, begins with is the answer: "17 (26 - 9)", "17, not 26", "17 apples and 3 pears", "17 or 18".
+3. Of an equation it is the result, the last side that is no calculation: "26 - 9 = 17 apples in 2 boxes", "17 = 26 - 9".
+4. Else it is the last number, but for those in brackets, after "because" or "since", and after "not", "than" or "instead of".
+
+A calculation without a result states nothing. Without digits, a number in words is read the same way ("seventeen").
+Numbers: "1,200", "1 200", "1.200.000", "1e3", "3/4", "2 1/2", "-5", "$17.00"; "17%" is 17, and a single point is a decimal point ("1.200" is 1.2).
+
+lm-evaluation-harness's GSM8K has two rules instead: what follows `####`, or nothing ("strict-match"), and the last number of all
+("flexible-extract"), which reads 9 of "17 (26 - 9)".
+Left out: words for a scale ("2 million"), units ("half a dozen"), languages other than English.
+"""
+
+from __future__ import annotations
+
+import math
+import re
+
+from bitatlas.measure.attention.numbers import find_mentions
+
+_SPACE = "[ \u00a0\u2009\u202f]"  # between thousands
+_WHOLE = rf"\d{{1,3}}(?:,\d{{3}})+(?![\d,])|\d{{1,3}}(?:{_SPACE}\d{{3}})+(?!\d)|\d+"
+_PLAIN = rf"(?:\d{{1,3}}(?:\.\d{{3}}){{2,}}(?!\d)|(?:{_WHOLE})(?:\.\d+)?|(?<!\d)\.\d+)(?:[eE][-+]?\d+(?!\w))?"
+_FRACTION = r"(?:\d+\s+)?\d+\s?/\s?\d+(?![\d./])"
+_SIGN = r"(?:(?<![\w).%])[-−–])?[$€£]?"
+NUMBER = re.compile(rf"{_SIGN}(?:(?P<fraction>{_FRACTION})|(?P<plain>{_PLAIN}))")
+
+_MARK = re.compile(r"####|\\boxed\s*\{|\banswer(?:\s+is|\s+was|\s*[:=])", re.IGNORECASE)
+_EQUALS = re.compile(r"=>|->|[=≈→⇒]|\b(?:equals|is equal to)\b")
+_OPERATOR = r"(?:\s*(?:[-+*×÷−–^/]|\b(?:plus|minus|times|x|divided by)\b)\s*)"
+_CALCULATION = re.compile(rf"\w\)?{_OPERATOR}+[$€£(]*\d")  # also "26 pens - 9"
+_IS = re.compile(r"\b(?:is|are|makes?|leaves?|gives?)\s+(?=[$€£]?[-−]?\d)")
+_REASON = re.compile(r"\b(?:because|since)\b.*", re.IGNORECASE)
+_BRACKETS = re.compile(r"\([^()]*\)|\[[^\[\]]*\]")
+_OTHER = re.compile(r"\b(?:not|than|instead\s+of)\s+(?:just\s+|only\s+)?$", re.IGNORECASE)
+_CLAUSE = re.compile(r"(?:[.;:,!?](?=\s|$))|\n")
+_BEFORE = " \t*_`\"'“$€£~+:{"  # may stand before a number that begins a text
+
+
+def numbers_in(text: str) -> list[float]:
+    """The numbers in a text, in order. "1,234.5" is one; the minus of "76-25" is an operator, that of "= -25" a sign."""
+    return [_value(match) for match in NUMBER.finditer(text)]
+
+
+def _value(match: re.Match[str]) -> float:
+    sign = -1.0 if match[0][0] in "-−–" else 1.0
+    if match["fraction"]:
+        *whole, above, below = re.findall(r"\d+", match["fraction"])
+        value = (float(whole[0]) if whole else 0.0) + (float(above) / float(below) if float(below) else math.inf)
+    else:
+        digits = re.sub(rf",|{_SPACE}", "", match["plain"])
+        value = float(digits.replace(".", "") if digits.count(".") > 1 else digits)
+    return sign * value
+
+
+def plain_number(value: object) -> str:
+    """ "51.0", "2,125", 1e16 and "3/4" as "51", "2125", "10000000000000000" and "0.75". ValueError where it is no single number."""
+    found = numbers_in(str(value))
+    if len(found) != 1 or not math.isfinite(found[0]):
+        raise ValueError(f"{value!r} is not a number")
+    return str(int(found[0])) if found[0].is_integer() else repr(found[0])
+
+
+def same_answer(number: float | None, answer: float) -> bool:
+    """Equal but for the rounding of a decimal: within 1e-6, and within 1e-6 of the answer where that is small."""
+    return number is not None and abs(number - answer) <= 1e-6 * min(1.0, abs(answer))
+
+
+def read_number(form: str, output: str) -> float | None:
+    """The number that `output` states (see the module's text); None where there is none. form: "problem" (short) or "worked"."""
+    if form == "problem":
+        output = next((line for line in output.splitlines() if line.strip()), "")
+    marks = list(_MARK.finditer(output))
+    stated = _stated(next(iter(output[marks[-1].end() :].strip().splitlines()), ""), begins=True) if marks else None
+    lines = [_MARK.sub(" ", line) for line in reversed(output.splitlines())]
+    for line in lines if stated is None else []:
+        stated = _stated(line, begins=form == "problem")
+        if stated is not None:
+            break
+    return stated if stated is not None and math.isfinite(stated) else None
+
+
+def _stated(text: str, begins: bool) -> float | None:
+    """The number that one line states. `begins`: one that it begins with is the answer."""
+    text = _IS.sub("= ", text if re.search(r"\d", text) else _in_digits(text))
+    bare = _REASON.sub("", _BRACKETS.sub(" ", text))
+    bare = bare if re.search(r"\d", bare) else text
+    first = NUMBER.match(bare.lstrip(_BEFORE))
+    clauses = [clause for clause in _CLAUSE.split(bare) if re.search(r"\d", clause)]
+    if begins and first and not _EQUALS.search(clauses[0]) and not _calculates(clauses[0]):
+        return _value(first)
+    equations = [_result(clause) for clause in clauses if _EQUALS.search(clause)]
+    if equations:
+        return equations[-1]
+    for clause in reversed(clauses):
+        numbers = [_value(match) for match in NUMBER.finditer(clause) if not _OTHER.search(clause[: match.start()])]
+        if numbers and not _calculates(clause):
+            return numbers[-1]
+    return None
+
+
+def _result(equation: str) -> float | None:
+    """The number on the last side of an equation that is no calculation: the first there, the last on the first side."""
+    sides = _EQUALS.split(equation)
+    for place in reversed(range(len(sides))):
+        numbers = numbers_in(sides[place])
+        if numbers and not _calculates(sides[place]):
+            return numbers[0 if place else -1]
+    return None
+
+
+def _calculates(text: str) -> bool:
+    """Is there an operator between numbers? A sign, a fraction's bar or an exponent's minus is none."""
+    return bool(_CALCULATION.search(NUMBER.sub("1", text)))
+
+
+def _in_digits(text: str) -> str:
+    """The numbers in words that are surely numbers, in digits."""
+    for mention in reversed(find_mentions(text)):
+        if not mention.loose:
+            text = f"{text[: mention.span[0]]}{mention.values[0]:.15g}{text[mention.span[1] :]}"
+    return text

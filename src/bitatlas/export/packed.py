@@ -1,0 +1,456 @@
+"""A plan becomes a checkpoint: packed weights that transformers loads, with everything a model's folder needs beside them.
+
+The checkpoint is never loaded. Its headers say what there is, the plan says what becomes of it, so the new files' sizes and headers
+are known before a weight is read; then one module after the other goes from the bank (or through the quantizer) into its place, and
+every other tensor is copied byte for byte, or written as transformers loads it where the checkpoint stores it in other pieces
+(`export/conversion.py`). At most one module is held, beside its codes. All of it happens in a hidden folder next to the one that was
+asked for; `config.json` and the files' headers come last, so that what an interrupted run leaves is nothing that loads, and the next
+run to the same place removes it. The finished folder is loaded and run (`packed.py`), and only then renamed.
+
+A module whose weight transformers reads before it unpacks any is written whole, with the plan's own values: what was measured, in more
+bytes than the plan counts; which and how many is told. Left out: other runtimes' layouts.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import shutil
+from collections import Counter
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import safe_open
+from torch import Tensor, nn
+from transformers.pytorch_utils import Conv1D
+
+from bitatlas.errors import UserError
+from bitatlas.export.card import Story, card_text, story_beside
+from bitatlas.export.compressed_tensors import PACKAGE, layout, overheads, part_bytes, quantization_config, tensors
+from bitatlas.export.conversion import Conversion, exchanged, pieces, unpackable
+from bitatlas.export.trial import check_folder, named_class
+from bitatlas.model.checkpoint import Checkpoint, open_checkpoint, skeleton_of
+from bitatlas.model.folder import beside, carried, check_out, check_room, find_folder, read_config
+from bitatlas.model.tensor_files import DTYPES, SHARD_BYTES, Entry, Shard, Writer, cut, read_header
+from bitatlas.progress import Reporter
+from bitatlas.quantize import get_quantizer
+from bitatlas.quantize.bank import bank_of_plan
+from bitatlas.quantize.codes import Blocks, Codes
+from bitatlas.records import Module, Plan
+from bitatlas.records.files import read_record, to_json, write_text
+from bitatlas.records.formats import stored_bytes
+from bitatlas.records.text import listed
+
+SMALL_BYTES = 2**20  # room for config, plan, card and index
+COPIED_TOGETHER = 2**24  # bytes
+DTYPE_WORDS = {dtype: word for word, dtype in DTYPES.items()}
+SUFFIXES = ("weight_packed", "weight_scale", "weight_shape", "weight_zero_point")
+FLOATS = ("F64", "F32", "F16", "BF16")  # in which a module's values can be written whole
+
+
+@dataclass(frozen=True)
+class Applied:
+    """What was written. `causes`: bytes on disk that the plan does not count, or counts and are not there (negative)."""
+
+    out: Path
+    plan: Plan
+    promised_bytes: int  # the plan's, of all weights
+    disk_bytes: int  # of the weights' files
+    causes: dict[str, int]
+    carried: list[str]
+    whole: list[str]  # modules of the plan that are not packed
+    made: list[str]  # tensors that are not written as the checkpoint stores them, packed ones apart
+    tried: str  # how the folder was loaded and run
+
+    @property
+    def notes(self) -> list[str]:
+        """Lines that the command prints."""
+        lines = []
+        if self.whole:
+            lines.append(f"Written whole, since transformers reads them before it unpacks any: {listed(self.whole)}")
+        if self.made:
+            lines.append(
+                f"Written as transformers holds them, not as the checkpoint does: {len(self.made)} tensors like {self.made[0]}"
+            )
+        return [*lines, f"Tried: {self.tried}"]
+
+
+@dataclass(frozen=True)
+class Blueprint:
+    """The new weights' files, before they are written."""
+
+    sources: dict[str, tuple[Path, int, int]]  # tensor of the checkpoint -> its file, and its bytes' place there
+    conversion: Conversion
+    packed: dict[str, str]  # module of the plan -> what its tensors' names begin with
+    whole: dict[str, Entry]  # module of the plan that is not packed -> its tensor
+    copied: list[str]  # tensors of the checkpoint
+    made: dict[str, dict[str, Callable[[Tensor], Tensor]]]  # parameter of the model -> new tensors, and how each is made of it
+    shards: list[Shard]
+    causes: dict[str, int]
+    aliases: dict[str, str]  # packed module -> its name in the class that the config names, where that is another one
+
+    @property
+    def disk_bytes(self) -> int:
+        return sum(shard.size_bytes for shard in self.shards)
+
+    @property
+    def unused(self) -> set[str]:
+        """Tensors that the model passes over, by the names that transformers gives them."""
+        return {name for key in self.copied if (name := self.conversion.target(key)[0]) not in self.conversion.origins}
+
+    def read(self, parameter: str) -> Tensor:
+        """A parameter of the model as the checkpoint has it."""
+        return self.conversion.read(parameter, lambda key: read_tensor(self.sources[key][0], key))
+
+
+def apply_plan(model_name: str, plan_file: Path, out: Path, reporter: Reporter, shard_bytes: int = SHARD_BYTES) -> Applied:
+    """Write the packed checkpoint to `out`; UserError, and nothing written, where that is impossible."""
+    check_package()
+    plan = read_record(plan_file, Plan)
+    _check_formats(plan)
+    get_quantizer(plan.quantizer).check(list(plan.formats.values()))
+    check_out(out)
+    with reporter.stage("opening the checkpoint"):
+        check_transposed(plan, model_name)
+        checkpoint = open_checkpoint(model_name, plan.model.revision, fuse=False)
+        check_fits(plan, checkpoint)
+        skeleton = checkpoint.skeleton()
+        blueprint = draw(plan, checkpoint, skeleton, shard_bytes)
+        others = carried(checkpoint.folder)
+        check_room(out, blueprint.disk_bytes + sum(file.stat().st_size for file in others) + SMALL_BYTES)
+        if get_quantizer(plan.quantizer).uses_rows:
+            for module in plan.modules:
+                bank_of_plan(plan, plan_file, skeleton, [module])
+    story = story_beside(plan_file, plan)
+    with beside(out) as folder:
+        with reporter.stage("packing") as progress:
+            _write_weights(folder, plan, plan_file, checkpoint, skeleton, blueprint, progress)
+        checkpoint.check_unchanged()
+        for file in others:
+            shutil.copyfile(file, folder / file.name)
+        write_text(folder / "plan.json", to_json(plan))
+        write_text(folder / "README.md", card_of(plan, checkpoint, story, blueprint.disk_bytes))
+        write_text(folder / "config.json", config_text(plan, checkpoint, skeleton, blueprint))
+        with reporter.stage("loading it in transformers"):
+            whole = {name: DTYPES[entry.dtype] for name, entry in blueprint.whole.items()}
+            tried = check_folder(folder, plan, plan_file, checkpoint, whole, blueprint.unused)
+    return Applied(
+        out, plan, plan.size.total_bytes, blueprint.disk_bytes, every_cause(plan, blueprint), [file.name for file in others],
+        list(blueprint.whole), [name for parts in blueprint.made.values() for name in parts], tried,
+    )  # fmt: skip
+
+
+def promised_disk_bytes(plan: Plan, blueprint: Blueprint) -> int:
+    """Of the weights' files, if the plan counts rightly."""
+    return plan.size.total_bytes + sum(blueprint.causes.values())
+
+
+def every_cause(plan: Plan, blueprint: Blueprint) -> dict[str, int]:
+    """The blueprint's, and what the plan counts wrongly."""
+    wrong = blueprint.disk_bytes - promised_disk_bytes(plan, blueprint)
+    return {**blueprint.causes, **({"counted otherwise by the plan": wrong} if wrong else {})}
+
+
+# --- checks ------------------------------------------------------------------------------------------------------------
+
+
+def check_package() -> None:
+    """UserError where the package that reads packed checkpoints is not here."""
+    if importlib.util.find_spec(PACKAGE) is None:
+        raise UserError("packed checkpoints need a package that is not here: pip install 'bitatlas[export]'")
+
+
+def check_fits(plan: Plan, checkpoint: Checkpoint) -> None:
+    """UserError where the plan is about other weights."""
+    if plan.model.weights_sha256 != checkpoint.info.weights_sha256:
+        raise UserError(f"{checkpoint.info.name}: these are not the weights that the plan was made for ({plan.model.name})")
+    unknown = sorted(set(plan.modules) - {module.name for module in checkpoint.modules})
+    if unknown:
+        raise UserError(f"the plan names {unknown[0]}, which the checkpoint lacks")
+
+
+def check_transposed(
+    plan: Plan, model_name: str, told: str = "{} is a Conv1D (GPT-2's transposed linear layer), whose weight cannot be packed"
+) -> None:
+    """UserError for GPT-2's transposed layers, from the config alone: before a byte of the weights is read. `told`: about a module."""
+    folder = find_folder(model_name, plan.model.revision)
+    kinds = dict(skeleton_of(read_config(folder, model_name), model_name).named_modules())
+    for name in plan.modules:
+        if isinstance(kinds.get(name), Conv1D):
+            raise UserError(told.format(name))
+
+
+def _check_formats(plan: Plan) -> None:
+    foreign = [fmt for fmt in plan.formats.values() if fmt.runtime]
+    if foreign:
+        raise UserError(
+            f"the plan's formats ({foreign[0].name}) are of the runtime {foreign[0].runtime}: use bitatlas export --to {foreign[0].runtime}"
+        )
+
+
+# --- what will be written ----------------------------------------------------------------------------------------------
+
+
+def draw(plan: Plan, checkpoint: Checkpoint, skeleton: nn.Module, shard_bytes: int = SHARD_BYTES) -> Blueprint:
+    """Names, places and sizes of all tensors; UserError where a module cannot be packed."""
+    entries, sources = sources_of(checkpoint)
+    conversion = conversion_of(skeleton, entries)
+    weight_origins(plan, conversion)
+    whole = {name: _whole_entry(name, conversion, entries) for name in unpackable(skeleton, plan.modules)}
+    if whole and len(whole) == len(plan.modules):
+        raise UserError(
+            f"{type(skeleton).__name__}: transformers reads {next(iter(whole))}, and every other module of the plan, before it unpacks "
+            "any, so that no packed checkpoint of it loads; bitatlas export writes what other runtimes read"
+        )
+    packed = {name: _prefix(conversion, name) for name in plan.modules if name not in whole}
+    other = _named_conversion(checkpoint, conversion, entries)
+    made = _made(plan, skeleton, conversion, other)
+    taken = {f"{name}.weight" for name in plan.modules} | set(made)
+    gone = {key for parameter in taken for key in conversion.origins[parameter].all_keys}
+    copied = [key for key in entries if key not in gone]
+    made_entries = [_entry(name, how(_meta(conversion, p, entries))) for p, parts in made.items() for name, how in parts.items()]
+    wanted = [entries[key] for key in copied] + made_entries + list(whole.values())
+    causes = Counter[str]()
+    whole_zeros = get_quantizer(plan.quantizer).whole_zeros
+    for module in _planned(plan, checkpoint):
+        fmt = plan.formats[plan.modules[module.name]]
+        if module.name in whole:
+            causes["modules written whole, not packed"] += whole[module.name].size_bytes - stored_bytes(module.shape, fmt)
+            continue
+        for suffix, part in layout(module.shape, fmt, whole_zeros).items():
+            wanted.append(Entry(packed[module.name] + suffix, DTYPE_WORDS[part[0]], part[1], part_bytes(part)))
+        causes.update(overheads(module.shape, fmt, whole_zeros))
+    merged = {*made, *conversion.made} & taken
+    stored = {key for parameter in merged for key in conversion.origins[parameter].all_keys}
+    apart = [_entry(name, conversion.made[name]) for name in merged - set(made)]  # of planned modules
+    grown = sum(entry.size_bytes for entry in made_entries + apart) - sum(entries[key].size_bytes for key in stored)
+    causes["tensors in the form that transformers loads"] = grown
+    shards = cut(wanted, shard_bytes)
+    causes["headers of the files"] = sum(len(shard.header) for shard in shards)
+    told = {name: count for name, count in causes.items() if count}
+    return Blueprint(sources, conversion, packed, whole, copied, made, shards, told, _aliases(packed, conversion, other))
+
+
+def _named_conversion(checkpoint: Checkpoint, conversion: Conversion, entries: Mapping[str, Entry]) -> Conversion | None:
+    """Of the model class that the config names, where that is another one than the skeleton's.
+
+    A checkpoint that also sees is opened as its text part where transformers has a class for that: one file, two names.
+    """
+    kind = named_class(checkpoint.config)
+    if kind is None or kind is conversion.kind:
+        return None
+    with torch.device("meta"):
+        return conversion_of(kind(checkpoint.config), entries)
+
+
+def _aliases(names: Iterable[str], conversion: Conversion, other: Conversion | None) -> dict[str, str]:
+    """Module -> its name in the other class, of those that are called otherwise there."""
+    found: dict[str, str] = {}
+    if other is None:
+        return found
+    for name in names:
+        key = conversion.key(f"{name}.weight")
+        target = other.target(key)[0].removesuffix(".weight") if key else name
+        if target != name:
+            found[name] = target
+    return found
+
+
+def conversion_of(skeleton: nn.Module, entries: Mapping[str, Entry]) -> Conversion:
+    """What transformers makes of the tensors."""
+    return Conversion(skeleton, {key: _empty(entry) for key, entry in entries.items()})
+
+
+def _empty(entry: Entry) -> Tensor:
+    return torch.empty(entry.shape, dtype=DTYPES.get(entry.dtype, torch.uint8), device="meta")
+
+
+def _entry(name: str, tensor: Tensor) -> Entry:
+    return Entry(name, DTYPE_WORDS[tensor.dtype], tuple(tensor.shape), tensor.numel() * tensor.element_size())
+
+
+def _meta(conversion: Conversion, parameter: str, entries: Mapping[str, Entry]) -> Tensor:
+    """The parameter without its data."""
+    return conversion.read(parameter, lambda key: _empty(entries[key]))
+
+
+def _made(
+    plan: Plan, skeleton: nn.Module, conversion: Conversion, other: Conversion | None
+) -> dict[str, dict[str, Callable[[Tensor], Tensor]]]:
+    """What is written otherwise than it is stored, planned modules apart (see `Blueprint.made`)."""
+    planned = {f"{name}.weight" for name in plan.modules}
+    again = {name for name in conversion.made if conversion.target(name)[1]}  # a rule takes its own result: the tensors stay
+    made: dict[str, dict[str, Callable[[Tensor], Tensor]]] = {
+        name: {name: lambda tensor: tensor} for name in conversion.made if name not in planned and name not in again
+    }
+    for path, module in exchanged(skeleton).items():
+        cuts = pieces(module, path)
+        for parameter in {source: None for source, _ in cuts.values()}:
+            made[parameter] = {name: how for name, (source, how) in cuts.items() if source == parameter}
+    if other:
+        made = {p: {_known_to_both(name, p, conversion, other): how for name, how in parts.items()} for p, parts in made.items()}
+    return made
+
+
+def _known_to_both(name: str, parameter: str, conversion: Conversion, other: Conversion) -> str:
+    """What the tensor `name`, made of `parameter`, is called in the other class, where that name leads to it in this one, too."""
+    there, _ = other.target(conversion.origins[parameter].all_keys[0])
+    parent = parameter.rpartition(".")[0]
+    renamed = there.rpartition(".")[0] + name.removeprefix(parent)
+    return renamed if conversion.target(renamed, [name])[0] == name else name
+
+
+def _whole_entry(name: str, conversion: Conversion, entries: Mapping[str, Entry]) -> Entry:
+    weight = _meta(conversion, f"{name}.weight", entries)
+    entry = _entry(conversion.key(f"{name}.weight") or f"{name}.weight", weight)
+    return entry if entry.dtype in FLOATS else _entry(entry.name, weight.float())
+
+
+def _prefix(conversion: Conversion, name: str) -> str:
+    """What the names of a packed module's tensors begin with: as the checkpoint has it, where that leads to the module; else its name."""
+    key, packed = conversion.key(f"{name}.weight"), [f"{name}.{suffix}" for suffix in SUFFIXES]
+    stem = (key or "").removesuffix("weight")
+    if key and stem != key and all(conversion.target(stem + s, packed) == (f"{name}.{s}", None) for s in SUFFIXES):
+        return stem
+    return f"{name}."
+
+
+def sources_of(checkpoint: Checkpoint) -> tuple[dict[str, Entry], dict[str, tuple[Path, int, int]]]:
+    """Every tensor of the checkpoint: what it is, and its file with its bytes' first place and end there."""
+    entries, sources = {}, {}
+    for file in checkpoint.files:
+        header = read_header(file)
+        start = file.stat().st_size - max((e["data_offsets"][1] for k, e in header.items() if k != "__metadata__"), default=0)
+        for key, entry in header.items():
+            if key != "__metadata__":
+                first, end = entry["data_offsets"]
+                entries[key] = Entry(key, entry["dtype"], tuple(entry["shape"]), end - first)
+                sources[key] = (file, start + first, start + end)
+    return entries, sources
+
+
+def weight_origins(plan: Plan, conversion: Conversion) -> None:
+    """UserError where the checkpoint has no weight of a planned module that can be followed."""
+    for name in plan.modules:
+        if f"{name}.weight" not in conversion.origins:
+            raise UserError(f"{name}: the checkpoint stores this weight in a way that cannot be followed")
+
+
+def weight_keys(plan: Plan, skeleton: nn.Module, entries: Mapping[str, Entry]) -> dict[str, str]:
+    """Module of the plan -> the checkpoint's name of its weight; UserError where it is no tensor of its own there."""
+    conversion, keys = conversion_of(skeleton, entries), {}
+    for name in plan.modules:
+        key = conversion.key(f"{name}.weight")
+        if key is None:
+            raise UserError(
+                f"{name}: the checkpoint stores this weight merged with others, which is not taken apart for this runtime"
+            )
+        keys[name] = key
+    return keys
+
+
+def _planned(plan: Plan, checkpoint: Checkpoint) -> list[Module]:
+    return [module for module in checkpoint.modules if module.name in plan.modules]
+
+
+def config_text(plan: Plan, checkpoint: Checkpoint, skeleton: nn.Module, blueprint: Blueprint) -> str:
+    """The checkpoint's own config, with how to read the weights."""
+    content: dict[str, Any] = json.loads((checkpoint.folder / "config.json").read_text(encoding="utf-8"))
+    linear = [name for name, module in skeleton.named_modules() if isinstance(module, nn.Linear)]
+    pieces_of = [name.removesuffix(".weight") for parts in blueprint.made.values() for name in parts if name.endswith(".weight")]
+    ignored = [name for name in [*linear, *pieces_of] if name not in blueprint.packed]
+    modules = [module for module in _planned(plan, checkpoint) if module.name in blueprint.packed]
+    named = {
+        name: module
+        for module in modules
+        for name in dict.fromkeys([module.name, blueprint.aliases.get(module.name, module.name)])
+    }
+    content["quantization_config"] = quantization_config(
+        {name: plan.formats[plan.modules[module.name]] for name, module in named.items()},
+        {name: module.shape for name, module in named.items()},
+        ignored,
+        get_quantizer(plan.quantizer).whole_zeros,
+        version("compressed-tensors"),
+    )
+    return json.dumps(content, indent=2, ensure_ascii=False) + "\n"
+
+
+def card_of(plan: Plan, checkpoint: Checkpoint, story: Story, disk_bytes: int) -> str:
+    source = checkpoint.folder / "README.md"
+    return card_text(plan, checkpoint.modules, story, source if source.is_file() else None, disk_bytes, checkpoint.info)
+
+
+# --- writing -----------------------------------------------------------------------------------------------------------
+
+
+def _write_weights(
+    folder: Path, plan: Plan, plan_file: Path, checkpoint: Checkpoint, skeleton: nn.Module, blueprint: Blueprint, progress: Any
+) -> None:
+    with Writer(folder, blueprint.shards) as writer:
+        for key in blueprint.copied:
+            copy_tensor(writer, key, *blueprint.sources[key])
+        for parameter, parts in blueprint.made.items():
+            tensor = blueprint.read(parameter)
+            for name, how in parts.items():
+                writer.write(name, _bytes(how(tensor)))
+        modules = _planned(plan, checkpoint)
+        for done, module in enumerate(modules, start=1):
+            weight = blueprint.read(f"{module.name}.weight")
+            if entry := blueprint.whole.get(module.name):
+                values = stored_of(plan, plan_file, skeleton, module.name, weight).weight()
+                writer.write(entry.name, _bytes(values.to(DTYPES[entry.dtype])))
+            else:
+                for suffix, tensor in _packed(plan, plan_file, skeleton, module.name, weight).items():
+                    writer.write(blueprint.packed[module.name] + suffix, _bytes(tensor))
+            progress(done, len(modules))
+
+
+def copy_tensor(writer: Writer, key: str, file: Path, start: int, end: int) -> None:
+    """The bytes of `file` from `start` to `end` become the tensor `key`."""
+    with file.open("rb") as stream:
+        stream.seek(start)
+        while start < end:
+            if not (piece := stream.read(min(COPIED_TOGETHER, end - start))):
+                raise UserError(f"{file}: ends too early")
+            start += len(piece)
+            writer.write(key, piece)
+
+
+def read_tensor(file: Path, key: str) -> Tensor:
+    with safe_open(file, framework="pt") as reader:
+        return reader.get_tensor(key)
+
+
+def codes_of(plan: Plan, plan_file: Path, skeleton: nn.Module, name: str, weight: Tensor) -> Codes:
+    """The module's codes, of a plan of integer formats."""
+    found = stored_of(plan, plan_file, skeleton, name, weight)
+    assert isinstance(found, Codes)
+    return found
+
+
+def stored_of(plan: Plan, plan_file: Path, skeleton: nn.Module, name: str, weight: Tensor) -> Codes | Blocks:
+    """What the bank holds of a module. `skeleton` holds its weight, in float32 as everything was measured, for this long alone."""
+    module = skeleton.get_submodule(name)
+    before = module.weight
+    module.weight = nn.Parameter(weight.float(), requires_grad=False)
+    try:
+        return bank_of_plan(plan, plan_file, skeleton, [name]).codes(name, plan.modules[name])
+    finally:
+        module.weight = before
+
+
+def _packed(plan: Plan, plan_file: Path, skeleton: nn.Module, name: str, weight: Tensor) -> dict[str, Tensor]:
+    """The module's tensors."""
+    codes = codes_of(plan, plan_file, skeleton, name, weight)
+    try:
+        return tensors(codes, plan.formats[plan.modules[name]])
+    except ValueError as error:
+        raise UserError(f"{name}: cannot be packed as {plan.modules[name]}: {error}") from None
+
+
+def _bytes(tensor: Tensor) -> bytes:
+    return tensor.contiguous().flatten().view(torch.uint8).numpy().tobytes()

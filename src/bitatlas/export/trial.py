@@ -1,0 +1,172 @@
+"""A packed checkpoint, opened as anybody would open it, and tried before its folder gets its name.
+
+A folder can be written whole and still be of no use: transformers may find no place for a tensor and fill in random numbers, or fail
+while it loads. So the finished folder is loaded and run on a few tokens, beside the reference model with the plan's weights in it; the
+logits must be the same. One model after the other is held, in float32. Where memory is too short for that, transformers still matches
+every tensor to its place, on the meta device, and what was left out is told.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import io
+from collections.abc import Collection, Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import psutil
+import torch
+import transformers
+from torch import Tensor, nn
+from transformers import AutoModelForCausalLM
+
+from bitatlas.errors import UserError
+from bitatlas.measure.memory_need import at_hand
+from bitatlas.model.checkpoint import Checkpoint, _quiet, open_model
+from bitatlas.model.streaming import trim
+from bitatlas.model.tensor_files import reason_of
+from bitatlas.quantize.bank import bank_of_plan
+from bitatlas.records import Plan
+from bitatlas.records.text import byte_size
+
+TOKENS = 64  # that the folder is tried on: enough for nearly every expert of a mixture
+TOLERANCE = 1e-4  # of the largest logit; the same weights give 0, or 1e-6 where sums are taken in another order
+HELD = 1.25  # bytes in memory while a model is loaded and run, by those of its float32 weights
+
+
+@torch.no_grad()
+def open_packed(folder: Path, device: str) -> tuple[Any, Any]:
+    """The checkpoint, unpacked (its first pass does that), and its tokenizer, without what the package has to say about it."""
+    with _silent():
+        model, tokenizer = open_model(str(folder), device)
+        model(input_ids=torch.zeros(1, 1, dtype=torch.long, device=model.device), use_cache=False)
+    return model, tokenizer
+
+
+def check_folder(
+    folder: Path, plan: Plan, plan_file: Path, checkpoint: Checkpoint, whole: Mapping[str, torch.dtype], unused: Collection[str]
+) -> str:
+    """A line about how `folder` was tried; UserError where transformers does not load it, or it computes something else than the plan.
+
+    `whole`: modules that are not packed, and the dtype of their weights. `unused`: tensors that the model passes over.
+    """
+    skeleton = checkpoint.skeleton()
+    weights = sum(parameter.numel() for parameter in skeleton.parameters())
+    disk = sum(file.stat().st_size for file in folder.glob("*.safetensors"))
+    needed = disk + int(4 * HELD * weights)
+    free = at_hand("cpu") - psutil.Process().memory_info().rss
+    named = named_class(checkpoint.config)
+    kinds: list[Any] = [named] if named is type(skeleton) else [kind for kind in (named, AutoModelForCausalLM) if kind]
+    if needed > free:
+        for kind in kinds:
+            _load(kind, folder, "meta", unused)
+        return (
+            f"not run before it was named: that needs {byte_size(needed)} of memory, {byte_size(free)} are free. transformers has a place "
+            "for every tensor; bitatlas verify measures it where there is more"
+        )
+    expected = _expected(checkpoint, plan, plan_file, whole)
+    trim()
+    largest, difference = float(expected.abs().max()), 0.0
+    for kind in kinds:
+        model = _load(kind, folder, "cpu", unused).eval()
+        if kind is not kinds[-1] and not _takes_text(model, checkpoint):
+            continue
+        difference = max(difference, float((_logits(model, checkpoint) - expected).abs().max().nan_to_num(torch.inf)))
+        del model
+        trim()
+    if not difference <= TOLERANCE * largest:
+        raise _refused(
+            f"it computes something else: logits differ by {difference:.3g} from the plan's, the largest of which is {largest:.3g}"
+        )
+    return f"loaded in transformers and run: logits differ by at most {difference:.2g} from the plan's (the largest is {largest:.3g})"
+
+
+@contextlib.contextmanager
+def _silent() -> Iterator[None]:
+    from loguru import logger
+
+    logger.disable("compressed_tensors")
+    try:
+        with contextlib.redirect_stderr(io.StringIO()), _quiet():
+            yield
+    finally:
+        logger.enable("compressed_tensors")
+
+
+def _refused(reason: str) -> UserError:
+    return UserError(f"nothing was written: the packed checkpoint was tried, and {reason}")
+
+
+def named_class(config: Any) -> Any:
+    """The model class that a config names, if transformers has it."""
+    return getattr(transformers, (getattr(config, "architectures", None) or [""])[0], None)
+
+
+def _load(kind: Any, folder: Path, device: str, unused: Collection[str]) -> Any:
+    """The model of class `kind` in float32; UserError unless every tensor of the model is there, and every tensor but `unused` has a place in it."""
+    try:
+        with _silent():
+            model, report = kind.from_pretrained(
+                folder, dtype=torch.float32, device_map={"": device} if device == "meta" else None, local_files_only=True, use_safetensors=True,
+                output_loading_info=True,
+            )  # fmt: skip
+    except Exception as error:  # each model type fails in its own way
+        raise _refused(f"transformers does not load it ({reason_of(error)})") from None
+    wrong = {
+        "has no value for": sorted(report["missing_keys"]),
+        "has no place for": sorted(set(report["unexpected_keys"]) - set(unused)),
+        "has another shape for": sorted(str(entry[0]) for entry in report["mismatched_keys"]),
+    }
+    for what, names in wrong.items():
+        if names:
+            raise _refused(f"transformers {what} {names[0]}" + (f" and {len(names) - 1} more" if len(names) > 1 else ""))
+    return model
+
+
+@torch.no_grad()
+def _expected(checkpoint: Checkpoint, plan: Plan, plan_file: Path, whole: Mapping[str, torch.dtype]) -> Tensor:
+    """Logits [1, tokens, vocabulary] of the reference model with the bank's reconstruction in every planned module."""
+    model = checkpoint.load_model()
+    for name, format_name in plan.modules.items():
+        weight = bank_of_plan(plan, plan_file, model, [name]).codes(name, format_name).weight()
+        held = weight.to(whole.get(name, weight.dtype)).float()
+        model.get_submodule(name).weight = nn.Parameter(held, requires_grad=False)
+    logits = _logits(model, checkpoint)
+    if not bool(torch.isfinite(logits).all()):
+        raise UserError("nothing was written: with the plan's weights the model's logits are not finite")
+    return logits
+
+
+def _takes_text(model: Any, checkpoint: Checkpoint) -> bool:
+    """Some classes that also see fail on text alone; their text part is run all the same."""
+    try:
+        _logits(model, checkpoint)
+    except UserError:
+        return False
+    return True
+
+
+@torch.no_grad()
+def _logits(model: Any, checkpoint: Checkpoint) -> Tensor:
+    try:
+        with _silent():
+            logits: Tensor = model(input_ids=_tokens(checkpoint), use_cache=False).logits
+    except Exception as error:  # every model fails in its own way
+        raise _refused(f"transformers cannot run {type(model).__name__} on text alone ({reason_of(error)})") from None
+    return logits
+
+
+def _tokens(checkpoint: Checkpoint) -> Tensor:
+    """int64 [1, tokens], drawn among those that stand for text."""
+    text = checkpoint.config.get_text_config()
+    known = [vars(config) for config in (checkpoint.config, text)]
+    special = {
+        value
+        for values in known
+        for key, value in values.items()
+        if key.endswith(("token_id", "token_index"))
+        if isinstance(value, int)
+    }
+    plain = torch.tensor([token for token in range(int(text.vocab_size)) if token not in special])
+    drawn = torch.randint(len(plain), (1, min(TOKENS, checkpoint.info.context)), generator=torch.Generator().manual_seed(0))
+    return plain[drawn]

@@ -1,0 +1,218 @@
+"""How far the ranking of the layers can be trusted, and how many rows would settle what is uncertain.
+
+*Reliability*: the rows (in their blocks, where they come in blocks) are cut into random halves, criticality is ranked on each, and the two rankings are correlated; the mean over many
+cuts, stepped up from half the rows to all of them (Spearman-Brown), is about what a second survey of as many rows would agree with this
+one. Its interval is a jackknife over rows or blocks (a bootstrap would put copies of a row into both halves, or halve the halves again), with
+the same cuts every time, on the scale of Fisher's z. What is ranked are the quadratic shares of the rows, before sampled orders correct them.
+
+*Rows needed*: an interval shrinks like one over the root of the rows, so a layer whose criticality is 1 + d with half-width h needs
+about n (h / d)^2 rows, and more where the screen over all layers asks for more than 95 %. A layer that is light, clearly below 1, may lack
+only the proof of its damage being within the tolerance: the same formula with that distance. Where the damage is above, no row helps.
+Left out: that d itself is uncertain, so the numbers are rough, given with two digits.
+Sources: Spearman 1910 and Brown 1910; jackknife: Efron & Tibshirani 1993.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import replace
+
+import numpy as np
+from numpy.typing import ArrayLike
+from scipy import stats
+
+from bitatlas.findings.correlations import Floats, spearman_by_row
+from bitatlas.findings.folk import FAILS, HOLDS, OPEN
+from bitatlas.findings.shares import FALSE_DISCOVERIES, LIGHT, UNCERTAIN, LayerRows, Shares
+from bitatlas.records import Finding, Layer, Measured, ShapleyCheck
+from bitatlas.records.text import interval, number, rows_of
+from bitatlas.stats.bootstrap import (
+    RESAMPLES,
+    block_count,
+    independent,
+    percentile_interval,
+    resample_means,
+    row_weights,
+    two_sided_p,
+)
+
+CUTS = 200  # into halves: the mean over them is then known to about a hundredth of a correlation
+FEWEST_ROWS = 8  # four in a half
+GOOD = 0.9  # correlation from which a ranking is called stable
+MOST_ROWS = 10_000  # beyond, "more than that" is said
+CLAIM = "the ranking of the layers is stable"
+
+
+def reliability(rows: LayerRows, seed: int = 0) -> Measured | None:
+    """Rank correlation that a second survey of as many rows would have with this one; None with under 3 layers or 8 rows."""
+    if rows.layers < 3 or rows.independent < FEWEST_ROWS:
+        return None
+    per_weight = rows.values / rows.weights  # [rows, layers]; ranks of criticality, whatever the whole damage
+    numbers = np.unique(range(rows.rows) if rows.blocks is None else rows.blocks, return_inverse=True)[1]  # [rows], block of each
+    blocks = int(numbers.max()) + 1
+    shuffled = np.random.default_rng(seed).permuted(np.tile(np.arange(blocks), (CUTS, 1)), axis=1)  # [cuts, blocks]
+    in_first = np.zeros((CUTS, blocks), dtype=bool)
+    np.put_along_axis(in_first, shuffled[:, : blocks // 2], True, axis=1)
+    first = in_first[:, numbers]  # [cuts, rows]
+    value = _stepped_up(_agreement(per_weight, first, np.ones(rows.rows)))
+    left_out = [_stepped_up(_agreement(per_weight, first, numbers != block)) for block in range(blocks)]
+    z, around = _fisher(value), np.array([_fisher(one) for one in left_out])
+    error = math.sqrt((blocks - 1) / blocks * ((around - around.mean()) ** 2).sum())
+    reach = float(stats.t.ppf(0.975, blocks - 1)) * error
+    ends = (math.tanh(z - reach), math.tanh(z + reach))
+    where = (rows.both_bases, rows.split, rows.rows, block_count(rows.blocks))
+    return Measured(value, (min(ends[0], value), max(ends[1], value)), "ratio", *where)
+
+
+def _agreement(per_weight: Floats, first: np.ndarray, kept: np.ndarray) -> float:
+    """Mean over cuts of the rank correlation between the halves. first: bool [cuts, rows], kept: [rows] of 0 and 1."""
+    one, other = ((half * kept) @ per_weight for half in (first, ~first))  # [cuts, layers], sums: their ranks are those of means
+    return float(spearman_by_row(one, other).mean())
+
+
+def _stepped_up(r: float) -> float:
+    """Spearman-Brown for twice the length; a negative agreement says nothing about twice the rows, and stays."""
+    return 2 * r / (1 + r) if r > 0 else r
+
+
+def _fisher(r: float) -> float:
+    return math.atanh(min(r, 1 - 1e-9))
+
+
+def reliability_findings(rows: LayerRows, layers: Sequence[Layer], seed: int = 0) -> list[Finding]:
+    """One statement, with the rows that would settle the uncertain layers; none where there is no ranking to speak of."""
+    found = reliability(rows, seed)
+    if found is None or found.ci95 is None:
+        return []
+    low, high = found.ci95
+    verdict = HOLDS if low >= GOOD else FAILS if high < GOOD else OPEN
+    text = (
+        f"Split in half at random, the {rows_of(found)} agree on the order of criticality; stepped up to all rows, rank correlation "
+        f"{interval(found)}.{needed_text(layers)}"
+    )
+    return [Finding("layers", CLAIM, verdict, text, found)]
+
+
+def needed_text(layers: Sequence[Layer]) -> str:
+    """What would settle each uncertain layer, and whether each light one is safe; "" where there is none."""
+    said = ""
+    for verdict, about in ((UNCERTAIN, "what is uncertain"), (LIGHT, "whether light layers are safe")):
+        chosen = [one for one in layers if one.verdict == verdict and one.criticality.ci95 is not None]
+        needed = [f"layer {one.layer} about {rows_text(one.rows_needed)}" for one in chosen if one.rows_needed is not None]
+        if needed:
+            said += f" Test rows that would settle {about}: {'; '.join(needed)}."
+    return said
+
+
+def rows_text(count: int) -> str:
+    """`about` 120, or more than the most that is told."""
+    return f"{number(count, 0)}" if count < MOST_ROWS else f"{number(MOST_ROWS, 0)} or more"
+
+
+def with_rows_needed(layers: Sequence[Layer], rows: LayerRows, shares: Shares, tolerance: float, seed: int = 0) -> list[Layer]:
+    """The layers, `rows_needed` filled where they are uncertain, or light with a damage below the tolerance, in nats/token."""
+    if not shares.defined:
+        return list(layers)
+    added = rows.added.mean(axis=0)
+    low, high = percentile_interval(resample_means(rows.added, seed=seed, blocks=rows.blocks), rows.independent)
+    filled = []
+    for place, one in enumerate(layers):
+        needed = None
+        if one.verdict == UNCERTAIN and one.criticality.ci95 is not None:
+            p = two_sided_p(shares.criticality([place])[1], 1.0, rows.independent)
+            needed = _rows_for(rows.rows, one.criticality.mean - 1, one.criticality.ci95, _screen_factor(p, one.q_value))
+        elif one.verdict == LIGHT and added[place] < tolerance:
+            needed = _rows_for(rows.rows, float(added[place]) - tolerance, (float(low[place]), float(high[place])))
+        filled.append(replace(one, rows_needed=needed))
+    return filled
+
+
+def _rows_for(n: int, distance: float, ends: tuple[float, float], factor: float = 1.0) -> int | None:
+    """About how many rows bring an interval that is now `ends` off a value that lies `distance` away; two digits, at most `MOST_ROWS`."""
+    half_width = (ends[1] - ends[0]) / 2
+    if distance == 0:
+        return None
+    needed = n * (half_width / distance) ** 2 * factor
+    if needed >= MOST_ROWS:
+        return MOST_ROWS
+    step = 10 ** max(0, math.floor(math.log10(max(needed, 1))) - 1)
+    return max(n, math.ceil(needed / step) * step)
+
+
+def _screen_factor(p: float, q: float) -> float:
+    """How many times more rows the screen over all layers asks for than a single 95 % interval: (z at its level / z at 5 %)^2."""
+    level = FALSE_DISCOVERIES * min(1.0, p / q) if q > 0 else FALSE_DISCOVERIES
+    return float((stats.norm.isf(level / 2) / stats.norm.isf(FALSE_DISCOVERIES / 2)) ** 2)
+
+
+# --- shapley check ---------------------------------------------------------------------------------------------------------
+
+# Are the quadratic shares right? Those of the quadratic model against sampled orders of the layers, on the same rows.
+#
+# Every pair of an order and its reverse gives one estimate of each layer's Shapley value without any model of the damage; their mean is
+# unbiased. Rows (in their blocks) and pairs are both drawn, so both are resampled for the intervals. What is checked are the quadratic shares as
+# they come; the shares that are reported have the difference taken off, with its own error (see `shares`). The largest difference over the layers is an upper
+# bound in expectation: sampling alone makes the largest of many differences larger.
+# Left out: more orders until the sampling error is small; that takes hundreds of models, and the screen of layers two a layer.
+# Source: permutation sampling of Shapley values: Castro et al. 2009.
+
+SHARES_CLAIM = "two models a layer are enough for the layers' shares"
+GOOD_RANK = 0.9
+
+
+def shapley_check(added: ArrayLike, models: int, rows: LayerRows, seed: int = 0) -> ShapleyCheck | None:
+    """added: [pairs, rows, layers], nats/token, on the first of the rows that `rows` is of. None where there is no damage to share."""
+    sampled = np.asarray(added, dtype=np.float64)
+    pairs, few, layers = sampled.shape
+    quadratic = rows.values[:few]  # [few, layers]
+    if min(pairs, few, layers) < 2 or sampled.mean(axis=(0, 1)).sum() <= 0 or quadratic.mean(axis=0).sum() <= 0:
+        return None
+    rng = np.random.default_rng(seed)
+    of_pairs = rng.multinomial(pairs, np.full(pairs, 1 / pairs), RESAMPLES) / pairs  # [resamples, pairs]
+    blocks = None if rows.blocks is None else rows.blocks[:few]
+    of_rows = row_weights(few, RESAMPLES, seed + 1, blocks)  # [resamples, rows]
+    ours = _shares(np.einsum("bp,br,prl->bl", of_pairs, of_rows, sampled))  # [resamples, layers]
+    theirs = _shares(of_rows @ quadratic)
+    mean, mean_quadratic = _shares(sampled.mean(axis=(0, 1))), _shares(quadratic.mean(axis=0))
+    n = min(pairs, independent(few, blocks))
+    where = f"{rows.split}, {2 * pairs} orders"
+
+    def record(value: float, resampled: Floats, unit: str) -> Measured:
+        low, high = percentile_interval(resampled, n)
+        ends = (min(float(low), value), max(float(high), value))  # resampled extremes may all lie beyond what was seen
+        known = ends if math.isfinite(low) else None
+        return Measured(float(value), known, unit, rows.both_bases, where, few, block_count(blocks))
+
+    by_pair = _shares(sampled.mean(axis=1))  # [pairs, layers]
+    return ShapleyCheck(
+        orders=2 * pairs,
+        models=models,
+        sampled=[record(mean[i], ours[:, i], "share") for i in range(layers)],
+        standard_errors=[float(one) for one in by_pair.std(axis=0, ddof=1) / math.sqrt(pairs)],
+        quadratic=[float(one) for one in mean_quadratic],
+        largest=record(np.abs(mean - mean_quadratic).max(), np.abs(ours - theirs).max(axis=1), "share"),
+        rank=record(spearman_by_row(mean[None], mean_quadratic[None])[0], spearman_by_row(ours, theirs), "ratio"),
+    )
+
+
+def _shares(values: Floats) -> Floats:
+    """[..., layers] -> the same, with the sum 1."""
+    return values / values.sum(axis=-1, keepdims=True)
+
+
+def shapley_findings(check: ShapleyCheck | None) -> list[Finding]:
+    """One statement; none where it was not measured."""
+    if check is None:
+        return []
+    low, high = check.rank.ci95 or (-1.0, 1.0)
+    verdict = HOLDS if low >= GOOD_RANK else FAILS if high < GOOD_RANK else OPEN
+    differences = np.abs(np.array(check.quadratic) - [one.mean for one in check.sampled])
+    where = int(differences.argmax())
+    text = (
+        f"In {check.orders} random orders of the layers ({check.models} models on {check.rank.n} rows, no model of the damage), shares rank "
+        f"like the quadratic ones with a correlation of {interval(check.rank)}. The largest difference is {interval(check.largest)} of the "
+        f"damage, at layer {where} (standard error of its sampled share {number(100 * check.standard_errors[where], 1)}%). The shares that are "
+        f"reported have the differences taken off, and their errors in their intervals."
+    )
+    return [Finding("layers", SHARES_CLAIM, verdict, text, check.rank)]

@@ -1,0 +1,221 @@
+"""Is a head what it is called? Heads of one role are removed, and the model must repeat worse than without as many random other heads.
+
+What is predicted is the second half of a random block of tokens twice, without the block's first token (nothing tells that the repeat
+begins): only what copies from the first half can know it. The sequences are not those on which the heads got their names. The heads
+called induction are removed, and, in a model that has them, those called previous token, from which they read (arXiv:2209.11895).
+
+*Removed* means that the head's output is zero: its columns of what the output projection reads. Zero, and not the head's mean output,
+because a mean would have to be taken over some text, would leave in what the head adds everywhere, and differs between the two halves.
+What zero does besides taking the role away (the rest of the model meets a sum that it never saw) it does to the random heads as well:
+that is what they are drawn for.
+Left out: heads whose role is another, paths between heads, and removal in quantized models.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor, nn
+
+from bitatlas.data.rows import rows_sha256
+from bitatlas.measure.attention.apart import MIXED, heads_apart
+from bitatlas.measure.attention.capture import inputs_of, output_projection
+from bitatlas.measure.attention.roles import ABLATION_PART, repeated_tokens
+from bitatlas.model.checkpoint import decoder_layers
+from bitatlas.model.hidden_states import Shelf
+from bitatlas.model.layerwise import Job, batch_rows, follow, logits_of, record
+from bitatlas.records import AttentionHead
+from bitatlas.records.journal import Journal, content_key
+
+ABLATED_ROLES = ("induction", "previous")
+ABLATION_SEQUENCES = 32
+SHORT_SEQUENCES = 8  # in a short survey: where heads do the repeating, the effect is many times the interval of so few
+ABLATION_DRAWS = 20  # fewest with which "none of them does as much" is rarer than 1 in 20 by chance
+
+STATE_BYTES = 2**28  # of what goes into the layers, in memory
+GROUP = 8  # sets of heads that are removed side by side
+
+Head = tuple[int, int]  # layer, head
+Heads = tuple[Head, ...]
+Floats = NDArray[np.float64]
+
+
+@dataclass(frozen=True)
+class Removal:
+    """Mean loss on both halves of each sequence, nats/token: first and second on the last axis. `not_tested`: why arrays are empty."""
+
+    role: str
+    heads: Heads  # that were removed
+    draws: int  # of as many other heads
+    every_draw: bool  # the draws are all there are
+    intact: Floats  # [sequences, 2]
+    removed: Floats  # [sequences, 2]
+    random: Floats  # [draws, sequences, 2]
+    not_tested: str = ""
+
+
+def ablate(
+    model: Any,
+    tokenizer: Any,
+    heads: Sequence[AttentionHead],
+    identity: Sequence[str],
+    journal: Journal,
+    seed: int = 0,
+    progress: Callable[[int, int], None] | None = None,
+    sequences: int = ABLATION_SEQUENCES,
+) -> list[Removal]:
+    """Remove the heads of each role of `ABLATED_ROLES` from the reference, and random other heads; nothing where `heads` is empty.
+
+    heads: of the reference, all layers that have maps; `identity`: what journaled losses belong to. Equal arguments, equal results.
+    """
+    if not heads:
+        return []
+    every = sorted({(head.layer, head.head) for head in heads})
+    named = {role: tuple(sorted((h.layer, h.head) for h in heads if h.role == role)) for role in ABLATED_ROLES}
+    vocabulary = int(model.get_input_embeddings().weight.shape[0])
+    context = getattr(model.config, "max_position_embeddings", None)
+    groups = repeated_tokens(tokenizer, vocabulary, int(context or 2048), sequences, seed, ABLATION_PART)
+    reasons = {role: _not_tested(model, role, named, every, groups) for role in ABLATED_ROLES}
+    draws = {role: () if reasons[role] else random_sets(own, every, seed) for role, own in named.items()}
+    tested = [role for role in ABLATED_ROLES if not reasons[role]]
+    wanted = list(dict.fromkeys(one for role in tested for one in ((), named[role], *draws[role])))
+    losses = _losses(model, groups, wanted, _heads_by_layer(every), identity, journal, progress) if tested else {}
+    found = []
+    for role, own in named.items():
+        none = np.empty((0, 2))
+        if reasons[role]:
+            found.append(Removal(role, own, 0, False, none, none, none[None], reasons[role]))
+            continue
+        all_of_them = len(draws[role]) == math.comb(len(every) - len(own), len(own))
+        others = np.stack([losses[one] for one in draws[role]])
+        found.append(Removal(role, own, len(others), all_of_them, losses[()], losses[own], others))
+    return found
+
+
+def _not_tested(model: Any, role: str, named: dict[str, Heads], every: Sequence[Head], groups: Sequence[Tensor]) -> str:
+    """Why a role's heads cannot be removed and compared; "" where they can."""
+    own = named[role]
+    if not own:
+        return f"no head is called {role}"
+    if not named["induction"]:
+        return "no head is called induction, so none could need these for repeating"
+    if len(every) < 2 * len(own):
+        return f"{len(own)} of {len(every)} heads are called {role}, so there are not as many others to compare with"
+    if not groups:
+        return "context or vocabulary too small for repeated random tokens"
+    layers, count = decoder_layers(model), _heads_by_layer(every)
+    if any(output_projection(layers[layer], count[layer]) is None for layer in count):
+        return "a layer's heads cannot be told apart in what its attention puts out"
+    if not heads_apart(model, count):
+        return MIXED
+    return ""
+
+
+def _heads_by_layer(every: Sequence[Head]) -> dict[int, int]:
+    return {layer: 1 + max(head for other, head in every if other == layer) for layer, _ in every}
+
+
+def random_sets(own: Heads, every: Sequence[Head], seed: int) -> tuple[Heads, ...]:
+    """Up to `ABLATION_DRAWS` different sets of as many heads that are not in `own`."""
+    others = [head for head in every if head not in own]
+    wanted = min(ABLATION_DRAWS, math.comb(len(others), len(own)))
+    generator = np.random.default_rng([seed, len(own)])
+    found: dict[Heads, None] = {}
+    while len(found) < wanted:
+        chosen = generator.choice(len(others), len(own), replace=False)
+        found[tuple(others[i] for i in sorted(chosen))] = None
+    return tuple(found)
+
+
+# --- removing heads ------------------------------------------------------------------------------------------------------------
+
+
+@contextmanager
+def without_heads(model: nn.Module, heads: Sequence[Head], count: dict[int, int]) -> Iterator[None]:
+    """Within the block the outputs of `heads` are zero. count: layer -> its heads. Raises ValueError where they cannot be told apart."""
+    layers, hooks = decoder_layers(model), []
+    try:
+        for layer in sorted({layer for layer, _ in heads}):
+            module = output_projection(layers[layer], count[layer])
+            if module is None:
+                raise ValueError(f"layer {layer}: no output projection of {count[layer]} heads")
+            kept = torch.ones(count[layer], dtype=torch.bool)
+            kept[[head for other, head in heads if other == layer]] = False
+            columns = kept.repeat_interleave(inputs_of(module) // count[layer])
+            hooks.append(module.register_forward_pre_hook(partial(_only, columns)))
+        yield
+    finally:
+        for hook in hooks:
+            hook.remove()
+
+
+def _only(columns: Tensor, module: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...]:
+    return (args[0] * columns.to(args[0].device), *args[1:])
+
+
+# --- losses --------------------------------------------------------------------------------------------------------------------
+
+
+@torch.no_grad()
+def _losses(
+    model: Any,
+    groups: Sequence[Tensor],
+    removals: Sequence[Heads],
+    count: dict[int, int],
+    identity: Sequence[str],
+    journal: Journal,
+    progress: Callable[[int, int], None] | None,
+) -> dict[Heads, Floats]:
+    """Losses [sequences, 2] without each set of heads, from the journal or measured; a pass resumes at the first changed layer."""
+    vocabulary = int(model.get_output_embeddings().weight.shape[0])
+    batches = [batch for group in groups for batch in group.split(batch_rows(group.shape[1], vocabulary))]
+    parts: dict[Heads, list[Any]] = {heads: [] for heads in removals}
+    for number, batch in enumerate(batches):
+        keys = {heads: content_key("ablation", list(identity), rows_sha256(batch), heads) for heads in removals}
+        known = {heads: journal.get(key) for heads, key in keys.items()}
+        missing = [heads for heads in removals if known[heads] is None]
+        for heads, logits in _logits_without(model, batch.to(model.device), missing, count) if missing else ():
+            known[heads] = half_losses(logits, batch.to(model.device)).tolist()
+            journal.put(keys[heads], "ablation", known[heads])
+        for heads in removals:
+            parts[heads].append(known[heads])
+        if progress:
+            progress(number + 1, len(batches))
+    return {heads: np.concatenate([np.asarray(part, dtype=np.float64) for part in of_set]) for heads, of_set in parts.items()}
+
+
+def _logits_without(model: Any, ids: Tensor, removals: Sequence[Heads], count: dict[int, int]) -> Iterator[tuple[Heads, Tensor]]:
+    """Logits [rows, tokens, vocabulary] without each set of heads."""
+    with Shelf(STATE_BYTES) as shelf:
+        recorded = record(model, [ids], shelf)
+        ordered = sorted(removals)  # the empty set first, then by the first layer that is changed
+        for start in range(0, len(ordered), GROUP):
+            group = ordered[start : start + GROUP]
+            jobs = [Job(heads[0][0], _in_force(model, heads, count)) for heads in group if heads]
+            finals = iter(follow(model, recorded, jobs))
+            for heads in group:
+                yield heads, logits_of(model, ids, next(finals)[0] if heads else recorded.final[0])
+
+
+def _in_force(model: nn.Module, heads: Heads, count: dict[int, int]) -> Callable[[int], AbstractContextManager[None]]:
+    return lambda layer: without_heads(model, [head for head in heads if head[0] == layer], count)
+
+
+def half_losses(logits: Tensor, ids: Tensor) -> Tensor:
+    """Mean loss on the first and on the second block of each sequence, each without its first token, nats/token.
+
+    logits: [rows, tokens, vocabulary]; ids: [rows, tokens], a block twice, with or without a beginning token -> float64 [rows, 2].
+    """
+    block = ids.shape[1] // 2
+    start = ids.shape[1] - 2 * block  # 1 where there is a beginning token
+    log_p = torch.log_softmax(logits[:, :-1].float(), dim=-1).gather(2, ids[:, 1:, None])[..., 0]  # of the token behind each
+    first, second = log_p[:, start : start + block - 1], log_p[:, start + block :]
+    return -torch.stack([first.double().mean(1), second.double().mean(1)], dim=1)

@@ -1,0 +1,320 @@
+"""Damage, measured: KL(reference || quantized) of the next-token distribution, in nats/token, one number a row.
+
+Every result belongs to one *assignment* (module -> format; modules not named keep the reference weights) and one batch of rows,
+and is journaled under their hash, so nothing is measured twice, whichever way it was asked for.
+
+Swapping the modules of one layer changes nothing in front of that layer: what goes into every layer of the base is recorded once and
+every swap begins at its own layer (see `layerwise`), which halves the work and gives the same bits as a full pass. Of the reference
+its last hidden states are kept, which say the same as its logits in a fraction of the bytes; logits are made of them where they are needed.
+Batches are a fixed cut of the rows; where a run was interrupted does not change them.
+"""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager
+from dataclasses import dataclass, field
+from itertools import chain
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from bitatlas.data.rows import rows_sha256
+from bitatlas.measure.workers import Progress, Share, Workers
+from bitatlas.model.checkpoint import decoder_layers
+from bitatlas.model.hidden_states import Shelf
+from bitatlas.model.layerwise import (
+    LOGIT_BYTES,
+    Job,
+    Recorded,
+    batch_rows,
+    begin,
+    check_range,
+    cut,
+    follow,
+    is_chain,
+    logits_of,
+    record,
+    token_spans,
+)
+from bitatlas.model.streaming import Lookup, Stream, stream_of
+from bitatlas.model.swap import swapped
+from bitatlas.quantize.bank import Bank
+from bitatlas.records.journal import Journal, content_key
+
+Assignment = Mapping[str, str]
+Finals = dict[str, list[Tensor]]  # plan -> what comes out of the last layer, by batch
+FinalsOf = Callable[[Sequence[Tensor], Sequence[str]], Iterator[Finals]]
+REFERENCE_BYTES = 2**28  # of the reference's log-probabilities that are kept: a search asks for the same rows again and again
+STATE_BYTES = 2**28  # of hidden states in memory, where nothing else is said
+GROUP = 8  # models that go through a layer together: what is measured of them is journaled together
+
+
+@dataclass(frozen=True)
+class Room:
+    """What hidden states may take. `state_bytes` in memory, the rest in files below `folder`; `whole`: all weights are in memory.
+
+    As many batches as have room go through a layer together, since a changed weight is made of its codes once for all of them. Where the
+    weights are not in memory, so do as many models, and of what goes into each layer the most may lie in files: reading weights takes longer.
+    """
+
+    state_bytes: int = STATE_BYTES
+    reference_bytes: int = REFERENCE_BYTES
+    logit_bytes: int = LOGIT_BYTES  # of one array of logits
+    whole: bool = True
+    folder: Path | None = None
+
+    def batches(self, count: int, state_bytes: int, layers: int) -> int:
+        """How many of `count` batches at a time; `state_bytes`: of one batch's hidden state."""
+        each = states_of(layers, state_bytes) if self.whole else 4 * state_bytes
+        return max(1, min(count, self.state_bytes // each))
+
+    def models(self, batches: int, state_bytes: int) -> int:
+        """How many models at a time."""
+        fitting = max(1, self.state_bytes // (2 * batches * state_bytes))
+        return min(GROUP, fitting) if self.whole else fitting
+
+
+def states_of(layers: int, state_bytes: int) -> int:
+    """Bytes of hidden states while changes of a recorded base are followed: what went into its layers, and before and after one for each model."""
+    return (layers + 1 + 3 * GROUP) * state_bytes
+
+
+def kl_per_row(reference: Tensor, logits: Tensor) -> Tensor:
+    """KL(reference || model), mean over a row's tokens. reference: log-probabilities, logits: raw, both [rows, tokens, vocabulary] -> [rows]."""
+    changed = torch.log_softmax(logits.float(), dim=-1)
+    return (reference.exp() * (reference - changed)).sum(-1).double().mean(-1)
+
+
+@dataclass(frozen=True)
+class Swap:
+    """A change to a base: some modules of one layer in other formats."""
+
+    layer: int
+    assignment: Assignment
+
+
+@dataclass
+class Reference:
+    """The unquantized model on batches that it has seen: last hidden states, and log-probabilities as far as there is room."""
+
+    model: Any
+    room: Room
+    states: Shelf = field(init=False)
+    _log_p: dict[str, Tensor] = field(default_factory=dict)
+    _kept: int = 0
+
+    def __post_init__(self) -> None:
+        self.states = Shelf(self.room.state_bytes, self.room.folder, host=not self.room.whole)
+
+    def see(self, batches: Sequence[Tensor]) -> None:
+        """Run the model over those of `batches` that it has not seen; call it outside any `swapped` block."""
+        new = [batch for batch in batches if rows_sha256(batch) not in self.states]
+        if new:
+            for batch, final in zip(new, record(self.model, new).final, strict=True):
+                check_range(final, "the unquantized model on these rows")
+                self.states.put(rows_sha256(batch), final)
+
+    def whole(self, batch: Tensor) -> Tensor:
+        """Log-probabilities [rows, tokens, vocabulary] on a batch, which is run if it was not seen."""
+        self.see([batch])
+        return self.log_p(batch, slice(0, batch.shape[1]))
+
+    @torch.no_grad()
+    def log_p(self, batch: Tensor, span: slice) -> Tensor:
+        """Log-probabilities [rows, tokens of the span, vocabulary] on a batch that was seen."""
+        key = f"{rows_sha256(batch)} {span.start}"
+        if key in self._log_p:
+            return self._log_p[key]
+        final = self.states.get(rows_sha256(batch))
+        found = torch.log_softmax(logits_of(self.model, batch[:, span], cut(self.model, final, span)).float(), dim=-1)
+        if self._kept + 4 * found.numel() <= self.room.reference_bytes:
+            self._log_p[key] = found
+            self._kept += 4 * found.numel()
+        return found
+
+
+class _Made:
+    """Weights made of their codes, kept while one layer is looked at: most plans share them."""
+
+    def __init__(self, bank: Bank):
+        self._bank = bank
+        self._layer = -1
+        self._weights: dict[tuple[str, str], Tensor] = {}
+
+    def of(self, layer: int, module: str, format_name: str) -> Tensor:
+        if layer != self._layer:
+            self._layer, self._weights = layer, {}
+        key = (module, format_name)
+        if key not in self._weights:
+            self._weights[key] = self._bank.weights({module: format_name})[module]
+        return self._weights[key]
+
+
+class DamageMeter:
+    """Measures assignments of one model. `model` holds the reference weights between calls. `workers`: who measures ahead of it."""
+
+    def __init__(
+        self,
+        model: Any,
+        bank: Bank,
+        weights_sha256: str,
+        quantizer: str,
+        journal: Journal,
+        room: Room | None = None,
+    ):
+        self.model = model
+        self.bank = bank
+        self.journal = journal
+        self.room = room or Room()
+        self.workers: Workers | None = None
+        weight = next(model.parameters())
+        self.identity = (weights_sha256, quantizer, str(weight.dtype), weight.device.type)
+        self.vocabulary = int(self.model.get_output_embeddings().weight.shape[0])
+        self.layers = len(decoder_layers(model))
+        # what is kept of a model that is run whole is its logits
+        self.width = int(self.model.get_input_embeddings().weight.shape[1]) if is_chain(model) else self.vocabulary
+        self.reference = Reference(model, self.room)
+
+    def plans(self, plans: Mapping[str, Assignment], rows: Tensor, progress: Progress | None = None) -> dict[str, np.ndarray]:
+        """Damage of whole assignments, by name: float64 [rows] each, nats/token."""
+
+        def finals_of(batches: Sequence[Tensor], names: Sequence[str]) -> Iterator[Finals]:
+            for group in self.groups(names, batches):
+                yield dict(zip(group, self._whole_models(batches, [plans[name] for name in group]), strict=True))
+
+        share = Share("plans", lambda names, batch: ({name: plans[name] for name in names}, batch), passes=1, fixed=1)
+        return self._measure(rows, plans, finals_of, share, progress)
+
+    def swaps(
+        self, base: Assignment, swaps: Mapping[str, Swap], rows: Tensor, progress: Progress | None = None
+    ) -> dict[str, np.ndarray]:
+        """Damage of `base` with each swap made alone, by name: float64 [rows] each, nats/token."""
+
+        def finals_of(batches: Sequence[Tensor], names: Sequence[str]) -> Iterator[Finals]:
+            with self.shelf() as shelf, swapped(self.model, self.bank.weights(base)):
+                recorded = record(self.model, batches, shelf)
+                for group in self.groups(sorted(names, key=lambda name: swaps[name].layer), batches):
+                    yield dict(zip(group, self.follow(recorded, [swaps[name] for name in group]), strict=True))
+
+        whole = {name: {**base, **swap.assignment} for name, swap in swaps.items()}
+        share = Share("swaps", lambda names, batch: (base, {name: swaps[name] for name in names}, batch), passes=0.5, fixed=2)
+        return self._measure(rows, whole, finals_of, share, progress)
+
+    def _whole_models(self, batches: Sequence[Tensor], plans: Sequence[Assignment]) -> list[list[Tensor]]:
+        """What comes out of the last layer, by plan and batch. Of a streamed model, all plans go through a layer before the next is read."""
+        stream = stream_of(self.model)
+        if stream is not None:
+            made = _Made(self.bank)
+            return follow(self.model, begin(self.model, batches), [Job(0, self._planned(plan, stream, made)) for plan in plans])
+        found = []
+        for plan in plans:
+            with swapped(self.model, self.bank.weights(plan)):
+                found.append(record(self.model, batches).final)
+        return found
+
+    def _planned(self, plan: Assignment, stream: Stream, made: _Made) -> Callable[[int], AbstractContextManager[Any]]:
+        names: dict[int, list[str]] = defaultdict(list)
+        for name in plan:
+            names[stream.layer_of(name)].append(name)
+        return lambda layer: swapped(self.model, Lookup(names[layer], lambda name: made.of(layer, name, plan[name])))
+
+    def shelf(self) -> Shelf:
+        """For the states of one pass."""
+        return Shelf(self.room.state_bytes, self.room.folder, host=not self.room.whole)
+
+    def follow(self, recorded: Recorded, swaps: Sequence[Swap]) -> list[list[Tensor]]:
+        """What comes out of the last layer with each swap made alone, by batch, in the block of the base that was recorded."""
+        return follow(self.model, recorded, [Job(swap.layer, self._in_force(swap)) for swap in swaps])
+
+    def _in_force(self, swap: Swap) -> Callable[[int], AbstractContextManager[Any]]:
+        weights = self.bank.weights(swap.assignment)
+        return lambda layer: swapped(self.model, weights if layer == swap.layer else {})
+
+    def chunks(self, rows: Tensor) -> list[list[Tensor]]:
+        """The rows' batches [rows, tokens], in runs of as many as go through a layer together."""
+        batches = list(rows.split(batch_rows(rows.shape[1], self.vocabulary)))
+        step = self.room.batches(len(batches), self._state_bytes(batches[0]), self.layers) if batches else 1
+        return [batches[start : start + step] for start in range(0, len(batches), step)]
+
+    def groups(self, names: Sequence[Any], batches: Sequence[Tensor]) -> Iterator[Sequence[Any]]:
+        """`names` in runs of as many models as go through a layer together."""
+        step = self.room.models(len(batches), self._state_bytes(batches[0]))
+        return (names[start : start + step] for start in range(0, len(names), step))
+
+    def _state_bytes(self, batch: Tensor) -> int:
+        return batch.numel() * self.width * next(self.model.parameters()).element_size()
+
+    def spans(self, batch: Tensor) -> list[slice]:
+        """The runs of tokens in which a batch's logits are made."""
+        return token_spans(len(batch), batch.shape[1], self.vocabulary, self.room.logit_bytes)
+
+    @torch.no_grad()
+    def _kl(self, batch: Tensor, finals: Sequence[Tensor]) -> list[Tensor]:
+        """Damage of each model whose last hidden state on `batch` is given: float64 [rows] each."""
+        sums = [torch.zeros(len(batch), dtype=torch.float64) for _ in finals]
+        for span in self.spans(batch):
+            reference = self.reference.log_p(batch, span)
+            share = reference.shape[1] / batch.shape[1]
+            for total, final in zip(sums, finals, strict=True):
+                logits = logits_of(self.model, batch[:, span], cut(self.model, final, span))
+                total += share * kl_per_row(reference, logits).cpu()
+        for total in sums:
+            check_range(total, "a quantized model", finals[0].dtype)
+        return sums
+
+    def _measure(
+        self, rows: Tensor, plans: Mapping[str, Assignment], finals_of: FinalsOf, share: Share, progress: Progress | None
+    ) -> dict[str, np.ndarray]:
+        """Take each (assignment, batch) from the journal, or from `finals_of(batches, missing names)`."""
+        self._ahead(rows, plans, share, progress)
+        parts: dict[str, list[Any]] = {name: [] for name in plans}
+        done, total = 0, len(plans) * -(-len(rows) // batch_rows(rows.shape[1], self.vocabulary))
+        for chunk in self.chunks(rows):
+            keys = {name: self._keys(plan, chunk) for name, plan in plans.items()}
+            known = {key: self.journal.get(key) for of_plan in keys.values() for key in of_plan}
+            missing = {
+                of_plan: name for name, of_plan in keys.items() if any(known[key] is None for key in of_plan)
+            }  # equal plans once
+            done += len(chunk) * (len(plans) - len(missing))
+            for found in self._found(chunk, finals_of, list(missing.values())) if missing else ():
+                for name, values in found.items():
+                    new = dict(zip(keys[name], values, strict=True))
+                    self.journal.put_all("damage", new)
+                    known |= new
+                done += len(found) * len(chunk)
+                if progress:
+                    progress(done, total)
+            for name, of_plan in keys.items():
+                parts[name] += [known[key] for key in of_plan]
+        if progress:
+            progress(total, total)
+        return {name: np.concatenate([np.asarray(part) for part in own]) for name, own in parts.items()}
+
+    def _ahead(self, rows: Tensor, plans: Mapping[str, Assignment], share: Share, progress: Progress | None) -> None:
+        """What is missing, measured by the workers where there are some."""
+        if not self.workers:
+            return
+        ahead = []
+        for batch in chain.from_iterable(self.chunks(rows)):
+            keys = {self._keys(plan, [batch])[0]: name for name, plan in plans.items()}  # equal plans once
+            ahead.append((batch, [name for key, name in keys.items() if self.journal.get(key) is None]))
+        self.bank.ready(sorted({pair for _, names in ahead for name in names for pair in plans[name].items()}))
+        self.workers.spread(share, ahead, progress)
+
+    def _keys(self, plan: Assignment, batches: Sequence[Tensor]) -> tuple[str, ...]:
+        return tuple(content_key("damage", self.identity, rows_sha256(batch), dict(plan)) for batch in batches)
+
+    def _found(
+        self, batches: Sequence[Tensor], finals_of: FinalsOf, names: Sequence[str]
+    ) -> Iterator[dict[str, list[list[float]]]]:
+        """Damage by name, batch and row, as it is measured."""
+        own = [batch.to(self.model.device) for batch in batches]
+        self.reference.see(own)
+        for finals in finals_of(own, names):
+            by_batch = [self._kl(batch, states) for batch, states in zip(own, zip(*finals.values(), strict=True), strict=True)]
+            yield {name: [of_batch[place].tolist() for of_batch in by_batch] for place, name in enumerate(finals)}

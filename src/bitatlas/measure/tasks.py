@@ -1,0 +1,242 @@
+"""Score a model that is in memory on items, through lm-evaluation-harness, one record an item.
+
+The harness does what it is trusted for: prompts, tokenization at the border of prompt and answer, batching, log-likelihoods,
+stopping, metrics. This file hands it the items in memory and the model as it is now, so that a caller may swap weights, score a
+shard, swap back; beside the model's own work that costs about 20 ms a call and 2 ms an item. Nothing is written and nothing is
+fetched: the harness's `evaluate` is called, not `simple_evaluate`, which would reset random seeds and collect the environment.
+
+Left out: chat templates (base-model prompts throughout, as for the published numbers of these tasks); several devices a call.
+Source: lm-evaluation-harness (EleutherAI), version 0.4.13.
+"""
+
+from __future__ import annotations
+
+import functools
+import logging
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from bitatlas.data.answers import plain_number, read_number, same_answer
+from bitatlas.data.tasks import (
+    TASKS,
+    Item,
+    Task,
+    chance_level,
+    check_task_names,
+    items_sha256,
+    load_items,
+    split_items,
+    task_text,
+)
+from bitatlas.errors import UserError
+from bitatlas.model.swap import swapped
+from bitatlas.records import TaskScore
+from bitatlas.records.journal import content_key
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+__all__ = [
+    "TASKS",
+    "Task",
+    "chance_level",
+    "check_task_names",
+    "items_sha256",
+    "load_items",
+    "read_number",
+    "score_items",
+    "split_items",
+    "task_text",
+]
+
+TASK_FILES = Path(__file__).parent / "harness"
+
+
+def score_items(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    task: str,
+    items: Sequence[Item],
+    batch_size: int = 16,
+) -> list[dict[str, Any]]:
+    """Let the model, with the weights it has now and where it is now, answer `items` of `task`; records in their order.
+
+    A record: {"item": id, "correct": bool, "answer": str, "expected": str, "truncated": bool}, and of a task that writes also
+    "output", the text; of choices also "correct_norm": right by log-likelihood per character ("acc_norm"). `answer` is the choice's text,
+    or the number that was read ("" if none). `truncated`: the prompt did not fit into the model's context and lost its beginning.
+    The `examples` that items carry stand before every prompt, with their answers. Writing is greedy, whatever the checkpoint's generation
+    settings say.
+
+    Model and tokenizer are as before on return. Raises UserError where the tokenizer has no token to pad or to stop with, or where a
+    choice is longer than the model's context or no tokens.
+    """
+    if not items:
+        return []
+    import torch
+    from lm_eval.evaluator import evaluate
+
+    from bitatlas.measure.scorer import Scorer, greedy_alone
+
+    spec = TASKS[task]
+    with _quiet(), greedy_alone(model, tokenizer), _special_tokens(tokenizer), torch.no_grad():
+        lm = Scorer(pretrained=model, tokenizer=tokenizer, batch_size=batch_size)  # type: ignore[arg-type]
+        harness_task = _harness_task(spec, items, lm.max_length)
+        results = evaluate(lm=lm, task_dict={spec.name: harness_task}, bootstrap_iters=0, log_samples=True)
+        samples = sorted(results["samples"][spec.name], key=lambda sample: sample["doc_id"])
+        return [_record(spec, item, sample, lm) for item, sample in zip(items, samples, strict=True)]
+
+
+def _harness_task(spec: Task, items: Sequence[Item], context: int) -> Any:
+    """The task file with these items and their examples in it."""
+    from datasets import Dataset
+    from lm_eval.api.task import ConfigurableTask
+
+    config = _task_file(spec.form)
+    config["task"] = spec.name
+    examples = items[0].get("examples", [])
+    documents = [{name: value for name, value in item.items() if name != "examples"} for item in items]
+    config["custom_dataset"] = lambda **_: {"items": Dataset.from_list(documents)}
+    config["num_fewshot"] = len(examples)
+    config["fewshot_config"]["samples"] = [dict(example) for example in examples]
+    if not spec.is_choice:
+        config["process_results"] = functools.partial(number_right, spec.form)
+        # a prompt must have room beside what is written
+        generation = config["generation_kwargs"]
+        generation["max_gen_toks"] = min(generation["max_gen_toks"], context // 2)
+    return ConfigurableTask(config=config)
+
+
+def _task_file(form: str) -> dict[str, Any]:
+    import yaml
+
+    return dict(yaml.safe_load((TASK_FILES / f"{form}.yaml").read_text(encoding="utf-8")))
+
+
+# --- what was answered ---------------------------------------------------------------------------------------------------
+
+
+def number_right(form: str, item: Item, outputs: Sequence[str]) -> dict[str, float]:
+    """The harness's `process_results`: 1 where the number that is read equals the answer."""
+    return {"exact_match": float(same_answer(read_number(form, outputs[0]), float(item["answer"])))}
+
+
+def _record(spec: Task, item: Item, sample: dict[str, Any], lm: Any) -> dict[str, Any]:
+    """What is kept of the harness's sample; "truncated" repeats its rule for what fits."""
+    prompt = sample["arguments"][0][0]
+    if spec.is_choice:
+        likelihoods = [likelihood for likelihood, _ in sample["filtered_resps"]]  # [choices], summed, nats
+        longest = max(len(lm.tok_encode(prompt + ending)) for _, ending in sample["arguments"])
+        return {
+            "item": item["id"],
+            "correct": bool(sample["acc"]),
+            "correct_norm": bool(sample["acc_norm"]),
+            "answer": item["choices"][int(np.argmax(likelihoods))],
+            "expected": item["choices"][item["gold"]],
+            "truncated": longest > lm.max_length + 1,  # the last token is scored, not read
+        }
+    output = sample["filtered_resps"][0]
+    number = read_number(spec.form, output)
+    room = lm.max_length - sample["arguments"][0][1]["max_gen_toks"]
+    return {
+        "item": item["id"],
+        "correct": bool(sample["exact_match"]),
+        "answer": "" if number is None else plain_number(number),
+        "expected": item["answer"],
+        "truncated": len(lm.tok_encode(prompt)) > room,
+        "output": output,
+    }
+
+
+# --- keeping the harness quiet and the tokenizer as it was ---------------------------------------------------------------
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """No progress bars and no logs below errors: in shards, the harness would print a page for each."""
+    from tqdm import tqdm
+
+    loggers = [logging.getLogger(name) for name in ("lm_eval", "transformers", "datasets")]
+    levels = [logger.level for logger in loggers]
+    start_bar = tqdm.__init__
+
+    def no_bar(self: Any, *args: Any, **options: Any) -> None:
+        start_bar(self, *args, **{**options, "disable": True})
+
+    try:
+        for logger in loggers:
+            logger.setLevel(logging.ERROR)
+        tqdm.__init__ = no_bar  # type: ignore[assignment, method-assign]
+        yield
+    finally:
+        tqdm.__init__ = start_bar  # type: ignore[method-assign]
+        for logger, level in zip(loggers, levels, strict=True):
+            logger.setLevel(level)
+
+
+@contextmanager
+def _special_tokens(tokenizer: PreTrainedTokenizerBase) -> Iterator[None]:
+    """The harness needs a token to pad with (masked, so any will do) and one to stop at; take them back afterwards."""
+    before = {name: getattr(tokenizer, name) for name in ("eos_token", "pad_token")}
+    known = [tokenizer.eos_token, tokenizer.pad_token, tokenizer.unk_token, tokenizer.bos_token]
+    spare = next((token for token in known if token is not None), None)
+    if spare is None:
+        raise UserError("--tasks: the tokenizer has no end-of-text, padding, unknown or beginning token; tasks need one of them")
+    try:
+        for name, token in before.items():
+            if token is None:
+                setattr(tokenizer, name, spare)
+        yield
+    finally:
+        for name, token in before.items():
+            if token is None:
+                setattr(tokenizer, name, None)
+
+
+# --- shards ----------------------------------------------------------------------------------------------------------------
+
+# Score a task in shards, each journaled: an interrupted run goes on with the next, and no items are answered twice.
+
+if TYPE_CHECKING:
+    from bitatlas.run.prepare import Run
+
+SHARD_ITEMS = 50  # of a task, between two entries of the journal
+
+
+def score_shards(run: Run, task: str, items: list[Item], assignment: Mapping[str, str], precision: str) -> list[dict[str, Any]]:
+    """One record an item, of the model with `assignment`; `precision`: its name, for the reader of the progress."""
+    answers: list[dict[str, Any]] = []
+    shards = [items[start : start + SHARD_ITEMS] for start in range(0, len(items), SHARD_ITEMS)]
+    keys = [content_key("task", run.meter.identity, dict(assignment), task, items_sha256(shard)) for shard in shards]
+    with run.reporter.stage(f"{task} ({precision})") as progress:
+        if run.workers:
+            missing = [shard for shard, key in zip(shards, keys, strict=True) if run.journal.get(key) is None]
+            run.workers.share("tasks", [(task, shard, assignment) for shard in missing], progress)
+        with swapped(run.model, run.bank.weights(assignment)):
+            for shard, key in zip(shards, keys, strict=True):
+                value = run.journal.get(key)
+                if value is None:
+                    value = score_items(run.model, run.tokenizer, task, shard)
+                    run.journal.put(key, "task", value)
+                answers += value
+                progress(len(answers), len(items))
+    return answers
+
+
+def with_norms(scores: Sequence[TaskScore], lines: Iterable[Mapping[str, Any]]) -> list[TaskScore]:
+    """The scores with how many items are right by likelihood per character. lines: records with their task and precision."""
+    counts: dict[tuple[str, str], int] = {}
+    for line in lines:
+        if "correct_norm" in line:
+            key = line["task"], line["precision"]
+            counts[key] = counts.get(key, 0) + line["correct_norm"]
+    return [replace(score, correct_norm=counts.get((score.task, score.precision))) for score in scores]
+
+
+def right_of(answers: list[dict[str, Any]]) -> np.ndarray:
+    """bool [items]"""
+    return np.array([answer["correct"] for answer in answers], dtype=bool)

@@ -1,0 +1,512 @@
+"""Open a checkpoint: what it is, its decoder layers, the linear modules that can be quantized, and whether its weights are whole.
+
+Everything that can be known without reading weights is read first, from the config and the safetensors headers, so that a wrong
+folder or an impossible budget is refused at once. The model's skeleton is built on torch's meta device, which costs no memory.
+
+Any causal language model of transformers will do: decoder layers are the largest list of equal blocks that hold linear modules.
+Left out: pickle weights, remote code, checkpoints that are quantized already, and experts fused into one 3-D tensor, which stay
+as they are (a note says so).
+"""
+
+from __future__ import annotations
+
+import math
+import re
+from collections import Counter
+from collections.abc import Callable, Collection, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+from transformers import (
+    MODEL_FOR_CAUSAL_LM_MAPPING,
+    AutoModelForCausalLM,
+    AutoModelForImageTextToText,
+    AutoTokenizer,
+    PreTrainedModel,
+)
+from transformers.pytorch_utils import Conv1D
+from transformers.utils import logging
+
+from bitatlas.errors import UserError
+from bitatlas.model.calls import Calls, calls_of
+from bitatlas.model.folder import find_folder, read_config, sha256_of, weight_files
+from bitatlas.model.memory_shape import memory_shape
+from bitatlas.model.naming import Target, targets_of
+from bitatlas.model.streaming import open_stream, without_weights
+from bitatlas.model.tensor_files import Reader, read_header, reason_of
+from bitatlas.records import ModelInfo, Module
+from bitatlas.records.memory import MemoryShape
+from bitatlas.records.sizes import FUSED, kept_bytes
+
+DTYPE_NAMES = {"F64": "float64", "F32": "float32", "F16": "float16", "BF16": "bfloat16"}
+WEIGHTS = (
+    ".weight",
+    ".qweight",
+    ".weight_packed",
+    ".weight_scale",
+)  # what no quantized checkpoint can do without, where it has it
+PACKED = (
+    ".qweight",
+    ".weight_packed",
+    ".q_weight",
+    ".trellis",
+    ".SCB",
+)  # what a quantized module has in the place of its weight, or beside it
+FOUND = "bitatlas_layers"  # attribute of a model: the path of its decoder layers
+CAUSAL_TOKENS = 8  # of the text on which `check_causal` looks for a model that reads ahead
+CAUSAL_TOLERANCE = 1e-4  # of the largest logit
+logging.disable_progress_bar()  # loading a local file; our own progress is enough
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """A checkpoint on disk. `layers_path` names the list of decoder layers in the model."""
+
+    folder: Path
+    config: Any
+    info: ModelInfo
+    modules: list[Module]
+    layers_path: str
+    files: list[Path]
+    stamps: list[tuple[int, ...]]  # of each file, from before it was hashed
+    notes: list[str] = field(default_factory=list)
+    loaded: frozenset[str] = frozenset()  # tensors of the files that transformers does not pass over
+
+    def load_model(self, device: str = "cpu", dtype: torch.dtype = torch.float32) -> PreTrainedModel:
+        """The model in evaluation mode; UserError where its weights and its config do not belong together."""
+        model, report = _load(self.folder, str(self.folder), self.config, dtype)
+        _check_loaded(report, str(self.folder))
+        self._check_unexpected(sorted(report["unexpected_keys"]))
+        self.check_unchanged()
+        return _placed(model, device)
+
+    def stream_model(self, device: str = "cpu", dtype: torch.dtype = torch.float32) -> PreTrainedModel:
+        """The model in evaluation mode with its decoder layers on disk (see `streaming`); UserError where that cannot be."""
+        with without_weights():
+            model = skeleton_of(self.config, str(self.folder), "cpu")
+        with _quiet():
+            return open_stream(model, self.layers_path, Reader(self.files), device, dtype, self.check_unchanged)
+
+    def check_unchanged(self) -> None:
+        """UserError where a weights file is no longer the one that was hashed: what is read now is something else.
+
+        Only a file that was touched is hashed again.
+        """
+        now = [_stamp(file) for file in self.files]
+        changed = [file for file, stamp, before in zip(self.files, now, self.stamps, strict=True) if stamp != before]
+        if changed and not (all(file.is_file() for file in self.files) and sha256_of(self.files) == self.info.weights_sha256):
+            raise UserError(f"{changed[0]}: the file changed while it was in use; start again once it is whole")
+        self.stamps[:] = now
+
+    def skeleton(self) -> nn.Module:
+        """The model without its weights, on torch's meta device."""
+        return skeleton_of(self.config, str(self.folder))
+
+    def _check_unexpected(self, keys: list[str]) -> None:
+        """Tensors that transformers passed over: harmless buffers, or weights that the config has no place for."""
+        layers = self.info.layers + int(getattr(self.config.get_text_config(), "num_nextn_predict_layers", None) or 0)
+        linear = {module.name for module in self.modules}
+        above, _, last = self.layers_path.rpartition(".")  # checkpoints of the bare base model leave out what is above
+        inside = re.compile(rf"(?:{re.escape(above)}\.)?{re.escape(last)}\.(\d+)\.(.+)\.[^.]+")
+        for key in keys:
+            found = inside.fullmatch(key)
+            if found and int(found[1]) >= layers:
+                raise UserError(f"{self.folder}: the weights hold {key}, but the config says {self.info.layers} layers")
+            if found and f"{self.layers_path}.{found[1]}.{found[2]}" in linear:
+                raise UserError(f"{self.folder}: the weights hold {key}, which the config has no place for")
+
+    def load_tokenizer(self) -> Any:
+        try:
+            with _quiet():
+                return AutoTokenizer.from_pretrained(self.folder, local_files_only=True, trust_remote_code=False)
+        except Exception as error:  # tokenizers raises bare Exceptions
+            raise UserError(f"{self.folder}: no usable tokenizer ({reason_of(error)})") from None
+
+
+def open_checkpoint(name: str, revision: str | None = None, fuse: bool = True) -> Checkpoint:
+    """Open a local folder or a hub name without reading its weights (only headers, and the bytes once for their hash)."""
+    folder = find_folder(name, revision)
+    config = read_config(folder, name)
+    files = weight_files(folder)
+    stamps = [_stamp(file) for file in files]
+    reader = Reader(files)
+    model = skeleton_of(config, name)
+    layers_path = find_layers(model, name)
+    targets = targets_of(model, reader)
+    _check_stored(model, reader, targets, name)
+    modules, left_out = _plannable(config, name, model, layers_path, fuse)
+    modules = _with_sizes(modules, reader, targets)
+    layers = len(_layer_list(model, layers_path))
+    with _quiet():
+        memory = memory_shape(model, modules, layers)
+    info = _describe(name, revision, config, files, reader, modules, layers, memory, _main_dtype(modules, reader, targets))
+    notes = _notes(model, layers_path, modules, left_out)
+    return Checkpoint(folder, config, info, modules, layers_path, files, stamps, notes, frozenset(targets))
+
+
+def _plannable(
+    config: Any, name: str, model: nn.Module, layers_path: str, fuse: bool
+) -> tuple[list[Module], list[tuple[str, list[Module]]]]:
+    """The modules that a plan is made of, and those that it leaves out, by reason; UserError where there are none."""
+    every = linear_modules(model, layers_path, fuse)
+    calls = calls_in(config, name, layers_path, [module.name for module in every])
+    modules = linear_modules(model, layers_path, fuse, calls.idle | calls.unlike)
+    if not modules:
+        raise UserError(
+            f"{name}: no linear module of its decoder layers is called in a forward pass, so there is nothing to quantize"
+        )
+    idle, unlike = ([module for module in every if module.name in names] for names in (calls.idle, calls.unlike - calls.idle))
+    held = {module.name for module in every}
+    shared = [module for module in _shared_modules(model, layers_path) if module.name not in held]
+    return modules, [
+        ("since the module is never called (its weight is read by others, or not used)", idle),
+        ("since the module does more with its weight than to multiply by it", unlike),
+        ("since several layers share the weight", shared),
+    ]
+
+
+def calls_in(config: Any, name: str, layers_path: str, names: list[str]) -> Calls:
+    """How a forward pass uses the linear modules `names`."""
+    with without_weights():
+        model = skeleton_of(config, name, "cpu")
+    with _quiet():
+        return calls_of(model, layers_path, names)
+
+
+def _shared_modules(model: nn.Module, layers_path: str) -> list[Module]:
+    """Linear modules of the decoder layers whose weight is that of others, too."""
+    uses = Counter(id(p) for _, p in model.named_parameters(remove_duplicate=False))
+    found = []
+    for index, layer in enumerate(_layer_list(model, layers_path)):
+        for path, module in layer.named_modules():
+            if is_linear(module) and uses[id(module.weight)] > 1:
+                name = f"{layers_path}.{index}.{path}"
+                found.append(Module(name, index, path.rpartition(".")[2], _shape(module), name))
+    return found
+
+
+def _check_stored(model: nn.Module, reader: Reader, targets: dict[str, Target], name: str) -> None:
+    """UserError, from the headers alone, for weights that are not this model's, or not a plain checkpoint's."""
+    parameters = dict(model.named_parameters(remove_duplicate=False))
+    whole: dict[str, str] = {}
+    for key, target in targets.items():
+        parameter = parameters.get(target.name)
+        if parameter is None:  # a buffer
+            continue
+        if reader.dtype(key) not in DTYPE_NAMES:
+            raise UserError(
+                f"{name}: {key} is stored as {reader.dtype(key)}; bitatlas needs float32, float16 or bfloat16 weights, "
+                "so give the checkpoint before it was quantized or cast"
+            )
+        if target.whole and whole.setdefault(target.name, key) != key:
+            raise UserError(f"{name}: {whole[target.name]} and {key} are both the model's {target.name}; one of them must go")
+        if target.whole and reader.shape(key) != tuple(parameter.shape):
+            raise UserError(f"{name}: {key} has shape {reader.shape(key)}, but the config says {tuple(parameter.shape)}")
+    absent = set(parameters) - {target.name for target in targets.values()}
+    packed = [key for path in sorted(absent) for suffix in PACKED if (key := path.removesuffix(".weight") + suffix) in reader]
+    if packed:
+        raise UserError(f"{name}: {packed[0]} is packed, so the checkpoint is quantized already; give the unquantized one")
+
+
+def _with_sizes(modules: list[Module], reader: Reader, targets: dict[str, Target]) -> list[Module]:
+    """The modules with the bytes of their weights in the files, where these lie there one by one."""
+    sizes = {target.name: reader.size_bytes(key) for key, target in targets.items() if target.whole}
+    return [replace(module, size_bytes=sizes.get(f"{module.name}.weight")) for module in modules]
+
+
+def _main_dtype(modules: list[Module], reader: Reader, targets: dict[str, Target]) -> str:
+    """The dtype of most linear weights, by bytes; of most tensors where these lie in the files in another form."""
+    linear = {f"{module.name}.weight" for module in modules}
+    by_dtype: dict[bool, Counter[str]] = {True: Counter(), False: Counter()}  # linear weights, other tensors
+    for key in reader:
+        if reader.dtype(key) in DTYPE_NAMES:
+            by_dtype[key in targets and targets[key].name in linear][reader.dtype(key)] += reader.size_bytes(key)
+    counted = by_dtype[True] or by_dtype[False]
+    return DTYPE_NAMES[counted.most_common(1)[0][0]] if counted else "float32"
+
+
+def open_model(name: str, device: str = "cpu") -> tuple[Any, Any]:
+    """(model, tokenizer) of any causal checkpoint that transformers loads, quantized ones included, for comparisons alone."""
+    folder = find_folder(name, None)
+    config = read_config(folder, name, quantized=True)
+    for file in weight_files(folder):
+        read_header(file)
+    model, report = _load(folder, name, config, torch.float32)
+    if getattr(config, "quantization_config", None):  # a quantized layer makes and drops other tensors as it is loaded
+        report["missing_keys"] = [key for key in report["missing_keys"] if key.endswith(WEIGHTS)]
+    _check_loaded(report, name)
+    try:
+        with _quiet():
+            tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
+    except Exception as error:  # tokenizers raises bare Exceptions
+        raise UserError(f"{name}: no usable tokenizer ({reason_of(error)})") from None
+    return _placed(model, device), tokenizer
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """Without the warnings of transformers: what matters in them is checked and told in one line."""
+    before = logging.get_verbosity()
+    logging.set_verbosity_error()
+    try:
+        yield
+    finally:
+        logging.set_verbosity(before)
+
+
+def _load(folder: Path, name: str, config: Any, dtype: torch.dtype) -> tuple[PreTrainedModel, dict[str, Any]]:
+    """The model, and what transformers reports of the loading; shapes that differ are in the report, not raised."""
+    try:
+        with _quiet():
+            return auto_class(config).from_pretrained(
+                folder, dtype=dtype, local_files_only=True, trust_remote_code=False, use_safetensors=True, output_loading_info=True, ignore_mismatched_sizes=True
+            )  # type: ignore[return-value]  # fmt: skip
+    except Exception as error:  # each model type and each quantizer fails in its own way
+        raise UserError(f"{name}: transformers cannot load it ({reason_of(error)})") from None
+
+
+def _check_loaded(report: dict[str, Any], name: str) -> None:
+    """UserError for tensors that are missing or of another shape: transformers would fill them with random numbers."""
+    if report["missing_keys"]:
+        missing = sorted(report["missing_keys"])
+        raise UserError(f"{name}: the weights lack {len(missing)} tensors of the model, the first is {missing[0]}")
+    if report["mismatched_keys"]:
+        key, stored, wanted = sorted(report["mismatched_keys"])[0]
+        raise UserError(f"{name}: {key} has shape {tuple(stored)}, but the config says {tuple(wanted)}")
+
+
+def _placed(model: PreTrainedModel, device: str) -> PreTrainedModel:
+    _without_rescaling(model)
+    model.to(device)  # type: ignore[arg-type]
+    return model.eval().requires_grad_(False)
+
+
+def _without_rescaling(model: nn.Module) -> None:
+    """RWKV halves weights in place when it first runs, and hidden states between layers, against overflow; the function is the same without."""
+    config: Any = model.config
+    if getattr(config, "rescale_every", None):
+        config.rescale_every = 0
+
+
+def probe_ids(model: PreTrainedModel) -> torch.Tensor:
+    """A few tokens to try a model on: int64 [1, tokens], on its device."""
+    vocabulary = len(model.get_input_embeddings().weight)  # type: ignore[arg-type]
+    ids = torch.randint(vocabulary, (1, CAUSAL_TOKENS), generator=torch.Generator().manual_seed(0))
+    return ids.to(model.device)
+
+
+@torch.no_grad()
+def check_causal(model: PreTrainedModel, name: str) -> None:
+    """UserError where a changed last token changes the logits before it: an encoder with a causal head, for one."""
+    ids = probe_ids(model).repeat(2, 1)
+    ids[1, -1] = (ids[1, -1] + 1) % len(model.get_input_embeddings().weight)  # type: ignore[arg-type]
+    try:
+        with _quiet():
+            logits = model(input_ids=ids, use_cache=False).logits[:, :-1].float()  # [2, tokens - 1, vocabulary]
+    except (UserError, MemoryError, torch.OutOfMemoryError):
+        raise
+    except Exception as error:  # each family misses in its own way what is not text
+        raise UserError(f"{name}: {type(model).__name__} cannot be run on text alone ({reason_of(error)})") from None
+    if (logits[0] - logits[1]).abs().max() > CAUSAL_TOLERANCE * logits.abs().max():
+        raise UserError(f"{name}: {type(model).__name__} reads ahead, so it is not a causal language model")
+
+
+def auto_class(config: Any) -> Any:
+    """What transformers opens a config with: as a causal language model, or, where it has none of this kind, with its eyes and ears."""
+    return AutoModelForCausalLM if type(config) in MODEL_FOR_CAUSAL_LM_MAPPING else AutoModelForImageTextToText
+
+
+def skeleton_of(config: Any, name: str, device: str = "meta") -> nn.Module:
+    """The model of a config without its weights, on torch's meta device; another `device` is for its buffers (see `streaming`)."""
+    try:
+        with torch.device(device), _quiet():
+            model = auto_class(config).from_config(config, trust_remote_code=False)
+            _without_rescaling(model)
+            return model  # type: ignore[no-any-return]
+    except Exception as error:  # each model type fails in its own way on numbers that make no sense
+        raise UserError(f"{name}: transformers cannot build this model ({reason_of(error)})") from None
+
+
+def is_linear(module: nn.Module) -> bool:
+    return isinstance(module, nn.Linear | Conv1D)
+
+
+def find_layers(model: nn.Module, name: str) -> str:
+    """Path of the decoder layers: the outermost list of blocks with linear modules that holds most weights, in the part that reads text."""
+    found: list[tuple[int, str]] = []
+    lists: list[str] = []
+    inside = _text_path(model)
+    for path, module in model.named_modules():
+        if not f"{path}.".startswith(inside):
+            continue
+        if not isinstance(module, nn.ModuleList) or any(path.startswith(outer + ".") for outer in lists):
+            continue
+        lists.append(path)
+        if any(any(map(is_linear, block.modules())) for block in module) and not any(map(is_linear, module)):
+            found.append((sum(p.numel() for p in module.parameters()), path))
+    if not found:
+        raise UserError(f"{name}: no decoder layers with linear modules were found, so there is nothing to quantize")
+    return max(found)[1]
+
+
+def _text_path(model: nn.Module) -> str:
+    """The path, with its dot, of the decoder of a model that also sees or hears; "" of a language model."""
+    get = getattr(model, "get_decoder", None)
+    decoder = get() if get else None
+    return next((f"{path}." for path, module in model.named_modules() if path and module is decoder), "")
+
+
+def linear_modules(model: nn.Module, layers_path: str, fuse: bool, left_out: Collection[str] = ()) -> list[Module]:
+    """Every linear module of the decoder layers, in the model's order, but for routers, weights that several modules share, and `left_out`."""
+    modules: list[Module] = []
+    experts = _expert_counts(getattr(model, "config", None))
+    uses = Counter(id(p) for _, p in model.named_parameters(remove_duplicate=False))
+    for index, layer in enumerate(_layer_list(model, layers_path)):
+        named = [
+            (path, m) for path, m in layer.named_modules()
+            if is_linear(m) and not is_router(path, _shape(m)[0], experts) and uses[id(m.weight)] == 1
+            and f"{layers_path}.{index}.{path}" not in left_out
+        ]  # fmt: skip
+        kinds = _kinds([path for path, _ in named])
+        for path, module in named:
+            name = f"{layers_path}.{index}.{path}"
+            parent, _, last = name.rpartition(".")
+            unit = f"{parent}.{FUSED[last]}" if fuse and last in FUSED else name
+            modules.append(Module(name, index, kinds[path], _shape(module), unit))
+    return modules
+
+
+def is_router(path: str, outputs: int, experts: Collection[int]) -> bool:
+    """Does a linear module choose the way (the scores of experts, one number that weighs an expert, the index of keys that are looked at)?
+
+    Such choices have no gradient, and they are a few weights that every runtime keeps.
+
+    experts: numbers of experts in the config. An MLP's `gate_proj` is no router.
+    """
+    words = path.split(".")
+    if outputs == 1 or any("router" in word or "indexer" in word for word in words):
+        return True
+    return any(word == "gate" or word.endswith("_gate") for word in words) and (
+        outputs in experts or ("gate" in words and not experts)
+    )
+
+
+def _expert_counts(config: Any) -> set[int]:
+    """Every number in the config whose name speaks of experts."""
+    content = config.get_text_config().to_dict() if config is not None else {}
+    values = [*content.items(), *(item for part in content.values() if isinstance(part, dict) for item in part.items())]
+    return {value for name, value in values if "expert" in str(name) and type(value) is int}
+
+
+def _kinds(paths: list[str]) -> dict[str, str]:
+    """A short name for what a module is: its last word, with the word before it where that is ambiguous (GPT-2's two c_proj)."""
+    plain = {path: re.sub(r"\.\d+(?=\.|$)", "", path) for path in paths}
+    shared = Counter(word.rpartition(".")[2] for word in set(plain.values()))
+    return {
+        path: word.rpartition(".")[2] if shared[word.rpartition(".")[2]] == 1 else ".".join(word.split(".")[-2:])
+        for path, word in plain.items()
+    }
+
+
+def _shape(module: nn.Module) -> tuple[int, int]:
+    first, second = module.weight.shape  # type: ignore[union-attr, misc]
+    return (second, first) if isinstance(module, Conv1D) else (first, second)
+
+
+def _notes(model: nn.Module, layers_path: str, modules: list[Module], left_out: Sequence[tuple[str, list[Module]]]) -> list[str]:
+    """What the plan does not cover. left_out: reasons, and the linear modules that are kept for them."""
+    covered = sum(module.weights for module in modules)
+    matrices = sum(p.numel() for p in model.get_submodule(layers_path).parameters() if p.dim() > 1)
+    notes = []
+    if covered < 0.99 * matrices:
+        notes.append(
+            f"the plan covers {covered / matrices:.0%} of the layers' matrix weights: the others are not in linear modules of their own "
+            "(fused experts, convolutions), or are named below, and keep their dtype"
+        )
+    for reason, kept in left_out:
+        if kept:
+            notes.append(f"{_in_layers(kept, layers_path)}: not quantized, {reason}")
+    return notes
+
+
+def _in_layers(modules: list[Module], layers_path: str) -> str:
+    """Modules by their names, those of several layers together: model.layers.{0,1,2}.mixer.dt_proj"""
+    layers: dict[str, list[str]] = {}
+    for module in modules:
+        layer, _, rest = module.name.removeprefix(f"{layers_path}.").partition(".")
+        layers.setdefault(rest, []).append(layer)
+    return ", ".join(f"{layers_path}.{{{','.join(of_rest)}}}.{rest}" for rest, of_rest in layers.items())
+
+
+def _describe(
+    name: str,
+    revision: str | None,
+    config: Any,
+    files: list[Path],
+    reader: Reader,
+    modules: list[Module],
+    layers: int,
+    memory: MemoryShape | str,
+    dtype: str,
+) -> ModelInfo:
+    total = sum(map(reader.size_bytes, reader))
+    weights = sum(module.weights for module in modules)
+    text = config.get_text_config()
+    context = getattr(text, "max_position_embeddings", None) or getattr(text, "n_positions", None) or 2048
+    return ModelInfo(
+        name=Path(name).name if Path(name).is_dir() else name,
+        revision=revision,
+        weights_sha256=sha256_of(files),
+        architecture=(getattr(config, "architectures", None) or [config.model_type])[0],
+        layers=layers,
+        heads=int(getattr(text, "num_attention_heads", 0) or 0),
+        context=int(context),
+        dtype=dtype,
+        quantizable_weights=weights,
+        other_bytes=total - sum(kept_bytes(module, dtype) for module in modules),
+        total_bytes=total,
+        memory=memory,
+        other_numbers=sum(math.prod(reader.shape(key)) for key in reader) - weights,
+    )
+
+
+def _stamp(file: Path) -> tuple[int, ...]:
+    """What a write changes, the times in ns; nothing for a file that is gone. The second time cannot be set by anyone."""
+    try:
+        status = file.stat()
+    except OSError:
+        return ()
+    return status.st_ino, status.st_size, status.st_mtime_ns, status.st_ctime_ns
+
+
+def check_finite(checkpoint: Checkpoint, progress: Callable[[int, int], None] | None = None) -> None:
+    """Read every weight that the model takes once, one at a time; UserError naming the first tensor that holds NaN or infinity."""
+    reader = Reader(checkpoint.files)
+    for done, name in enumerate(reader, start=1):
+        if name not in checkpoint.loaded or reader.dtype(name) not in DTYPE_NAMES:
+            continue
+        tensor = reader.read(name)
+        if not bool(torch.isfinite(tensor).all()):
+            bad = int((~torch.isfinite(tensor)).sum())
+            raise UserError(f"{checkpoint.info.name}: {name} holds {bad} NaN or infinite weights; nothing can be measured on it")
+        if progress:
+            progress(done, len(reader))
+
+
+def decoder_layers(model: nn.Module) -> nn.ModuleList:
+    """The decoder layers of a loaded model, which are looked for once."""
+    path = getattr(model, FOUND, None)
+    if path is None:
+        path = find_layers(model, type(model).__name__)
+        setattr(model, FOUND, path)
+    return _layer_list(model, path)
+
+
+def _layer_list(model: nn.Module, path: str) -> nn.ModuleList:
+    layers = model.get_submodule(path)
+    assert isinstance(layers, nn.ModuleList)
+    return layers

@@ -1,0 +1,267 @@
+"""Decoder layers whose weights are read when a layer runs and dropped behind it, so that a model needs the memory of one layer.
+
+`open_stream` builds a model whose embeddings, norms and head are in memory while every parameter of the decoder layers is a placeholder:
+one NaN, seen through the parameter's shape, so that whatever would use it unread shows at once. A layer's own forward is wrapped;
+everything that calls it works as on a whole model. `held` keeps a layer for several calls. A swap (see `swap`) is put beside the file's weights
+and takes their place when a layer is read.
+
+Left out: checkpoints whose tensors are not named as the model's own parameters (transformers renames or merges them while it loads).
+"""
+
+from __future__ import annotations
+
+import ctypes
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers.pytorch_utils import Conv1D
+
+from bitatlas.errors import UserError
+from bitatlas.model.naming import targets_of
+from bitatlas.model.tensor_files import Reader
+
+ATTRIBUTE = "bitatlas_stream"  # of a model whose layers are read when they run
+
+
+def stream_of(model: nn.Module) -> Stream | None:
+    """What reads the model's layers; None of a model in memory."""
+    return getattr(model, ATTRIBUTE, None)
+
+
+def held(model: nn.Module, layer: int) -> AbstractContextManager[None]:
+    """Within the block the weights of decoder layer `layer` stay, however often it runs."""
+    stream = stream_of(model)
+    return nullcontext() if stream is None else stream.held(layer)
+
+
+class Lookup(Mapping[str, Tensor]):
+    """A mapping whose values are made anew whenever they are asked for."""
+
+    def __init__(self, names: Iterable[str], make: Callable[[str], Tensor]):
+        self._names = dict.fromkeys(names)
+        self._make = make
+
+    def __getitem__(self, name: str) -> Tensor:
+        if name not in self._names:
+            raise KeyError(name)
+        return self._make(name)
+
+    def __contains__(self, name: object) -> bool:
+        return name in self._names
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._names)
+
+    def __len__(self) -> int:
+        return len(self._names)
+
+
+class Stream:
+    """Reads the decoder layers of `model`. `check` is called before a layer is read: are the files still the same?"""
+
+    def __init__(self, model: nn.Module, layers_path: str, names: Names, check: Callable[[], None]):
+        self.model = model
+        self.reader = names.reader
+        self.check = check
+        self.reads = 0  # of layers, for those who count
+        self._swaps: list[Mapping[str, Tensor]] = []
+        self._depth: dict[int, int] = {}
+        self._layer_of: dict[str, int] = {}
+        layers = model.get_submodule(layers_path)
+        assert isinstance(layers, nn.ModuleList)
+        self._layers = layers
+        self._parameters: list[list[tuple[str, nn.Parameter, bool]]] = []  # of a layer: module, parameter, is it the weight
+        self._keys: dict[int, str] = {}
+        weight = next(p for name, p in model.named_parameters() if not name.startswith(layers_path + "."))
+        self._device, self._dtype = weight.device, weight.dtype
+        for index, layer in enumerate(layers):
+            self._prepare(index, layer, f"{layers_path}.{index}", names)
+
+    def _prepare(self, index: int, layer: nn.Module, path: str, names: Names) -> None:
+        own = []
+        for module_name, module in layer.named_modules(prefix=path):
+            self._layer_of[module_name] = index
+            for name, parameter in module.named_parameters(recurse=False):
+                held_parameter = nn.Parameter(self._placeholder(parameter.shape), requires_grad=False)
+                module._parameters[name] = held_parameter
+                key = names.find(f"{module_name}.{name}", tuple(parameter.shape))
+                if key is None:
+                    raise _not_found(f"{module_name}.{name}")
+                self._keys[id(held_parameter)] = key
+                own.append((module_name, held_parameter, name == "weight"))
+        self._parameters.append(own)
+        forward = layer.forward
+
+        def run(*args: Any, **kwargs: Any) -> Any:
+            with self.held(index):
+                return forward(*args, **kwargs)
+
+        layer.forward = run
+
+    def _placeholder(self, shape: torch.Size) -> Tensor:
+        return torch.full((1,), torch.nan, device=self._device, dtype=self._dtype).expand(shape)
+
+    @contextmanager
+    def held(self, layer: int) -> Iterator[None]:
+        """Within the block the layer's weights are there."""
+        if not self._depth.get(layer):
+            self.check()
+            self.reads += 1
+            for module, parameter, is_weight in self._parameters[layer]:
+                parameter.data = self._current(module, parameter, is_weight)
+        self._depth[layer] = self._depth.get(layer, 0) + 1
+        try:
+            yield
+        finally:
+            self._depth[layer] -= 1
+            if not self._depth[layer]:
+                for _, parameter, _ in self._parameters[layer]:
+                    parameter.data = self._placeholder(parameter.shape)
+                trim()
+
+    def layer_of(self, module: str) -> int:
+        """The decoder layer that a module is in."""
+        return self._layer_of[module]
+
+    def weight(self, module: str) -> Tensor:
+        """The weight [out, in] that a linear module has now, swaps included."""
+        parameter = self.model.get_submodule(module).weight
+        assert isinstance(parameter, nn.Parameter)
+        data = parameter.data if self._depth.get(self._layer_of[module]) else self._current(module, parameter, True)
+        return data.T if isinstance(self.model.get_submodule(module), Conv1D) else data
+
+    def stored(self, module: str) -> Tensor:
+        """The weight [out, in] of the checkpoint."""
+        owner = self.model.get_submodule(module)
+        data = self._read(owner.weight)
+        return data.T if isinstance(owner, Conv1D) else data
+
+    @contextmanager
+    def swapped(self, weights: Mapping[str, Tensor]) -> Iterator[None]:
+        """Within the block module `name` has weight `weights[name]` [out, in], which is looked up when its layer is read."""
+        self._swaps.append(weights)
+        before: list[tuple[nn.Parameter, Tensor]] = []
+        try:
+            for layer in [layer for layer, depth in self._depth.items() if depth]:
+                for module, parameter, is_weight in self._parameters[layer]:
+                    if is_weight and module in weights:
+                        new = self._current(module, parameter, True)
+                        before.append((parameter, parameter.data))
+                        parameter.data = new
+            yield
+        finally:
+            self._swaps.pop()
+            for parameter, data in reversed(before):
+                parameter.data = data
+
+    def _current(self, module: str, parameter: nn.Parameter, is_weight: bool) -> Tensor:
+        swap = next((swap for swap in reversed(self._swaps) if module in swap), None) if is_weight else None
+        if swap is None:
+            return self._read(parameter)
+        weight = swap[module]
+        stored = weight.T if isinstance(self.model.get_submodule(module), Conv1D) else weight
+        if stored.shape != parameter.shape:
+            raise ValueError(f"{module}: weight of shape {tuple(weight.shape)} does not fit")
+        return stored.to(self._device, self._dtype)
+
+    def _read(self, parameter: Any) -> Tensor:
+        return self.reader.read(self._keys[id(parameter)]).to(self._device, self._dtype)
+
+
+def open_stream(model: Any, layers_path: str, reader: Reader, device: str, dtype: torch.dtype, check: Callable[[], None]) -> Any:
+    """`model` (see `without_weights`) with what is outside its decoder layers in memory, and a `Stream` for the rest.
+
+    UserError where a parameter is not in the files under its own name and shape.
+    """
+    names, inside = Names(model, reader), f"{layers_path}."
+    absent = set()
+    for name, parameter in list(model.named_parameters(remove_duplicate=False)):
+        if name.startswith(inside):
+            continue
+        key = names.find(name, tuple(parameter.shape))
+        if key:
+            _replace(model, name, reader.read(key).to(device, dtype))
+        else:
+            absent.add(name)
+    # as transformers does it in memory: a head that the config ties and the file stores otherwise stays the file's
+    model.tie_weights(missing_keys=absent, recompute_mapping=False)
+    missing = [name for name, p in model.named_parameters() if p.is_meta and not name.startswith(inside)]
+    if missing:
+        raise _not_found(missing[0])
+    _buffers_to(model, device)
+    setattr(model, ATTRIBUTE, Stream(model, layers_path, names, check))
+    return model.eval().requires_grad_(False)
+
+
+class Names:
+    """Where the model's parameters lie in the files, under whatever name transformers knows them there."""
+
+    def __init__(self, model: Any, reader: Reader):
+        self.reader = reader
+        self._key = {target.name: key for key, target in targets_of(model, reader).items() if target.whole}
+
+    def find(self, name: str, shape: tuple[int, ...]) -> str | None:
+        """The name in the files of parameter `name`."""
+        key = self._key.get(name)
+        return key if key is not None and self.reader.shape(key) == shape else None
+
+
+def _not_found(name: str) -> UserError:
+    return UserError(
+        f"--memory: {name} is not in the weights files under that name and shape, so they cannot be read layer by layer"
+    )
+
+
+def _replace(model: nn.Module, name: str, tensor: Tensor) -> None:
+    owner, _, last = name.rpartition(".")
+    model.get_submodule(owner)._parameters[last] = nn.Parameter(tensor, requires_grad=False)
+
+
+def _buffers_to(model: nn.Module, device: str) -> None:
+    for module in model.modules():
+        for name, buffer in module._buffers.items():
+            if buffer is not None:
+                module._buffers[name] = buffer.to(device)
+
+
+@contextmanager
+def without_weights() -> Iterator[None]:
+    """Within the block every new parameter is on torch's meta device, while buffers (rotary tables, masks) are real."""
+    register = nn.Module.register_parameter
+
+    def on_meta(module: nn.Module, name: str, parameter: nn.Parameter | None) -> None:
+        register(module, name, parameter)
+        if parameter is not None:
+            module._parameters[name] = nn.Parameter(parameter.detach().to("meta"), requires_grad=False)
+
+    nn.Module.register_parameter = on_meta  # type: ignore[method-assign, assignment]
+    try:
+        yield
+    finally:
+        nn.Module.register_parameter = register  # type: ignore[method-assign]
+
+
+# --- allocator -------------------------------------------------------------------------------------------------------------
+
+# glibc's malloc, told to hand back what is free: for a run that is promised to stay below some memory. Other C libraries have their own ways.
+#
+# By itself glibc learns to keep blocks of a layer's size, in pieces into which the next layer no longer fits.
+
+MMAP_THRESHOLD = -3  # mallopt's number of it, in malloc.h
+# Larger blocks are handed back at once. Below, making each anew would cost more time (a third of a run at 1 MiB) than keeping costs memory.
+LARGE_BYTES = 2**25
+
+
+def return_large() -> None:
+    """From now on, large blocks go back to the system as soon as they are free."""
+    with suppress(OSError, AttributeError):
+        ctypes.CDLL(None).mallopt(MMAP_THRESHOLD, LARGE_BYTES)
+
+
+def trim() -> None:
+    """What is free now goes back to the system."""
+    with suppress(OSError, AttributeError):
+        ctypes.CDLL(None).malloc_trim(0)

@@ -1,0 +1,120 @@
+"""Plans that anybody would make, each at most as large as the budget: what a measured plan has to beat.
+
+One width everywhere; the first layers wide and the rest narrow; the last layers wide; whole layers wide in the order of their
+criticality, as one would read it off the report; and 20 random plans. All but the uniform one use the room to the last unit that
+fits, so that a measured plan does not win by being larger. A uniform width that is no candidate may fit better than any candidate
+(3 bits between 2 and 4): `outside_uniform` names it, because a plan that loses to it should not be recommended.
+Left out: plans from weight statistics (they are profiles, and need measuring of their own).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+
+import numpy as np
+from numpy.typing import NDArray
+
+from bitatlas.errors import UserError
+from bitatlas.plan.budget import costs_of
+from bitatlas.records import Budget, ModelInfo, Module
+from bitatlas.records.formats import FORMATS, Format, by_width, get_format
+from bitatlas.records.sizes import Unit
+
+Ints = NDArray[np.int64]
+
+RANDOM_PLANS = 20
+UNIFORM, FIRST_HIGH, LAST_HIGH, RANDOM = "uniform", "first layers high", "last layers high", "random"
+CRITICAL_HIGH = "most critical layers high"
+
+
+def most_critical_first(modules: Sequence[Module], damage: NDArray) -> list[int]:
+    """Layers, that with the most damage for its weights first. damage: [layers]"""
+    weights = np.bincount([module.layer for module in modules], [module.weights for module in modules])
+    return [int(layer) for layer in np.argsort(-damage / weights, kind="stable")]
+
+
+def baselines(
+    units: Sequence[Unit],
+    cost: Ints,
+    limit: int,
+    seed: int = 0,
+    formats: Sequence[str] | None = None,
+    most_critical: Sequence[int] = (),
+    random: int = RANDOM_PLANS,
+) -> list[tuple[str, Ints]]:
+    """(name, choice [units]) of every baseline, the same for the same seed.
+
+    cost: [units, formats] in whole numbers, `limit` the largest allowed sum. With `formats` the uniform one is named after its
+    format. "First", "last" and "most critical" (layers in order, the most critical first) use the cheapest and the dearest format
+    alone, the `random` random plans use all.
+    Raises UserError where not even the cheapest format everywhere fits, ValueError for a wrong shape.
+    """
+    cost = np.asarray(cost)
+    if cost.ndim != 2 or len(cost) != len(units) or not len(units):
+        raise ValueError(f"cost: [units, formats] with {len(units)} units, got {cost.shape}")
+    totals = cost.sum(axis=0)
+    low, high = int(totals.argmin()), len(totals) - 1 - int(totals[::-1].argmax())
+    if totals[low] > limit:
+        raise UserError(f"the budget of {limit} is below {totals[low]}, the cheapest format everywhere")
+    fitting = np.flatnonzero(totals <= limit)
+    widest = int(fitting[totals[fitting] == totals[fitting].max()][-1])
+    layers = sorted({unit.layer for unit in units})
+    plans = [
+        (UNIFORM if formats is None else f"{UNIFORM} {formats[widest]}", np.full(len(units), widest, dtype=np.int64)),
+        (FIRST_HIGH, _layers_high(units, cost, limit, low, high, layers)),
+        (LAST_HIGH, _layers_high(units, cost, limit, low, high, layers[::-1])),
+    ]
+    if most_critical:
+        plans.append((CRITICAL_HIGH, _layers_high(units, cost, limit, low, high, most_critical)))
+    for number in range(1, random + 1):
+        generator = np.random.default_rng([seed, number])
+        plans.append((f"{RANDOM} {number}", _random(cost, limit, low, generator)))
+    return plans
+
+
+def outside_uniform(budget: Budget, units: Sequence[Unit], formats: Sequence[str], info: ModelInfo, limit: int) -> str | None:
+    """The dearest format outside `formats`, of a candidate's runtime, group size and symmetry, that fits everywhere and costs more than every
+    candidate that does; None where there is none."""
+    kinds = {_kind(get_format(name)) for name in formats}
+    others = [name for name, fmt in FORMATS.items() if name not in formats and _kind(fmt) in kinds]
+    names = by_width([*formats, *others])
+    totals = costs_of(budget, units, names, info).cost.sum(axis=0)
+    fitting = [(int(total), name) for name, total in zip(names, totals, strict=True) if total <= limit]
+    best = max(total for total, _ in fitting)
+    dearest = [name for total, name in fitting if total == best]
+    return None if set(dearest) & set(formats) else dearest[0]
+
+
+def _kind(fmt: Format) -> tuple[str, int, bool]:
+    return fmt.runtime, fmt.group_size, fmt.symmetric
+
+
+def _layers_high(units: Sequence[Unit], cost: Ints, limit: int, low: int, high: int, layers: Iterable[int]) -> Ints:
+    """Whole layers raised in the order of `layers` while they fit; in the first that does not, the largest units that fit."""
+    choice = np.full(len(units), low, dtype=np.int64)
+    extra = cost[:, high] - cost[:, low]
+    slack = limit - int(cost[:, low].sum())
+    for layer in layers:
+        members = [index for index, unit in enumerate(units) if unit.layer == layer]
+        whole = int(extra[members].sum()) <= slack
+        for index in sorted(members, key=lambda index: -extra[index]):
+            if extra[index] <= slack:
+                choice[index], slack = high, slack - int(extra[index])
+        if not whole:
+            break
+    return choice
+
+
+def _random(cost: Ints, limit: int, low: int, generator: np.random.Generator) -> Ints:
+    """Units in random order get a random format among those that still fit; then, in another order, the dearest that fits."""
+    units, formats = cost.shape
+    choice: Ints = np.full(units, low, dtype=np.int64)
+    slack = limit - int(cost[:, low].sum())
+    draws: Ints = np.asarray(generator.integers(formats, size=units))
+    for last in (False, True):
+        for unit in generator.permutation(np.arange(units)).tolist():
+            extra = cost[unit, :] - cost[unit, choice[unit]]  # [formats]
+            column = int(np.where(extra <= slack, extra, -1).argmax()) if last else int(draws[unit])
+            if extra[column] <= slack and (not last or extra[column] > 0):
+                choice[unit], slack = column, slack - int(extra[column])
+    return choice

@@ -1,0 +1,198 @@
+"""The smallest model found that holds named tasks: paired loss on each within its margin, shown on items that did not choose it.
+
+The items of a task are cut in two. On the first half, sizes are bisected for the smallest plan that loses no more than half the margin
+there. That only says how far down to look, so it may be generous. The other half judges: the widest format everywhere, then plans of a few
+sizes evenly spaced down to that one, each by "no loss within the margin" at 5 %, and the walk ends at the first that fails. A fixed order
+with a stop keeps the probability of any false claim below 5 % without a correction, and all protected tasks must pass, which needs none
+either (an intersection-union test). Where the widest format fails, nothing smaller is claimed.
+
+The model is reached through two callables alone, so nothing here needs torch.
+Left out: a new candidate after the walk has failed, which would need items that have judged nothing yet.
+Sources: Maurer, Hothorn & Lehmacher 1995 (fixed sequence); Berger 1982 (intersection-union).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from bitatlas.errors import UserError
+from bitatlas.plan.knapsack import spent
+from bitatlas.plan.search import Found
+from bitatlas.records import Budget
+from bitatlas.records.text import given, number
+from bitatlas.stats.margin import ALPHA, least_items, least_margin, no_loss_p, tango, two_digits
+from bitatlas.stats.paired import above_chance_p, within
+
+STEPS = 6  # halvings of the range of sizes
+WALK = 5  # sizes between the widest format and the smallest candidate that are judged
+SPENT_ON_CHOOSING = 0.5  # of the margin: what a candidate may lose on the items that choose
+
+Ints = NDArray[np.int64]
+Right = Mapping[str, np.ndarray]  # task -> right or wrong, bool [items]
+At = Callable[[int, Found], Found]  # (most that a plan may cost, the last plan) -> the best plan found
+Score = Callable[[Ints, str], Right]  # (choice, "choosing" or "judging") -> outcomes on those items
+CHOOSING, JUDGING = "choosing", "judging"
+
+
+@dataclass(frozen=True)
+class Evidence:
+    """One task on the items that judge. `ci90`: of the difference, points."""
+
+    task: str
+    margin_points: float
+    n: int
+    lost: int
+    gained: int
+    ci90: tuple[float, float]
+    p: float  # one-sided: a loss of the margin or more
+    held: bool
+
+
+@dataclass(frozen=True)
+class Protected:
+    """`found`: the plan. `next`: what the plan that ended the walk showed, None if all were held; `judged`: how many were."""
+
+    found: Found
+    evidence: list[Evidence]
+    next: list[Evidence] | None
+    judged: int
+
+    @property
+    def text(self) -> str:
+        """The sentence for the plan's verdict."""
+        return "; ".join(told(one) for one in self.evidence) + f" ({self.evidence[0].n} items that did not choose the plan)"
+
+    def recorded(self) -> dict[str, Any]:
+        """For the plan's record."""
+        failed = None if self.next is None else [_plain(one) for one in self.next]
+        return {"held": [_plain(one) for one in self.evidence], "next_smaller": failed, "judged": self.judged}
+
+
+def _plain(one: Evidence) -> dict[str, Any]:
+    """As JSON gives it back."""
+    return {**asdict(one), "ci90": list(one.ci90)}
+
+
+def told(one: Evidence) -> str:
+    low, high = (number(end, 1) for end in one.ci90)
+    said = within(one.margin_points) if one.held else f"{within(one.margin_points)} is not shown"
+    return f"{one.task}: {said}, {one.lost} of {one.n} lost, {one.gained} gained, 90% interval [{low}, {high}] points"
+
+
+# --- refusals ----------------------------------------------------------------------------------------------------------
+
+
+def halves(n: int) -> tuple[slice, slice]:
+    """Of n items in order: those that choose, those that judge."""
+    return slice(0, n // 2), slice(n // 2, n)
+
+
+def flag_of(task: str, points: float) -> str:
+    return f"--protect {task}={given(points)}pp"
+
+
+def check_items(budget: Budget, counts: Mapping[str, int]) -> None:
+    """Refuse what so few items could never show. counts: task -> items that are scored."""
+    for task, points in (budget.protect or {}).items():
+        if task not in counts:
+            raise UserError(f"{flag_of(task, points)}: {task} is not among --tasks ({', '.join(counts) or 'none'})")
+        n = counts[task]
+        judging = n - n // 2
+        needed = least_items(points / 100)
+        if judging < needed:
+            shown = 100 * least_margin(judging) if judging else 100.0
+            raise UserError(
+                f"{flag_of(task, points)}: {n} items ({judging} of them to judge) cannot show {within(points)}; about {two_digits(2 * needed)} would; "
+                f"the smallest margin that these items can show is {np.ceil(10 * shown) / 10:g} points"
+            )
+
+
+def check_reference(budget: Budget, right: Right, chance: Mapping[str, float]) -> None:
+    """Refuse a task that the unquantized model does not do, or a margin that allows losing all of it."""
+    for task, points in (budget.protect or {}).items():
+        k, n = int(np.sum(right[task])), len(right[task])
+        guessing = f"guessing gets {number(chance[task] * n, 0)}"
+        if above_chance_p(k, n, chance[task]) >= ALPHA:
+            raise UserError(
+                f"{flag_of(task, points)}: the reference gets {k} of {n} right where {guessing}: at chance, so there is nothing to protect"
+            )
+        room = 100 * (k / n - chance[task])
+        if room <= points:
+            raise UserError(f"{flag_of(task, points)}: the reference is {room:.1f} points above chance; give a margin below that")
+
+
+# --- the search --------------------------------------------------------------------------------------------------------
+
+
+def find_protected(
+    cost: Ints, margins: Mapping[str, float], widest: Found, at: At, score: Score, reference: Mapping[str, Right]
+) -> Protected:
+    """The smallest plan found that holds every task. cost: [units, formats]; `margins`: task -> points; `widest`: the widest format
+    everywhere; `reference`: part -> task -> outcomes. UserError where not even the widest is shown to hold them."""
+    smallest = _smallest(cost, margins, widest, at, score, reference[CHOOSING])
+    held: tuple[Found, list[Evidence]] | None = None
+    failed: list[Evidence] | None = None
+    judged = 0
+    for found in _walk(cost, widest, smallest, at):
+        evidence = [_evidence(task, points, reference[JUDGING], score(found.choice, JUDGING)) for task, points in margins.items()]
+        judged += 1
+        if not all(one.held for one in evidence):
+            failed = evidence
+            break
+        held = found, evidence
+    if held is None:
+        assert failed is not None
+        first = next(one for one in failed if not one.held)
+        raise UserError(
+            f"{flag_of(first.task, first.margin_points)}: not even the widest of --formats everywhere is shown to hold it ({told(first)}); "
+            "add a wider format, give more items (--limit), or a larger margin"
+        )
+    return Protected(*held, failed, judged)
+
+
+def _smallest(cost: Ints, margins: Mapping[str, float], widest: Found, at: At, score: Score, reference: Right) -> Found:
+    """The smallest plan found that loses little on the items that choose; the widest format where none does."""
+
+    def promising(found: Found) -> bool:
+        right = score(found.choice, CHOOSING)
+        loss = {task: 100 * float(np.mean(reference[task]) - np.mean(right[task])) for task in margins}
+        return all(loss[task] <= SPENT_ON_CHOOSING * points for task, points in margins.items())
+
+    least, most = int(cost.min(axis=1).sum()), spent(cost, widest.choice)
+    best, limit = widest, least  # the narrowest format everywhere may do
+    for _ in range(STEPS + 1):
+        found = at(limit, best)
+        if promising(found):
+            best, most = found, spent(cost, found.choice)
+        else:
+            least = limit
+        limit = (least + most) // 2
+        if limit <= least or limit >= most:
+            break
+    return best
+
+
+def _walk(cost: Ints, widest: Found, smallest: Found, at: At) -> Iterator[Found]:
+    """From the widest to the smallest, each found when it is its turn."""
+    yield widest
+    last = widest
+    for size in np.linspace(spent(cost, widest.choice), spent(cost, smallest.choice), WALK + 2)[1:-1]:
+        found = at(int(size), last)
+        if spent(cost, smallest.choice) < spent(cost, found.choice) < spent(cost, last.choice):
+            yield found
+            last = found
+    if spent(cost, smallest.choice) < spent(cost, last.choice):
+        yield smallest
+
+
+def _evidence(task: str, points: float, reference: Right, right: Right) -> Evidence:
+    before, after = reference[task], right[task]
+    lost, gained, n = int((before & ~after).sum()), int((~before & after).sum()), len(before)
+    low, high = tango(lost, gained, n, 1 - 2 * ALPHA)
+    p = no_loss_p(lost, gained, n, points / 100)
+    return Evidence(task, points, n, lost, gained, (100 * low, 100 * high), p, p < ALPHA)

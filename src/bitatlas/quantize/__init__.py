@@ -1,0 +1,114 @@
+"""Quantizers by name: how the stored numbers are chosen, for every module of a model in every format that is asked for."""
+
+from __future__ import annotations
+
+import difflib
+import importlib.util
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+
+from torch import Tensor, nn
+
+from bitatlas.errors import UserError
+from bitatlas.model.swap import weight_of
+from bitatlas.quantize import autoround, gptq, hqq, llamacpp, rtn
+from bitatlas.quantize.codes import Blocks, Codes
+from bitatlas.records.formats import FORMATS, LLAMA_CPP, Format
+
+PIECES_EACH = 4  # of a bank's pieces, for a worker: modules differ in size
+
+Quantize = Callable[[nn.Module, Sequence[str], Sequence[Format], Tensor | None], Iterator[tuple[str, Sequence[Codes | Blocks]]]]
+
+
+@dataclass(frozen=True)
+class Quantizer:
+    """How the stored numbers are chosen.
+
+    `quantize(model, modules, formats, rows)` gives every module's codes, one a format, module by module in any order, each as soon
+    as it is known. `model` holds the reference weights until the last one has come. `rows` are the fit rows, int64 [rows, tokens].
+    """
+
+    name: str
+    quantize: Quantize
+    uses_rows: bool  # the codes depend on the rows
+    version: int  # raised whenever the codes change: codes that were stored by another version are not used again
+    package: str | None = None  # that it needs
+    extra: str | None = None  # of ours, that installs the package; None: the one of the quantizer's own name
+    symmetric: bool = True  # it can do formats without a zero-point
+    needs_all: bool = False  # of the model's weights in memory at once
+    whole_zeros: bool = True  # its zero-points are codes, not numbers in between
+    runtime: str = ""  # whose formats it makes; "": integer formats
+    by_format: bool = False  # one run over the whole model makes a format, whichever modules are asked for
+
+    def pieces(self, modules: Sequence[str], formats: Sequence[str], slots: int) -> list[tuple[list[str], list[str]]]:
+        """Modules and formats cut into what `slots` workers make at a time, each making as little twice as the method allows."""
+        if self.by_format:
+            return [(list(modules), [name]) for name in formats]
+        # fitted ones pass through all layers before a module's own, so each worker gets one run of neighbours
+        count = slots if self.uses_rows else PIECES_EACH * slots
+        size = max(1, -(-len(modules) // count))
+        return [(list(modules[start : start + size]), list(formats)) for start in range(0, len(modules), size)]
+
+    def check(self, formats: Sequence[Format]) -> None:
+        """UserError where its package is missing, or where it cannot do one of `formats`."""
+        foreign = [fmt for fmt in formats if fmt.runtime != self.runtime]
+        if foreign:
+            able = [one.name for one in QUANTIZERS.values() if one.runtime == foreign[0].runtime]
+            made = (
+                f"formats of {self.runtime} ({', '.join(name for name, fmt in FORMATS.items() if fmt.runtime == self.runtime)})"
+            )
+            raise UserError(
+                f"--quantizer {self.name}: makes {made if self.runtime else 'integer formats'} alone; "
+                f"for {foreign[0].name} give --quantizer {' or '.join(able)}"
+            )
+        if self.package and importlib.util.find_spec(self.package) is None:
+            extra = self.extra or self.name
+            raise UserError(f"--quantizer {self.name}: needs a package that is not here: pip install 'bitatlas[{extra}]'")
+        refused = [fmt.name for fmt in formats if fmt.symmetric and not self.symmetric]
+        if refused:
+            raise UserError(
+                f"--quantizer {self.name}: no symmetric formats ({refused[0]}); give {refused[0].removesuffix('_sym')}"
+            )
+
+
+def one_by_one(quantize: Callable[[Tensor, Format], Codes | Blocks]) -> Quantize:
+    """Make of a function of one weight and one format what a `Quantizer` calls. The rows are not looked at."""
+
+    def quantize_modules(
+        model: nn.Module, modules: Sequence[str], formats: Sequence[Format], rows: Tensor | None
+    ) -> Iterator[tuple[str, Sequence[Codes | Blocks]]]:
+        for name in modules:
+            weight = weight_of(model, name)
+            yield name, [quantize(weight, fmt) for fmt in formats]
+
+    return quantize_modules
+
+
+QUANTIZERS: dict[str, Quantizer] = {
+    quantizer.name: quantizer
+    for quantizer in (
+        Quantizer("rtn", one_by_one(rtn.quantize), uses_rows=False, version=1),
+        Quantizer("gptq", gptq.quantize, uses_rows=True, version=1),
+        Quantizer("hqq", one_by_one(hqq.quantize), uses_rows=False, version=1, package="hqq", symmetric=False, whole_zeros=False),
+        Quantizer(
+            "autoround", autoround.quantize, uses_rows=True, version=1, package="auto_round", needs_all=True, by_format=True
+        ),
+        Quantizer(
+            LLAMA_CPP,
+            one_by_one(llamacpp.quantize_weight),
+            uses_rows=False,
+            version=1,
+            package="llama_cpp",
+            extra="gguf",
+            runtime=LLAMA_CPP,
+        ),
+    )
+}
+
+
+def get_quantizer(name: str) -> Quantizer:
+    """The quantizer called `name`; UserError with the valid names otherwise."""
+    if name not in QUANTIZERS:
+        near = difflib.get_close_matches(name, QUANTIZERS, n=1, cutoff=0.0)[0]
+        raise UserError(f"--quantizer: unknown quantizer {name!r}; nearest is {near!r} (valid: {', '.join(QUANTIZERS)})")
+    return QUANTIZERS[name]

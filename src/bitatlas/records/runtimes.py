@@ -1,0 +1,84 @@
+"""What each runtime can hold: one table for the report, which imports no torch, and for the exports."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Protocol
+
+from bitatlas.records import Module, Plan
+from bitatlas.records.formats import FORMATS, LLAMA_CPP, Format
+from bitatlas.records.sizes import unlike_partners
+
+
+@dataclass(frozen=True)
+class Runtime:
+    """`holds`: whether it has a format; `model`: the command must be given the checkpoint; `whole`: groups must divide rows; `fused`: q/k/v alike."""
+
+    holds: Callable[[Format], bool]
+    model: bool = False
+    whole: bool = True
+    fused: bool = False
+
+
+def _integer(fmt: Format) -> bool:
+    return not fmt.runtime
+
+
+RUNTIMES = {
+    "vllm": Runtime(lambda fmt: _integer(fmt) and fmt.symmetric, model=True, fused=True),
+    "mlx": Runtime(_integer, model=True),
+    "torchao": Runtime(_integer),
+    "llm-compressor": Runtime(_integer),
+    "gptqmodel": Runtime(_integer),
+    "autoround": Runtime(lambda fmt: _integer(fmt) and (fmt.bits < 8 or fmt.symmetric)),
+    "exllamav3": Runtime(_integer, whole=False),
+    LLAMA_CPP: Runtime(lambda fmt: fmt.runtime == LLAMA_CPP, model=True, whole=False),
+}
+
+
+def fits(runtime: Runtime, plan: Plan, modules: list[Module]) -> bool:
+    """Whether a runtime has all formats of a plan, for rows of these widths."""
+    used = [(module, plan.formats[plan.modules[module.name]]) for module in modules if module.name in plan.modules]
+    if not used or not all(runtime.holds(fmt) for _, fmt in used):
+        return False
+    if runtime.whole and any(module.shape[1] % fmt.group_size for module, fmt in used):
+        return False
+    return not runtime.fused or unlike_partners(plan) is None
+
+
+class Holds(Protocol):
+    """What a runtime can hold."""
+
+    def fits(self, fmt: Format) -> bool: ...
+
+    def nearest(self, fmt: Format) -> str:
+        """The name of the held format that is nearest to `fmt`."""
+        ...
+
+
+@dataclass(frozen=True)
+class Integers:
+    """Group-wise integer formats: every combination of these, but for the pairs of bits and symmetry in `but`."""
+
+    bits: tuple[int, ...]
+    group_sizes: tuple[int, ...] = (32, 64, 128)
+    symmetric: tuple[bool, ...] = (False, True)
+    but: tuple[tuple[int, bool], ...] = ()
+
+    def fits(self, fmt: Format) -> bool:
+        if getattr(fmt, "runtime", "") or (fmt.bits, fmt.symmetric) in self.but:  # runtime: a format that one alone has
+            return False
+        return fmt.bits in self.bits and fmt.group_size in self.group_sizes and fmt.symmetric in self.symmetric
+
+    def nearest(self, fmt: Format) -> str:
+        """By width first (the wider of two), then symmetry, then group size (the smaller of two)."""
+        held = [other for other in FORMATS.values() if self.fits(other)]
+
+        def distance(other: Format) -> tuple[float, ...]:
+            wide = abs(other.bits - fmt.bits)
+            size = abs(math.log2(other.group_size / max(1, fmt.group_size)))
+            return (wide, -other.bits, other.symmetric != fmt.symmetric, size, other.group_size)
+
+        return min(held, key=distance).name

@@ -1,0 +1,135 @@
+"""Units, and the exact bytes of a plan: what a module costs in a format, what a plan costs in all, and sizes as people write them."""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass
+from fractions import Fraction
+
+import numpy as np
+from numpy.typing import NDArray
+
+from bitatlas.errors import UserError
+from bitatlas.records import ModelInfo, Module, Plan, Size
+from bitatlas.records.formats import get_format, stored_bytes
+
+SIZE_UNITS = {"": 1, "b": 1} | {
+    f"{letter}{infix}b": base**power for power, letter in enumerate("kmgt", start=1) for infix, base in (("", 1000), ("i", 1024))
+}
+
+
+FUSED = {"q_proj": "qkv", "k_proj": "qkv", "v_proj": "qkv", "gate_proj": "gate_up", "up_proj": "gate_up"}
+
+
+RANGE_DIGITS = 4  # significant digits of a possible range
+
+
+@dataclass(frozen=True)
+class Unit:
+    """Modules that share one format."""
+
+    name: str
+    modules: tuple[Module, ...]
+    layer: int
+    weights: int
+
+
+def units_of(modules: Sequence[Module]) -> list[Unit]:
+    """Units in the order in which their first module comes. ValueError where a unit spans layers."""
+    groups: dict[str, list[Module]] = {}
+    for module in modules:
+        groups.setdefault(module.unit, []).append(module)
+    units = []
+    for name, group in groups.items():
+        if len({module.layer for module in group}) > 1:
+            raise ValueError(f"unit {name!r} spans more than one layer")
+        units.append(Unit(name, tuple(group), group[0].layer, sum(module.weights for module in group)))
+    return units
+
+
+def unlike_partners(plan: Plan) -> tuple[str, str, str, str] | None:
+    """(module, its format, other module, its format) of the first two that runtimes like vLLM make one matrix of and that differ."""
+    first: dict[str, tuple[str, str]] = {}
+    for name, format_name in plan.modules.items():
+        parent, _, last = name.rpartition(".")
+        if last in FUSED:
+            other, told = first.setdefault(f"{parent}.{FUSED[last]}", (name, format_name))
+            if told != format_name:
+                return name, format_name, other, told
+    return None
+
+
+def assignment_of(units: Sequence[Unit], formats: Sequence[str], choice: NDArray[np.integer]) -> dict[str, str]:
+    """choice: [units], columns of `formats` -> module name -> format name."""
+    return {module.name: formats[int(k)] for unit, k in zip(units, choice, strict=True) for module in unit.modules}
+
+
+def size_of(modules: Sequence[Module], assignment: dict[str, str], info: ModelInfo) -> Size:
+    """The exact size of a plan. Modules not in `assignment` stay as the checkpoint stores them and count in `total_bytes` alone.
+
+    With nothing assigned both averages are the stored width of the modules' weights, in the mean.
+    Raises UserError where the assignment names a module that the checkpoint lacks, or an unknown format.
+    """
+    unknown = sorted(set(assignment) - {module.name for module in modules})
+    if unknown:
+        raise UserError(f"the plan names {len(unknown)} modules that the checkpoint lacks, for example {unknown[0]!r}")
+    weights = code_bits = quantized_bytes = kept = 0
+    for module in modules:
+        if module.name not in assignment:
+            kept += kept_bytes(module, info.dtype)
+            continue
+        fmt = get_format(assignment[module.name])
+        weights += module.weights
+        code_bits += module.weights * fmt.bits
+        quantized_bytes += stored_bytes(module.shape, fmt)
+    total = info.other_bytes + quantized_bytes + kept
+    if not weights:
+        width = 8 * kept / sum(module.weights for module in modules) if modules else 8.0 * dtype_bytes(info.dtype)
+        return Size(width, width, 0, total)
+    return Size(code_bits / weights, 8 * quantized_bytes / weights, quantized_bytes, total)
+
+
+def parse_size(text: str, flag: str = "--size") -> int:
+    """Bytes from "4GiB", "600MB", "1.5 GiB" or "123456"; UserError naming `flag` otherwise. A part of a byte is dropped."""
+    match = re.fullmatch(r"\s*(\d+(?:\.\d*)?|\.\d+)\s*([a-z]*)\s*", text, re.IGNORECASE | re.ASCII)
+    unit = match.group(2).lower() if match else ""
+    if match is None or unit not in SIZE_UNITS:
+        letter = unit.removesuffix("i").upper()
+        near = f" ({letter}B counts in 1000s, {letter}iB in 1024s)" if letter in {"K", "M", "G", "T"} else ""
+        raise UserError(f"{flag} {text!r} is not a size: write a number and a unit, like 600MB or 1.5GiB{near}")
+    size = math.floor(Fraction(match.group(1)) * SIZE_UNITS[unit])
+    if size < 1:
+        raise UserError(f"{flag} {text!r} is less than one byte")
+    return size
+
+
+def show_bytes(value: int | Fraction, digits: int = RANGE_DIGITS) -> str:
+    """A size that `parse_size` reads again, rounded up to `digits` significant digits: 1234567 -> "1.235MB"."""
+    power = min(4, max(0, (len(str(math.floor(value))) - 1) // 3))
+    text = rounded_up(Fraction(value) / 1000**power, digits).removesuffix(".0")
+    return f"{text}{('', 'k', 'M', 'G', 'T')[power]}B"
+
+
+DTYPE_BYTES = {"float64": 8, "float32": 4, "float16": 2, "bfloat16": 2, "float8_e4m3fn": 1, "float8_e5m2": 1}
+
+
+def dtype_bytes(dtype: str) -> int:
+    """Bytes of one number of a dtype ("bfloat16", "torch.float32"); UserError for a dtype that is not known."""
+    name = dtype.removeprefix("torch.")
+    if name not in DTYPE_BYTES:
+        raise UserError(f"the checkpoint's dtype {dtype!r} is not supported (known: {', '.join(DTYPE_BYTES)})")
+    return DTYPE_BYTES[name]
+
+
+def kept_bytes(module: Module, dtype: str) -> int:
+    """Bytes of a module that stays as it is, in a checkpoint whose other modules are of `dtype`."""
+    return module.size_bytes if module.size_bytes is not None else module.weights * dtype_bytes(dtype)
+
+
+def rounded_up(value: Fraction, digits: int) -> str:
+    """Decimal text with at least one decimal, rounded up: a budget typed from what is shown is never too small."""
+    places = max(1, digits - len(str(math.floor(value))))
+    head, tail = divmod(math.ceil(value * 10**places), 10**places)
+    return f"{head}.{f'{tail:0{places}d}'.rstrip('0') or '0'}"

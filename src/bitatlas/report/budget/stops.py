@@ -1,0 +1,181 @@
+"""The budget slider's stops: every verified plan of the atlas by size, and what the page says about each.
+
+A stop is a plan whose damage was measured on the test rows: the survey's own, those of the curve, and the two uniform ends. Sizes
+between them have no stop, because nothing was measured there. Each stop is plain HTML, so a page without scripts shows them all.
+Memory at a context is `planning.memory`'s formula, worked out here for a few contexts; the page picks a number and computes none.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+
+from markupsafe import Markup
+
+from bitatlas.plan.memory import activation_bytes, cache_bytes, workload_of
+from bitatlas.records import Atlas, Baseline, Budget, Plan, PlanDamage, PlanModel, Uniform
+from bitatlas.records.files import plan_place
+from bitatlas.records.memory import MemoryShape
+from bitatlas.records.text import byte_size, interval, number, percent
+from bitatlas.report import advice, facts
+from bitatlas.report.budget.commands import commands
+from bitatlas.report.charts import charts
+
+FIRST_CONTEXT = 128  # tokens: shorter ones are not offered, but for a model whose own is shorter
+CACHES = {"float16": "16-bit cache", "float8_e4m3fn": "8-bit cache"}
+HALF, NARROW = 460, 350  # px of the comparison beside the numbers, and on a phone
+
+
+@dataclass(frozen=True)
+class Stop:
+    """One place of the slider. `place`: the plan's file from the report's folder; `kept`: whether it lies there; `point`: its mark in the chart."""
+
+    plan: Plan
+    name: str
+    place: str
+    kept: bool
+    point: str
+    size: str
+    facts: list[tuple[str, str, str]]  # name, value, detail
+    verdict: str
+    tasks: list[list[str]]
+    wide: Markup | None  # the plan against what anybody could have made
+    narrow: Markup | None
+    commands: list[str]
+
+    @property
+    def told(self) -> str:
+        """The stop in a sentence, for ears."""
+        return f"{self.size}, {number(self.plan.size.code_bits, 2)} code bits: damage {interval(self.plan.damage.measured, unit=True)}; {self.name}"
+
+
+def stops(atlas: Atlas) -> list[Stop]:
+    """From the smallest plan to the largest; none where no plan was measured."""
+    own = atlas.plan
+    if own is None or own.damage.measured is None:
+        return []
+    found = [(own, "the survey's plan", "plan.json", True, "plan", "plan")]
+    for plan in atlas.plans:
+        name = f"plan of at most {byte_size(int(plan.budget.value))}"
+        found.append((plan, "plan for this size", plan_place(plan), True, name, ""))
+    for uniform in atlas.uniform:
+        if uniform.format in (atlas.low, atlas.high):
+            plan = _uniform_plan(atlas, own, uniform)
+            name, place = f"uniform {uniform.format}", f"plan-uniform-{uniform.format}.json"
+            found.append((plan, name, place, False, name, f"uniform:{uniform.format}"))
+    return [_stop(atlas, *one) for one in sorted(found, key=lambda one: (one[0].size.total_bytes, one[2]))]
+
+
+def _uniform_plan(atlas: Atlas, own: Plan, uniform: Uniform) -> Plan:
+    """Every module at one format, as a plan."""
+    return Plan(
+        PlanModel(atlas.model.name, atlas.model.revision, atlas.model.weights_sha256),
+        {uniform.format: atlas.formats[uniform.format]},
+        atlas.quantizer,
+        dict.fromkeys(own.modules, uniform.format),
+        Budget("size", float(uniform.size.total_bytes)),
+        uniform.size,
+        PlanDamage(None, uniform.damage),
+        verdict=f"uniform {uniform.format}",
+        codes=own.codes,
+    )
+
+
+def _stop(atlas: Atlas, plan: Plan, name: str, place: str, kept: bool, point: str, precision: str) -> Stop:
+    seen = replace(atlas, plan=plan)
+    compared = bool(plan.baselines)
+    return Stop(
+        plan=plan,
+        name=name,
+        place=place,
+        kept=kept,
+        point=point,
+        size=byte_size(plan.size.total_bytes),
+        facts=_facts(plan),
+        verdict=_verdict(seen, name, compared),
+        tasks=_tasks(atlas, precision),
+        wide=charts.baselines(seen, HALF) if compared else None,
+        narrow=charts.baselines(seen, NARROW) if compared else None,
+        commands=commands(atlas, plan, place),
+    )
+
+
+def _facts(plan: Plan) -> list[tuple[str, str, str]]:
+    size, damage = plan.size, plan.damage.measured
+    rests = f"{damage.n} {damage.rows} rows" if damage else ""
+    bits = f"{number(size.code_bits, 2)} code bits, {number(size.stored_bits, 2)} stored bits"
+    found = [
+        ("Size of the whole model", byte_size(size.total_bytes), bits),
+        ("Damage", facts.mean_text(damage), f"{facts.ends_text(damage)}; {rests}"),
+    ]
+    rule = _best_rule(plan)
+    if rule is not None:
+        difference = f"; plan minus this {interval(rule.difference)}" if rule.difference else ""
+        found.append(("Best simple rule", facts.mean_text(rule.damage), f"nats/token: {rule.name}{difference}"))
+    return found
+
+
+def _best_rule(plan: Plan) -> Baseline | None:
+    """The baseline that is no random plan with the least damage."""
+    rules = [one for one in plan.baselines if not one.is_random]
+    return min(rules, key=lambda one: one.damage.mean, default=None)
+
+
+def _verdict(atlas: Atlas, name: str, compared: bool) -> str:
+    if compared:
+        return advice.plan_verdict(atlas)
+    return f"Every module at {name.removeprefix('uniform ')}: one end of what these formats give, so there is no other plan of this size."
+
+
+def _tasks(atlas: Atlas, precision: str) -> list[list[str]]:
+    """Task, right of all, accuracy with its interval, and the comparison with the reference; empty where no task was run at this plan."""
+    rows = []
+    for score in atlas.tasks:
+        if score.precision == precision and score.n:
+            low, high = (number(100 * end, 1) for end in score.wilson95)
+            pair = facts.comparison(atlas, score.task, precision)
+            accuracy = f"{percent(score.correct / score.n)} [{low}, {high}]"
+            rows.append([score.task, f"{score.correct}/{score.n}", accuracy, pair.verdict if pair else "not compared"])
+    return rows
+
+
+# --- memory ------------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Memory:
+    """Bytes beside the weights. `beside[cache][context]`: (cache, activations); `told`: what is said where nothing is known."""
+
+    contexts: list[int]
+    caches: list[str]
+    beside: list[list[tuple[int, int]]]
+    told: str = ""
+
+    def where(self, atlas: Atlas) -> str:
+        """The context that stands there before anybody chooses: the model's own."""
+        return f"{atlas.model.context:,} tokens"
+
+    def total(self, plan: Plan, cache: int, context: int) -> tuple[str, str]:
+        """All of it, and what it is made of, as text."""
+        kept, alive = self.beside[cache][context]
+        weights = plan.size.total_bytes
+        parts = {"weights": weights, "cache": kept, "activations": alive}
+        return byte_size(weights + kept + alive), " + ".join(f"{byte_size(n)} {name}" for name, n in parts.items())
+
+
+def memory(atlas: Atlas) -> Memory:
+    """One sequence, passes of 512 tokens, at contexts that double up to the model's own."""
+    shape = atlas.model.memory
+    if not isinstance(shape, MemoryShape):
+        reason = shape or "this survey does not hold what it depends on"
+        return Memory([], [], [], f"Memory beside the weights cannot be told: {reason}.")
+    own, contexts = atlas.model.context, []
+    step = min(FIRST_CONTEXT, own)
+    while step < own:
+        contexts.append(step)
+        step *= 2
+    contexts.append(own)
+    beside = []
+    for cache in CACHES:
+        loads = [replace(workload_of(n, cache, None, None), activation_dtype=atlas.model.dtype) for n in contexts]
+        beside.append([(cache_bytes(shape, load), activation_bytes(shape, load)) for load in loads])
+    return Memory(contexts, list(CACHES.values()), beside)

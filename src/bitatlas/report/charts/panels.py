@@ -1,0 +1,144 @@
+"""The small charts of report.html: one measure of attention or weights by layer, all of one size so that they can be compared.
+
+These measures describe; whether one of them earns a say in the bits is told by its correlation with damage, printed beside them.
+Left out: a chart a head; the Parquet tables have every head.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+
+from markupsafe import Markup
+
+from bitatlas.findings.sparsity import gaussian_share
+from bitatlas.records import Atlas, Measured, WeightProfile
+from bitatlas.records.text import number, shown
+from bitatlas.report import facts
+from bitatlas.report.charts.canvas import Canvas, bands, linear, nice_range, ticks
+
+SIGNS = {"circle": "●", "square": "■", "triangle": "▲", "diamond": "◆"}  # the shapes as text, for legends
+DISTANCE = "Jensen-Shannon distance, 0..1"
+GAUSSIAN = 100 * gaussian_share(0.01)  # % of its values within 1 % of its standard deviation
+Value = Callable[[WeightProfile], float | None]
+
+
+@dataclass(frozen=True)
+class Series:
+    """One measure over layers: (layer, mean, low, high) each, as printed."""
+
+    name: str
+    css: str
+    shape: str
+    points: list[tuple[int, float, float, float]]
+
+
+@dataclass(frozen=True)
+class Panel:
+    """A small chart: one measure a layer; None where it was not measured. `keys`: (shape, css class, meaning) of its series."""
+
+    title: str
+    caption: str
+    drawing: Markup | None
+    keys: list[tuple[str, str, str]] = field(default_factory=list)
+
+
+def _series(name: str, css: str, shape: str, values: Sequence[tuple[int, Measured | None]]) -> Series:
+    points = []
+    for layer, m in values:
+        if m is not None:
+            mean, ci95, _ = shown(m)
+            points.append((layer, mean, *(ci95 or (mean, mean))))
+    return Series(name, css, shape, points)
+
+
+def panel(series: Sequence[Series], label: str, rule: float | None = None) -> Markup | None:
+    """A small chart of measures over layers, 340 px wide; None without a point."""
+    points = [point for one in series for point in one.points]
+    if not points:
+        return None
+    c = Canvas(340, 190, left=44, right=8, top=26, bottom=36)
+    include = [0.0] if min(p[2] for p in points) >= 0 else []
+    include += [] if rule is None else [rule]
+    low, high = nice_range([end for p in points for end in p[1:]], include)
+    y = linear(low, high, c.y0, c.y1)
+    layers = sorted({point[0] for point in points})
+    centre, step = bands(len(layers), c.x0, c.x1)
+    c.y_axis(y, ticks(low, high, 4), label)
+    if rule is not None:
+        c.line(c.x0, y(rule), c.x1, y(rule), "rule")
+    size = max(1.4, min(3.4, step / (4 if len(series) < 2 else 5)))
+    apart = min(3.0, 0.5 * step / len(series))  # px between the series of a layer, so that equal values do not hide each other
+    for place, one in enumerate(series):
+        aside = apart * (place - (len(series) - 1) / 2)
+        c.path([(centre(layers.index(p[0])) + aside, y(p[1])) for p in one.points], f"join {one.css}")
+        for layer, mean, bottom, top in one.points:
+            x = centre(layers.index(layer)) + aside
+            if top > bottom:
+                c.whisker(x, y(bottom), y(top), one.css, cap=min(2, step / 4))
+            c.mark(x, y(mean), one.shape, one.css, f"Layer {layer}, {one.name}: {number(mean)}", size)
+    c.layer_axis(centre, layers)
+    return c.svg(f"{', '.join(one.name for one in series)} by layer: {label}")
+
+
+def attention_panels(atlas: Atlas) -> list[Panel]:
+    """Attention by layer, always the same six, with every precision that was measured in each."""
+    return [
+        _overlay(atlas, "Attention entropy", "0 one key, 1 all alike; sinks removed", "entropy", "entropy, 0..1"),
+        _overlay(atlas, "Head specialization", "Heads with a recognized role", "specialization_percent", "% of heads"),
+        _overlay(atlas, "Reasoning focus", "0 is chance; negative is possible", "focus_percent", "% above chance", 0.0),
+        _overlay(atlas, "Sink mass", "Attention on sink keys", "sink_mass", "% of attention"),
+        _overlay(atlas, "Local drift", "From the reference's maps, same inputs", "drift_local", DISTANCE),
+        _overlay(atlas, "Cumulative drift", "From the reference's maps, whole model", "drift_cumulative", DISTANCE),
+    ]
+
+
+def weight_panels(atlas: Atlas) -> list[Panel]:
+    """Weights by layer, always the same four."""
+
+    def weights(value: Value) -> list[Series]:
+        return _weights(atlas, value)
+
+    energy = f"‖W − Q(W)‖² / ‖W‖² at {atlas.low}"
+    tail = weights(lambda p: p.outlier_ratio)
+    return [
+        Panel(
+            "Sparsity",
+            "Weights with |w| below 1% of σ; dashed: of a Gaussian",
+            panel(weights(lambda p: 100 * p.sparsity), "% of weights", GAUSSIAN),
+        ),
+        Panel("Excess kurtosis", "0 for a normal distribution", panel(weights(lambda p: p.kurtosis), "kurtosis")),
+        Panel("Quantization error", energy, panel(weights(_error_at(atlas.low)), "% of the weights' energy")),
+        Panel("Largest outlier", "Largest |w| / σ, mean over modules", panel(tail, "standard deviations")),
+    ]
+
+
+def _overlay(atlas: Atlas, title: str, caption: str, pick: str, label: str, rule: float | None = None) -> Panel:
+    """One measure at every base, side by side in each layer; a drift with its noise floor."""
+    series = []
+    for base in facts.attention_bases(atlas):
+        values = [(a.layer, getattr(a, pick)) for a in facts.attention_at(atlas, base)]
+        series.append(_series(facts.precision_name(atlas, base), *facts.precision_mark(atlas, base), values))
+    if pick.startswith("drift"):
+        noise = {a.layer: a.drift_noise for a in atlas.attention if a.drift_noise is not None}
+        series.append(_series("noise floor", "c-muted", "circle", sorted(noise.items())))
+    series = [one for one in series if one.points]
+    keys = [(SIGNS[one.shape], one.css, one.name) for one in series]
+    return Panel(title, caption, panel(series, label, rule), keys)
+
+
+def _error_at(name: str) -> Value:
+    """Relative error at a format, in %; None for a module that was not tried in it."""
+    return lambda p: 100 * p.relative_error[name] if name in p.relative_error else None
+
+
+def _weights(atlas: Atlas, value: Value) -> list[Series]:
+    """A measure of the weights by layer: mean over its modules, weighted by their size. Exact, so without an interval."""
+    points = []
+    for layer in sorted({profile.layer for profile in atlas.weights}):
+        inside = [(value(p), p.weights) for p in atlas.weights if p.layer == layer]
+        known = [(v, w) for v, w in inside if v is not None]
+        if known:
+            mean = sum(v * w for v, w in known) / sum(w for _, w in known)
+            points.append((layer, mean, mean, mean))
+    return [Series("mean", "c-high", "circle", points)]

@@ -1,0 +1,166 @@
+"""The boxes and arrows of the overview, once, for Mermaid and for the page: five groups, their cards, their links.
+
+Links. A solid link means "belongs to" or "leads to": a layer or its attention to the zone it lies in, a zone to the part of the
+strategy that its verdict asks for. A dotted link says what follows from a task's score: to the most critical layers drawn (at most
+three) where the score is shown to fall, because wider formats would be spent there first (it does not say that those layers gave the
+wrong answers); else to the strategy's card on tasks, labelled with the reason why no bits follow.
+What was not measured has a card that says so. Left out: layers beyond those of `facts.select_layers`; the tables list all.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+from bitatlas.records import Atlas, AttentionLayer, Layer, TaskScore, Zone
+from bitatlas.records.text import NOT_MEASURED, against_chance, interval, number, percent
+from bitatlas.report import advice, facts
+
+CLASS_OF = {"critical": "critical", "safe": "safe", "light": "light", "uncertain": "warning"}
+LINK_NOTE = (
+    "A solid arrow means “belongs to” or “leads to”. A dotted arrow says what follows from a task's score: it goes to the most "
+    "critical layers where that score is shown to fall (wider formats would be spent there first), else to the strategy's "
+    "line on tasks, with the reason."
+)
+
+
+@dataclass(frozen=True)
+class Card:
+    """A box: its node name, title, lines of text, class (one of six, or none) and verdict as words."""
+
+    key: str
+    title: str
+    lines: list[str] = field(default_factory=list)
+    css: str = ""
+    mark: str = ""
+
+
+@dataclass(frozen=True)
+class Link:
+    start: str
+    end: str
+    label: str = ""
+    dotted: bool = False
+
+
+@dataclass(frozen=True)
+class Overview:
+    """The diagram. Groups in the order of the form; `layers` are those drawn."""
+
+    title: str
+    datasets: list[Card]
+    layers: list[Card]
+    attention: list[Card]
+    effects: list[Card]
+    strategy: list[Card]
+    links: list[Link]
+    chosen: list[int]
+
+
+def overview_of(atlas: Atlas) -> Overview:
+    """The boxes and arrows for one atlas."""
+    chosen = facts.select_layers(atlas)
+    layers = [record for record in atlas.layers if record.layer in chosen]
+    attention = {record.layer: record for record in facts.attention_at(atlas)}
+    lowered = {record.layer: record for record in facts.attention_at(atlas, f"uniform:{atlas.low}")}
+    low = facts.width_of(atlas, atlas.low)
+    seen = [layer for layer in chosen if attention]
+    nothing = NOT_MEASURED
+    return Overview(
+        f"{facts.title_of(atlas).upper().replace(' VS ', ' vs ')} QUANTIZATION ANALYSIS",
+        [_task(atlas, i, score) for i, score in enumerate(atlas.tasks)] or [Card("NOTASKS", "Tasks", [nothing])],
+        [_layer(atlas, record) for record in layers] or [Card("NOLAYERS", "Layer criticality", [nothing])],
+        [_attention(layer, attention.get(layer), lowered.get(layer), low) for layer in seen]
+        or [Card("NOATTENTION", "Attention", [nothing])],
+        [_zone(atlas, i, zone) for i, zone in enumerate(atlas.zones)] or [Card("NOZONES", "Zones", [nothing])],
+        [Card(part.key, part.title, part.lines, "recommendation") for part in advice.strategy(atlas)],
+        [*_task_links(atlas, layers), *_zone_links(atlas, layers, seen)],
+        chosen,
+    )
+
+
+def _task(atlas: Atlas, place: int, score: TaskScore) -> Card:
+    low, high = (number(100 * end, 1) for end in score.wilson95)
+    accuracy = percent(score.correct / score.n) if score.n else NOT_MEASURED
+    lines = [
+        f"{facts.precision_name(atlas, score.precision)}: {accuracy} accuracy",
+        f"{score.correct}/{score.n} correct",
+        f"95%: [{low}, {high}]",
+    ]
+    chance = [] if score.above_chance else [f"{against_chance(score)} ({percent(score.chance, 0)})"]
+    return Card(f"T{place}", f"{score.task.replace('_', ' ')} dataset", lines + chance)
+
+
+def _layer(atlas: Atlas, record: Layer) -> Card:
+    sparsity, bits = facts.sparsity_of(atlas, record.layer), facts.plan_bits(atlas, record.layer)
+    lines = [
+        f"Sparsity: {NOT_MEASURED if sparsity is None else percent(sparsity, 2)}",
+        f"Criticality: {interval(record.criticality)}",
+    ]
+    planned = [] if bits is None else [f"Plan: {number(bits, 1)} code bits"]
+    css = CLASS_OF.get(record.verdict, "warning")
+    return Card(f"L{record.layer}", f"Layer {record.layer}", lines + planned, css, record.verdict.upper())
+
+
+def _attention(layer: int, record: AttentionLayer | None, lowered: AttentionLayer | None, low: str) -> Card:
+    """Attention of a layer; `lowered` is the same in the whole model at the low width, beside it where both were measured."""
+    title = f"Layer {layer} attention"
+    if record is None:
+        return Card(f"ATT{layer}", title, [NOT_MEASURED], "attention")
+    lines = [
+        f"Entropy: {interval(record.entropy)}",
+        f"Head spec: {interval(record.specialization_percent)}",
+        f"Reasoning: {interval(record.focus_percent)}",
+    ]
+    if lowered is not None and record.base == "reference":
+        lines.insert(1, f"at {low}: {interval(lowered.entropy)}")
+        lines.insert(3, f"at {low}: {interval(lowered.specialization_percent)}")
+    return Card(f"ATT{layer}", title, lines, "attention")
+
+
+def _zone(atlas: Atlas, place: int, zone: Zone) -> Card:
+    high, low = facts.width_of(atlas, atlas.high), facts.width_of(atlas, atlas.low)
+    marks = {
+        "safe": f"Safe for {low}",
+        "critical": f"Preserve {high}",
+        "light": "Light: mixed precision",
+        "uncertain": "Uncertain: mixed precision",
+    }
+    lines = [f"Criticality: {interval(zone.criticality)}"]
+    if zone.low_share is not None:
+        lines.append(f"Plan: {percent(zone.low_share, 0)} at {facts.narrowest_bits(atlas)}-bit")
+    css = CLASS_OF.get(zone.verdict, "warning")
+    return Card(f"Z{place}", facts.zone_title(zone), lines, css, marks.get(zone.verdict, zone.verdict))
+
+
+def task_conclusion(atlas: Atlas, score: TaskScore) -> tuple[str, bool]:
+    """What follows from a score: the label of its dotted link, and whether the link goes to layers."""
+    if score.precision == "reference":
+        return "reference", False
+    pair = facts.comparison(atlas, score.task, score.precision)
+    if pair is not None and pair.verdict == "falls":
+        return ("falls" if score.above_chance else f"falls to {against_chance(score).removeprefix('at ')}"), True
+    if not score.above_chance:
+        return against_chance(score), False
+    return ("not compared" if pair is None else pair.verdict), False
+
+
+def _task_links(atlas: Atlas, layers: list[Layer]) -> list[Link]:
+    targets = [f"L{record.layer}" for record in facts.most_critical(layers)]
+    links = []
+    for place, score in enumerate(atlas.tasks):
+        label, to_layers = task_conclusion(atlas, score)
+        ends = targets if to_layers and targets else ["TASKS"]
+        links += [Link(f"T{place}", end, label, dotted=True) for end in ends]
+    return links or [Link("NOTASKS", "TASKS", dotted=True)]
+
+
+def _zone_links(atlas: Atlas, layers: list[Layer], attention: list[int]) -> list[Link]:
+    links = []
+    members = [(f"L{r.layer}", r.layer) for r in layers] + [(f"ATT{layer}", layer) for layer in attention]
+    for key, layer in members:
+        zone = facts.zone_of(atlas, layer)
+        if zone is not None:
+            links.append(Link(key, f"Z{atlas.zones.index(zone)}"))
+    for place, zone in enumerate(atlas.zones):
+        links += [Link(f"Z{place}", part.key) for part in advice.strategy(atlas) if zone.verdict in part.follows]
+    return links

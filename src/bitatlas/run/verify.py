@@ -1,0 +1,292 @@
+"""Does a plan keep its promise? Its size recomputed, its damage measured again, both against what the plan says.
+
+Given a folder that `apply` wrote, the checkpoint in it is what is measured: loaded by transformers as anybody would load it, its
+files' sizes taken from the disk, its tasks scored where they are asked for.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from bitatlas.data.rows import Rows, make_rows
+from bitatlas.data.texts import read_documents
+from bitatlas.errors import UserError
+from bitatlas.export.card import VERIFIED, atlas_beside, story_beside
+from bitatlas.export.gguf.names import weight_names
+from bitatlas.export.gguf.run import Session, opened
+from bitatlas.export.gguf.write import PLAN_KEY
+from bitatlas.export.packed import card_of, check_fits, check_package, draw, promised_disk_bytes
+from bitatlas.export.trial import open_packed
+from bitatlas.measure.damage import DamageMeter, kl_per_row
+from bitatlas.model.checkpoint import Checkpoint, check_finite, open_checkpoint
+from bitatlas.model.folder import weight_files
+from bitatlas.model.layerwise import batch_rows
+from bitatlas.progress import Reporter
+from bitatlas.quantize.bank import bank_of_plan
+from bitatlas.quantize.ggml import check_packages
+from bitatlas.records import Measured, Plan, Size, TaskScore
+from bitatlas.records.files import parse_record, read_record, write_text
+from bitatlas.records.formats import FORMATS
+from bitatlas.records.journal import Journal
+from bitatlas.records.sizes import size_of
+from bitatlas.run.prepare import rows_and_items, rows_of_survey, settings_of
+from bitatlas.run.settings import check_device
+from bitatlas.stats.bootstrap import measured
+
+
+@dataclass(frozen=True)
+class TaskCheck:
+    """One task again. `kept`: what was promised is not above the Wilson interval of what was found."""
+
+    task: str
+    promised: int  # right
+    n: int
+    found: TaskScore
+
+    @property
+    def kept(self) -> bool:
+        return self.promised / self.n <= self.found.wilson95[1]
+
+
+@dataclass(frozen=True)
+class Verification:
+    """`kept`: the size is to the byte what was promised, and the damage is not above the promise beyond its interval."""
+
+    plan: Plan
+    size: Size
+    damage: Measured
+    size_kept: bool
+    disk: tuple[int, int] | None = None  # of a checkpoint or a GGUF: bytes that should be there, and are
+    tasks: tuple[TaskCheck, ...] = ()
+    disk_what: str = "weights' files, bytes"
+
+    @property
+    def promised(self) -> float | None:
+        """Damage, nats/token."""
+        damage = self.plan.damage
+        return damage.measured.mean if damage.measured else damage.predicted
+
+    @property
+    def damage_kept(self) -> bool:
+        lowest = self.damage.ci95[0] if self.damage.ci95 else self.damage.mean
+        return self.promised is None or lowest <= self.promised
+
+    @property
+    def kept(self) -> bool:
+        return self.size_kept and self.damage_kept and all(task.kept for task in self.tasks)
+
+
+def verify_plan(
+    model_name: str, plan_file: Path, tokens: str | None, rows: tuple[int, int, int], row_length: int, device: str, seed: int,
+    reporter: Reporter, tasks: str | None = None, card: bool = False,
+) -> Verification:  # fmt: skip
+    """Measure a plan, or the checkpoint or the GGUF that was made of one. Without `tokens`, the rows of the survey beside it are used again.
+
+    `tasks`: of the survey's, with a checkpoint alone. `card`: write what was found into the checkpoint's README.md.
+    """
+    if plan_file.suffix == ".gguf" and not plan_file.is_dir():
+        if card or tasks is not None:
+            raise UserError("--card, --tasks: belong to a packed checkpoint, not to a GGUF")
+        return verify_gguf(model_name, plan_file, tokens, rows, row_length, device, seed, reporter)
+    folder = plan_file if plan_file.is_dir() else None
+    if folder is None and (card or tasks is not None):
+        raise UserError("--card, --tasks: belong to a packed checkpoint; give the folder that apply wrote")
+    if folder is not None:
+        check_package()
+        plan_file = folder / "plan.json"
+    plan = read_record(plan_file, Plan)
+    checkpoint = open_checkpoint(model_name, plan.model.revision, fuse=False)
+    check_fits(plan, checkpoint)
+    chosen = rows_for(plan_file, checkpoint, tokens, rows, row_length, seed)
+    test, blocks = chosen.test, chosen.blocks("test")
+    items = _items(plan_file, plan, checkpoint, tasks)
+    check_finite(checkpoint)
+    model = checkpoint.load_model(check_device(device))
+    disk: tuple[int, int] | None = None
+    checks: tuple[TaskCheck, ...] = ()
+    if folder is None:
+        bank = bank_of_plan(plan, plan_file, model, list(plan.modules))
+        meter = DamageMeter(model, bank, checkpoint.info.weights_sha256, bank.identity, Journal(None))
+        with reporter.stage("damage of the plan") as progress:
+            nats = meter.plans({"plan": plan.modules}, test, progress)["plan"]
+    else:
+        packed, tokenizer = open_packed(folder, check_device(device))
+        promised = promised_disk_bytes(plan, draw(plan, checkpoint, checkpoint.skeleton()))
+        disk = promised, sum(file.stat().st_size for file in weight_files(folder))
+        with reporter.stage("damage of the checkpoint") as progress:
+            nats = between(model, packed, test, progress)
+        checks = tuple(_check_task(packed, tokenizer, *entry, reporter) for entry in items)
+    found = _judge(plan, checkpoint, measured(nats, "nats/token", "plan", "test", seed, blocks), disk, checks)
+    if folder is not None and card:
+        _write_card(folder, plan, checkpoint, found, tokens)
+    return found
+
+
+def _judge(
+    plan: Plan, checkpoint: Checkpoint, damage: Measured, disk: tuple[int, int] | None, checks: tuple[TaskCheck, ...]
+) -> Verification:
+    size = size_of(checkpoint.modules, plan.modules, checkpoint.info)
+    size_kept = size == plan.size and (disk is None or disk[0] == disk[1])
+    return Verification(plan, size, damage, size_kept, disk, checks)
+
+
+@torch.no_grad()
+def between(first: Any, second: Any, rows: Tensor, progress: Callable[[int, int], None]) -> np.ndarray:
+    """KL(first || second) of two models of one vocabulary, rows int64 [rows, tokens] -> float64 [rows], nats/token."""
+    vocabulary = int(first.get_output_embeddings().weight.shape[0])
+    found, batches = [], rows.split(batch_rows(rows.shape[1], vocabulary))
+    for done, batch in enumerate(batches, start=1):
+        logits = [model(input_ids=batch.to(model.device), use_cache=False).logits.float() for model in (first, second)]
+        found.append(kl_per_row(torch.log_softmax(logits[0], -1), logits[1]).cpu())
+        progress(done, len(batches))
+    return torch.cat(found).numpy()
+
+
+def rows_for(
+    plan_file: Path, checkpoint: Checkpoint, tokens: str | None, rows: tuple[int, int, int], row_length: int, seed: int
+) -> Rows:
+    """Of the text `tokens`, or those of the survey in whose folder `plan_file` lies."""
+    if tokens is None:
+        atlas = atlas_beside(plan_file.absolute())
+        if atlas is None or atlas.model.weights_sha256 != checkpoint.info.weights_sha256:
+            raise UserError(
+                f"--tokens: no atlas.json of this model lies beside {plan_file}, so its text is not known; give a text file"
+            )
+        return rows_of_survey(atlas, checkpoint)
+    vocabulary = int(checkpoint.config.get_text_config().vocab_size)
+    tokenizer, context = checkpoint.load_tokenizer(), checkpoint.info.context
+    return make_rows(read_documents(tokens), tokenizer, tokens, rows, row_length, context, seed, vocabulary=vocabulary)
+
+
+# --- tasks and the card ------------------------------------------------------------------------------------------------
+
+
+def _items(plan_file: Path, plan: Plan, checkpoint: Checkpoint, tasks: str | None) -> list[tuple[TaskScore, list[Any]]]:
+    """What each task promised, and its items; UserError for a task that promised nothing."""
+    names = [] if tasks in (None, "none") else [name.strip() for name in str(tasks).split(",")]
+    if not names:
+        return []
+    atlas = atlas_beside(plan_file.absolute())
+    promised = {score.task: score for score in story_beside(plan_file, plan).tasks}
+    missing = [name for name in names if name not in promised]
+    if atlas is None or missing:
+        told = f"it promised {', '.join(promised)}" if promised else "no survey of this plan with tasks lies beside it"
+        raise UserError(f"--tasks {tasks}: nothing was promised about {(missing or names)[0]}: {told}")
+    _, items = rows_and_items(replace(settings_of(atlas), tasks=tuple(names)), checkpoint, checkpoint.load_tokenizer())
+    return [(promised[name], items[name]) for name in names]
+
+
+def _check_task(model: Any, tokenizer: Any, promised: TaskScore, items: list[Any], reporter: Reporter) -> TaskCheck:
+    from bitatlas.data.tasks import chance_level
+    from bitatlas.measure.tasks import score_items
+    from bitatlas.stats.paired import compare_all
+
+    with reporter.stage(promised.task):
+        right = np.array([answer["correct"] for answer in score_items(model, tokenizer, promised.task, items)])
+    scores, _ = compare_all({promised.task: {"plan": right}}, {promised.task: chance_level(items)})
+    return TaskCheck(promised.task, promised.correct, promised.n, scores[0])
+
+
+def _write_card(folder: Path, plan: Plan, checkpoint: Checkpoint, found: Verification, tokens: str | None) -> None:
+    """The card again, with what was found here in the place of what the survey measured."""
+    story = story_beside(folder / "plan.json", plan)
+    text = Path(tokens).name if tokens else story.text
+    story = replace(story, text=text, damage=found.damage, tasks=tuple(check.found for check in found.tasks), source=VERIFIED)
+    size = sum(file.stat().st_size for file in weight_files(folder))
+    write_text(folder / "README.md", card_of(plan, checkpoint, story, size))
+
+
+# --- verify ----------------------------------------------------------------------------------------------------------------
+
+# Does a GGUF keep its plan's promise? It is run in llama.cpp on the test rows, beside the reference model in transformers.
+#
+# The file's own tensors say which types and how many bytes it holds. A file that llama-quantize made is verified too, where the plan lies
+# beside it as plan.json.
+
+ROW = "in the file, bytes"
+
+
+def verify_gguf(
+    model_name: str, file: Path, tokens: str | None, rows: tuple[int, int, int], row_length: int, device: str, seed: int,
+    reporter: Reporter,
+) -> Verification:  # fmt: skip
+    """Measure a GGUF against what its plan promises. Without `tokens`, the rows of the survey in whose folder it lies."""
+    check_packages(str(file))
+    reader = _open(file)
+    plan = _plan_of(file, reader)
+    checkpoint = open_checkpoint(model_name, plan.model.revision, fuse=False)
+    check_fits(plan, checkpoint)
+    chosen = rows_for(file, checkpoint, tokens, rows, row_length, seed)
+    test = chosen.test
+    context = reader.fields.get(f"{reader.fields['general.architecture'].contents()}.context_length")
+    if context is not None and test.shape[1] > context.contents():
+        raise UserError(f"--row-length {test.shape[1]}: the GGUF's context is {context.contents()} tokens; give at most that")
+    check_finite(checkpoint)
+    model = checkpoint.load_model(check_device(device))
+    with opened(file, test.shape[1]) as session, reporter.stage("damage in llama.cpp") as progress:
+        nats = damage_in_llama_cpp(model, session, test, progress)
+    damage = measured(nats, "nats/token", "plan", "test", seed, chosen.blocks("test"))
+    found, held = _held(reader, plan, checkpoint)
+    size = size_of(checkpoint.modules, found, checkpoint.info)
+    kept = found == plan.modules and size == plan.size and held == plan.size.quantized_bytes
+    disk = plan.size.quantized_bytes, held
+    return Verification(plan, size, damage, kept, disk, disk_what=ROW)
+
+
+@torch.no_grad()
+def damage_in_llama_cpp(model: Any, session: Session, rows: Tensor, progress: Callable[[int, int], None]) -> np.ndarray:
+    """KL(reference || the GGUF), rows int64 [rows, tokens] -> float64 [rows], nats/token."""
+    vocabulary = int(model.get_output_embeddings().weight.shape[0])
+    if session.vocabulary != vocabulary:
+        raise UserError(f"the GGUF has {session.vocabulary} tokens, the model {vocabulary}")
+    found = []
+    for done, row in enumerate(rows, start=1):
+        reference = model(input_ids=row[None].to(model.device), use_cache=False).logits.float().cpu()
+        session.clear()
+        session.decode(row.tolist())
+        logits = torch.from_numpy(session.logits(len(row)))[None]  # [1, tokens, vocabulary]
+        found.append(kl_per_row(torch.log_softmax(reference, -1), logits))
+        progress(done, len(rows))
+    return torch.cat(found).numpy()
+
+
+def _open(file: Path) -> Any:
+    from gguf import GGUFReader
+
+    if not file.is_file():
+        raise UserError(f"{file}: no such file")
+    try:
+        return GGUFReader(file)
+    except Exception as error:  # numpy and struct raise many kinds on a damaged file
+        raise UserError(f"{file}: not a whole GGUF ({' '.join(str(error).split())[:120]})") from None
+
+
+def _plan_of(file: Path, reader: Any) -> Plan:
+    entry = reader.fields.get(PLAN_KEY)
+    if entry is not None:
+        return parse_record(str(entry.contents()), str(file), Plan)
+    if not (file.parent / "plan.json").is_file():
+        raise UserError(f"{file}: holds no plan, and no plan.json lies beside it")
+    return read_record(file.parent / "plan.json", Plan)
+
+
+def _held(reader: Any, plan: Plan, checkpoint: Checkpoint) -> tuple[dict[str, str], int]:
+    """(module -> format, bytes of these modules) as the file's own tensors have it."""
+    tensors = {tensor.name: tensor for tensor in reader.tensors}
+    names = weight_names([m.name for m in checkpoint.modules], checkpoint.config.model_type, checkpoint.info.layers)
+    found, held = {}, 0
+    for module, name in names.items():
+        if name not in tensors:
+            raise UserError(f"the GGUF lacks {name}, which {module} should be")
+        kind = tensors[name].tensor_type.name.lower()
+        if kind in FORMATS:
+            found[module] = kind
+            held += int(tensors[name].n_bytes)
+    return {name: found[name] for name in plan.modules if name in found} | found, held

@@ -1,0 +1,332 @@
+"""GGUF through llama.cpp itself: its blocks, files that it runs, their damage against the plan's promise, and what is refused."""
+
+from __future__ import annotations
+
+import ctypes
+import dataclasses
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+import bitatlas.data.demo as demo
+from bitatlas.cli.main import main
+from bitatlas.errors import UserError
+from bitatlas.export.gguf.target import COMMANDS, TYPES
+from bitatlas.export.targets import export_plan
+from bitatlas.measure.damage import DamageMeter
+from bitatlas.model.checkpoint import Checkpoint, open_checkpoint
+from bitatlas.model.swap import swapped
+from bitatlas.quantize.bank import Bank
+from bitatlas.records import Plan, PlanDamage
+from bitatlas.records.files import read_record, to_json
+from bitatlas.records.formats import FORMATS, LLAMA_CPP, LLAMA_CPP_BLOCKS
+from bitatlas.records.journal import Journal
+from bitatlas.stats.bootstrap import measured
+from gguf_plans import QUIET, make_plan
+from tiny import SHARED, make_checkpoint
+
+gguf = pytest.importorskip("gguf")
+pytest.importorskip(
+    "llama_cpp", reason="llama-cpp-python is not installed (it is built from source, minutes): pip install '.[gguf]'"
+)
+from bitatlas.export.gguf.run import opened  # noqa: E402
+from bitatlas.export.gguf.vocabulary import TEXTS, vocabulary_of  # noqa: E402
+from bitatlas.export.gguf.write import draw, write_gguf  # noqa: E402
+from bitatlas.quantize.ggml import dequantize, quantize  # noqa: E402
+from bitatlas.run.verify import damage_in_llama_cpp, verify_gguf  # noqa: E402
+
+MIXED = ["q4_0", "q8_0", "q5_1", "iq4_nl", "q5_0", "q4_1"]  # blocks of 32
+K_QUANTS = ["q2_k", "q3_k", "q4_k", "q5_k", "q6_k", "iq4_xs", "iq3_s", "mxfp4"]
+# What llama.cpp adds to our reconstruction: inputs rounded to 8 bits, a float16 cache. Seen on the tiny models: 1e-4 to 3.3e-4.
+RUNTIME_NATS = 1e-3
+
+
+def exported(model: Path, plan: Plan, place: Path, with_model: bool = True) -> Path:
+    """The folder that `bitatlas export` wrote."""
+    place.mkdir(exist_ok=True)
+    (place / "plan.json").write_text(to_json(plan), encoding="utf-8")
+    export_plan(place / "plan.json", LLAMA_CPP, place / "out", str(model) if with_model else None, QUIET)
+    return place / "out"
+
+
+def tensors_of(file: Path) -> dict:
+    return {tensor.name: tensor for tensor in gguf.GGUFReader(file).tensors}
+
+
+# --- blocks ------------------------------------------------------------------------------------------------------------
+
+
+@settings(deadline=None, max_examples=60)
+@given(
+    st.integers(1, 5), st.integers(1, 3), st.sampled_from(sorted(LLAMA_CPP_BLOCKS)), st.integers(-12, 4), st.integers(0, 2**32)
+)
+def test_reconstruction_is_the_gguf_packages(out: int, blocks: int, name: str, power: int, seed: int):
+    """Its dequantizers are an independent implementation, in numpy: the same float32 numbers, to the last bit."""
+    weight = torch.randn(out, blocks * FORMATS[name].group_size, generator=torch.Generator().manual_seed(seed)) * 2.0**power
+    found = quantize(weight, name)
+    theirs = gguf.quants.dequantize(found.numpy(), gguf.GGMLQuantizationType[name.upper()])
+    assert np.array_equal(dequantize(found, name).numpy(), theirs)
+
+
+@pytest.mark.parametrize("name", ["q4_0", "q4_1", "q5_0", "q5_1", "q8_0"])
+def test_blocks_are_the_gguf_packages(name: str):
+    """Of these it has quantizers too."""
+    weight = torch.randn(7, 96, generator=torch.Generator().manual_seed(1))
+    theirs = gguf.quants.quantize(weight.numpy(), gguf.GGMLQuantizationType[name.upper()])
+    assert np.array_equal(quantize(weight, name).numpy(), theirs)
+
+
+def test_part_blocks_are_not_quantized():
+    with pytest.raises(ValueError, match="rows of 48 are no whole blocks of 32"):
+        quantize(torch.zeros(2, 48), "q4_0")
+
+
+def test_wider_formats_reconstruct_better():
+    weight = torch.randn(16, 512, generator=torch.Generator().manual_seed(2))
+    errors = [
+        float((dequantize(quantize(weight, n), n) - weight).square().mean()) for n in ("q2_k", "q3_k", "q4_k", "q5_k", "q6_k")
+    ]
+    assert errors == sorted(errors, reverse=True) and errors[-1] < 1e-3 * float(weight.square().mean())
+
+
+# --- files -------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("family", ["llama", "mistral", "qwen2", "qwen3"])
+def test_a_mixed_gguf_runs_as_it_was_measured(family: str, tmp_path: Path):
+    """Types per tensor as planned, bytes as promised, and llama.cpp's logits those of our reconstruction but for its own rounding."""
+    model = make_checkpoint(tmp_path / "model", family)
+    plan = make_plan(model, MIXED)
+    (file,) = exported(model, plan, tmp_path).glob("*.gguf")
+    checkpoint = open_checkpoint(str(model), None, False)
+    kinds = {name: tensor for name, tensor in tensors_of(file).items() if tensor.tensor_type.name.lower() in FORMATS}
+    assert len(kinds) == len(plan.modules)
+    assert sum(tensor.n_bytes for tensor in kinds.values()) == plan.size.quantized_bytes
+    assert kinds["blk.0.attn_k.weight"].tensor_type.name.lower() == plan.modules["model.layers.0.self_attn.k_proj"]
+    whole, rest = whole_and_rest(checkpoint, plan, file, 16)  # mistral's window is 16 tokens
+    assert rest.max() < RUNTIME_NATS < whole.min()  # the second says that the first could fail
+
+
+def whole_and_rest(checkpoint: Checkpoint, plan: Plan, file: Path, length: int) -> tuple[np.ndarray, np.ndarray]:
+    """What llama.cpp's logits of the file differ by from the reference's, and from our reconstruction's, nats/token."""
+    reference = checkpoint.load_model()
+    bank = Bank(reference, list(plan.modules), LLAMA_CPP, plan.formats)
+    rows = torch.randint(300, (2, length), generator=torch.Generator().manual_seed(0))
+    with opened(file, length) as session:
+        whole = damage_in_llama_cpp(reference, session, rows, lambda done, total: None)
+        with swapped(reference, bank.weights(plan.modules)):
+            return whole, damage_in_llama_cpp(reference, session, rows, lambda done, total: None)
+
+
+@pytest.mark.parametrize("kind", ["linear", "llama3"])
+def test_scaled_rotary_embeddings(kind: str, tmp_path: Path):
+    """Unquantized, so that only the float16 cache is left: 1e-7 nats/token were seen, a wrong scale gives 0.01 and more."""
+    more = {"low_freq_factor": 1.0, "high_freq_factor": 4.0, "original_max_position_embeddings": 32} if kind == "llama3" else {}
+    rope = {"rope_type": kind, "rope_theta": 10000.0, "factor": 4.0, **more}
+    checkpoint = open_checkpoint(str(make_checkpoint(tmp_path / "model", rope_parameters=rope)), None, False)
+    write_gguf(tmp_path / "f32.gguf", checkpoint, None, None, draw(checkpoint, None, "f32"), lambda done, total: None)
+    rows = torch.randint(300, (1, 90), generator=torch.Generator().manual_seed(0))
+    with opened(tmp_path / "f32.gguf", 90) as session:
+        assert damage_in_llama_cpp(checkpoint.load_model(), session, rows, lambda done, total: None).max() < 1e-5
+
+
+def test_llama_quantize_makes_the_same_file_of_the_list(tmp_path: Path):
+    """`llama_model_quantize`, which llama-quantize calls, given our float32 GGUF and tensor-types.txt: every tensor's bytes are equal."""
+    from llama_cpp import llama_cpp
+
+    model = make_checkpoint(tmp_path / "model", hidden_size=256, intermediate_size=512, num_hidden_layers=2, scale=0.25)
+    plan = make_plan(model, K_QUANTS)
+    out = exported(model, plan, tmp_path)
+    checkpoint = open_checkpoint(str(model), None, False)
+    write_gguf(tmp_path / "f32.gguf", checkpoint, None, None, draw(checkpoint, None, "f32"), lambda done, total: None)
+    lines = [line.partition("$=") for line in (out / TYPES).read_text().split()]
+    overrides = (llama_cpp.llama_model_tensor_override * (len(lines) + 1))()
+    for place, (pattern, _, kind) in enumerate(lines):
+        overrides[place].pattern = f"{pattern}$".encode()
+        overrides[place].type = int(gguf.GGMLQuantizationType[kind.upper()])
+    params = llama_cpp.llama_model_quantize_default_params()
+    params.ftype = llama_cpp.LLAMA_FTYPE_MOSTLY_Q8_0
+    params.token_embedding_type = params.output_tensor_type = int(gguf.GGMLQuantizationType.F32)
+    params.tt_overrides = ctypes.cast(overrides, type(params.tt_overrides))
+    made = tmp_path / "made.gguf"
+    assert llama_cpp.llama_model_quantize(str(tmp_path / "f32.gguf").encode(), str(made).encode(), ctypes.byref(params)) == 0
+    (file,) = out.glob("*.gguf")
+    ours, theirs = tensors_of(file), tensors_of(made)
+    assert set(ours) == set(theirs) and {t.tensor_type.name.lower() for t in ours.values()} == {*K_QUANTS, "f32"}
+    for name, tensor in ours.items():
+        assert tensor.tensor_type == theirs[name].tensor_type and np.array_equal(tensor.data, theirs[name].data), name
+    whole, rest = whole_and_rest(checkpoint, plan, file, 32)
+    assert rest.max() < RUNTIME_NATS < whole.min()
+
+
+def test_llama_cpp_gives_the_tokenizers_tokens(tmp_path: Path, tiny_llama: Path):
+    tokenizer = open_checkpoint(str(tiny_llama), None, False).load_tokenizer()
+    found, note = vocabulary_of(tokenizer, 300)
+    assert (found.model, note) == ("gpt2", "")  # every text of TEXTS was compared
+    assert len(TEXTS) == 16
+
+
+@pytest.mark.parametrize(("name", "note"), [("babyllama-105", "no bytes"), ("stories260K", "")])
+def test_vocabularies_like_sentencepieces(name: str, note: str):
+    if not (SHARED / "models" / name).is_dir():
+        pytest.skip("the trained checkpoints are not at hand")
+    checkpoint = open_checkpoint(str(SHARED / "models" / name), None, False)
+    found, told = vocabulary_of(checkpoint.load_tokenizer(), checkpoint.config.vocab_size)
+    assert found.model == "llama" and found.space_prefix and found.add_bos
+    assert note in told and "none of its ways" not in told
+
+
+# --- the plan's promise ------------------------------------------------------------------------------------------------
+
+
+def promised(model: Path, plan: Plan, rows: torch.Tensor) -> Plan:
+    """The plan with its damage as the survey measures it, by reconstruction."""
+    checkpoint = open_checkpoint(str(model), None, False)
+    reference = checkpoint.load_model()
+    bank = Bank(reference, list(plan.modules), LLAMA_CPP, plan.formats)
+    meter = DamageMeter(reference, bank, checkpoint.info.weights_sha256, bank.identity, Journal(None))
+    nats = meter.plans({"plan": plan.modules}, rows)["plan"]
+    return dataclasses.replace(
+        plan, damage=PlanDamage(None, measured(nats, "nats/token", "plan", "test", 0)), codes=bank.identity
+    )
+
+
+@pytest.mark.slow
+def test_the_demo_in_llama_cpp_keeps_its_promise(tmp_path: Path, monkeypatch, capsys):
+    """The bar: the GGUF loads with mixed types, and llama.cpp's damage, on rows of its own, has the promise within its interval."""
+    from bitatlas.data.rows import make_rows
+    from bitatlas.data.texts import read_documents
+
+    plan = make_plan(demo.MODEL_DIR, ["q4_0", "q5_1", "q8_0", "iq4_nl"])
+    checkpoint = open_checkpoint(str(demo.MODEL_DIR), None, False)
+    text = str(demo.TEXT_FILE)
+    documents, tokenizer = read_documents(text), checkpoint.load_tokenizer()
+    test = make_rows(documents, tokenizer, text, (2, 2, 24), 64, 512, 0, vocabulary=checkpoint.config.vocab_size).test
+    plan = promised(demo.MODEL_DIR, plan, test)
+    (file,) = exported(demo.MODEL_DIR, plan, tmp_path).glob("*.gguf")
+    rows = ["--tokens", text, "--rows", "2,2,24", "--row-length", "64"]
+    found = verify_gguf(str(demo.MODEL_DIR), file, text, (2, 2, 24), 64, "cpu", 0, QUIET)
+    low, high = found.damage.ci95
+    assert found.kept and low <= plan.damage.measured.mean <= high
+    better = dataclasses.replace(plan, damage=PlanDamage(low / 2, None))  # a promise that it does not keep
+    (file,) = exported(demo.MODEL_DIR, better, tmp_path / "better").glob("*.gguf")
+    assert run(monkeypatch, "verify", demo.MODEL_DIR, file, *rows, "-q") == 1
+    assert "NOT KEPT" in capsys.readouterr().out
+
+
+@pytest.mark.slow
+def test_from_survey_to_gguf(tiny_llama: Path, tmp_path: Path, monkeypatch, capsys):
+    """The commands of docs/gguf.md: a plan of llama.cpp's formats, its file, and that file on the survey's own test rows."""
+    (tmp_path / "text.txt").write_text(" ".join(f"The red fox runs {n} miles." for n in range(2000)))
+    out, file = tmp_path / "atlas", tmp_path / "atlas" / "gguf" / "tiny-llama.gguf"
+    words = [
+        "--formats",
+        "q4_0,q5_1,q8_0",
+        "--quantizer",
+        "llama.cpp",
+        "--stored-bits",
+        "6",
+        "--rows",
+        "4,4,8",
+        "--row-length",
+        "32",
+    ]
+    rest = ["--tasks", "none", "--no-refine", "--no-fuse", "-q"]
+    assert run(monkeypatch, "survey", tiny_llama, "--out", out, "--tokens", tmp_path / "text.txt", *words, *rest) == 0
+    assert (
+        run(monkeypatch, "export", out / "plan.json", "--to", "llama.cpp", "--model", tiny_llama, "--out", file.parent, "-q") == 0
+    )
+    plan = read_record(out / "plan.json", Plan)
+    assert f"{plan.size.quantized_bytes:,} bytes, promised {plan.size.quantized_bytes:,}" in capsys.readouterr().out
+    assert run(monkeypatch, "verify", tiny_llama, file, "-q") == 0
+    found = verify_gguf(str(tiny_llama), file, None, (2, 2, 2), 16, "cpu", 0, QUIET)
+    assert found.damage.n == 8 and found.promised == plan.damage.measured.mean
+    assert run(monkeypatch, "verify", tiny_llama, file, "--tokens", tmp_path / "text.txt", "--row-length", "200", "-q") == 2
+    assert "--row-length 200: the model's context is 128 tokens" in capsys.readouterr().err
+
+
+def run(monkeypatch, *words: object) -> int:
+    monkeypatch.setattr(sys, "argv", ["bitatlas", *map(str, words)])
+    with pytest.raises(SystemExit) as end:
+        main()
+    return int(end.value.code or 0)
+
+
+def test_a_gguf_of_other_types_does_not_keep_the_plan(tiny_llama: Path, tmp_path: Path):
+    """A plan beside a file that holds something else, as llama-quantize's own choices would be."""
+    out = exported(tiny_llama, make_plan(tiny_llama, ["q4_0"]), tmp_path)
+    checkpoint = open_checkpoint(str(tiny_llama), None, False)
+    write_gguf(out / "f16.gguf", checkpoint, None, None, draw(checkpoint, None, "f16"), lambda done, total: None)
+    (tmp_path / "text.txt").write_text(" ".join(f"The red fox runs {n} miles." for n in range(400)))
+    found = verify_gguf(str(tiny_llama), out / "f16.gguf", str(tmp_path / "text.txt"), (2, 2, 4), 16, "cpu", 0, QUIET)
+    assert not found.size_kept and found.disk == (found.plan.size.quantized_bytes, 0)
+
+
+# --- refusals ----------------------------------------------------------------------------------------------------------
+
+
+def test_what_verify_refuses(tiny_llama: Path, tmp_path: Path, monkeypatch, capsys):
+    out = exported(tiny_llama, make_plan(tiny_llama, ["q4_0"]), tmp_path)
+    (file,) = out.glob("*.gguf")
+    other = make_checkpoint(tmp_path / "other", seed=1)
+    assert run(monkeypatch, "verify", other, file) == 2
+    assert "not the weights that the plan was made for" in capsys.readouterr().err
+    half = tmp_path / "half.gguf"
+    half.write_bytes(file.read_bytes()[:5000])
+    assert run(monkeypatch, "verify", tiny_llama, half) == 2
+    assert "not a whole GGUF" in capsys.readouterr().err
+    alone = tmp_path / "alone"
+    alone.mkdir()
+    checkpoint = open_checkpoint(str(tiny_llama), None, False)
+    write_gguf(alone / "f16.gguf", checkpoint, None, None, draw(checkpoint, None, "f16"), lambda done, total: None)
+    assert run(monkeypatch, "verify", tiny_llama, alone / "f16.gguf") == 2
+    assert "holds no plan" in capsys.readouterr().err
+    assert run(monkeypatch, "verify", tiny_llama, tmp_path / "none.gguf") == 2
+    assert "no such file" in capsys.readouterr().err
+    windowed = make_checkpoint(tmp_path / "mistral", "mistral")  # of 16 tokens
+    (file,) = exported(windowed, make_plan(windowed, ["q4_0"]), tmp_path / "windowed").glob("*.gguf")
+    (tmp_path / "text.txt").write_text(" ".join(f"The red fox runs {n} miles." for n in range(400)))
+    words = ["--tokens", tmp_path / "text.txt", "--rows", "2,2,2", "--row-length", "17"]
+    assert run(monkeypatch, "verify", windowed, file, *words) == 2
+    assert "--row-length 17: the GGUF's context is 16 tokens" in capsys.readouterr().err
+    with pytest.raises(UserError, match=r"half.gguf: llama.cpp cannot load it"), opened(half, 16):
+        pass
+
+
+def test_rows_that_blocks_do_not_divide_are_refused_at_the_start(tmp_path: Path, monkeypatch, capsys):
+    model = SHARED / "models" / "stories260K"  # rows of 172
+    if not model.is_dir():
+        model = make_checkpoint(tmp_path / "model", intermediate_size=172)
+    (tmp_path / "text.txt").write_text("Once upon a time there was a fox. " * 2000)
+    words = ["--formats", "q4_0,q8_0", "--quantizer", "llama.cpp", "--tokens", tmp_path / "text.txt", "--tasks", "none"]
+    assert run(monkeypatch, "survey", model, "--out", tmp_path / "out", *words) == 2
+    said = capsys.readouterr().err
+    assert "down_proj has rows of 172, which q4_0 cannot take (whole blocks of 32); no format of llama.cpp takes them" in said
+    assert len(said.strip().splitlines()) == 1 and not (tmp_path / "out").exists()
+
+
+def test_export_refuses_integer_formats_and_writes_what_it_can(tmp_path: Path, tiny_llama: Path):
+    plan = make_plan(tiny_llama, ["q4_0"])
+    ours = dataclasses.replace(
+        plan, quantizer="rtn", formats={"int4_g32": FORMATS["int4_g32"]}, modules=dict.fromkeys(plan.modules, "int4_g32")
+    )
+    (tmp_path / "plan.json").write_text(to_json(ours))
+    with pytest.raises(UserError, match=r"--to llama.cpp: .*q_proj has the format int4_g32, .* the nearest that it can is q\d_"):
+        export_plan(tmp_path / "plan.json", LLAMA_CPP, tmp_path / "ours", str(tiny_llama), QUIET)
+    assert not (tmp_path / "ours").exists()
+    out = exported(tiny_llama, plan, tmp_path / "list", with_model=False)
+    assert {file.name for file in out.iterdir()} == {TYPES, COMMANDS, "README.md", "plan.json"}
+    assert (out / TYPES).read_text().splitlines()[0] == r"^blk\.0\.attn_q\.weight$=q4_0"
+    neox = make_checkpoint(tmp_path / "neox", "gpt_neox")
+    out = exported(neox, make_plan(neox, ["q8_0"]), tmp_path / "foreign")
+    assert not list(out.glob("*.gguf")) and r"^blk\.2\.attn_qkv\.weight$=q8_0" in (out / TYPES).read_text()
+
+
+def test_a_file_that_is_no_gguf():
+    with pytest.raises(UserError, match=r"llama\.cpp cannot load it"), opened(Path(__file__), 8):
+        pass

@@ -1,0 +1,204 @@
+"""llama.cpp's formats and files without llama.cpp: bytes against the package `gguf`, weights against transformers' own reader of GGUF."""
+
+from __future__ import annotations
+
+import shutil
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from safetensors.torch import load_file, save_file
+from transformers import AutoModelForCausalLM
+
+from bitatlas.errors import UserError
+from bitatlas.export.gguf.names import heads_to_permute, permute, tensor_name, weight_names
+from bitatlas.export.gguf.write import draw, write_gguf
+from bitatlas.export.packed import apply_plan
+from bitatlas.model.checkpoint import open_checkpoint
+from bitatlas.plan.baselines import outside_uniform
+from bitatlas.quantize import QUANTIZERS, get_quantizer
+from bitatlas.quantize.codes import Blocks, from_tensors, to_tensors
+from bitatlas.records import Budget
+from bitatlas.records.files import to_json
+from bitatlas.records.formats import (
+    FORMATS,
+    INTEGER_FORMATS,
+    LLAMA_CPP,
+    LLAMA_CPP_BLOCKS,
+    by_width,
+    check_rows,
+    stored_bytes,
+    takes,
+)
+from bitatlas.records.sizes import units_of
+from gguf_plans import QUIET, make_plan
+from tiny import make_checkpoint
+
+gguf = pytest.importorskip("gguf")
+
+
+# --- formats -----------------------------------------------------------------------------------------------------------
+
+
+@settings(deadline=None)
+@given(st.integers(1, 9), st.integers(1, 40), st.sampled_from(sorted(LLAMA_CPP_BLOCKS)))
+def test_bytes_are_those_of_the_gguf_package(out: int, blocks: int, name: str):
+    """`quant_shape_to_byte_shape` has a table of its own."""
+    fmt = FORMATS[name]
+    kind = gguf.GGMLQuantizationType[name.upper()]
+    width = blocks * fmt.group_size
+    assert stored_bytes((out, width), fmt) == int(np.prod(gguf.quants.quant_shape_to_byte_shape((out, width), kind)))
+    assert gguf.GGML_QUANT_SIZES[kind][0] == fmt.group_size
+
+
+@given(st.integers(1, 2000), st.sampled_from(sorted(FORMATS)))
+def test_a_row_is_taken_where_the_gguf_package_takes_it(width: int, name: str):
+    fmt = FORMATS[name]
+    if not fmt.runtime:
+        assert takes(fmt, width)
+        return
+    try:
+        gguf.quants.quant_shape_to_byte_shape((1, width), gguf.GGMLQuantizationType[name.upper()])
+        able = True
+    except ValueError:
+        able = False
+    assert takes(fmt, width) == able
+
+
+def test_formats_of_llama_cpp_are_told_apart():
+    assert {fmt.runtime for fmt in INTEGER_FORMATS.values()} == {""}
+    assert {name for name, fmt in FORMATS.items() if fmt.runtime} == set(LLAMA_CPP_BLOCKS)
+    assert all(fmt.name == name for name, fmt in FORMATS.items())
+    assert by_width(["q8_0", "q4_k", "q2_k", "q5_1"]) == ["q2_k", "q4_k", "q5_1", "q8_0"]
+
+
+def test_a_row_that_a_format_cannot_take_is_named_with_the_nearest_that_can(tiny_llama: Path):
+    modules = open_checkpoint(str(tiny_llama), None, False).modules  # rows of 64 and 96
+    check_rows(modules, ["q4_0", "q8_0"])
+    with pytest.raises(UserError, match=r"q_proj has rows of 64, which q4_k cannot take .*256.*nearest .* is (q4_0|iq4_nl)"):
+        check_rows(modules, ["q4_0", "q4_k"])
+    odd = [type("Odd", (), {"name": "odd", "shape": (8, 172)})]
+    with pytest.raises(UserError, match=r"odd has rows of 172, .*no format of llama.cpp takes them"):
+        check_rows(odd, ["q4_0"])
+
+
+def test_no_uniform_baseline_of_another_runtime(tiny_llama: Path):
+    checkpoint = open_checkpoint(str(tiny_llama), None, False)
+    units, info = units_of(checkpoint.modules), checkpoint.info
+    found = outside_uniform(Budget("code_bits", 6.0), units, ["q4_0", "q8_0"], info, 6 * sum(u.weights for u in units))
+    assert found == "q5_0"
+
+
+def test_quantizers_and_formats_must_fit():
+    with pytest.raises(UserError, match=r"--quantizer rtn: makes integer formats alone; for q4_0 give --quantizer llama.cpp"):
+        get_quantizer("rtn").check([FORMATS["int4_g32"], FORMATS["q4_0"]])
+    with pytest.raises(UserError, match=r"--quantizer llama.cpp: makes formats of llama.cpp \(.*q4_0.*for int4_g32 give .*rtn"):
+        get_quantizer(LLAMA_CPP).check([FORMATS["int4_g32"]])
+    missing = QUANTIZERS[LLAMA_CPP].__class__(**{**vars(QUANTIZERS[LLAMA_CPP]), "package": "no_such_package"})
+    with pytest.raises(UserError, match=r"pip install 'bitatlas\[gguf\]'"):
+        missing.check([FORMATS["q4_0"]])
+
+
+def test_blocks_come_back_from_the_bank_and_a_wrong_shape_does_not():
+    fmt = FORMATS["q5_1"]
+    held = Blocks(torch.randint(256, (3, 2 * 24), dtype=torch.uint8), "q5_1")
+    tensors = to_tensors(held, fmt)
+    assert sum(t.numel() for t in tensors.values()) == stored_bytes((3, 64), fmt)
+    back = from_tensors(tensors, fmt, (3, 64))
+    assert isinstance(back, Blocks) and torch.equal(back.blocks, held.blocks)
+    with pytest.raises(ValueError, match="blocks of shape"):
+        from_tensors(tensors, fmt, (3, 96))
+
+
+def test_apply_refuses_formats_of_llama_cpp(tiny_llama: Path, tmp_path: Path):
+    pytest.importorskip("compressed_tensors")
+    (tmp_path / "plan.json").write_text(to_json(make_plan(tiny_llama, ["q4_0"])))
+    with pytest.raises(UserError, match=r"of the runtime llama.cpp: use bitatlas export --to llama.cpp"):
+        apply_plan(str(tiny_llama), tmp_path / "plan.json", tmp_path / "out", QUIET)
+    assert not (tmp_path / "out").exists()
+
+
+# --- names -------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("family", ["llama", "mistral", "qwen2", "qwen3"])
+def test_names_are_those_of_the_gguf_package(family: str, tmp_path: Path):
+    checkpoint = open_checkpoint(str(make_checkpoint(tmp_path, family)), None, False)
+    kind = {"mistral": "llama"}.get(family, family)
+    arch = next(arch for arch, name in gguf.MODEL_ARCH_NAMES.items() if name == kind)
+    table = gguf.get_tensor_name_map(arch, checkpoint.info.layers)
+    for key in checkpoint.load_model().state_dict():
+        ours = tensor_name(key)
+        assert ours == f"{table.get_name(key, try_suffixes=('.weight', '.bias')).removesuffix('.weight').removesuffix('.bias')}{key[key.rindex('.'):]}"  # fmt: skip
+
+
+def test_other_models_get_their_names_from_the_package():
+    found = weight_names(["gpt_neox.layers.1.attention.query_key_value"], "gpt_neox", 3)
+    assert found == {"gpt_neox.layers.1.attention.query_key_value": "blk.1.attn_qkv.weight"}
+    with pytest.raises(UserError, match=r"what llama.cpp calls a\.b of a nonsense model is not known here"):
+        weight_names(["a.b"], "nonsense", 3)
+
+
+def test_rows_of_q_change_places_as_the_rotation_needs_it():
+    """Pairs (2i, 2i+1) of llama.cpp are pairs (i, i + half) of transformers, in every head."""
+    heads, half = 3, 4
+    rows = torch.arange(heads * 2 * half)
+    moved = permute(rows[:, None], heads)[:, 0]
+    for head in range(heads):
+        start = head * 2 * half
+        for i in range(half):
+            assert moved[start + 2 * i] == start + i
+            assert moved[start + 2 * i + 1] == start + i + half
+    config = type("Config", (), {"model_type": "qwen3", "num_attention_heads": 4})
+    assert heads_to_permute("model.layers.0.self_attn.q_proj.weight", config) == 0
+
+
+# --- files -------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("family", "changes"),
+    [
+        ("llama", {}),
+        ("llama", {"tie_word_embeddings": False}),
+        ("mistral", {}),
+        ("qwen2", {}),
+        ("qwen3", {"head_dim": 128}),
+    ],  # the reader knows no other head size of qwen3
+)
+def test_a_float32_gguf_is_the_model_as_transformers_reads_it(family: str, changes: dict, tmp_path: Path):
+    """An independent reader: names, shapes, permuted rows, tied embeddings. The same weights give the same logits, so 0 or rounding."""
+    folder = make_checkpoint(tmp_path / "model", family, **changes)
+    checkpoint = open_checkpoint(str(folder), None, False)
+    (tmp_path / "out").mkdir()
+    write_gguf(tmp_path / "out" / "model.gguf", checkpoint, None, None, draw(checkpoint, None, "f32"), lambda done, total: None)
+    read = AutoModelForCausalLM.from_pretrained(tmp_path / "out", gguf_file="model.gguf", dtype=torch.float32).eval()
+    ids = torch.randint(300, (2, 16), generator=torch.Generator().manual_seed(0))
+    with torch.no_grad():
+        difference = (checkpoint.load_model()(ids).logits - read(ids).logits).abs().max()
+    assert float(difference) <= 1e-5
+
+
+@pytest.mark.parametrize("same", [True, False])
+def test_a_head_that_the_config_ties_and_the_file_stores_otherwise_is_written(same: bool, tiny_llama: Path, tmp_path: Path):
+    """And what transformers passes over has no place in it."""
+    folder = Path(shutil.copytree(tiny_llama, tmp_path / "model"))
+    tensors = load_file(folder / "model.safetensors")
+    embedding = tensors["model.embed_tokens.weight"]
+    more = {"lm_head.weight": embedding.clone() if same else 2 * embedding, "counter": torch.ones(1, dtype=torch.uint32)}
+    save_file({**tensors, **more}, folder / "model.safetensors", metadata={"format": "pt"})
+    names = [part.name for part in draw(open_checkpoint(str(folder)), None).parts]
+    assert (
+        ("output.weight" in names) != same
+        and "token_embd.weight" in names
+        and len(names) == len(set(names)) == len(tensors) + (not same)
+    )
+
+
+def test_models_that_are_not_written_are_told_what_to_do(tmp_path: Path):
+    checkpoint = open_checkpoint(str(make_checkpoint(tmp_path / "a", "gpt_neox")), None, False)
+    with pytest.raises(UserError, match=r"a GGUF of gpt_neox is not written here \(only of llama.*convert_hf_to_gguf.py"):
+        draw(checkpoint, None)

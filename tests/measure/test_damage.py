@@ -1,0 +1,145 @@
+"""Swaps restore, resumed passes equal full ones to the last bit, damage equals an independent computation, the journal remembers."""
+
+from pathlib import Path
+
+import pytest
+import torch
+
+from bitatlas.data.rows import make_rows
+from bitatlas.measure.curvature import expand
+from bitatlas.measure.damage import DamageMeter, Room, Swap
+from bitatlas.model.checkpoint import Checkpoint, open_checkpoint
+from bitatlas.model.hidden_states import Shelf
+from bitatlas.model.layerwise import Job, follow, logits_of, record
+from bitatlas.model.swap import swapped, weight_of
+from bitatlas.quantize.bank import Bank
+from bitatlas.records.formats import FORMATS
+from bitatlas.records.journal import Journal
+from tiny import FAMILIES, TEXT, make_checkpoint
+
+CANDIDATES = {name: FORMATS[name] for name in ("int2_g32", "int4_g32")}
+
+
+def setup(folder: Path, journal: Journal | None = None) -> tuple[Checkpoint, torch.nn.Module, DamageMeter]:
+    checkpoint = open_checkpoint(str(folder), fuse=False)
+    model = checkpoint.load_model()
+    bank = Bank(model, [m.name for m in checkpoint.modules], "rtn")
+    return checkpoint, model, DamageMeter(model, bank, checkpoint.info.weights_sha256, "rtn", journal or Journal(None))
+
+
+def rows_for(checkpoint: Checkpoint) -> torch.Tensor:
+    return make_rows([TEXT], checkpoint.load_tokenizer(), "text", (20, 2, 2), 16, 128, 0).fit
+
+
+@pytest.mark.parametrize("family", sorted(FAMILIES))
+def test_passes_in_pieces_equal_full_passes_to_the_last_bit(family: str, tmp_path: Path):
+    checkpoint, model, meter = setup(make_checkpoint(tmp_path / family, family))
+    ids = rows_for(checkpoint)[:6]
+    batches = [ids[:4], ids[4:]]
+    before = {name: p.clone() for name, p in model.named_parameters()}
+    whole = [model(part).logits for part in batches]
+    with Shelf(2**12) as shelf:  # so little that most states go through files
+        recorded = record(model, batches, shelf)
+        assert shelf.spilled
+        assert all(
+            torch.equal(logits_of(model, *pair), logits) for *pair, logits in zip(batches, recorded.final, whole, strict=True)
+        )
+        weights = [meter.bank.weights({m.name: "int2_g32" for m in checkpoint.modules if m.layer == layer}) for layer in range(3)]
+        jobs = [
+            Job(layer, lambda at, own=own, layer=layer: swapped(model, own if at == layer else {}))
+            for layer, own in enumerate(weights)
+        ]
+        finals = follow(model, recorded, jobs)
+    for own, states in zip(weights, finals, strict=True):
+        with swapped(model, own):
+            assert all(
+                torch.equal(logits_of(model, part, state), model(part).logits)
+                for part, state in zip(batches, states, strict=True)
+            )
+            assert not torch.equal(model(batches[0]).logits, whole[0])
+    assert all(torch.equal(before[name], p) for name, p in model.named_parameters())
+    assert torch.equal(model(batches[0]).logits, whole[0])
+
+
+def test_a_swap_restores_after_an_error_and_refuses_a_wrong_shape(tiny_llama: Path):
+    _, model, _ = setup(tiny_llama)
+    name = "model.layers.1.mlp.up_proj"
+    before = weight_of(model, name).clone()
+    with pytest.raises(KeyboardInterrupt), swapped(model, {name: torch.zeros_like(before)}):
+        assert not weight_of(model, name).any()
+        raise KeyboardInterrupt
+    assert torch.equal(weight_of(model, name), before)
+    with pytest.raises(ValueError, match="does not fit"), swapped(model, {name: torch.zeros(3, 3)}):
+        pass
+
+
+def test_damage_equals_a_float64_computation(tiny_llama: Path):
+    checkpoint, model, meter = setup(tiny_llama)
+    rows = rows_for(checkpoint)
+    plan = {m.name: "int2_g32" if m.layer == 1 else "int4_g32" for m in checkpoint.modules}
+    measured = meter.plans({"plan": plan}, rows)["plan"]
+    model.double()
+    reference = torch.log_softmax(model(rows).logits, -1)
+    with swapped(model, {name: w.double() for name, w in meter.bank.weights(plan).items()}):
+        changed = torch.log_softmax(model(rows).logits, -1)
+    exact = torch.nn.functional.kl_div(changed, reference, reduction="none", log_target=True).sum(-1).mean(1)
+    assert torch.allclose(torch.from_numpy(measured), exact, rtol=2e-4, atol=1e-6)  # float32 logits against float64
+
+
+def test_swaps_equal_whole_plans(tiny_llama: Path):
+    checkpoint, _, meter = setup(tiny_llama)
+    rows = rows_for(checkpoint)
+    base = {m.name: "int4_g32" for m in checkpoint.modules}
+    swaps = {m.name: Swap(m.layer, {m.name: "int2_g32"}) for m in checkpoint.modules}
+    alone = meter.swaps(base, swaps, rows)
+    meter.journal = Journal(None)
+    whole = meter.plans({name: {**base, name: "int2_g32"} for name in swaps}, rows)
+    assert all((alone[name] == whole[name]).all() for name in swaps)
+
+
+def test_batches_share_what_is_made_of_codes_and_are_measured_as_alone(tiny_llama: Path, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr("bitatlas.measure.damage.batch_rows", lambda *_: 4)
+    checkpoint, model, together = setup(tiny_llama)
+    alone = DamageMeter(model, together.bank, "", "rtn", Journal(None), Room(state_bytes=1))
+    rows = rows_for(checkpoint)
+    assert len(alone.chunks(rows)) == 5 and len(together.chunks(rows)) == 1
+    base = {m.name: "int4_g32" for m in checkpoint.modules}
+    swaps = {m.name: Swap(m.layer, {m.name: "int2_g32"}) for m in checkpoint.modules}
+    made: list[str] = []
+    of_bank = Bank._weight
+    monkeypatch.setattr(Bank, "_weight", lambda self, module, name: made.append(name) or of_bank(self, module, name))
+    found, counts = [], []
+    for meter in (together, alone):
+        swapped_alone = meter.swaps(base, swaps, rows)
+        at = expand(meter, checkpoint.modules, list(CANDIDATES), base, rows)
+        found.append([*swapped_alone.values(), at.first, at.scores])
+        counts.append(len(made) - sum(counts))
+    assert all((mine == theirs).all() for mine, theirs in zip(*found, strict=True))
+    assert counts[1] == 5 * counts[0]
+
+
+def test_nothing_is_measured_twice(tiny_llama: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    journal = Journal(tmp_path / "run.sqlite")
+    checkpoint, _, meter = setup(tiny_llama, journal)
+    rows = rows_for(checkpoint)
+    plans = {name: dict.fromkeys([m.name for m in checkpoint.modules], name) for name in CANDIDATES}
+    first = meter.plans({"int2_g32": plans["int2_g32"]}, rows)
+    journal.close()
+    _, _, meter = setup(tiny_llama, Journal(tmp_path / "run.sqlite"))
+    passes: list[int] = []
+
+    def counted(model, batches, inputs=None):
+        passes.append(sum(map(len, batches)))
+        return record(model, batches, inputs)
+
+    monkeypatch.setattr("bitatlas.measure.damage.record", counted)
+    second = meter.plans(plans, rows)
+    assert sum(passes) == 2 * len(rows)  # the reference and the one plan that was missing
+    assert (second["int2_g32"] == first["int2_g32"]).all()
+    meter.plans(plans, rows)
+    assert sum(passes) == 2 * len(rows)
+
+
+def test_zero_damage_of_the_reference(tiny_llama: Path):
+    checkpoint, _, meter = setup(tiny_llama)
+    assert meter.plans({"reference": {}}, rows_for(checkpoint))["reference"].max() < 1e-6

@@ -1,0 +1,151 @@
+"""A model whose layers are read when they run is the model in memory: same logits, same measurements, one layer's weights at a time."""
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from bitatlas.data.rows import make_rows
+from bitatlas.errors import UserError
+from bitatlas.measure.curvature import expand
+from bitatlas.measure.damage import DamageMeter, Room, Swap
+from bitatlas.measure.interactions import swap_interactions
+from bitatlas.model.checkpoint import Checkpoint, decoder_layers, open_checkpoint
+from bitatlas.model.hidden_states import Shelf, sweep
+from bitatlas.model.streaming import held, stream_of
+from bitatlas.model.swap import swapped, weight_of
+from bitatlas.quantize.bank import Bank
+from bitatlas.records.journal import Journal
+from tiny import FAMILIES, TEXT, make_checkpoint
+
+FORMATS = ("int2_g32", "int4_g32")
+
+
+def opened(folder: Path, tmp_path: Path, quantizer: str = "rtn") -> tuple[Checkpoint, DamageMeter, DamageMeter, torch.Tensor]:
+    """Meters of one checkpoint: in memory, and streamed in a room for a few states."""
+    checkpoint = open_checkpoint(str(folder), fuse=False)
+    rows = make_rows([TEXT], checkpoint.load_tokenizer(), "text", (20, 2, 2), 16, 128, 0).fit
+    names = [module.name for module in checkpoint.modules]
+    meters = []
+    for model, room in (
+        (checkpoint.load_model(), Room()),
+        (checkpoint.stream_model(), Room(2**16, 2**12, whole=False, folder=tmp_path)),
+    ):
+        bank = Bank(model, names, quantizer, rows=rows[:8])
+        meters.append(DamageMeter(model, bank, checkpoint.info.weights_sha256, bank.identity, Journal(None), room))
+    return checkpoint, *meters, rows
+
+
+@pytest.mark.parametrize("family", sorted(FAMILIES))
+def test_logits_are_those_of_the_model_in_memory(family: str, tmp_path: Path):
+    checkpoint, memory, streamed, rows = opened(make_checkpoint(tmp_path / family, family), tmp_path)
+    assert torch.equal(streamed.model(rows[:3]).logits, memory.model(rows[:3]).logits)
+    plan = {module.name: FORMATS[module.layer % 2] for module in checkpoint.modules}
+    with swapped(memory.model, memory.bank.weights(plan)):
+        expected = memory.model(rows[:3]).logits
+    with swapped(streamed.model, streamed.bank.weights(plan)):
+        assert torch.equal(streamed.model(rows[:3]).logits, expected)
+    for module in checkpoint.modules:
+        assert torch.equal(weight_of(streamed.model, module.name), weight_of(memory.model, module.name))
+
+
+def test_one_layers_weights_are_there_while_it_runs(tiny_llama: Path, tmp_path: Path):
+    _, _, streamed, rows = opened(tiny_llama, tmp_path)
+    layers, there = decoder_layers(streamed.model), []
+
+    def count(*_: object) -> None:
+        there.append(sum(not p.isnan().any() for layer in layers for p in layer.parameters()))
+
+    hooks = [layer.mlp.register_forward_hook(count) for layer in layers]
+    streamed.model(rows[:2])
+    for hook in hooks:
+        hook.remove()
+    assert there == [len(list(layers[0].parameters()))] * 3
+    assert all(p.isnan().all() and p.untyped_storage().nbytes() == 4 for layer in layers for p in layer.parameters())
+
+
+def test_swaps_nest_and_restore_around_and_inside_a_held_layer(tiny_llama: Path, tmp_path: Path):
+    _, memory, streamed, _ = opened(tiny_llama, tmp_path)
+    name = "model.layers.1.mlp.up_proj"
+    reference = weight_of(memory.model, name)
+    one, two = torch.ones_like(reference), torch.full_like(reference, 2)
+    with held(streamed.model, 1):
+        with swapped(streamed.model, {name: one}):
+            with swapped(streamed.model, {name: two}):
+                assert torch.equal(weight_of(streamed.model, name), two)
+            assert torch.equal(weight_of(streamed.model, name), one)
+        assert torch.equal(weight_of(streamed.model, name), reference)
+    with swapped(streamed.model, {name: one}), held(streamed.model, 1), swapped(streamed.model, {name: two}):
+        assert torch.equal(weight_of(streamed.model, name), two)
+    assert torch.equal(weight_of(streamed.model, name), reference)
+
+
+def test_measurements_equal_those_in_memory_and_layers_are_read_once_a_pass(tiny_llama: Path, tmp_path: Path):
+    checkpoint, memory, streamed, rows = opened(tiny_llama, tmp_path)
+    base = {module.name: "int4_g32" for module in checkpoint.modules}
+    swaps = {module.name: Swap(module.layer, {module.name: "int2_g32"}) for module in checkpoint.modules}
+    plans = {"low": dict.fromkeys(base, "int2_g32"), "high": base}
+    pairs = [(meter.plans(plans, rows), meter.swaps(base, swaps, rows)) for meter in (memory, streamed)]
+    for mine, theirs in zip(*pairs, strict=True):
+        assert all(mine[name] == pytest.approx(theirs[name], rel=1e-4, abs=1e-6) for name in mine)
+    several = [swap_interactions(meter, base, list(swaps.values()), rows) for meter in (memory, streamed)]
+    assert several[0].added == pytest.approx(several[1].added, rel=1e-4, abs=1e-6)
+    assert several[0].together == pytest.approx(several[1].together, rel=1e-3, abs=1e-3 * np.abs(several[0].together).max())
+    at = [expand(meter, checkpoint.modules, FORMATS, base, rows) for meter in (memory, streamed)]
+    assert at[0].scores == pytest.approx(at[1].scores, rel=1e-3, abs=1e-4 * np.abs(at[0].scores).max())
+    assert at[0].first == pytest.approx(at[1].first, rel=1e-3, abs=1e-4 * np.abs(at[0].first).max())
+    assert not list(tmp_path.glob(".states-*")) or streamed.reference.states.spilled
+
+
+def test_a_pass_reads_each_layer_once_however_many_batches(tiny_llama: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    checkpoint, _, streamed, rows = opened(tiny_llama, tmp_path)
+    monkeypatch.setattr("bitatlas.measure.damage.batch_rows", lambda *_: 2)
+    object.__setattr__(streamed.room, "state_bytes", 2**24)
+    streamed.reference.see(streamed.chunks(rows)[0])
+    before = stream_of(streamed.model).reads
+    assert len(streamed.chunks(rows)) == 1 and len(streamed.chunks(rows)[0]) == 10
+    streamed.plans({name: {module.name: name for module in checkpoint.modules} for name in FORMATS}, rows)
+    assert stream_of(streamed.model).reads - before == 3
+
+
+def test_gptq_fits_the_same_codes(tiny_llama: Path, tmp_path: Path):
+    checkpoint, memory, streamed, _ = opened(tiny_llama, tmp_path, "gptq")
+    for module in checkpoint.modules:
+        mine, theirs = (meter.bank.codes(module.name, "int2_g32") for meter in (memory, streamed))
+        assert torch.equal(mine.codes, theirs.codes) and torch.equal(mine.scale, theirs.scale)
+
+
+def test_weights_that_change_under_the_run_are_told(tmp_path: Path):
+    _, _, streamed, rows = opened(make_checkpoint(tmp_path / "model"), tmp_path)
+    file = tmp_path / "model" / "model.safetensors"
+    file.write_bytes(file.read_bytes()[:-1] + b"\x01")
+    with pytest.raises(UserError, match="changed while it was in use"):
+        streamed.model(rows[:1])
+
+
+def test_names_that_are_not_the_models_own_are_refused(tmp_path: Path):
+    from safetensors.torch import load_file, save_file
+
+    folder = make_checkpoint(tmp_path / "model")
+    tensors = load_file(folder / "model.safetensors")
+    tensors["model.layers.0.self_attn.query.weight"] = tensors.pop("model.layers.0.self_attn.q_proj.weight")
+    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(UserError, match=r"--memory: model.layers.0.self_attn.q_proj.weight is not in the weights files"):
+        open_checkpoint(str(folder)).stream_model()
+
+
+def test_states_in_files_come_back_bit_for_bit_and_the_files_go(tmp_path: Path):
+    with Shelf(100, tmp_path) as shelf:
+        tensors = {number: torch.randn(5, 4, generator=torch.Generator().manual_seed(number)) for number in range(4)}
+        for number, tensor in tensors.items():
+            shelf.put(number, tensor[:, 1:])
+        assert shelf.spilled == 3  # 60 of 100 bytes hold one
+        shelf.put(3, tensors[0])
+        assert torch.equal(shelf.get(3), tensors[0])
+        assert all(torch.equal(shelf.get(number), tensors[number][:, 1:]) for number in range(3))
+        assert list(tmp_path.iterdir())
+    assert not list(tmp_path.iterdir())
+    (tmp_path / ".states-killed").mkdir()
+    sweep(tmp_path)
+    assert not list(tmp_path.iterdir())

@@ -1,0 +1,125 @@
+"""A first plan from curvature: it keeps the budget and what it promises, measures no swap, and leaves a survey that follows as it would have been."""
+
+from __future__ import annotations
+
+import sqlite3
+from contextlib import closing
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from bitatlas.errors import UserError
+from bitatlas.plan.expansion import quadratic
+from bitatlas.plan.refine import Change, Probe, refine
+from bitatlas.plan.search import Tools, search
+from bitatlas.records import Budget, Plan
+from bitatlas.records.files import read_record
+from bitatlas.run.planner import CURVATURE, Expanded, expanded
+from bitatlas.run.prepare import prepare
+from bitatlas.run.survey import SOURCE, by_criticality, draft_tools, run_draft, run_survey
+from bitatlas.run.verify import verify_plan
+from command import run
+from planners import SUBJECT, UNITS, Planted, costs, scores_of
+from surveys import OUTPUTS, QUIET, settings_for
+
+
+def unmeasured(game: Planted) -> Probe:
+    """The game's probe with the curvature in the place of swaps, as `sensitivity.probe.drafted` makes it."""
+
+    def swaps(base: np.ndarray, changes: list[Change], split: str) -> Expanded:
+        return expanded(quadratic(game.curvature(base), keep=1.0), changes)
+
+    return replace(game.probe(), swaps=swaps, rounds_of=CURVATURE)
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_where_damage_is_quadratic_a_draft_is_the_plan_of_measured_swaps(seed: int):
+    game, (cost, limit) = Planted(12, 3, seed=seed), costs(12, 3, seed)
+    draft, full = (refine(probe, cost, limit, {}, effort="draft") for probe in (unmeasured(game), game.probe()))
+    assert draft.damage == pytest.approx(full.damage)
+    assert draft.damage == game.of(draft.choice) and cost[np.arange(12), draft.choice].sum() <= limit
+
+
+@pytest.mark.parametrize("budget", [Budget("code_bits", 2.5), Budget("code_bits", 3.6), Budget("max_damage", 1.0)])
+def test_budgets_are_kept_and_the_record_says_what_it_is(budget: Budget):
+    game = Planted(UNITS, seed=5, cubic=0.02)
+    tools = Tools(replace(scores_of(game), source=SOURCE), game.damage, unmeasured(game), effort="draft")
+    found = search(SUBJECT, budget, tools)
+    assert found.selected == game.of(found.choice)
+    if budget.kind == "code_bits":
+        assert (2 + 2 * found.choice).mean() <= budget.value
+    else:
+        assert found.selected <= budget.value
+    assert "measured" not in found.solver["method"]
+
+
+@pytest.fixture(scope="module")
+def drafted(tiny_llama: Path, text: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Plan]:
+    out = tmp_path_factory.mktemp("draft") / "out"
+    return out, run_draft(settings_for(tiny_llama, text), out, False, QUIET)
+
+
+def test_a_draft_is_judged_keeps_its_promise_and_measures_no_swap(drafted: tuple[Path, Plan], tiny_llama: Path, text: Path):
+    out, plan = drafted
+    assert read_record(out / "plan.json", Plan) == plan
+    assert plan.size.code_bits <= 3 and plan.damage.measured and plan.verdict
+    assert sum(baseline.is_random for baseline in plan.baselines) == 20
+    assert any("most critical" in baseline.name for baseline in plan.baselines)
+    assert sorted(path.name for path in out.iterdir() if not path.name.startswith("run.sqlite")) == ["bank", "plan.json"]
+    with closing(sqlite3.connect(out / "run.sqlite")) as journal:
+        assert {stage for (stage,) in journal.execute("SELECT stage FROM measured")} == {"damage", "curvature"}
+    checked = verify_plan(str(tiny_llama), out / "plan.json", str(text), (8, 8, 8), 24, "cpu", 0, QUIET)
+    assert checked.kept and checked.damage.mean == pytest.approx(plan.damage.measured.mean, rel=1e-5)
+
+
+def test_a_survey_goes_on_in_its_folder_and_is_what_it_would_have_been(
+    drafted: tuple[Path, Plan], tiny_llama: Path, text: Path, tmp_path: Path
+):
+    settings = settings_for(tiny_llama, text, refine=False)
+    run_survey(settings, drafted[0], True, QUIET)
+    run_survey(settings, tmp_path / "alone", False, QUIET)
+    for name in OUTPUTS:
+        assert (drafted[0] / name).read_bytes() == (tmp_path / "alone" / name).read_bytes(), name
+
+
+def test_its_scores_are_the_curvature_at_both_ends(tiny_llama: Path, text: Path, tmp_path: Path):
+    """Against the true damage of each unit's change: second order is near where the change is small, around the wide end."""
+    opened = prepare(
+        settings_for(tiny_llama, text, formats="int3_g32,int8_g32", budget=Budget("code_bits", 4.0)), tmp_path, False, QUIET
+    )
+    opened.bank.fill(opened.settings.formats)
+    tools = draft_tools(opened)
+    names = [{m.name: "int8_g32" for m in opened.checkpoint.modules}]
+    names += [{**names[0], **{m.name: "int3_g32" for m in unit.modules}} for unit in opened.subject.units]
+    damage = opened.meter.plans({str(i): plan for i, plan in enumerate(names)}, opened.rows.fit)
+    true = np.array([damage[str(i + 1)].mean() - damage["0"].mean() for i in range(len(names) - 1)])
+    scores = tools.scores.tables["high"][:, 0]
+    assert np.corrcoef(scores, true)[0, 1] > 0.9 and scores.sum() == pytest.approx(true.sum(), rel=0.5)
+    layers = by_criticality(opened, tools.scores)
+    assert sorted(layers) == [0, 1, 2]
+
+
+def test_the_command(capsys, monkeypatch, tiny_llama: Path, text: Path, tmp_path: Path):
+    words = [
+        "survey",
+        tiny_llama,
+        "--tokens",
+        text,
+        "--rows",
+        "6,6,8",
+        "--row-length",
+        "24",
+        "--formats",
+        "int2_g32,int4_g32",
+        "--draft",
+    ]
+    code, out, err = run(capsys, monkeypatch, *words, "--code-bits", "3", "--out", tmp_path / "out")
+    assert code == 0, err
+    assert out.splitlines()[-1] == str(tmp_path / "out" / "plan.json") and "best of 20 random plans" in out
+    assert "Verdict: " in out and "with --resume in the place of --draft" in out
+    code, out, err = run(capsys, monkeypatch, *words, "--protect", "svamp=1pp", "--out", tmp_path / "no")
+    assert (code, out) == (2, "") and err.startswith("bitatlas: --draft --protect: ") and not (tmp_path / "no").exists()
+    with pytest.raises(UserError, match="holds a run already"):
+        run_draft(settings_for(tiny_llama, text), tmp_path / "out", False, QUIET)
