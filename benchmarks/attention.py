@@ -28,8 +28,8 @@ from torch import Tensor
 import bitatlas.data.demo as demo
 from bitatlas.data.tasks import load_items
 from bitatlas.measure.attention.capture import eager
-from bitatlas.measure.attention.drift import in_dtype
 from bitatlas.measure.attention.focus import problems_of, tokenize
+from bitatlas.measure.attention.maps import in_dtype
 from bitatlas.measure.attention.profile import REPEATED_SEQUENCES, attention_profile
 from bitatlas.measure.attention.roles import repeated_tokens
 from bitatlas.measure.screens import uniform

@@ -18,7 +18,7 @@ import typer
 from bitatlas import records
 from bitatlas.cli import main as cli
 from bitatlas.records.formats import Format
-from bitatlas.records.memory import CacheLayers, MemoryShape, Workload
+from bitatlas.records.plan import CacheLayers, MemoryShape, Workload
 
 PLACE = Path(__file__).resolve().parent / "reference"
 NOTE = "Written by `docs/reference.py`; do not edit.\n"

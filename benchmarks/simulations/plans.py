@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 
-from bitatlas.findings.prediction import verdict_on
+from bitatlas.findings.reliability import verdict_on
 from bitatlas.plan.calibration import MEASURED, PREDICTION, calibration
 from bitatlas.plan.judge import BETTER, WORSE, PlanVerdict, verdict_on_plan
 from bitatlas.records import CalibrationPoint, Measured

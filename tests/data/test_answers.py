@@ -2,7 +2,7 @@
 
 import pytest
 
-from bitatlas.data.answers import plain_number, read_number, same_answer
+from bitatlas.data.numbers import plain_number, read_number, same_answer
 
 SHORT = {
     # alone, with a unit, with words around it

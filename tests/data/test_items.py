@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from bitatlas.data.answers import numbers_in, plain_number, read_number
+from bitatlas.data.numbers import numbers_in, plain_number, read_number
 from bitatlas.data.tasks import TASKS, chance_level, check_task_names, items_sha256, load_items, split_items, task_text
 from bitatlas.errors import UserError
 from task_files import PROBLEMS, QUESTIONS, needs_demo, needs_shared, write_task_data

@@ -20,7 +20,7 @@ from bitatlas.export import conversion
 from bitatlas.export import trial as packed
 from bitatlas.export.targets import export_plan
 from bitatlas.model.checkpoint import open_checkpoint
-from bitatlas.model.naming import rules_of
+from bitatlas.model.tensor_files import rules_of
 from bitatlas.records.files import to_json
 from bitatlas.run.verify import verify_plan
 from packing import LOGITS, QUIET, applied, check_bytes, largest_difference, make_plan

@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 import bitatlas.data.demo as demo
 from bitatlas.cli.main import main
 from bitatlas.errors import UserError
-from bitatlas.export.gguf.target import COMMANDS, TYPES
+from bitatlas.export.gguf.write import COMMANDS, TYPES
 from bitatlas.export.targets import export_plan
 from bitatlas.measure.damage import DamageMeter
 from bitatlas.model.checkpoint import Checkpoint, open_checkpoint
@@ -34,8 +34,8 @@ gguf = pytest.importorskip("gguf")
 pytest.importorskip(
     "llama_cpp", reason="llama-cpp-python is not installed (it is built from source, minutes): pip install '.[gguf]'"
 )
+from bitatlas.export.gguf.names import TEXTS, vocabulary_of  # noqa: E402
 from bitatlas.export.gguf.run import opened  # noqa: E402
-from bitatlas.export.gguf.vocabulary import TEXTS, vocabulary_of  # noqa: E402
 from bitatlas.export.gguf.write import draw, write_gguf  # noqa: E402
 from bitatlas.quantize.ggml import dequantize, quantize  # noqa: E402
 from bitatlas.run.verify import damage_in_llama_cpp, verify_gguf  # noqa: E402

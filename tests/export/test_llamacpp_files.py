@@ -20,7 +20,8 @@ from bitatlas.export.packed import apply_plan
 from bitatlas.model.checkpoint import open_checkpoint
 from bitatlas.plan.baselines import outside_uniform
 from bitatlas.quantize import QUANTIZERS, get_quantizer
-from bitatlas.quantize.codes import Blocks, from_tensors, to_tensors
+from bitatlas.quantize.bank import from_tensors, to_tensors
+from bitatlas.quantize.ggml import Blocks
 from bitatlas.records import Budget
 from bitatlas.records.files import to_json
 from bitatlas.records.formats import (

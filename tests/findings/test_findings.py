@@ -11,10 +11,9 @@ from scipy import stats
 from bitatlas.findings.conclude import conclude
 from bitatlas.findings.correlations import _shapes, cannot_tell, chance_p, layer_correlations, layer_measures, least_p, spearman
 from bitatlas.findings.folk import folk_findings, marking_rules
-from bitatlas.findings.joint import joint_damage, joint_findings
 from bitatlas.findings.shares import LayerRows, layer_records, misfit, shares_of, verdict_of
 from bitatlas.findings.zones import _word as zone_word
-from bitatlas.findings.zones import number_of_zones, segmentations, with_low_share
+from bitatlas.findings.zones import joint_damage, joint_findings, number_of_zones, segmentations, with_low_share
 from bitatlas.records import Measured, Module
 from games import HIGH, LOW, attention_of, flat, interactions, profiles, quadratic_rows, zones_of
 

@@ -18,7 +18,7 @@ from torch import Tensor
 import tiny
 from bitatlas.measure.attention import capture
 from bitatlas.measure.attention.capture import eager
-from bitatlas.measure.attention.drift import in_dtype
+from bitatlas.measure.attention.maps import in_dtype
 from bitatlas.measure.attention.profile import NO_MAPS, attention_profile
 from bitatlas.measure.attention.roles import ROLES
 from bitatlas.model.checkpoint import decoder_layers, open_checkpoint

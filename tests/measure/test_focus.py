@@ -13,10 +13,10 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 import tiny
+from bitatlas.data.numbers import find_mentions
 from bitatlas.measure.attention.capture import eager
 from bitatlas.measure.attention.focus import FocusMasses, Problem, Query, gsm8k_problem, problems_of, svamp_problem, tokenize
 from bitatlas.measure.attention.maps import Sinks, strip_sinks
-from bitatlas.measure.attention.numbers import find_mentions
 from bitatlas.measure.attention.profile import attention_profile
 from bitatlas.measure.attention.roles import kappa
 from bitatlas.model.checkpoint import open_checkpoint

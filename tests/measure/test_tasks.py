@@ -19,7 +19,7 @@ from transformers import (
 )
 
 import tiny
-from bitatlas.data.answers import read_number
+from bitatlas.data.numbers import read_number
 from bitatlas.data.tasks import TASKS, load_items, task_text
 from bitatlas.errors import UserError
 from bitatlas.measure.tasks import score_items

@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from scipy import stats
 
 from bitatlas.errors import UserError
-from bitatlas.findings.sparsity import alike, sparsity_findings, sparsity_of
+from bitatlas.findings.correlations import alike, sparsity_findings, sparsity_of
 from bitatlas.measure import weights
 from bitatlas.measure.weights import weight_profile
 from bitatlas.records import Module, WeightProfile

@@ -22,7 +22,7 @@ from bitatlas.measure.interactions import swap_interactions
 from bitatlas.model.checkpoint import Checkpoint, check_causal, open_checkpoint
 from bitatlas.model.layerwise import check_chain, is_chain
 from bitatlas.quantize.bank import Bank
-from bitatlas.quantize.moments import input_moments
+from bitatlas.quantize.hessian import input_moments
 from bitatlas.records.journal import Journal
 from bitatlas.records.sizes import Unit, units_of
 from tiny import tokenizer

@@ -17,11 +17,19 @@ from transformers import AutoConfig, AutoModelForCausalLM, DynamicCache, StaticC
 from bitatlas.errors import UserError
 from bitatlas.model.checkpoint import find_layers, linear_modules, open_checkpoint
 from bitatlas.model.memory_shape import memory_shape
-from bitatlas.plan.budget import check_budget, costs_of, size_range
+from bitatlas.plan.budget import (
+    activation_bytes,
+    beside_weights,
+    cache_bytes,
+    check_budget,
+    costs_of,
+    settled,
+    size_range,
+    workload_of,
+)
 from bitatlas.plan.knapsack import solve_knapsack
-from bitatlas.plan.memory import activation_bytes, beside_weights, cache_bytes, settled, workload_of
 from bitatlas.records import Budget, ModelInfo, Module
-from bitatlas.records.memory import CacheLayers, MemoryShape, Workload
+from bitatlas.records.plan import CacheLayers, MemoryShape, Workload
 from bitatlas.records.sizes import assignment_of, size_of, units_of
 from live_bytes import LiveBytes
 from tiny import COMMON, FAMILIES, GATED

@@ -9,12 +9,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from bitatlas.errors import UserError
-from bitatlas.plan.budget import KINDS, check_budget, costs_of, size_range
+from bitatlas.plan.budget import KINDS, beside_weights, check_budget, costs_of, size_range
 from bitatlas.plan.knapsack import solve_knapsack
-from bitatlas.plan.memory import beside_weights
 from bitatlas.records import Budget, ModelInfo, Module
 from bitatlas.records.formats import FORMATS
-from bitatlas.records.memory import Workload
+from bitatlas.records.plan import Workload
 from bitatlas.records.sizes import assignment_of, parse_size, show_bytes, size_of, units_of
 
 SHAPES = {"q_proj": (64, 64), "k_proj": (32, 64), "up_proj": (172, 64), "down_proj": (64, 172)}

@@ -13,7 +13,7 @@ import pytest
 from scipy.stats import linregress, spearmanr
 
 from atlas_factory import Recipe, make_atlas
-from bitatlas.findings.prediction import as_measured, calibration_findings, line_text, verdict_on
+from bitatlas.findings.reliability import as_measured, calibration_findings, line_text, verdict_on
 from bitatlas.measure.interactions import Interactions
 from bitatlas.plan.calibration import (
     CURVATURE,

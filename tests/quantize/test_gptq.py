@@ -17,9 +17,9 @@ from bitatlas.errors import UserError
 from bitatlas.measure.damage import DamageMeter
 from bitatlas.model.checkpoint import open_checkpoint
 from bitatlas.model.swap import weight_of
-from bitatlas.quantize import QUANTIZERS, gptq, moments, rtn
+from bitatlas.quantize import QUANTIZERS, gptq, hessian, rtn
 from bitatlas.quantize.bank import Bank
-from bitatlas.quantize.moments import input_moments
+from bitatlas.quantize.hessian import input_moments
 from bitatlas.records.formats import FORMATS, INTEGER_FORMATS, Format
 from bitatlas.records.journal import Journal
 from tiny import FAMILIES, SHARED, TEXT, make_checkpoint
@@ -245,7 +245,7 @@ def test_modules_that_share_an_input_at_times_have_their_own_sums():
         [("q", a), ("o", b), ("never", a[:, :0])],
         [("p", a), ("s", a), ("p", b)],
     ]
-    sums = moments._Sums()
+    sums = hessian._Sums()
     for batch in batches:
         sums.next_batch()
         for name, inputs in batch:

@@ -26,9 +26,8 @@ from bitatlas.report.charts.panels import attention_panels
 from bitatlas.report.html import html, write_reports
 from bitatlas.report.markdown import escape as markdown_escape
 from bitatlas.report.markdown import markdown
-from bitatlas.report.mermaid import escape as mermaid_escape
-from bitatlas.report.mermaid import overview
-from bitatlas.report.overview import overview_of
+from bitatlas.report.overview import escape as mermaid_escape
+from bitatlas.report.overview import overview, overview_of
 from bitatlas.report.tables import tables
 from report_cases import EVIL, RECIPES, emptied
 

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 from atlas_factory import Recipe, make_atlas
-from bitatlas.report.budget.stops import stops
+from bitatlas.report.budget import stops
 from bitatlas.report.charts import heat
 from bitatlas.report.html import write_reports
 from browser import axe_script, launched, opened

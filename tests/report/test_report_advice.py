@@ -14,7 +14,7 @@ from bitatlas.report import advice, facts
 from bitatlas.report.charts.figures import figures
 from bitatlas.report.html import html
 from bitatlas.report.markdown import markdown
-from bitatlas.report.mermaid import overview
+from bitatlas.report.overview import overview
 from report_cases import RECIPES
 
 

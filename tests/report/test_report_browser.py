@@ -15,8 +15,7 @@ from bitatlas.records.text import interval
 from bitatlas.report import advice
 from bitatlas.report.charts.canvas import escape
 from bitatlas.report.html import html, write_reports
-from bitatlas.report.mermaid import overview
-from bitatlas.report.overview import overview_of
+from bitatlas.report.overview import overview, overview_of
 from bitatlas.report.tables import tables
 from browser import Opened, launched, mermaid_script, opened
 from report_cases import RECIPES

@@ -9,18 +9,18 @@ import shlex
 import pytest
 
 from atlas_factory import Recipe, make_atlas
-from bitatlas.export import targets
 from bitatlas.export.targets import TARGETS
-from bitatlas.plan.memory import activation_bytes, cache_bytes
+from bitatlas.plan.budget import activation_bytes, cache_bytes
 from bitatlas.records import Atlas, Plan
 from bitatlas.records.files import to_json
 from bitatlas.records.formats import FORMATS
-from bitatlas.records.memory import Workload
+from bitatlas.records.plan import Workload
+from bitatlas.records.runtimes import RUNTIMES
 from bitatlas.records.sizes import unlike_partners
 from bitatlas.records.text import interval, number
-from bitatlas.report.budget import commands, slider
-from bitatlas.report.budget import stops as budget
-from bitatlas.report.budget.reasons import steps_of
+from bitatlas.report import budget
+from bitatlas.report.advice import steps_of
+from bitatlas.report.budget import CODES, slider_data
 from bitatlas.report.charts import heat
 from bitatlas.report.html import html
 from report_cases import RECIPES, emptied
@@ -62,7 +62,7 @@ def test_tasks_stand_at_the_stops_where_they_were_run_and_nowhere_else(atlas: At
 
 
 def test_memory_is_the_planners_formula(atlas: Atlas) -> None:
-    memory = budget.memory(atlas)
+    memory = budget.memory_of(atlas)
     assert memory.contexts == [128, 256, 512, 1000]
     shape = atlas.model.memory
     assert shape is not None
@@ -71,7 +71,7 @@ def test_memory_is_the_planners_formula(atlas: Atlas) -> None:
         for place, context in enumerate(memory.contexts):
             load = Workload(context, 1, 512, dtype, "float32")
             assert memory.beside[cache][place] == (cache_bytes(shape, load), activation_bytes(shape, load))
-    told = budget.memory(dataclasses.replace(atlas, model=dataclasses.replace(atlas.model, memory="it has latent attention")))
+    told = budget.memory_of(dataclasses.replace(atlas, model=dataclasses.replace(atlas.model, memory="it has latent attention")))
     assert told.contexts == []
     assert "it has latent attention" in told.told
 
@@ -123,11 +123,11 @@ def test_the_data_block_cannot_be_left_and_says_what_the_plans_hold(recipe: Reci
     stops = budget.stops(atlas)
     if not stops:
         return
-    text = str(slider.data(atlas, stops, budget.memory(atlas)))
+    text = str(slider_data(atlas, stops, budget.memory_of(atlas)))
     assert not set("<>&") & set(text)
     content = json.loads(text)
     for stop, plan in zip(stops, content["plans"], strict=True):
-        names = [content["formats"][slider.CODES.index(letter)] for letter in plan["modules"]]
+        names = [content["formats"][CODES.index(letter)] for letter in plan["modules"]]
         assert dict(zip(content["modules"], names, strict=True)) == stop.plan.modules
         middle = ",\n".join(
             f"  {json.dumps(name, ensure_ascii=False)}: {json.dumps(fmt)}" for name, fmt in stop.plan.modules.items()
@@ -139,10 +139,9 @@ def test_the_data_block_cannot_be_left_and_says_what_the_plans_hold(recipe: Reci
 
 
 def test_the_runtimes_are_those_of_the_export_and_hold_what_it_says() -> None:
-    assert set(commands.RUNTIMES) == set(TARGETS)
-    assert commands.unlike_partners is targets.unlike_partners  # the page asks what the export asks
+    assert set(RUNTIMES) == set(TARGETS)
     for name, target in TARGETS.items():
-        own = commands.RUNTIMES[name]
+        own = RUNTIMES[name]
         assert (own.whole, own.fused) == (target.whole_groups, target.fused)
         assert own.model or not target.needs_model
         for fmt in FORMATS.values():
@@ -155,7 +154,7 @@ def test_vllm_is_offered_only_where_what_it_fuses_is_alike() -> None:
     alike = {m.name: atlas.high if m.kind == "q_proj" else atlas.low for m in atlas.modules}
     offered = set()
     for plan in (atlas.plan, *atlas.plans, dataclasses.replace(atlas.plan, modules=alike)):
-        told = any("--to vllm" in line for line in commands.commands(atlas, plan, "plan.json"))
+        told = any("--to vllm" in line for line in budget.commands(atlas, plan, "plan.json"))
         assert told == (unlike_partners(plan) is None)
         offered.add(told)
     assert offered == {True, False}
@@ -169,7 +168,7 @@ def test_a_command_survives_any_name() -> None:
     atlas = dataclasses.replace(atlas, settings={**atlas.settings, "model": name})
     plan = atlas.plan
     assert isinstance(plan, Plan)
-    for line in commands.commands(atlas, plan, "curve/plan-1.json"):
+    for line in budget.commands(atlas, plan, "curve/plan-1.json"):
         parts = shlex.split(line)
         assert parts[0] == "bitatlas"
         assert "rm" not in parts

@@ -14,8 +14,16 @@ import pytest
 from atlas_factory import Recipe, make_atlas
 from bitatlas.records import Atlas
 from bitatlas.records.text import interval
-from bitatlas.report.charts import heads, pairs
 from bitatlas.report.charts.canvas import png
+from bitatlas.report.charts.heat import (
+    MOST_CELLS,
+    head_examples,
+    head_grids,
+    interaction_matrix,
+    interaction_table,
+    matrix_of,
+    order_of,
+)
 
 
 @pytest.fixture(scope="module")
@@ -51,10 +59,10 @@ def test_a_picture_holds_its_shades_to_a_sixteenth() -> None:
 def test_the_matrix_is_drawn_in_the_order_of_its_rows(atlas: Atlas) -> None:
     found = atlas.interactions
     assert found is not None
-    names, values = pairs.matrix_of(found, {m.unit: m.layer for m in atlas.modules})
+    names, values = matrix_of(found, {m.unit: m.layer for m in atlas.modules})
     assert (values == values.T).all()
     assert values[3, 1] == found.extra[3][1]
-    drawing = pairs.matrix(atlas, 460)
+    drawing = interaction_matrix(atlas, 460)
     more, less = pictures(drawing)
     shown = [text.partition(":")[0] for text in re.findall(r"<title>(.*?)</title>", str(drawing))]
     assert sorted(shown) == sorted(names)
@@ -70,9 +78,9 @@ def test_units_that_hurt_together_become_neighbours(atlas: Atlas) -> None:
     found = atlas.interactions
     assert found is not None
     layer_of = {m.unit: m.layer for m in atlas.modules}
-    _, values = pairs.matrix_of(found, layer_of)
+    _, values = matrix_of(found, layer_of)
     shuffle = np.random.default_rng(1).permutation(len(values))
-    order = shuffle[pairs.order_of(values[np.ix_(shuffle, shuffle)])]
+    order = shuffle[order_of(values[np.ix_(shuffle, shuffle)])]
     layers = [layer_of[found.units[place]] for place in order]
     assert sum(a != b for a, b in pairwise(layers)) == len(set(layers)) - 1
 
@@ -82,8 +90,8 @@ def test_too_many_units_are_summed_by_layer() -> None:
     found = atlas.interactions
     assert found is not None
     layer_of = {m.unit: m.layer for m in atlas.modules}
-    names, values = pairs.matrix_of(found, layer_of)
-    assert len(names) == 60 < len(found.units) > pairs.MOST_CELLS
+    names, values = matrix_of(found, layer_of)
+    assert len(names) == 60 < len(found.units) > MOST_CELLS
     one = sum(
         value
         for i, row in enumerate(found.extra)
@@ -97,17 +105,17 @@ def test_too_many_units_are_summed_by_layer() -> None:
 def test_the_table_says_each_pair_with_its_interval(atlas: Atlas) -> None:
     found = atlas.interactions
     assert found is not None
-    table = pairs.table(atlas)
+    table = interaction_table(atlas)
     for pair, row in zip(found.pairs, table.rows, strict=True):
         assert row[1] == interval(pair.extra)
         layer = next(m.layer for m in atlas.modules if m.unit == pair.first)
         assert row[0].startswith(f"layer {layer} {pair.first.rpartition('.')[2]} + ")
-    assert pairs.table(dataclasses.replace(atlas, interactions=None)).rows == []
-    assert pairs.matrix(dataclasses.replace(atlas, interactions=None), 460) is None
+    assert interaction_table(dataclasses.replace(atlas, interactions=None)).rows == []
+    assert interaction_matrix(dataclasses.replace(atlas, interactions=None), 460) is None
 
 
 def test_small_multiples_show_every_head_of_the_reference(atlas: Atlas) -> None:
-    made = {small.title: small for small in heads.multiples(atlas)}
+    made = {small.title: small for small in head_grids(atlas)}
     assert set(made) == {"Previous", "Duplicate", "Induction", "Retrieval", "Entropy", "Reasoning focus"}
     for title, value in (("Induction", lambda h: h.scores["induction"]), ("Entropy", lambda h: h.entropy)):
         (picture,) = pictures(made[title].drawing)
@@ -116,11 +124,11 @@ def test_small_multiples_show_every_head_of_the_reference(atlas: Atlas) -> None:
     outlined = sum(head.role == "induction" for head in atlas.heads)
     assert str(made["Induction"].drawing).count("outlined") == outlined > 0
     assert f"{outlined} of {len(atlas.heads)} heads" in made["Induction"].caption
-    assert heads.multiples(dataclasses.replace(atlas, heads=[])) == []
+    assert head_grids(dataclasses.replace(atlas, heads=[])) == []
 
 
 def test_an_example_map_is_its_percentages(atlas: Atlas) -> None:
-    for one, small in zip(atlas.head_maps, heads.examples(atlas), strict=True):
+    for one, small in zip(atlas.head_maps, head_examples(atlas), strict=True):
         (picture,) = pictures(small.drawing)
         assert picture.shape == (len(one.percent),) * 2
         assert not np.triu(picture, 1).any()

@@ -12,8 +12,7 @@ from atlas_factory import Recipe, make_atlas
 from bitatlas.records import Atlas, Plan
 from bitatlas.records.files import parse_record, to_json
 from bitatlas.records.text import interval
-from bitatlas.report import facts
-from bitatlas.report.budget import stops as budget
+from bitatlas.report import budget, facts
 from bitatlas.report.charts import heat
 from bitatlas.report.html import write_reports
 from browser import Opened, launched, opened
@@ -81,7 +80,7 @@ def test_the_page_opens_at_the_surveys_plan(browser: Any, atlas: Atlas, tmp_path
 
 
 def test_memory_follows_the_context_and_the_cache(page: Opened, atlas: Atlas) -> None:
-    memory, stops = budget.memory(atlas), budget.stops(atlas)
+    memory, stops = budget.memory_of(atlas), budget.stops(atlas)
     move(page.page, 1)
     shown = {}
     for cache in range(len(memory.caches)):

@@ -13,7 +13,7 @@ import pytest
 from atlas_factory import make_atlas
 from bitatlas.errors import UserError
 from bitatlas.records.files import to_json
-from bitatlas.report.charts import standalone
+from bitatlas.report.charts import figures as standalone
 from bitatlas.report.charts.figures import figures
 from command import run
 

@@ -23,8 +23,7 @@ from bitatlas.model.checkpoint import open_checkpoint
 from bitatlas.progress import Reporter
 from bitatlas.records import Budget
 from bitatlas.run.prepare import default_settings, rows_and_items
-from bitatlas.run.ray.cluster import Host, Needs, parse_address, slots
-from bitatlas.run.ray.hosts import TOKEN, Place, greet, versions
+from bitatlas.run.ray.cluster import TOKEN, Host, Needs, Place, greet, parse_address, slots, versions
 from bitatlas.run.ray.scheduler import parts
 from bitatlas.run.ray.worker import Brief, work
 from bitatlas.run.settings import Settings

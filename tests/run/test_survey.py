@@ -15,8 +15,8 @@ from bitatlas.data.rows import rows_sha256
 from bitatlas.errors import UserError
 from bitatlas.measure import interactions
 from bitatlas.model.checkpoint import open_checkpoint
-from bitatlas.plan.memory import workload_of
-from bitatlas.plan.replan import replan
+from bitatlas.plan.budget import workload_of
+from bitatlas.plan.search import replan
 from bitatlas.records import Atlas, Budget, Plan
 from bitatlas.records.files import read_record
 from bitatlas.records.journal import Journal

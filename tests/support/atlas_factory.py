@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 import numpy as np
 
 from atlas_tasks import pairs_of, scores
-from bitatlas.findings.sparsity import sparsity_of
+from bitatlas.findings.correlations import sparsity_of
 from bitatlas.records import (
     Ablation,
     Atlas,
@@ -46,7 +46,7 @@ from bitatlas.records import (
     Zone,
 )
 from bitatlas.records.formats import FORMATS, stored_bytes
-from bitatlas.records.memory import CacheLayers, MemoryShape
+from bitatlas.records.plan import CacheLayers, MemoryShape
 from bitatlas.records.text import byte_size
 
 KINDS = {  # kind: (outputs, inputs), a small Llama

@@ -20,7 +20,7 @@ except KeyboardInterrupt:  # most of the time before main() goes by here
     print(INTERRUPTED, file=sys.stderr)
     raise SystemExit(1) from None
 
-from bitatlas.cli import compare, export, plan, report, survey, verify  # noqa: E402  (they import typer)
+from bitatlas.cli import commands, survey  # noqa: E402  (they import typer)
 
 app = typer.Typer(
     help="What low-bit weights do to a language model: measured, planned, verified.",
@@ -45,8 +45,8 @@ def version(show: Annotated[bool, typer.Option("--version", help="Print the vers
 
 
 COMMANDS: dict[str, Callable[..., None]] = {
-    "survey": survey.survey, "plan": plan.plan, "apply": export.apply, "export": export.export, "verify": verify.verify,
-    "compare": compare.compare, "report": report.report,
+    "survey": survey.survey, "plan": commands.plan, "apply": commands.apply, "export": commands.export, "verify": commands.verify,
+    "compare": commands.compare, "report": commands.report,
 }  # fmt: skip
 for name, command in COMMANDS.items():
     app.command(name)(command)

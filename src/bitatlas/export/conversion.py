@@ -24,8 +24,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from bitatlas.errors import UserError
-from bitatlas.model.naming import rules_of
-from bitatlas.model.tensor_files import reason_of
+from bitatlas.model.tensor_files import reason_of, rules_of
 
 METHOD = "compressed-tensors"
 Read = Callable[[str], Tensor]

@@ -39,7 +39,8 @@ from bitatlas.model.tensor_files import DTYPES, SHARD_BYTES, Entry, Shard, Write
 from bitatlas.progress import Reporter
 from bitatlas.quantize import get_quantizer
 from bitatlas.quantize.bank import bank_of_plan
-from bitatlas.quantize.codes import Blocks, Codes
+from bitatlas.quantize.codes import Codes
+from bitatlas.quantize.ggml import Blocks
 from bitatlas.records import Module, Plan
 from bitatlas.records.files import read_record, to_json, write_text
 from bitatlas.records.formats import stored_bytes

@@ -11,9 +11,9 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from bitatlas.errors import UserError
-from bitatlas.export import mlx, recipes, vllm
+from bitatlas.export import compressed_tensors, mlx, recipes
 from bitatlas.export.card import atlas_beside
-from bitatlas.export.gguf.target import TARGET
+from bitatlas.export.gguf import write as gguf
 from bitatlas.export.packed import check_fits, check_transposed
 from bitatlas.export.target import Job, Target
 from bitatlas.model.checkpoint import Checkpoint, open_checkpoint
@@ -24,7 +24,9 @@ from bitatlas.records.files import read_record, to_json, write_text
 from bitatlas.records.formats import GROUP_SIZES, Format
 from bitatlas.records.sizes import unlike_partners
 
-TARGETS: dict[str, Target] = {target.name: target for target in (vllm.TARGET, mlx.TARGET, *recipes.TARGETS, TARGET)}
+TARGETS: dict[str, Target] = {
+    target.name: target for target in (compressed_tensors.TARGET, mlx.TARGET, *recipes.TARGETS, gguf.TARGET)
+}
 
 
 TRANSPOSED = "--to {0}: {1} is a Conv1D (GPT-2's transposed linear layer), which {0} cannot quantize by rows"

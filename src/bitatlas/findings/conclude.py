@@ -28,13 +28,10 @@ from dataclasses import dataclass, field
 from numpy.typing import ArrayLike
 
 from bitatlas.findings.ablation import ablation_findings
-from bitatlas.findings.correlations import layer_correlations, layer_measures
+from bitatlas.findings.correlations import alike, layer_correlations, layer_measures, sparsity_findings, sparsity_of
 from bitatlas.findings.folk import RULED, folk_findings, marking_rules, math_needs_more, value_and_down
-from bitatlas.findings.joint import joint_findings
-from bitatlas.findings.prediction import calibration_findings
-from bitatlas.findings.reliability import reliability_findings, shapley_findings, with_rows_needed
+from bitatlas.findings.reliability import calibration_findings, reliability_findings, shapley_findings, with_rows_needed
 from bitatlas.findings.shares import LayerRows, layer_records, misfit, shares_of
-from bitatlas.findings.sparsity import alike, sparsity_findings, sparsity_of
 from bitatlas.findings.statements import (
     attention_findings,
     layer_findings,
@@ -44,7 +41,7 @@ from bitatlas.findings.statements import (
     zone_findings,
 )
 from bitatlas.findings.tasks import TaskRows, task_damages, task_text_findings, width_findings
-from bitatlas.findings.zones import with_low_share, zones
+from bitatlas.findings.zones import joint_findings, with_low_share, zones
 from bitatlas.records import (
     Ablation,
     AttentionLayer,

@@ -41,7 +41,7 @@ from bitatlas.model.streaming import held
 from bitatlas.model.swap import swapped
 from bitatlas.plan.expansion import Expansion
 from bitatlas.quantize.bank import Bank
-from bitatlas.quantize.moments import input_of
+from bitatlas.quantize.hessian import input_of
 from bitatlas.records import Module
 from bitatlas.records.journal import content_key
 

@@ -21,38 +21,22 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from bitatlas.data.answers import plain_number, read_number, same_answer
+from bitatlas.data.numbers import plain_number, read_number, same_answer
 from bitatlas.data.tasks import (
     TASKS,
     Item,
     Task,
-    chance_level,
-    check_task_names,
     items_sha256,
-    load_items,
-    split_items,
-    task_text,
 )
 from bitatlas.errors import UserError
+from bitatlas.measure.damage import DamageMeter
 from bitatlas.model.swap import swapped
+from bitatlas.progress import Reporter
 from bitatlas.records import TaskScore
 from bitatlas.records.journal import content_key
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
-
-__all__ = [
-    "TASKS",
-    "Task",
-    "chance_level",
-    "check_task_names",
-    "items_sha256",
-    "load_items",
-    "read_number",
-    "score_items",
-    "split_items",
-    "task_text",
-]
 
 TASK_FILES = Path(__file__).parent / "harness"
 
@@ -201,27 +185,35 @@ def _special_tokens(tokenizer: PreTrainedTokenizerBase) -> Iterator[None]:
 
 # Score a task in shards, each journaled: an interrupted run goes on with the next, and no items are answered twice.
 
-if TYPE_CHECKING:
-    from bitatlas.run.prepare import Run
-
 SHARD_ITEMS = 50  # of a task, between two entries of the journal
 
 
-def score_shards(run: Run, task: str, items: list[Item], assignment: Mapping[str, str], precision: str) -> list[dict[str, Any]]:
-    """One record an item, of the model with `assignment`; `precision`: its name, for the reader of the progress."""
+def score_shards(
+    meter: DamageMeter,
+    tokenizer: Any,
+    reporter: Reporter,
+    task: str,
+    items: list[Item],
+    assignment: Mapping[str, str],
+    precision: str,
+) -> list[dict[str, Any]]:
+    """Score items of a task with `assignment` in the place of the meter's model's weights: one record an item, in their order.
+
+    `precision`: the assignment's name, for the reader of the progress.
+    """
     answers: list[dict[str, Any]] = []
     shards = [items[start : start + SHARD_ITEMS] for start in range(0, len(items), SHARD_ITEMS)]
-    keys = [content_key("task", run.meter.identity, dict(assignment), task, items_sha256(shard)) for shard in shards]
-    with run.reporter.stage(f"{task} ({precision})") as progress:
-        if run.workers:
-            missing = [shard for shard, key in zip(shards, keys, strict=True) if run.journal.get(key) is None]
-            run.workers.share("tasks", [(task, shard, assignment) for shard in missing], progress)
-        with swapped(run.model, run.bank.weights(assignment)):
+    keys = [content_key("task", meter.identity, dict(assignment), task, items_sha256(shard)) for shard in shards]
+    with reporter.stage(f"{task} ({precision})") as progress:
+        if meter.workers:
+            missing = [shard for shard, key in zip(shards, keys, strict=True) if meter.journal.get(key) is None]
+            meter.workers.share("tasks", [(task, shard, assignment) for shard in missing], progress)
+        with swapped(meter.model, meter.bank.weights(assignment)):
             for shard, key in zip(shards, keys, strict=True):
-                value = run.journal.get(key)
+                value = meter.journal.get(key)
                 if value is None:
-                    value = score_items(run.model, run.tokenizer, task, shard)
-                    run.journal.put(key, "task", value)
+                    value = score_items(meter.model, tokenizer, task, shard)
+                    meter.journal.put(key, "task", value)
                 answers += value
                 progress(len(answers), len(items))
     return answers

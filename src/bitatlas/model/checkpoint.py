@@ -35,11 +35,10 @@ from bitatlas.errors import UserError
 from bitatlas.model.calls import Calls, calls_of
 from bitatlas.model.folder import find_folder, read_config, sha256_of, weight_files
 from bitatlas.model.memory_shape import memory_shape
-from bitatlas.model.naming import Target, targets_of
 from bitatlas.model.streaming import open_stream, without_weights
-from bitatlas.model.tensor_files import Reader, read_header, reason_of
+from bitatlas.model.tensor_files import Reader, Target, read_header, reason_of, targets_of
 from bitatlas.records import ModelInfo, Module
-from bitatlas.records.memory import MemoryShape
+from bitatlas.records.plan import MemoryShape
 from bitatlas.records.sizes import FUSED, kept_bytes
 
 DTYPE_NAMES = {"F64": "float64", "F32": "float32", "F16": "float16", "BF16": "bfloat16"}

@@ -17,7 +17,7 @@ from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
 
 from bitatlas.model.tensor_files import reason_of
 from bitatlas.records import Module
-from bitatlas.records.memory import CacheLayers, MemoryShape
+from bitatlas.records.plan import CacheLayers, MemoryShape
 
 PROBE_TOKENS = 3  # that the skeleton reads
 EXPERTS = ("num_experts", "num_local_experts", "n_routed_experts", "moe_num_experts")

@@ -20,8 +20,7 @@ from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
 from bitatlas.errors import UserError
-from bitatlas.model.naming import targets_of
-from bitatlas.model.tensor_files import Reader
+from bitatlas.model.tensor_files import Reader, targets_of
 
 ATTRIBUTE = "bitatlas_stream"  # of a model whose layers are read when they run
 

@@ -17,10 +17,10 @@ import numpy as np
 from numpy.typing import NDArray
 
 from bitatlas.errors import UserError
-from bitatlas.plan.memory import beside_weights
 from bitatlas.records import Budget, ModelInfo, Module
 from bitatlas.records.formats import Format, get_format, stored_bytes
-from bitatlas.records.sizes import RANGE_DIGITS, Unit, parse_size, rounded_up, show_bytes, units_of
+from bitatlas.records.plan import CacheLayers, MemoryShape, Workload
+from bitatlas.records.sizes import RANGE_DIGITS, Unit, dtype_bytes, parse_size, rounded_up, show_bytes, units_of
 from bitatlas.records.text import given
 
 Ints = NDArray[np.int64]
@@ -182,3 +182,137 @@ def exact_bytes(whole: int) -> str:
         if whole >= size and 100 * whole % size == 0:
             return f"{given(whole / size)}{name}"
     return show_bytes(whole, EXACT_DIGITS)
+
+
+# --- memory ----------------------------------------------------------------------------------------------------------------
+
+# What a device must hold besides the weights while the model runs at a context length: the KV cache and the activations.
+#
+#     memory = weights (`Size.total_bytes`: quantized modules and all that stays unquantized) + KV cache + activations
+#
+# The case: a prompt is read in passes of `chunk` tokens, and the last pass fills the context. It is the largest: earlier ones see fewer
+# keys, and a generated token is a pass of 1. With B sequences, C = min(chunk, context) tokens each, n = context:
+#
+#     KV cache     sum over layers of 2 B k d min(n, w) c      k: key/value heads, d: head width, w: the layer's window (no window: n),
+#                                                              c: bytes of a number of the cache
+#     activations  carried + max(attention, MLP, norm) or the logits, whichever is more; a: bytes of a number of the activations
+#       carried    6 B C h a + 4 C d a + 32 (B C + n) + the masks, B C s for each kind of layer
+#                  h: hidden size. Six of them: embedded tokens and positions, residual, the layer's input, normed input, branch output;
+#                  sines and cosines; numbers of tokens and places, 8 bytes each;
+#                  s: keys that a layer sees, n, or with a window min(n, w - 1 + C)
+#       attention  B C (a (2 q + 4 k d) + 12 q), q = heads x d: queries, keys and values, the temporaries of rotation in float32
+#                  + the layer's mask as numbers, B C s a
+#                  + keys and values as one layer's kernel reads them, 2 B s a x (q if heads share keys, + k d if the layer has a window,
+#                    + k d if the cache's dtype is another)
+#                  + where transformers has no fused attention (a cap on the scores, ALiBi): all scores, five copies, two of them
+#                    in float32, B heads C s (3 a + 8), and keys and values in float32, 8 B s q
+#       MLP        4 B C f a, f: the widest input of a linear module (the MLP's inner width)
+#       norm       12 B C h: three copies in float32
+#       logits     B v (a + 12), v: vocabulary; of the last token of each sequence, three copies in float32
+#
+# Activations are an upper bound of what is alive at once in a plain PyTorch pass of transformers over a cache that was allocated whole;
+# tests compare it with the true peak. Fused runtimes reuse buffers and need less. The activations' dtype is the checkpoint's.
+# The cache's dtype is what was asked for, else the checkpoint's where that has 16 bits, else float16.
+# Left out: the runtime itself (a CUDA context takes some hundred MB), fragmentation, and copies of unpacked weights; ask for less to leave
+# room. Layers whose state is not keys and values by token are refused. `docs/memory.md` has an example worked by hand.
+# Source: our own count, checked against transformers 5.24; passes of 512 tokens are what llama.cpp reads by default (`--ubatch-size`).
+
+CACHE_DTYPES = ("float32", "bfloat16", "float16", "float8_e4m3fn", "float8_e5m2")
+CHUNK = 512  # tokens of a pass over the prompt, unless told otherwise
+LARGEST = 10**9  # tokens, sequences: more is a slip of the hand
+FLOAT32_BYTES = 4
+
+
+def workload_of(context: int | None, cache_dtype: str | None, batch: int | None, chunk: int | None) -> Workload:
+    """What was asked for, checked as far as that goes without a model; UserError naming the flag."""
+    for flag, value in (("--context", context), ("--batch", batch), ("--chunk", chunk)):
+        if value is not None and not 1 <= value <= LARGEST:
+            raise UserError(f"{flag} {value}: must be 1 or more, and at most {LARGEST:,}")
+    if cache_dtype is not None and cache_dtype not in CACHE_DTYPES:
+        raise UserError(f"--cache-dtype {cache_dtype}: unknown; one of {', '.join(CACHE_DTYPES)}")
+    return Workload(context, 1 if batch is None else batch, CHUNK if chunk is None else chunk, cache_dtype)
+
+
+def settled(budget: Budget, info: ModelInfo) -> Budget:
+    """The budget with all that the model decides: context, dtypes, and the bytes of cache and activations. Others as they are.
+
+    UserError where the context is longer than the model's, or where the shape of the model's memory is not known.
+    """
+    load = budget.workload
+    if load is None:
+        return budget
+    shape = info.memory
+    if shape is None:
+        raise UserError("--vram: this survey does not hold what the memory depends on; make it again (survey), or use --size")
+    if isinstance(shape, str):
+        raise UserError(f"--vram: what {info.name} needs besides its weights cannot be told: {shape}; use --size")
+    context = info.context if load.context is None else load.context
+    if context > info.context:
+        raise UserError(f"--context {context}: the model's own is {info.context} tokens; give at most that")
+    cache_dtype = load.cache_dtype or (info.dtype if dtype_bytes(info.dtype) == 2 else "float16")
+    full = replace(load, context=context, cache_dtype=cache_dtype, activation_dtype=info.dtype)
+    return replace(
+        budget, workload=replace(full, cache_bytes=cache_bytes(shape, full), activation_bytes=activation_bytes(shape, full))
+    )
+
+
+def own_context_text(load: Workload) -> str:
+    """What is said where no context was asked for and the model's own was taken."""
+    return f"--context is not given: planned for the model's own, {load.context:,} tokens"
+
+
+def beside_weights(budget: Budget) -> int:
+    """Bytes that the budget must hold besides the weights: 0 unless it is a budget of memory. ValueError where not `settled`."""
+    if budget.workload is None:
+        return 0
+    if not budget.workload.activation_bytes:
+        raise ValueError("the budget's workload is not settled: its bytes are not known")
+    return budget.workload.cache_bytes + budget.workload.activation_bytes
+
+
+def cache_bytes(shape: MemoryShape, load: Workload) -> int:
+    """Bytes of the keys and values of the whole context, all layers and sequences. `load` with its context and dtypes."""
+    context, width = _known(load)
+    numbers = sum(
+        kind.layers * kind.kv_heads * kind.head_dim * min(context, kind.window or context) for kind in shape.layers
+    )  # [layers, heads, width, tokens]
+    return 2 * load.batch * numbers * width
+
+
+def activation_bytes(shape: MemoryShape, load: Workload) -> int:
+    """An upper bound of the bytes that are alive at once besides weights and cache, see the module's formula."""
+    context, _ = _known(load)
+    width = dtype_bytes(load.activation_dtype)
+    chunk = min(load.chunk, context)
+    tokens = load.batch * chunk
+    seen = [_keys_seen(kind, context, chunk) for kind in shape.layers]
+    rotation = 4 * chunk * max((kind.head_dim for kind in shape.layers), default=0) * width
+    places = 32 * (tokens + context)
+    carried = 6 * tokens * shape.hidden * width + rotation + places + sum(tokens * keys for keys in seen)
+    attention = max((_attention_bytes(shape, kind, load, keys) for kind, keys in zip(shape.layers, seen, strict=True)), default=0)
+    inner = 4 * tokens * shape.inner * width
+    norm = 3 * tokens * shape.hidden * FLOAT32_BYTES
+    logits = load.batch * shape.vocabulary * (width + 3 * FLOAT32_BYTES)
+    return max(carried + max(attention, inner, norm), logits + tokens * shape.hidden * width)
+
+
+def _known(load: Workload) -> tuple[int, int]:
+    """(context, bytes of a number of the cache); ValueError where they are not settled."""
+    if load.context is None or load.cache_dtype is None:
+        raise ValueError("the workload's context and cache dtype are not settled")
+    return load.context, dtype_bytes(load.cache_dtype)
+
+
+def _keys_seen(kind: CacheLayers, context: int, chunk: int) -> int:
+    """Keys that the last pass sees in a layer: with a window, those before the pass and the pass itself."""
+    return context if kind.window is None else min(context, kind.window - 1 + chunk)
+
+
+def _attention_bytes(shape: MemoryShape, kind: CacheLayers, load: Workload, keys: int) -> int:
+    width, (context, cache_width) = dtype_bytes(load.activation_dtype), _known(load)
+    tokens, queries, own = load.batch * min(load.chunk, context), shape.heads * kind.head_dim, kind.kv_heads * kind.head_dim
+    projected = tokens * (width * (2 * queries + 4 * own) + 3 * FLOAT32_BYTES * queries)
+    copied = queries * (shape.heads != kind.kv_heads) + own * (kind.window is not None) + own * (cache_width != width)
+    unfused = tokens * shape.heads * keys * (3 * width + 2 * FLOAT32_BYTES) + 2 * FLOAT32_BYTES * load.batch * keys * queries
+    scores = 0 if shape.fused else unfused
+    return projected + tokens * keys * width + 2 * load.batch * keys * copied * width + scores

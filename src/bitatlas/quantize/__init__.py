@@ -11,8 +11,9 @@ from torch import Tensor, nn
 
 from bitatlas.errors import UserError
 from bitatlas.model.swap import weight_of
-from bitatlas.quantize import autoround, gptq, hqq, llamacpp, rtn
-from bitatlas.quantize.codes import Blocks, Codes
+from bitatlas.quantize import autoround, gptq, hqq, rtn
+from bitatlas.quantize.codes import Codes
+from bitatlas.quantize.ggml import Blocks, quantize_weight
 from bitatlas.records.formats import FORMATS, LLAMA_CPP, Format
 
 PIECES_EACH = 4  # of a bank's pieces, for a worker: modules differ in size
@@ -95,7 +96,7 @@ QUANTIZERS: dict[str, Quantizer] = {
         ),
         Quantizer(
             LLAMA_CPP,
-            one_by_one(llamacpp.quantize_weight),
+            one_by_one(quantize_weight),
             uses_rows=False,
             version=1,
             package="llama_cpp",

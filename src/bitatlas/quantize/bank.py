@@ -28,7 +28,8 @@ from bitatlas.errors import UserError
 from bitatlas.model.streaming import Lookup, stream_of
 from bitatlas.model.swap import shape_of, swapped, weight_of
 from bitatlas.quantize import get_quantizer
-from bitatlas.quantize.codes import Blocks, Codes, from_tensors, to_tensors
+from bitatlas.quantize.codes import Codes, pack, unpack
+from bitatlas.quantize.ggml import Blocks
 from bitatlas.records import Module, Plan
 from bitatlas.records.files import write_bytes, write_text
 from bitatlas.records.formats import FORMATS, Format, stored_bytes
@@ -214,6 +215,31 @@ def bank_of_plan(plan: Plan, plan_file: Path, model: nn.Module, modules: Sequenc
             "beside the plan, whole; or run the survey again with --resume"
         )
     return bank
+
+
+# --- codes as tensors, in exactly the bytes that `formats.stored_bytes` counts ---
+
+
+def to_tensors(found: Codes | Blocks, fmt: Format) -> dict[str, Tensor]:
+    """What a file holds, on the CPU."""
+    if isinstance(found, Blocks):
+        return {"blocks": found.blocks.cpu().contiguous()}
+    tensors = {"codes": pack(found.codes.cpu(), fmt.bits), "scale": found.scale.cpu().contiguous()}
+    if not fmt.symmetric:
+        tensors["zero"] = found.zero.cpu().contiguous()
+    return tensors
+
+
+def from_tensors(tensors: Mapping[str, Tensor], fmt: Format, shape: tuple[int, int]) -> Codes | Blocks:
+    """The inverse, for a weight [out, in]. KeyError, ValueError where the file is not one of this format and shape."""
+    if fmt.runtime:
+        wanted = (shape[0], shape[1] * (fmt.bits * fmt.group_size + fmt.scale_bits) // (8 * fmt.group_size))
+        if tuple(tensors["blocks"].shape) != wanted:
+            raise ValueError(f"blocks of shape {tuple(tensors['blocks'].shape)}, not {wanted}")
+        return Blocks(tensors["blocks"], fmt.own_name)
+    scale = tensors["scale"]
+    zero = tensors["zero"] if "zero" in tensors else torch.full_like(scale, 2 ** (fmt.bits - 1), dtype=torch.uint8)
+    return Codes(unpack(tensors["codes"], fmt.bits, shape), scale, zero, fmt.group_size)
 
 
 # --- sealed ----------------------------------------------------------------------------------------------------------------

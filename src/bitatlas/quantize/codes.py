@@ -1,18 +1,12 @@
-"""What a quantizer returns: integer codes with a scale and a zero-point for every group of consecutive inputs, or a runtime's own blocks.
-
-Also how the bank keeps either: `to_tensors` and `from_tensors`, in exactly the bytes that `formats.stored_bytes` counts.
-"""
+"""Integer codes with a scale and a zero-point for every group of consecutive inputs, and how codes are packed."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
-
-from bitatlas.records.formats import Format
 
 SMALLEST_SCALE = 2.0**-24  # smallest positive float16
 LARGEST_SCALE = 65504.0  # largest float16
@@ -44,51 +38,6 @@ class Codes:
         scale = self.scale.float().repeat_interleave(self.group_size, dim=1)[:, :width]
         zero = self.zero.float().repeat_interleave(self.group_size, dim=1)[:, :width]
         return ((self.codes.float() - zero) * scale).to(dtype)
-
-
-@dataclass(frozen=True)
-class Blocks:
-    """A weight in llama.cpp's blocks, byte for byte as a GGUF holds it; llama.cpp itself says what they stand for."""
-
-    blocks: Tensor  # uint8 [out, bytes of a row]
-    own_name: str  # "q4_k"
-
-    @property
-    def held_bytes(self) -> int:
-        """In memory."""
-        return self.blocks.numel()
-
-    def to(self, device: torch.device) -> Blocks:
-        """Where they are: llama.cpp reads them on the CPU."""
-        return self
-
-    def weight(self, dtype: torch.dtype = torch.float32) -> Tensor:
-        """The weight [out, in] that llama.cpp computes with."""
-        from bitatlas.quantize.ggml import dequantize
-
-        return dequantize(self.blocks, self.own_name).to(dtype)
-
-
-def to_tensors(found: Codes | Blocks, fmt: Format) -> dict[str, Tensor]:
-    """What a file holds, on the CPU."""
-    if isinstance(found, Blocks):
-        return {"blocks": found.blocks.cpu().contiguous()}
-    tensors = {"codes": pack(found.codes.cpu(), fmt.bits), "scale": found.scale.cpu().contiguous()}
-    if not fmt.symmetric:
-        tensors["zero"] = found.zero.cpu().contiguous()
-    return tensors
-
-
-def from_tensors(tensors: Mapping[str, Tensor], fmt: Format, shape: tuple[int, int]) -> Codes | Blocks:
-    """The inverse, for a weight [out, in]. KeyError, ValueError where the file is not one of this format and shape."""
-    if fmt.runtime:
-        wanted = (shape[0], shape[1] * (fmt.bits * fmt.group_size + fmt.scale_bits) // (8 * fmt.group_size))
-        if tuple(tensors["blocks"].shape) != wanted:
-            raise ValueError(f"blocks of shape {tuple(tensors['blocks'].shape)}, not {wanted}")
-        return Blocks(tensors["blocks"], fmt.own_name)
-    scale = tensors["scale"]
-    zero = tensors["zero"] if "zero" in tensors else torch.full_like(scale, 2 ** (fmt.bits - 1), dtype=torch.uint8)
-    return Codes(unpack(tensors["codes"], fmt.bits, shape), scale, zero, fmt.group_size)
 
 
 # --- packing ---------------------------------------------------------------------------------------------------------------

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import ctypes
 import importlib.util
+from dataclasses import dataclass
 from functools import cache
 from typing import Any
 
@@ -17,10 +18,31 @@ import torch
 from torch import Tensor
 
 from bitatlas.errors import UserError
-from bitatlas.records.formats import FORMATS
+from bitatlas.records.formats import FORMATS, Format
 
 PACKAGES = ("gguf", "llama_cpp")  # what the extra `gguf` installs: the file format, and the library
 TOGETHER = 2**22  # weights dequantized at a time
+
+
+@dataclass(frozen=True)
+class Blocks:
+    """A weight in llama.cpp's blocks, byte for byte as a GGUF holds it; llama.cpp itself says what they stand for."""
+
+    blocks: Tensor  # uint8 [out, bytes of a row]
+    own_name: str  # "q4_k"
+
+    @property
+    def held_bytes(self) -> int:
+        """In memory."""
+        return self.blocks.numel()
+
+    def to(self, device: torch.device) -> Blocks:
+        """Where they are: llama.cpp reads them on the CPU."""
+        return self
+
+    def weight(self, dtype: torch.dtype = torch.float32) -> Tensor:
+        """The weight [out, in] that llama.cpp computes with."""
+        return dequantize(self.blocks, self.own_name).to(dtype)
 
 
 class _Traits(ctypes.Structure):
@@ -109,3 +131,17 @@ def _ggml() -> Any:
     library.ggml_get_type_traits.restype = ctypes.POINTER(_Traits)
     library.ggml_get_type_traits.argtypes = [ctypes.c_int]
     return library
+
+
+# --- llamacpp --------------------------------------------------------------------------------------------------------------
+
+# llama.cpp's own formats, quantized by llama.cpp's own library (`pip install 'bitatlas[gguf]'`). No data is needed.
+#
+# The blocks are those that `llama-quantize` writes for the same weight in float32 and the same type, and what is measured is what
+# llama.cpp computes with. Left out: importance matrices, and the types that need one.
+
+
+def quantize_weight(weight: Tensor, fmt: Format) -> Blocks:
+    """Blocks of `weight` [out, in]; ValueError where a block does not divide the rows."""
+
+    return Blocks(quantize(weight.detach().float(), fmt.own_name), fmt.own_name)

@@ -30,7 +30,7 @@ from bitatlas.errors import UserError
 from bitatlas.model.swap import weight_of
 from bitatlas.quantize import rtn
 from bitatlas.quantize.codes import SMALLEST_SCALE, Codes
-from bitatlas.quantize.moments import input_moments, precise
+from bitatlas.quantize.hessian import input_moments, precise
 from bitatlas.records.formats import Format
 
 DAMPING = 0.01  # of the mean diagonal; the paper's

@@ -23,14 +23,13 @@ from bitatlas.records import Atlas, Finding
 from bitatlas.records.files import write_text
 from bitatlas.records.text import byte_size, number
 from bitatlas.report import advice, facts
-from bitatlas.report.budget import slider
-from bitatlas.report.budget.stops import memory, stops
-from bitatlas.report.charts import diagram, heads, panels
+from bitatlas.report.budget import memory_of, slider_data, stops
+from bitatlas.report.charts import diagram, panels
 from bitatlas.report.charts.figures import figures
+from bitatlas.report.charts.heat import head_examples, head_grids
 from bitatlas.report.facts import Table
 from bitatlas.report.markdown import markdown
-from bitatlas.report.mermaid import overview
-from bitatlas.report.overview import LINK_NOTE
+from bitatlas.report.overview import LINK_NOTE, overview
 from bitatlas.report.tables import tables
 
 _KEPT = re.compile(r"(\[[−0-9., ]+\])|\d+–\d+|\bn = \d+|\b\d-bit\b|(?<!\w)--[a-z]+")
@@ -55,7 +54,7 @@ def html(atlas: Atlas) -> str:
     environment = Environment(autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True)
     environment.filters["kept"] = keep_together
     template = environment.from_string(_read("templates", "report.html.j2"))
-    at, beside = stops(atlas), memory(atlas)
+    at, beside = stops(atlas), memory_of(atlas)
     page = template.render(
         atlas=atlas,
         title=facts.title_of(atlas),
@@ -65,14 +64,14 @@ def html(atlas: Atlas) -> str:
         stops=at,
         own=next((place for place, stop in enumerate(at) if stop.plan is atlas.plan), 0),
         memory=beside,
-        slider=slider.data(atlas, at, beside),
+        slider=slider_data(atlas, at, beside),
         figures=figures(atlas),
         rows=diagram.rows(atlas),
         link_note=LINK_NOTE,
         mermaid=overview(atlas),
         panels={"Attention": panels.attention_panels(atlas), "Weights": panels.weight_panels(atlas)},
-        heads=heads.multiples(atlas),
-        head_maps=heads.examples(atlas),
+        heads=head_grids(atlas),
+        head_maps=head_examples(atlas),
         tables={table.key: table for table in tables(atlas)},
         strategy=advice.strategy(atlas),
         findings=facts.findings_by_topic(atlas),

@@ -12,8 +12,7 @@ from bitatlas.records import Atlas, Finding
 from bitatlas.records.text import visible
 from bitatlas.report import advice, facts
 from bitatlas.report.facts import Table
-from bitatlas.report.mermaid import overview
-from bitatlas.report.overview import LINK_NOTE
+from bitatlas.report.overview import LINK_NOTE, overview
 from bitatlas.report.tables import tables
 
 MARKS = {

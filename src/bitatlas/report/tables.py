@@ -25,7 +25,8 @@ from bitatlas.records.text import (
 )
 from bitatlas.report import advice, facts
 from bitatlas.report.attention_tables import ablation_table, drift_table, precision_table, profile_table
-from bitatlas.report.charts import pairs, prediction
+from bitatlas.report.charts.heat import interaction_table
+from bitatlas.report.charts.panels import prediction_table
 from bitatlas.report.facts import Table
 from bitatlas.report.task_tables import margin_text, text_table, width_table
 
@@ -38,9 +39,9 @@ def tables(atlas: Atlas) -> list[Table]:
         zone_table,
         kind_table,
         unit_table,
-        pairs.table,
+        interaction_table,
         plan_table,
-        prediction.table,
+        prediction_table,
         task_table,
         pair_table,
         width_table,

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
@@ -18,6 +18,8 @@ from bitatlas.findings.reliability import shapley_check
 from bitatlas.findings.shares import LayerRows
 from bitatlas.findings.tasks import TaskRows
 from bitatlas.findings.units import insides
+from bitatlas.measure.attention.ablation import Removal
+from bitatlas.measure.screens import PairScreen, TaskScreen
 from bitatlas.measure.tasks import with_norms
 from bitatlas.plan.judge import Judged, curve_point
 from bitatlas.records import (
@@ -39,13 +41,10 @@ from bitatlas.records import (
 from bitatlas.records.files import all_or_none, drop_other_plans, to_json, write_plans, write_text, writing
 from bitatlas.records.formats import stored_bytes
 from bitatlas.records.sizes import size_of
+from bitatlas.report.html import write_reports
 from bitatlas.run.settings import Settings
 from bitatlas.stats.bootstrap import measured
 from bitatlas.stats.paired import compare_all
-
-if TYPE_CHECKING:
-    from bitatlas.measure.attention.ablation import Removal
-    from bitatlas.measure.screens import PairScreen, TaskScreen
 
 Lines = list[dict[str, Any]]
 UnitRows = Mapping[str, Mapping[str, Mapping[str, np.ndarray]]]  # base -> unit -> format -> [rows]
@@ -274,7 +273,6 @@ def _line(base: str, target: str, name: str, row: int, value: float, split: str 
 
 def write_outputs(out: Path, atlas: Atlas, tables: Mapping[str, Lines]) -> None:
     """All files of a finished survey, together: where one cannot be written, those of an earlier run stay as they were."""
-    from bitatlas.report.html import write_reports
 
     with all_or_none(out) as folder:
         write_tables(folder / "tables", tables)

@@ -20,12 +20,12 @@ import numpy as np
 from bitatlas.errors import UserError
 from bitatlas.plan.budget import size_range
 from bitatlas.plan.judge import CURVE, Judged, curve_point, judge
-from bitatlas.plan.replan import scores_of, subject_of
-from bitatlas.plan.search import Subject, Tools, search
+from bitatlas.plan.search import Subject, Tools, scores_of, search, subject_of
 from bitatlas.progress import Reporter
 from bitatlas.records import Atlas, Budget, Plan
 from bitatlas.records.files import all_or_none, drop_other_plans, plan_place, read_record, to_json, write_plans, write_text
 from bitatlas.records.text import byte_size
+from bitatlas.report.html import write_reports
 from bitatlas.run.planner import tools_of
 from bitatlas.run.prepare import Run, reopen
 
@@ -60,7 +60,6 @@ def trace_curve(folder: Path, points: int, model: str | None, device: str | None
 
 def _write(folder: Path, atlas: Atlas) -> None:
     """The plans, the atlas and the reports, together; plans of an earlier curve go."""
-    from bitatlas.report.html import write_reports
 
     with all_or_none(folder) as place:
         write_plans(place, atlas.plans)

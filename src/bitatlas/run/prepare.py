@@ -10,7 +10,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 from pydantic import TypeAdapter
@@ -22,14 +22,14 @@ from bitatlas.data.texts import read_documents
 from bitatlas.errors import FULL, UserError
 from bitatlas.measure.damage import DamageMeter
 from bitatlas.measure.memory_need import Way, choose_way, need, peak_bytes
-from bitatlas.measure.workers import Workers
+from bitatlas.measure.tasks import score_shards
+from bitatlas.measure.workers import Progress, Workers
 from bitatlas.model.checkpoint import Checkpoint, check_causal, check_finite, open_checkpoint
 from bitatlas.model.folder import free_bytes
 from bitatlas.model.hidden_states import sweep
 from bitatlas.model.layerwise import check_chain
 from bitatlas.model.streaming import return_large
-from bitatlas.plan.budget import check_budget
-from bitatlas.plan.memory import own_context_text, settled
+from bitatlas.plan.budget import check_budget, own_context_text, settled
 from bitatlas.plan.protect import check_items
 from bitatlas.plan.search import Subject
 from bitatlas.progress import Reporter
@@ -40,13 +40,25 @@ from bitatlas.records.formats import FORMATS, check_rows
 from bitatlas.records.journal import Journal
 from bitatlas.records.sizes import size_of
 from bitatlas.records.text import byte_size, number
-from bitatlas.run.ray.scheduler import Crew
 from bitatlas.run.settings import DEFAULT_FORMATS, Settings, check_device, parse_formats, parse_rows
 
 OUTPUT_BYTES = 64 * 2**20  # journal, tables and reports of a large model
 DEMO_FORMATS = "int2_g128,int3_g128,int4_g128"  # at which both of the demo's tasks have something to lose
 DEMO_TASKS = "demo_problems,demo_questions"
 DEFAULT_TASKS = "arc_easy,svamp"
+
+
+class Crew(Workers, Protocol):
+    """Workers for one survey, before they know it."""
+
+    def join(self, out: Path, checkpoint: Checkpoint) -> None:
+        """Connect, and ask every host whether it can take part; UserError naming the first that cannot."""
+
+    def brief(self, run: Run) -> None:
+        """Tell what is measured; UserError where no host has the memory for it."""
+
+    def make_codes(self, missing: Mapping[str, list[str]], progress: Progress | None = None) -> None:
+        """Quantize what is missing of the bank (module -> formats) into its folder."""
 
 
 @dataclass
@@ -75,6 +87,10 @@ class Run:
             checkpoint.info, checkpoint.modules, settings.formats, settings.quantizer, self.bank.identity, settings.seed,
             self.rows.blocks("test"),
         )  # fmt: skip
+
+    def answers(self, task: str, items: list[Item], assignment: Mapping[str, str], precision: str) -> list[dict[str, Any]]:
+        """Score items of a task with `assignment`, journaled: one record an item. `precision`: its name."""
+        return score_shards(self.meter, self.tokenizer, self.reporter, task, items, assignment, precision)
 
     def measure(self, plans: Mapping[str, Mapping[str, str]], split: str) -> dict[str, np.ndarray]:
         """Damage of plans by name on the rows of a split: float64 [rows] each, nats/token."""

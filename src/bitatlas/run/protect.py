@@ -16,13 +16,12 @@ import numpy as np
 from bitatlas.data.rows import cut_rows
 from bitatlas.data.tasks import chance_level, split_items, task_text
 from bitatlas.measure.screens import ROW_LENGTH, TASK_ROWS
-from bitatlas.measure.tasks import right_of, score_shards
+from bitatlas.measure.tasks import right_of
 from bitatlas.plan.budget import costs_of
 from bitatlas.plan.judge import Judged, judge
 from bitatlas.plan.knapsack import spent
 from bitatlas.plan.protect import CHOOSING, JUDGING, check_items, check_reference, find_protected, halves
-from bitatlas.plan.replan import scores_of
-from bitatlas.plan.search import KNAPSACK, Found, Tools, under
+from bitatlas.plan.search import KNAPSACK, Found, Tools, scores_of, under
 from bitatlas.progress import Reporter
 from bitatlas.records import Atlas, Budget, Plan
 from bitatlas.records.files import read_record
@@ -37,7 +36,7 @@ def check_protected(run: Run) -> None:
     """Refuse a task that the reference does not do; before anything slow but its answers."""
     protect = run.settings.budget.protect
     if protect:
-        right = {task: right_of(score_shards(run, task, run.items[task], {}, "reference")) for task in protect}
+        right = {task: right_of(run.answers(task, run.items[task], {}, "reference")) for task in protect}
         check_reference(run.settings.budget, right, {task: chance_level(run.items[task]) for task in protect})
 
 
@@ -55,7 +54,7 @@ def protect_plan(run: Run, tools: Tools, most_critical: Sequence[int]) -> Judged
         found = {}
         for task in margins:
             items = run.items[task][halves(len(run.items[task]))[part == JUDGING]]
-            found[task] = right_of(score_shards(run, task, items, assignment, f"{part} items"))
+            found[task] = right_of(run.answers(task, items, assignment, f"{part} items"))
         return found
 
     def at(limit: int, last: Found) -> Found:

@@ -12,7 +12,7 @@ from typing import Any
 
 from bitatlas.data.tasks import check_task_names
 from bitatlas.errors import UserError
-from bitatlas.plan.memory import workload_of
+from bitatlas.plan.budget import workload_of
 from bitatlas.records import Budget
 from bitatlas.records.formats import FORMATS, Format, by_width, get_format
 from bitatlas.records.sizes import parse_size

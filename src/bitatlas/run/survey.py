@@ -21,8 +21,8 @@ from torch import Tensor
 from bitatlas.data.rows import cut_rows
 from bitatlas.data.tasks import TASKS, chance_level, load_items, task_text
 from bitatlas.errors import UserError
-from bitatlas.findings.joint import joint_damage
 from bitatlas.findings.shares import LayerRows, layer_records
+from bitatlas.findings.zones import joint_damage
 from bitatlas.measure.attention.ablation import ABLATION_SEQUENCES, SHORT_SEQUENCES, Removal, ablate
 from bitatlas.measure.attention.focus import Problem, problems_of
 from bitatlas.measure.attention.profile import AttentionResult, attention_profile, example_maps
@@ -43,7 +43,7 @@ from bitatlas.measure.screens import (
     screen_units,
     uniform,
 )
-from bitatlas.measure.tasks import right_of, score_shards
+from bitatlas.measure.tasks import right_of
 from bitatlas.measure.weights import weight_profile
 from bitatlas.plan.baselines import most_critical_first
 from bitatlas.plan.calibration import calibrate
@@ -305,7 +305,7 @@ def run_tasks(run: Run, precisions: Assignments) -> tuple[dict[str, dict[str, np
     for task, items in run.items.items():
         outcomes[task] = {}
         for precision, assignment in precisions.items():
-            answers = score_shards(run, task, items, assignment, precision)
+            answers = run.answers(task, items, assignment, precision)
             outcomes[task][precision] = right_of(answers)
             run.reporter.found(f"{task} ({precision})", f"{outcomes[task][precision].sum()}/{len(answers)} right")
             records += [{"task": task, "precision": precision, **answer} for answer in answers]

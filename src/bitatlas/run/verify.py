@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from bitatlas.data.rows import Rows, make_rows
+from bitatlas.data.tasks import chance_level
 from bitatlas.data.texts import read_documents
 from bitatlas.errors import UserError
 from bitatlas.export.card import VERIFIED, atlas_beside, story_beside
@@ -25,6 +26,7 @@ from bitatlas.export.gguf.write import PLAN_KEY
 from bitatlas.export.packed import card_of, check_fits, check_package, draw, promised_disk_bytes
 from bitatlas.export.trial import open_packed
 from bitatlas.measure.damage import DamageMeter, kl_per_row
+from bitatlas.measure.tasks import score_items
 from bitatlas.model.checkpoint import Checkpoint, check_finite, open_checkpoint
 from bitatlas.model.folder import weight_files
 from bitatlas.model.layerwise import batch_rows
@@ -39,6 +41,7 @@ from bitatlas.records.sizes import size_of
 from bitatlas.run.prepare import rows_and_items, rows_of_survey, settings_of
 from bitatlas.run.settings import check_device
 from bitatlas.stats.bootstrap import measured
+from bitatlas.stats.paired import compare_all
 
 
 @dataclass(frozen=True)
@@ -184,9 +187,6 @@ def _items(plan_file: Path, plan: Plan, checkpoint: Checkpoint, tasks: str | Non
 
 
 def _check_task(model: Any, tokenizer: Any, promised: TaskScore, items: list[Any], reporter: Reporter) -> TaskCheck:
-    from bitatlas.data.tasks import chance_level
-    from bitatlas.measure.tasks import score_items
-    from bitatlas.stats.paired import compare_all
 
     with reporter.stage(promised.task):
         right = np.array([answer["correct"] for answer in score_items(model, tokenizer, promised.task, items)])

@@ -8,14 +8,20 @@ Source: llama.cpp's conversion/llama.py and qwen.py; the permutation is theirs.
 
 from __future__ import annotations
 
+import json
 import re
-from dataclasses import dataclass
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from bitatlas.errors import UserError
+from bitatlas.export.gguf.run import tokenize
+from bitatlas.quantize.ggml import has_library
 
 CONVERT = "convert it with llama.cpp's convert_hf_to_gguf.py and llama-quantize (commands.txt)"
 OUTER = {"model.embed_tokens": "token_embd", "model.norm": "output_norm", "lm_head": "output"}
@@ -141,3 +147,172 @@ def rope_factors(config: Any) -> Tensor | None:
 
 def head_size(config: Any) -> int:
     return int(getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads)
+
+
+# --- vocabulary ------------------------------------------------------------------------------------------------------------
+
+# A tokenizer as llama.cpp's vocabulary.
+#
+# Byte-level BPE becomes llama.cpp's `gpt2` with its merges; BPE whose spaces are "▁", as tokenizers made from SentencePiece have it, becomes
+# `llama`, whose scores are the ranks of the merges. How text is cut before merging is a fixed list in llama.cpp, not a pattern in the
+# file: the entry is found by trial, as the first whose tokens on a set of texts are the tokenizer's own. Where none agrees on all
+# texts, the best is taken, and a note says on how many it does.
+# Left out: Unigram, WordPiece and WordLevel tokenizers.
+# Source: llama.cpp's llama-vocab.cpp and conversion/base.py.
+
+NORMAL, UNKNOWN, CONTROL, USER_DEFINED, UNUSED, BYTE = 1, 2, 3, 4, 5, 6  # llama.cpp's types of tokens
+CUTS = (
+    "llama-bpe", "qwen2", "gpt-2", "smollm", "default", "tekken", "gpt-4o", "deepseek-llm", "deepseek-coder", "starcoder", "falcon",
+    "command-r", "stablelm2", "mpt", "olmo", "bloom",
+)  # fmt: skip
+NO_MERGE = -1e6  # score of a token that no merge makes
+TEXTS = (
+    "Hello world", " leading and trailing ", "It's what they'll say: I'D, we've, you're.", "12345 67 8 3.14159 1,000,000",
+    "tabs\tand\nlines\n\n  twice  spaced   out", "for (int i = 0; i < n; ++i) { x[i] += 1; }", "Ünïcödé Straße naïve café",
+    "日本語とemoji 🙂👍🏽 mixed", "Привет, мир!", "!!! ??? ... ---", "a" * 40, "CamelCase snake_case http://example.org/?q=1&r=2",
+    "Tom has 3 apples and buys 14 more. How many apples does he have?", "\n", "   ", "once upon a time, there was a little girl named lily.",
+)  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Vocabulary:
+    model: str  # "gpt2" or "llama"
+    tokens: list[str]
+    types: list[int]
+    special: dict[str, int]  # bos, eos, unk, pad
+    add_bos: bool
+    add_eos: bool
+    merges: list[str] = field(default_factory=list)  # of "gpt2"
+    scores: list[float] = field(default_factory=list)  # of "llama"
+    space_prefix: bool = False  # of "llama"
+    cut: str = "default"  # which of llama.cpp's ways to cut text
+    chat_template: str | None = None
+
+
+def vocabulary_of(tokenizer: Any, size: int) -> tuple[Vocabulary, str]:
+    """(vocabulary of `size` tokens, a note or ""). `tokenizer`: of transformers. UserError for a kind that is not written here."""
+    backend = getattr(tokenizer, "backend_tokenizer", None)
+    content: dict[str, Any] = json.loads(backend.to_str()) if backend else {"model": {"type": type(tokenizer).__name__}}
+    model = content["model"]
+    if model["type"] != "BPE":
+        raise UserError(f"--to llama.cpp: a vocabulary of the kind {model['type']} is not written here; {CONVERT}")
+    if max(model["vocab"].values()) >= size:
+        raise UserError(
+            f"--to llama.cpp: the tokenizer has {max(model['vocab'].values()) + 1} tokens, the model's embedding {size}"
+        )
+    # A token that was added without a row of the embedding cannot be given to the model: it has no place here either.
+    ids = {**model["vocab"], **{token["content"]: token["id"] for token in content["added_tokens"] if token["id"] < size}}
+    added = {token["id"]: CONTROL if token["special"] else USER_DEFINED for token in content["added_tokens"]}
+    tokens, types = [f"[PAD{number}]" for number in range(size)], [UNUSED] * size
+    for text, number in ids.items():
+        tokens[number], types[number] = text, added.get(number, NORMAL)
+    special = {
+        name: number
+        for name in ("bos", "eos", "unk", "pad")
+        if (number := getattr(tokenizer, f"{name}_token_id")) is not None and number < size
+    }
+    ends = tokenizer("a").input_ids
+    found = Vocabulary(
+        "gpt2",
+        tokens,
+        types,
+        special,
+        add_bos=ends[0] == special.get("bos"),
+        add_eos=ends[-1] == special.get("eos"),
+        chat_template=tokenizer.chat_template if isinstance(tokenizer.chat_template, str) else None,
+    )
+    merges = [merge if isinstance(merge, str) else " ".join(merge) for merge in model["merges"]]
+    return _tried(replace(found, merges=merges) if _is_byte_level(content) else _scored(found, merges, content), tokenizer)
+
+
+def _is_byte_level(content: dict[str, Any]) -> bool:
+    return '"ByteLevel"' in json.dumps(content.get("pre_tokenizer"))
+
+
+def _scored(found: Vocabulary, merges: list[str], content: dict[str, Any]) -> Vocabulary:
+    """SentencePiece's way: of all pairs that make a token, the one with the highest score is merged first."""
+    if "▁" not in json.dumps([content.get("normalizer"), content.get("pre_tokenizer")], ensure_ascii=False):
+        raise UserError(f"--to llama.cpp: BPE that is neither byte-level nor like SentencePiece's is not written here; {CONVERT}")
+    ranks: dict[str, int] = {}
+    for rank, merge in enumerate(merges):
+        ranks.setdefault(merge.replace(" ", ""), rank)
+    scores = [float(-ranks[token]) if token in ranks else NO_MERGE for token in found.tokens]
+    types = [
+        BYTE if re.fullmatch("<0x[0-9A-F]{2}>", token) else UNKNOWN if number == found.special.get("unk") else kind
+        for number, (token, kind) in enumerate(zip(found.tokens, found.types, strict=True))
+    ]
+    prefix = '"Prepend"' in json.dumps(content.get("normalizer")) or '"Metaspace"' in json.dumps(content.get("pre_tokenizer"))
+    return replace(found, model="llama", scores=scores, types=types, space_prefix=prefix)
+
+
+def _tried(found: Vocabulary, tokenizer: Any) -> tuple[Vocabulary, str]:
+    if not has_library():
+        return found, "llama.cpp is not here, so its tokens of a text were not compared with the tokenizer's"
+    texts = _known_texts(found, tokenizer)
+    wanted = [tokenizer(text, add_special_tokens=False).input_ids for text in texts]
+    best, most = found, -1
+    for one in _candidates(found):
+        same = sum(ours == theirs for ours, theirs in zip(wanted, _tokenized(one, texts), strict=True))
+        if same > most:
+            best, most = one, same
+        if same == len(texts):
+            break
+    notes = []
+    if most < len(texts):
+        notes.append(
+            f"llama.cpp cuts text in none of its ways as this tokenizer does: the nearest ({best.cut}) gives the same tokens for {most} of "
+            f"{len(texts)} texts; what was measured are the tokenizer's own tokens"
+        )
+    if found.model == "llama" and BYTE not in found.types:
+        notes.append("the vocabulary has no bytes: llama.cpp takes no text with characters that are not in it")
+    return best, "; ".join(notes)
+
+
+def _known_texts(found: Vocabulary, tokenizer: Any) -> list[str]:
+    """`TEXTS`, but those with characters that the vocabulary has no token for, if it has no bytes: llama.cpp would end the process."""
+    if found.model != "llama" or BYTE in found.types:
+        return list(TEXTS)
+    unknown = found.special.get("unk")
+    return [text for text in TEXTS if unknown not in tokenizer(text).input_ids]
+
+
+def _candidates(found: Vocabulary) -> Iterator[Vocabulary]:
+    if found.model == "llama":
+        yield found
+        return
+    for cut in CUTS:
+        yield replace(found, cut=cut)
+
+
+def _tokenized(vocabulary: Vocabulary, texts: Sequence[str]) -> list[list[int]]:
+    """llama.cpp's tokens of `texts`, of a file that holds the vocabulary alone."""
+    from gguf import GGUFWriter
+
+    with TemporaryDirectory() as folder:
+        file = Path(folder) / "vocabulary.gguf"
+        writer = GGUFWriter(file, "llama")
+        add_vocabulary(writer, vocabulary)
+        writer.write_header_to_file()
+        writer.write_kv_data_to_file()
+        writer.write_ti_data_to_file()
+        writer.close()
+        return tokenize(file, texts)
+
+
+def add_vocabulary(writer: Any, vocabulary: Vocabulary) -> None:
+    """Into a `gguf.GGUFWriter`'s metadata."""
+    writer.add_tokenizer_model(vocabulary.model)
+    writer.add_tokenizer_pre(vocabulary.cut)
+    writer.add_token_list(vocabulary.tokens)
+    writer.add_token_types(vocabulary.types)
+    if vocabulary.model == "llama":
+        writer.add_token_scores(vocabulary.scores)
+        writer.add_add_space_prefix(vocabulary.space_prefix)
+    else:
+        writer.add_token_merges(vocabulary.merges)
+    for name, number in vocabulary.special.items():
+        getattr(writer, f"add_{name}_token_id")(number)
+    writer.add_add_bos_token(vocabulary.add_bos)
+    writer.add_add_eos_token(vocabulary.add_eos)
+    if vocabulary.chat_template:
+        writer.add_chat_template(vocabulary.chat_template)

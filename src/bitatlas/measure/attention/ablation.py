@@ -26,8 +26,7 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from bitatlas.data.rows import rows_sha256
-from bitatlas.measure.attention.apart import MIXED, heads_apart
-from bitatlas.measure.attention.capture import inputs_of, output_projection
+from bitatlas.measure.attention.capture import MIXED, heads_apart, inputs_of, output_projection
 from bitatlas.measure.attention.roles import ABLATION_PART, repeated_tokens
 from bitatlas.model.checkpoint import decoder_layers
 from bitatlas.model.hidden_states import Shelf

@@ -31,7 +31,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from bitatlas.measure.attention.numbers import NUMBER, Mention, Span, find_mentions, number_of
+from bitatlas.data.numbers import NUMBER, Mention, Span, find_mentions, number_of
 from bitatlas.measure.attention.roles import NEAR_TOKENS, Cells, Floats, Masses
 
 FOCUS_NULL = (

@@ -23,11 +23,19 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from bitatlas.measure.attention.apart import MIXED, heads_apart
-from bitatlas.measure.attention.capture import eager, run_captured
-from bitatlas.measure.attention.drift import InStep, drifts, in_step
+from bitatlas.measure.attention.capture import MIXED, eager, heads_apart, run_captured
 from bitatlas.measure.attention.focus import FocusMasses, Problem, TokenProblem, tokenize
-from bitatlas.measure.attention.maps import LEAST_KEYS, Sinks, allowed_keys, count_keys, spread, strip_sinks
+from bitatlas.measure.attention.maps import (
+    LEAST_KEYS,
+    InStep,
+    Sinks,
+    allowed_keys,
+    count_keys,
+    drifts,
+    in_step,
+    spread,
+    strip_sinks,
+)
 from bitatlas.measure.attention.roles import (
     REPEATED_ROLES,
     ROLES,

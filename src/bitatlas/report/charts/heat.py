@@ -8,15 +8,22 @@ Left out: one cell a module; the Parquet tables have every module.
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
 
+import numpy as np
 from markupsafe import Markup, escape
+from numpy.typing import NDArray
+from scipy.cluster.hierarchy import leaves_list, linkage
+from scipy.spatial.distance import squareform
 
-from bitatlas.records import Atlas, Module, Plan
+from bitatlas.records import Atlas, AttentionHead, HeadMap, Module, Plan, UnitInteractions, text
 from bitatlas.records import text as words
+from bitatlas.records.text import NOT_MEASURED, interval, number
 from bitatlas.report import facts
-from bitatlas.report.budget.reasons import Steps, steps_of
-from bitatlas.report.charts.canvas import GLYPH, Canvas, bands, cut, logarithmic
+from bitatlas.report.advice import Steps, steps_of
+from bitatlas.report.charts.canvas import GLYPH, Canvas, bands, cut, draw, logarithmic
+from bitatlas.report.facts import Table
 
 KEPT = "kept as it is"
 FAINTEST_BITS = 1.7  # a cell of so many is a tenth of the full colour
@@ -49,12 +56,12 @@ def plan_map(atlas: Atlas, width: int) -> Markup | None:
     grid = _Grid(atlas, width)
     said = cells_of(atlas)
     raises = said.raises(atlas.plan)
-    for number, (layer, kind, x, y) in enumerate(grid.cells()):
+    for index, (layer, kind, x, y) in enumerate(grid.cells()):
         members = grid.members[layer, kind]
         bits = facts.bits_of(atlas, members)
         if bits is None:
             continue
-        grid.tip(said.words(number, atlas.plan, raises), f' data-cell="{number}"')
+        grid.tip(said.words(index, atlas.plan, raises), f' data-cell="{index}"')
         bits_cell(grid.canvas, x, y, grid.cell_w, grid.cell_h, bits, widest_bits(atlas), grid.cell_w - 4)
         grid.canvas.add("</g>")
     return grid.canvas.svg(f"The plan's bits for {len(grid.layers)} layers and {len(grid.kinds)} kinds of module")
@@ -73,9 +80,9 @@ class Cells:
     members: list[list[Module]]
     steps: Steps | None
 
-    def words(self, number: int, plan: Plan, raises: list[tuple[str, str]]) -> str:
+    def words(self, index: int, plan: Plan, raises: list[tuple[str, str]]) -> str:
         """What a cell says of a plan with these `raises`: its formats, and why."""
-        (layer, kind), modules = self.keys[number], self.members[number]
+        (layer, kind), modules = self.keys[index], self.members[index]
         names = sorted({plan.modules.get(module.name, KEPT) for module in modules})
         units, reason = {module.unit for module in modules}, ""
         if self.steps and len(units) == 1 and names[0] in self.steps.formats:
@@ -211,3 +218,213 @@ class _Grid:
     def tip(self, words: str, extra: str = "") -> None:
         """Open a cell's group with its words; the caller closes it."""
         self.canvas.add(f'<g class="tip"{extra}><title>{escape(words)}</title>')
+
+
+# --- heads -----------------------------------------------------------------------------------------------------------------
+
+# Attention heads as small multiples: for each role all heads of all layers, and example maps of those whose role is clearest.
+
+WIDTH = 300  # px of one small chart
+ROLES = ("previous", "duplicate", "induction", "retrieval")
+MEANING = {
+    "previous": "the token before",
+    "duplicate": "the same token earlier",
+    "induction": "the token after the same one earlier",
+    "retrieval": "an earlier token that comes next",
+}
+
+
+@dataclass(frozen=True)
+class Small:
+    """One small chart with its words."""
+
+    title: str
+    caption: str
+    drawing: Markup
+
+
+def head_grids(atlas: Atlas) -> list[Small]:
+    """One chart a measure: layers across, heads down, the stronger the more. Reference weights."""
+    heads = [head for head in atlas.heads if head.base == "reference"]
+    if not heads:
+        return []
+    layers = sorted({head.layer for head in heads})
+    found = []
+    for role in ROLES:
+        if any(role in head.scores for head in heads):
+            named = sum(head.role == role for head in heads)
+            told = f"Looks at {MEANING[role]}. {named} of {len(heads)} heads have this role (outlined); shade: κ, 0 to 1."
+            found.append(Small(role.capitalize(), told, _grid(heads, layers, role, lambda h, role=role: h.scores.get(role, 0.0))))  # type: ignore[misc]
+    entropy = "How evenly it looks at all keys, sinks removed; shade: entropy, 0 to 1."
+    found.append(Small("Entropy", entropy, _grid(heads, layers, "entropy", lambda head: head.entropy)))
+    if any(head.focus_percent is not None for head in heads):
+        focus = "From a result to its operands, above chance; shade: 0 to 100%."
+        found.append(
+            Small("Reasoning focus", focus, _grid(heads, layers, "focus", lambda head: (head.focus_percent or 0.0) / 100))
+        )
+    return found
+
+
+def _grid(heads: list[AttentionHead], layers: list[int], key: str, value: Callable[[AttentionHead], float]) -> Markup:
+    count = 1 + max(head.head for head in heads)
+    c = Canvas(WIDTH, 62 + min(180, max(48, 14 * count)), left=34, right=6, top=20, bottom=36)
+    shades = [[0.0] * len(layers) for _ in range(count)]
+    column = {layer: place for place, layer in enumerate(layers)}
+    for head in heads:
+        shades[head.head][column[head.layer]] = value(head)
+    across, down = (c.x1 - c.x0) / len(layers), (c.y0 - c.y1) / count
+    c.rect(c.x0, c.y1, c.x1 - c.x0, c.y0 - c.y1, "zone zone-1")
+    draw(c, f"heads-{key}", c.x0, c.y1, c.x1 - c.x0, c.y0 - c.y1, shades, "bits")
+    for head in heads:
+        if head.role == key:
+            tip = f"Layer {head.layer}, head {head.head}: {key}, κ {text.number(head.scores[key], 2)}"
+            c.add(f'<g class="tip"><title>{escape(tip)}</title>')
+            c.rect(
+                c.x0 + across * column[head.layer] + 0.75, c.y1 + down * head.head + 0.75, across - 1.5, down - 1.5, "outlined"
+            )
+            c.add("</g>")
+    every = max(1, -(-count // 8))
+    for place in range(0, count, every):
+        c.text(c.x0 - 6, c.y1 + down * (place + 0.5) + 4, str(place), "tick", "end")
+    c.text(2, 11, "head", "axis")
+    c.layer_axis(bands(len(layers), c.x0, c.x1)[0], layers)
+    return c.svg(f"{key} of {len(heads)} heads by layer")
+
+
+def head_examples(atlas: Atlas) -> list[Small]:
+    """Where the clearest heads look in a random block of tokens twice."""
+    return [_example(number, one) for number, one in enumerate(atlas.head_maps)]
+
+
+def _example(number: int, one: HeadMap) -> Small:
+    tokens = len(one.percent)
+    c = Canvas(220, 236, left=30, right=6, top=20, bottom=34)
+    side = c.x1 - c.x0
+    c.rect(c.x0, c.y1, side, side, "zone zone-1")
+    shades = [[value / 100 for value in row] + [0.0] * (tokens - len(row)) for row in one.percent]
+    draw(c, f"map-{number}", c.x0, c.y1, side, side, shades, "bits")
+    step = side / tokens
+    for place in range(0, tokens, 6):
+        c.text(c.x0 - 5, c.y1 + step * (place + 0.5) + 4, str(place), "tick", "end")
+        c.text(c.x0 + step * (place + 0.5), c.y1 + side + 14, str(place), "tick", "middle")
+    c.text(2, 11, "query, token", "axis")
+    c.text(c.x0 + side / 2, c.y1 + side + 29, "key, token", "axis", "middle")
+    drawing = c.svg(f"Attention map of layer {one.layer}, head {one.head}: {one.role}")
+    return Small(f"Layer {one.layer}, head {one.head}", f"{one.role}, κ {text.number(one.score, 2)}", drawing)
+
+
+# --- pairs -----------------------------------------------------------------------------------------------------------------
+
+# Units that hurt together: the matrix of interactions, ordered so that those which do are neighbours, and its strongest pairs.
+#
+# Second order: what two units lowered together add beyond both alone, from the curvature of the damage between their measured changes of the
+# logits (`sensitivity.interactions`). Order: leaves of an average-linkage tree on the interactions (scipy), so it carries no judgement.
+# With more units than can be seen, the matrix is of layers: the sums over their units.
+
+MOST_CELLS = 200  # units or layers along a side
+NAMED = 40  # of which so many get their names
+PARTNERS = 3  # that a row's words name
+
+Floats = NDArray[np.float64]
+
+
+def names_of(found: UnitInteractions, layer_of: dict[str, int]) -> list[str]:
+    """`layer 3 qkv` for every unit."""
+    return [f"layer {layer_of[unit]} {unit.rpartition('.')[2]}" for unit in found.units]
+
+
+def matrix_of(found: UnitInteractions, layer_of: dict[str, int]) -> tuple[list[str], Floats]:
+    """Names and the symmetric matrix, nats/token: of units, or of layers where there are too many units (their sums, diagonal 0)."""
+    count = len(found.units)
+    full = np.zeros((count, count))
+    for place, row in enumerate(found.extra):
+        full[place, :place] = full[:place, place] = row
+    names = names_of(found, layer_of)
+    if count <= MOST_CELLS:
+        return names, full
+    layers = sorted(set(layer_of.values()))
+    member = np.array([[layer_of[unit] == layer for unit in found.units] for layer in layers], dtype=np.float64)
+    summed = member @ full @ member.T
+    np.fill_diagonal(summed, 0.0)
+    return [f"layer {layer}" for layer in layers], summed
+
+
+def order_of(matrix: Floats) -> list[int]:
+    """Places in the order of the tree's leaves: what hurts most together is joined first."""
+    if len(matrix) < 3:
+        return list(range(len(matrix)))
+    apart = matrix.max() - matrix
+    np.fill_diagonal(apart, 0.0)
+    return [int(place) for place in leaves_list(linkage(squareform(apart, checks=False), "average", optimal_ordering=True))]
+
+
+def interaction_matrix(atlas: Atlas, width: int) -> Markup | None:
+    """The matrix in the tree's order: one colour where two hurt together, the other where they spare each other."""
+    if atlas.interactions is None or len(atlas.interactions.units) < 2:
+        return None
+    names, values = matrix_of(atlas.interactions, {m.unit: m.layer for m in atlas.modules})
+    order = order_of(values)
+    names, values = [names[place] for place in order], values[np.ix_(order, order)]
+    named = len(names) <= NAMED and width > 400
+    left = 12 + 0.92 * GLYPH * max(len(name) for name in names) if named else 26.0
+    side = min(width - left - 8, 620.0)
+    c = Canvas(width, int(side + 56), left=left, right=8, top=8, bottom=40)
+    scale = float(np.abs(values).max()) or 1.0
+    for key, css, sign in (("more", "heat", 1.0), ("less", "bits", -1.0)):
+        draw(c, f"pairs-{key}-{width}", left, c.top, side, side, np.sqrt(np.clip(sign * values / scale, 0, 1)).tolist(), css)
+    step = side / len(names)
+    for place, name in enumerate(names):
+        worst = [int(i) for i in np.argsort(-values[place])[:PARTNERS] if values[place, i] > 0]
+        partners = "; ".join(f"{names[i]} {number(float(values[place, i]))}" for i in worst)
+        tip = f"{name}: hurts most with {partners} nats/token" if partners else f"{name}: hurts with none"
+        c.add(f'<g class="tip"><title>{escape(tip)}</title>')
+        c.rect(left, c.top + step * place, side, step, "row")
+        c.add("</g>")
+        if named:
+            c.text(left - 6, c.top + step * (place + 0.5) + 4, name, "tick", "end")
+    what = "units" if names[0].count(" ") > 1 else "layers"
+    c.text(left + side / 2, c.top + side + 18, f"{what}, those that hurt together side by side", "axis", "middle")
+    if not named:
+        c.add(f'<g transform="translate(16 {c.top + side / 2:g}) rotate(-90)">')
+        c.text(0, 0, f"the same {what}", "axis", "middle")
+        c.add("</g>")
+    return c.svg(f"Interactions between {len(names)} {what}, nats/token, strongest {number(scale)}")
+
+
+def interaction_caption(atlas: Atlas) -> str:
+    """What the matrix shows, and what it rests on."""
+    found = atlas.interactions
+    if found is None:
+        return ""
+    _, values = matrix_of(found, {m.unit: m.layer for m in atlas.modules})
+    return (
+        f"What two units lowered to {found.format} together do beyond both alone, base {found.base}, fit rows, second order (one number, "
+        f"no interval; the table has intervals). Strongest shade: {number(float(np.abs(values).max()))} nats/token, shades by square root. "
+        "A row says its worst partners."
+    )
+
+
+def interaction_table(atlas: Atlas) -> Table:
+    """The strongest pairs, with intervals over rows, beside what each unit does alone."""
+    found = atlas.interactions
+    head = ["Pair", "Beyond both alone, nats/token", "Each alone"]
+    if found is None:
+        return Table("together", "Units that hurt together", "", head, empty="Not measured.")
+    called = dict(zip(found.units, names_of(found, {m.unit: m.layer for m in atlas.modules}), strict=True))
+    alone, before = atlas.unit_damage.get(found.base, {}), atlas.base_damage.get(found.base, 0.0)
+
+    def added(unit: str) -> str:
+        value = alone.get(unit, {}).get(found.format)
+        return NOT_MEASURED if value is None else number(value - before)
+
+    rows = [
+        [f"{called[p.first]} + {called[p.second]}", interval(p.extra), f"{added(p.first)} + {added(p.second)}"]
+        for p in found.pairs
+    ]
+    count = len(found.units) * (len(found.units) - 1) // 2
+    n = found.pairs[0].extra.n if found.pairs else 0
+    note = (
+        f"The {len(rows)} strongest of {count:,} pairs, both lowered to {found.format}, base {found.base}: second order, fit rows, n = {n}; intervals "
+        "over rows. They are the largest because chance helped, too: expect less of the first ones. Each alone: the damage it adds."
+    )
+    return Table("together", "Units that hurt together", note, head, rows)

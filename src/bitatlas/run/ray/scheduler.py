@@ -15,21 +15,19 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from bitatlas.errors import UserError
 from bitatlas.measure.workers import Progress, Share
+from bitatlas.model.checkpoint import Checkpoint
+from bitatlas.progress import Reporter
 from bitatlas.records.text import byte_size
-from bitatlas.run.ray.cluster import Cluster, Needs, check_ray, slots
-from bitatlas.run.ray.hosts import TOKEN, Place, greet, versions
-
-if TYPE_CHECKING:
-    from bitatlas.model.checkpoint import Checkpoint
-    from bitatlas.progress import Reporter
-    from bitatlas.run.prepare import Run
+from bitatlas.run.prepare import Run
+from bitatlas.run.ray.cluster import TOKEN, Cluster, Needs, Place, check_ray, greet, slots, versions
+from bitatlas.run.ray.worker import Brief, work
 
 RETRIES = 5  # of a piece whose worker or host was lost
 PATIENCE = 30.0  # seconds without a result, after which is looked whether any host is left
@@ -86,8 +84,6 @@ class Crew:
 
     def brief(self, run: Run) -> None:
         """Tell what is measured; UserError where no host has the memory for it."""
-        from bitatlas.run.ray.worker import Brief, work
-
         device = run.model.device.type
         settings = replace(run.settings, model=self._place.checkpoint, revision=None, device=device)
         threads = threads_of(device)

@@ -25,13 +25,12 @@ from bitatlas.measure.curvature import expand
 from bitatlas.measure.damage import Assignment, Swap
 from bitatlas.measure.interactions import swap_interactions
 from bitatlas.measure.memory_need import Way
-from bitatlas.measure.tasks import score_shards
 from bitatlas.model.checkpoint import open_checkpoint
 from bitatlas.progress import Reporter
 from bitatlas.records import Module
 from bitatlas.records.journal import Journal
 from bitatlas.run.prepare import Run, model_of, run_of
-from bitatlas.run.ray.hosts import Place, greet
+from bitatlas.run.ray.cluster import Place, greet
 from bitatlas.run.settings import Settings
 
 Entry = tuple[str, str, Any]  # of the journal: key, stage, value
@@ -132,7 +131,7 @@ def _curvature(
 
 
 def _tasks(run: Run, task: str, items: list[Item], assignment: Assignment) -> None:
-    score_shards(run, task, items, assignment, "")
+    run.answers(task, items, assignment, "")
 
 
 JOBS: dict[str, Callable[..., None]] = {

@@ -7,18 +7,21 @@ Memory at a context is `planning.memory`'s formula, worked out here for a few co
 
 from __future__ import annotations
 
+import json
+import shlex
 from dataclasses import dataclass, replace
+from typing import Any
 
 from markupsafe import Markup
 
-from bitatlas.plan.memory import activation_bytes, cache_bytes, workload_of
+from bitatlas.plan.budget import activation_bytes, cache_bytes, workload_of
 from bitatlas.records import Atlas, Baseline, Budget, Plan, PlanDamage, PlanModel, Uniform
-from bitatlas.records.files import plan_place
-from bitatlas.records.memory import MemoryShape
+from bitatlas.records.files import plan_place, to_json
+from bitatlas.records.plan import MemoryShape
+from bitatlas.records.runtimes import RUNTIMES, fits
 from bitatlas.records.text import byte_size, interval, number, percent
 from bitatlas.report import advice, facts
-from bitatlas.report.budget.commands import commands
-from bitatlas.report.charts import charts
+from bitatlas.report.charts import charts, heat
 
 FIRST_CONTEXT = 128  # tokens: shorter ones are not offered, but for a model whose own is shorter
 CACHES = {"float16": "16-bit cache", "float8_e4m3fn": "8-bit cache"}
@@ -162,7 +165,7 @@ class Memory:
         return byte_size(weights + kept + alive), " + ".join(f"{byte_size(n)} {name}" for name, n in parts.items())
 
 
-def memory(atlas: Atlas) -> Memory:
+def memory_of(atlas: Atlas) -> Memory:
     """One sequence, passes of 512 tokens, at contexts that double up to the model's own."""
     shape = atlas.model.memory
     if not isinstance(shape, MemoryShape):
@@ -179,3 +182,95 @@ def memory(atlas: Atlas) -> Memory:
         loads = [replace(workload_of(n, cache, None, None), activation_dtype=atlas.model.dtype) for n in contexts]
         beside.append([(cache_bytes(shape, load), activation_bytes(shape, load)) for load in loads])
     return Memory(contexts, list(CACHES.values()), beside)
+
+
+# --- commands --------------------------------------------------------------------------------------------------------------
+
+# The commands that go on from a plan, as text to copy: verify, apply, and every runtime whose files `bitatlas export` can write of it.
+#
+# What a runtime can hold is told again here in one line each, because the export itself needs torch and a report does not; a test
+# compares the two for every format.
+
+
+def commands(atlas: Atlas, plan: Plan, place: str) -> list[str]:
+    """Shell commands for the folder of the report. `place`: the plan's file, from there."""
+    model, file = shlex.quote(str(atlas.settings.get("model", atlas.model.name))), shlex.quote(place)
+    used = {name: plan.formats[name] for name in plan.modules.values()}
+    found = [f"bitatlas verify {model} {file}"]
+    stem = place.rpartition("/")[2].removesuffix(".json")
+    if not any(fmt.runtime for fmt in used.values()):
+        found.append(f"bitatlas apply {model} {file} --out {shlex.quote(f'{stem}-packed')}")
+    for name, runtime in RUNTIMES.items():
+        if fits(runtime, plan, atlas.modules):
+            given = f" --model {model}" if runtime.model else ""
+            found.append(f"bitatlas export {file} --to {name}{given} --out {shlex.quote(f'{stem}-{name}')}")
+    return found
+
+
+# --- slider ----------------------------------------------------------------------------------------------------------------
+
+# What the page's script needs to show another plan in the same heat map, and to hand out its plan.json: numbers and texts, as JSON.
+#
+# The script computes nothing that could be wrong: texts come from here, bits are looked up by cell. A plan.json is kept without its list
+# of modules, which is the same names in every plan; the script puts that between `head` and `tail`, so what is copied is the file to the byte.
+
+CODES = "0123456789abcdefghijklmnopqrstuvwxyz"  # one letter a format, and "-" for a module that the plan does not list
+
+
+def slider_data(atlas: Atlas, stops: list[Stop], memory: Memory) -> Markup:
+    """The JSON text for the page's data block: no character of it can end the block or open another."""
+    cells = heat.cells_of(atlas)
+    count = len(memory.contexts)
+    formats = list(dict.fromkeys(name for stop in stops for name in stop.plan.formats))
+    modules = list(dict.fromkeys(name for stop in stops for name in stop.plan.modules))
+    places = {name: place for place, name in enumerate(modules)}
+    plans = [_plan(stop.plan, cells, formats, modules) for stop in stops]
+    bits = {text for plan in plans for text in plan["bits"]}
+    widest = heat.widest_bits(atlas)
+    content = {
+        "formats": formats,
+        "modules": modules,
+        "cells": [
+            [f"Layer {layer}, {kind}", *_members(cells, number, places)] for number, (layer, kind) in enumerate(cells.keys)
+        ],
+        "units": _units(cells),
+        "order": cells.steps.formats if cells.steps else [],
+        "shades": {text: heat.shade(float(text), widest) for text in sorted(bits) if text},
+        "plans": plans,
+        "memory": [
+            [[memory.total(stop.plan, cache, context) for context in range(count)] for cache in range(len(memory.caches))]
+            for stop in stops
+        ],
+    }
+    text = json.dumps(content, ensure_ascii=False, separators=(",", ":"))
+    return Markup(text.replace("&", "\\u0026").replace("<", "\\u003c").replace(">", "\\u003e"))
+
+
+def _plan(plan: Plan, cells: heat.Cells, formats: list[str], modules: list[str]) -> dict[str, Any]:
+    head, tail = to_json(plan), ""
+    listed = ",\n".join(f"  {json.dumps(name, ensure_ascii=False)}: {json.dumps(plan.modules[name])}" for name in plan.modules)
+    if list(plan.modules) == modules and listed in head:
+        head, _, tail = head.partition(listed)
+    own = "".join(CODES[formats.index(plan.modules[name])] if name in plan.modules else "-" for name in modules)
+    mean = [facts.mean_bits(plan, members) for members in cells.members]
+    return {
+        "head": head,
+        "tail": tail,
+        "modules": own,
+        "bits": ["" if bits is None else heat.bits_text(bits) for bits in mean],
+        "raises": cells.raises(plan),
+    }
+
+
+def _members(cells: heat.Cells, number: int, places: dict[str, int]) -> tuple[list[int], str]:
+    """Places of a cell's modules, and its unit where it has one alone."""
+    members = cells.members[number]
+    units = {module.unit for module in members}
+    return [places[module.name] for module in members if module.name in places], units.pop() if len(units) == 1 else ""
+
+
+def _units(cells: heat.Cells) -> dict[str, Any]:
+    """Unit -> modules, and the parts of its sentences, step by step."""
+    if cells.steps is None:
+        return {}
+    return {unit: [cells.steps.modules[unit], [step.parts for step in own]] for unit, own in cells.steps.steps.items()}
