@@ -9,7 +9,6 @@ import numpy as np
 from bitatlas.findings.folk import (
     EARLY,
     ENDS,
-    HOLDS,
     LATE,
     VALUE_AND_DOWN,
     early_is_safe,
@@ -17,7 +16,7 @@ from bitatlas.findings.folk import (
     late_is_critical,
     value_and_down,
 )
-from bitatlas.findings.shares import LayerRows, Shares, shares_of
+from bitatlas.findings.shares import HOLDS, LayerRows, Shares, shares_of
 from bitatlas.records import Finding, Module
 from simulations import Simulation
 

@@ -8,8 +8,8 @@ import numpy as np
 import torch
 
 from bitatlas.findings.correlations import CLAIM, alike, gaussian_share, layer_correlations, sparsity_findings, sparsity_of
-from bitatlas.findings.folk import FAILS, HOLDS, RULED, SHARP, SPARSE, SPECIAL, marking_rules
-from bitatlas.findings.shares import Shares, shares_of
+from bitatlas.findings.folk import RULED, SHARP, SPARSE, SPECIAL, marking_rules
+from bitatlas.findings.shares import FAILS, HOLDS, Shares, shares_of
 from bitatlas.findings.statements import measure_findings
 from bitatlas.measure.weights import weight_profile
 from bitatlas.records import Finding, Module, WeightProfile

@@ -6,7 +6,8 @@ from collections.abc import Callable
 
 import numpy as np
 
-from bitatlas.findings.folk import HOLDS, MATH, math_needs_more
+from bitatlas.findings.folk import MATH, math_needs_more
+from bitatlas.findings.shares import HOLDS
 from bitatlas.findings.tasks import HELD, task_damages, task_text_findings, task_widths
 from bitatlas.stats.paired import compare_all
 from simulations import Simulation

@@ -63,7 +63,7 @@ class Atlas(records.Atlas):
     ) -> Plan:  # fmt: skip
         """The plan under another budget (give one), in seconds and without the model: its damage is predicted."""
         from bitatlas.errors import UserError
-        from bitatlas.plan.search import replan_atlas
+        from bitatlas.plan.judge import replan_atlas
         from bitatlas.run.settings import parse_budget
 
         budget = parse_budget(code_bits, stored_bits, size, max_damage, vram, context)

@@ -19,7 +19,7 @@ from atlas_factory import make_atlas
 from bitatlas.cli.show import show_plan
 from bitatlas.errors import UserError
 from bitatlas.model.checkpoint import open_checkpoint
-from bitatlas.plan.search import write_plan
+from bitatlas.plan.judge import write_plan
 from bitatlas.records import Budget, Plan, PlanDamage, PlanModel, Size
 from bitatlas.records.files import read_record, to_json
 from bitatlas.records.formats import FORMATS

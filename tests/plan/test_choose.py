@@ -8,7 +8,8 @@ import numpy as np
 import pytest
 
 from bitatlas.errors import UserError
-from bitatlas.plan.search import Scores, candidates, choose, choose_smallest, damage_tables, predicted
+from bitatlas.plan.judge import predicted
+from bitatlas.plan.search import Scores, candidates, choose, choose_smallest, damage_tables
 
 UNITS, FORMATS = [f"u{i}" for i in range(6)], ["int2_g32", "int4_g32"]
 COST = np.array([[2, 4]] * 6)

@@ -16,7 +16,7 @@ from bitatlas.errors import UserError
 from bitatlas.measure import interactions
 from bitatlas.model.checkpoint import open_checkpoint
 from bitatlas.plan.budget import workload_of
-from bitatlas.plan.search import replan
+from bitatlas.plan.judge import replan
 from bitatlas.records import Atlas, Budget, Plan
 from bitatlas.records.files import read_record
 from bitatlas.records.journal import Journal

@@ -66,7 +66,7 @@ def plan(
     """Another budget, from the atlas alone, in seconds: its damage is predicted, `verify` measures it. Or the whole --curve, measured."""
     from bitatlas.cli.show import print_plan, show_plan
     from bitatlas.plan.budget import own_context_text
-    from bitatlas.plan.search import replan, write_plan
+    from bitatlas.plan.judge import replan, write_plan
     from bitatlas.run.settings import parse_budget
 
     budget = parse_budget(code_bits, stored_bits, size, max_damage, vram, context, cache_dtype, batch, chunk, protect or ())

@@ -9,10 +9,10 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-from bitatlas import __version__
 from bitatlas.errors import UserError
 from bitatlas.records import Atlas, Measured, ModelInfo, Module, Plan, TaskScore
 from bitatlas.records.files import read_record
@@ -172,7 +172,7 @@ def _reproduce(plan: Plan, story: Story) -> str:
     revision = f"revision {plan.model.revision}, " if plan.model.revision else ""
     return (
         "`plan.json` here says which module has which format.\n\n```\n"
-        f"pip install 'bitatlas[export]=={__version__}'\n"
+        f"pip install 'bitatlas[export]=={version('bitatlas')}'\n"
         f"bitatlas apply {plan.model.name} plan.json --out packed\n"
         f"bitatlas verify {plan.model.name} packed --tokens TEXT\n```\n\n"
         f"The plan is about the weights with sha256 `{plan.model.weights_sha256}` ({revision}quantizer {plan.codes or plan.quantizer})."

@@ -17,17 +17,13 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from bitatlas.export.packed import apply_plan
-from bitatlas.export.target import Job, Target
 from bitatlas.quantize.codes import Codes, pack
 from bitatlas.records.formats import Format, group_count, stored_bytes
-from bitatlas.records.runtimes import Integers
 
 PACKAGE = "compressed_tensors"  # what the extra `export` installs
 WORD = 32  # bits
@@ -127,28 +123,3 @@ def overheads(shape: tuple[int, int], fmt: Format, whole_zeros: bool) -> dict[st
     }
     assert sum(causes.values()) == sum(sizes.values()) - stored_bytes(shape, fmt)
     return causes
-
-
-# --- vllm ------------------------------------------------------------------------------------------------------------------
-
-# vLLM: the packed checkpoint of `apply`, refused where vLLM cannot be expected to run it.
-#
-# vLLM reads compressed-tensors `pack-quantized` with one format for q/k/v and one for gate/up, which it runs as one matrix each. Its
-# weight-only scheme has 2 to 8 bits symmetric; `apply` writes zero-points in a way that transformers reads and vLLM does not.
-# Not run here: vLLM needs a GPU. Source: vLLM, `compressed_tensors/schemes/compressed_tensors_wNa16.py`.
-
-
-def write(job: Job, folder: Path) -> list[str]:
-    notes = apply_plan(job.model, job.plan_file, folder, job.reporter).notes
-    return ["the packed checkpoint of bitatlas apply; in vLLM it was not run here", *notes]
-
-
-TARGET = Target(
-    "vllm",
-    "the packed checkpoint of `apply`, where vLLM's rules allow it",
-    Integers(bits=(2, 3, 4, 8), symmetric=(True,)),
-    write,
-    needs_model=True,
-    whole_groups=True,
-    fused=True,
-)

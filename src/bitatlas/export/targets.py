@@ -11,10 +11,10 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from bitatlas.errors import UserError
-from bitatlas.export import compressed_tensors, mlx, recipes
+from bitatlas.export import mlx, recipes
 from bitatlas.export.card import atlas_beside
 from bitatlas.export.gguf import write as gguf
-from bitatlas.export.packed import check_fits, check_transposed
+from bitatlas.export.packed import apply_plan, check_fits, check_transposed
 from bitatlas.export.target import Job, Target
 from bitatlas.model.checkpoint import Checkpoint, open_checkpoint
 from bitatlas.model.folder import beside, check_out
@@ -22,11 +22,34 @@ from bitatlas.progress import Reporter
 from bitatlas.records import Module, Plan
 from bitatlas.records.files import read_record, to_json, write_text
 from bitatlas.records.formats import GROUP_SIZES, Format
+from bitatlas.records.runtimes import Integers
 from bitatlas.records.sizes import unlike_partners
 
-TARGETS: dict[str, Target] = {
-    target.name: target for target in (compressed_tensors.TARGET, mlx.TARGET, *recipes.TARGETS, gguf.TARGET)
-}
+# --- vllm ------------------------------------------------------------------------------------------------------------------
+
+# vLLM: the packed checkpoint of `apply`, refused where vLLM cannot be expected to run it.
+#
+# vLLM reads compressed-tensors `pack-quantized` with one format for q/k/v and one for gate/up, which it runs as one matrix each. Its
+# weight-only scheme has 2 to 8 bits symmetric; `apply` writes zero-points in a way that transformers reads and vLLM does not.
+# Not run here: vLLM needs a GPU. Source: vLLM, `compressed_tensors/schemes/compressed_tensors_wNa16.py`.
+
+
+def _write_packed(job: Job, folder: Path) -> list[str]:
+    notes = apply_plan(job.model, job.plan_file, folder, job.reporter).notes
+    return ["the packed checkpoint of bitatlas apply; in vLLM it was not run here", *notes]
+
+
+VLLM = Target(
+    "vllm",
+    "the packed checkpoint of `apply`, where vLLM's rules allow it",
+    Integers(bits=(2, 3, 4, 8), symmetric=(True,)),
+    _write_packed,
+    needs_model=True,
+    whole_groups=True,
+    fused=True,
+)
+
+TARGETS: dict[str, Target] = {target.name: target for target in (VLLM, mlx.TARGET, *recipes.TARGETS, gguf.TARGET)}
 
 
 TRANSPOSED = "--to {0}: {1} is a Conv1D (GPT-2's transposed linear layer), which {0} cannot quantize by rows"

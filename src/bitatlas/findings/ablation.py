@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 from numpy.typing import NDArray
 
-from bitatlas.findings.folk import FAILS, HOLDS, OPEN
+from bitatlas.findings.shares import FAILS, HOLDS, OPEN
 from bitatlas.records import Ablation, Finding, Measured
 from bitatlas.records.text import interval, number
 from bitatlas.stats.bootstrap import RESAMPLES, percentile_interval

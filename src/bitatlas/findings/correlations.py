@@ -27,8 +27,7 @@ from scipy import stats
 from scipy.fft import dct
 from scipy.stats import rankdata
 
-from bitatlas.findings.folk import FAILS, HOLDS, OPEN
-from bitatlas.findings.shares import FALSE_DISCOVERIES, Shares
+from bitatlas.findings.shares import FAILS, FALSE_DISCOVERIES, HOLDS, OPEN, Shares
 from bitatlas.records import AttentionLayer, Correlation, Finding, Sparsity, SparsityPoint, WeightProfile
 from bitatlas.records.text import p_is, p_value, percent
 from bitatlas.stats.bootstrap import benjamini_hochberg, is_bound, percentile_interval

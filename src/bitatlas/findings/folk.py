@@ -17,12 +17,11 @@ import numpy as np
 from numpy.typing import ArrayLike
 
 from bitatlas.findings.correlations import Floats, cannot_tell, side
-from bitatlas.findings.shares import LayerRows, Shares, shares_of
+from bitatlas.findings.shares import FAILS, HOLDS, OPEN, LayerRows, Shares, shares_of
 from bitatlas.records import Correlation, Finding, Measured, Module, TaskScore
 from bitatlas.records.text import given, interval, listed, named_layers, number, p_is, percent
 from bitatlas.stats.bootstrap import block_count, percentile_interval, resample_means, smallest_p, two_sided_p
 
-HOLDS, FAILS, OPEN = "holds", "does not hold", "inconclusive"
 RULED = ("sparsity", "attention entropy", "head specialization")  # measures that a rule is about
 POWER_SIGMAS = 2.80  # standard errors that a two-sided 5 % test finds with 80 % power
 

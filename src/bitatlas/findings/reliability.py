@@ -23,8 +23,7 @@ from numpy.typing import ArrayLike
 from scipy import stats
 
 from bitatlas.findings.correlations import Floats, spearman_by_row
-from bitatlas.findings.folk import FAILS, HOLDS, OPEN
-from bitatlas.findings.shares import FALSE_DISCOVERIES, LIGHT, UNCERTAIN, LayerRows, Shares
+from bitatlas.findings.shares import FAILS, FALSE_DISCOVERIES, HOLDS, LIGHT, OPEN, UNCERTAIN, LayerRows, Shares
 from bitatlas.records import Calibration, Correlation, Finding, Layer, Measured, ShapleyCheck
 from bitatlas.records.text import interval, listed, number, rows_of
 from bitatlas.stats.bootstrap import (

@@ -44,6 +44,8 @@ from bitatlas.stats.bootstrap import (
     two_sided_p,
 )
 
+HOLDS, FAILS, OPEN = "holds", "does not hold", "inconclusive"
+
 Floats = NDArray[np.float64]
 
 FALSE_DISCOVERIES = 0.05

@@ -8,8 +8,7 @@ from __future__ import annotations
 from collections.abc import Collection, Sequence
 
 from bitatlas.findings.correlations import ATTENTION_MEASURES, cannot_tell, side
-from bitatlas.findings.folk import FAILS, HOLDS, OPEN
-from bitatlas.findings.shares import FALSE_DISCOVERIES, VERDICTS
+from bitatlas.findings.shares import FAILS, FALSE_DISCOVERIES, HOLDS, OPEN, VERDICTS
 from bitatlas.plan.judge import BETTER, WORSE
 from bitatlas.records import AttentionLayer, Correlation, Finding, Layer, Measured, Plan, TaskPair, TaskScore, Zone
 from bitatlas.records.text import given, interval, listed, named_layers, number, p_is, percent

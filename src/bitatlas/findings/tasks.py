@@ -22,8 +22,7 @@ import numpy as np
 from scipy import stats
 
 from bitatlas.findings.correlations import spearman_by_row
-from bitatlas.findings.folk import HOLDS, OPEN
-from bitatlas.findings.shares import FALSE_DISCOVERIES, LayerRows, Shares, shares_of
+from bitatlas.findings.shares import FALSE_DISCOVERIES, HOLDS, OPEN, LayerRows, Shares, shares_of
 from bitatlas.records import Correlation, Finding, Measured, TaskDamage, TaskPair
 from bitatlas.records.formats import by_width
 from bitatlas.records.text import interval, listed, named_layers, number, p_value

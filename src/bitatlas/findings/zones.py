@@ -22,8 +22,7 @@ from dataclasses import replace
 import numpy as np
 from numpy.typing import NDArray
 
-from bitatlas.findings.folk import FAILS, HOLDS, OPEN
-from bitatlas.findings.shares import CRITICAL, LIGHT, SAFE, UNCERTAIN, LayerRows, Shares, shares_of
+from bitatlas.findings.shares import CRITICAL, FAILS, HOLDS, LIGHT, OPEN, SAFE, UNCERTAIN, LayerRows, Shares, shares_of
 from bitatlas.records import Finding, JointDamage, Layer, Measured, Module, Zone
 from bitatlas.records.text import interval, named_layers, number
 from bitatlas.stats.bootstrap import Blocks, independent, measured, percentile_interval, resample_means, standard_errors

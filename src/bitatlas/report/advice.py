@@ -12,8 +12,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 
 from bitatlas.findings.shares import VERDICTS
-from bitatlas.plan.judge import relation
-from bitatlas.plan.search import scores_of, subject_of
+from bitatlas.plan.judge import relation, scores_of, subject_of
 from bitatlas.records import Atlas, Finding, Plan
 from bitatlas.records.text import MINUS, NOT_MEASURED, byte_size, interval, named_layers, number, percent
 from bitatlas.report.facts import (

@@ -19,8 +19,8 @@ import numpy as np
 
 from bitatlas.errors import UserError
 from bitatlas.plan.budget import size_range
-from bitatlas.plan.judge import CURVE, Judged, curve_point, judge
-from bitatlas.plan.search import Subject, Tools, scores_of, search, subject_of
+from bitatlas.plan.judge import CURVE, Judged, curve_point, judge, scores_of, subject_of
+from bitatlas.plan.search import Subject, Tools, search
 from bitatlas.progress import Reporter
 from bitatlas.records import Atlas, Budget, Plan
 from bitatlas.records.files import all_or_none, drop_other_plans, plan_place, read_record, to_json, write_plans, write_text

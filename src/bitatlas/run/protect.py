@@ -18,10 +18,10 @@ from bitatlas.data.tasks import chance_level, split_items, task_text
 from bitatlas.measure.screens import ROW_LENGTH, TASK_ROWS
 from bitatlas.measure.tasks import right_of
 from bitatlas.plan.budget import costs_of
-from bitatlas.plan.judge import Judged, judge
+from bitatlas.plan.judge import Judged, judge, scores_of
 from bitatlas.plan.knapsack import spent
 from bitatlas.plan.protect import CHOOSING, JUDGING, check_items, check_reference, find_protected, halves
-from bitatlas.plan.search import KNAPSACK, Found, Tools, scores_of, under
+from bitatlas.plan.search import KNAPSACK, Found, Tools, under
 from bitatlas.progress import Reporter
 from bitatlas.records import Atlas, Budget, Plan
 from bitatlas.records.files import read_record
