@@ -27,7 +27,7 @@ STANDS_FOR = {
     "--context 8192": "--context 64",
     "--context 4096": "--context 32",
     "--tasks arc_easy,svamp": "--tasks arc_easy --task-data tasks --limit 8",
-    "src/bitatlas/demo/bitatlas-demo": "my-model",
+    "src/bitatlas/data/bitatlas-demo": "my-model",
     "demo_questions": "arc_easy",
 }
 NOT_RUN = {

@@ -22,7 +22,7 @@ from transformers import AutoModelForCausalLM
 
 from bitatlas.errors import UserError
 from bitatlas.measure.memory_need import at_hand
-from bitatlas.model.checkpoint import Checkpoint, _quiet, open_model
+from bitatlas.model.checkpoint import Checkpoint, quiet_transformers, open_model
 from bitatlas.model.streaming import trim
 from bitatlas.model.tensor_files import reason_of
 from bitatlas.quantize.bank import bank_of_plan
@@ -87,7 +87,7 @@ def _silent() -> Iterator[None]:
 
     logger.disable("compressed_tensors")
     try:
-        with contextlib.redirect_stderr(io.StringIO()), _quiet():
+        with contextlib.redirect_stderr(io.StringIO()), quiet_transformers():
             yield
     finally:
         logger.enable("compressed_tensors")

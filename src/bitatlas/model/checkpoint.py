@@ -87,7 +87,7 @@ class Checkpoint:
         """The model in evaluation mode with its decoder layers on disk (see `streaming`); UserError where that cannot be."""
         with without_weights():
             model = skeleton_of(self.config, str(self.folder), "cpu")
-        with _quiet():
+        with quiet_transformers():
             return open_stream(model, self.layers_path, Reader(self.files), device, dtype, self.check_unchanged)
 
     def check_unchanged(self) -> None:
@@ -120,7 +120,7 @@ class Checkpoint:
 
     def load_tokenizer(self) -> Any:
         try:
-            with _quiet():
+            with quiet_transformers():
                 return AutoTokenizer.from_pretrained(self.folder, local_files_only=True, trust_remote_code=False)
         except Exception as error:  # tokenizers raises bare Exceptions
             raise UserError(f"{self.folder}: no usable tokenizer ({reason_of(error)})") from None
@@ -140,7 +140,7 @@ def open_checkpoint(name: str, revision: str | None = None, fuse: bool = True) -
     modules, left_out = _plannable(config, name, model, layers_path, fuse)
     modules = _with_sizes(modules, reader, targets)
     layers = len(_layer_list(model, layers_path))
-    with _quiet():
+    with quiet_transformers():
         memory = memory_shape(model, modules, layers)
     info = _describe(name, revision, config, files, reader, modules, layers, memory, _main_dtype(modules, reader, targets))
     notes = _notes(model, layers_path, modules, left_out)
@@ -172,7 +172,7 @@ def calls_in(config: Any, name: str, layers_path: str, names: list[str]) -> Call
     """How a forward pass uses the linear modules `names`."""
     with without_weights():
         model = skeleton_of(config, name, "cpu")
-    with _quiet():
+    with quiet_transformers():
         return calls_of(model, layers_path, names)
 
 
@@ -239,7 +239,7 @@ def open_model(name: str, device: str = "cpu") -> tuple[Any, Any]:
         report["missing_keys"] = [key for key in report["missing_keys"] if key.endswith(WEIGHTS)]
     _check_loaded(report, name)
     try:
-        with _quiet():
+        with quiet_transformers():
             tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
     except Exception as error:  # tokenizers raises bare Exceptions
         raise UserError(f"{name}: no usable tokenizer ({reason_of(error)})") from None
@@ -247,7 +247,7 @@ def open_model(name: str, device: str = "cpu") -> tuple[Any, Any]:
 
 
 @contextmanager
-def _quiet() -> Iterator[None]:
+def quiet_transformers() -> Iterator[None]:
     """Without the warnings of transformers: what matters in them is checked and told in one line."""
     before = logging.get_verbosity()
     logging.set_verbosity_error()
@@ -260,7 +260,7 @@ def _quiet() -> Iterator[None]:
 def _load(folder: Path, name: str, config: Any, dtype: torch.dtype) -> tuple[PreTrainedModel, dict[str, Any]]:
     """The model, and what transformers reports of the loading; shapes that differ are in the report, not raised."""
     try:
-        with _quiet():
+        with quiet_transformers():
             return auto_class(config).from_pretrained(
                 folder, dtype=dtype, local_files_only=True, trust_remote_code=False, use_safetensors=True, output_loading_info=True, ignore_mismatched_sizes=True
             )  # type: ignore[return-value]  # fmt: skip
@@ -304,7 +304,7 @@ def check_causal(model: PreTrainedModel, name: str) -> None:
     ids = probe_ids(model).repeat(2, 1)
     ids[1, -1] = (ids[1, -1] + 1) % len(model.get_input_embeddings().weight)  # type: ignore[arg-type]
     try:
-        with _quiet():
+        with quiet_transformers():
             logits = model(input_ids=ids, use_cache=False).logits[:, :-1].float()  # [2, tokens - 1, vocabulary]
     except (UserError, MemoryError, torch.OutOfMemoryError):
         raise
@@ -322,7 +322,7 @@ def auto_class(config: Any) -> Any:
 def skeleton_of(config: Any, name: str, device: str = "meta") -> nn.Module:
     """The model of a config without its weights, on torch's meta device; another `device` is for its buffers (see `streaming`)."""
     try:
-        with torch.device(device), _quiet():
+        with torch.device(device), quiet_transformers():
             model = auto_class(config).from_config(config, trust_remote_code=False)
             _without_rescaling(model)
             return model  # type: ignore[no-any-return]
