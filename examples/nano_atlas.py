@@ -20,7 +20,7 @@ import torch
 import transformers
 from torch import Tensor, nn
 
-DEMO = Path(__file__).resolve().parents[1] / "src" / "bitatlas" / "demo"
+DEMO = Path(__file__).resolve().parents[1] / "src" / "bitatlas" / "data"
 WIDTHS = (2, 3, 4)  # bits of a code, narrowest first
 FUSED = {"q_proj": "qkv", "k_proj": "qkv", "v_proj": "qkv", "gate_proj": "gate_up", "up_proj": "gate_up"}
 CLIPPING = [1 - 0.5 * step / 20 for step in range(20)]  # of a group's range: 1 down to 0.525
@@ -251,7 +251,7 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description="Plan 2, 3 and 4 bits for a language model, and judge the plan.")
     parser.error = refuse
     parser.add_argument("model", nargs="?", default=str(DEMO / "bitatlas-demo"), metavar="MODEL", help="folder of a checkpoint")
-    parser.add_argument("--tokens", default=str(DEMO / "data" / "text.txt"), metavar="FILE", help="text in UTF-8")
+    parser.add_argument("--tokens", default=str(DEMO / "demo_data" / "text.txt"), metavar="FILE", help="text in UTF-8")
     parser.add_argument("--code-bits", type=float, default=3.0, help="budget: mean bits of a code")
     parser.add_argument("--group-size", type=int, default=64, help="inputs that share a scale")
     parser.add_argument("--rows", type=int, nargs=3, default=(8, 16, 64), metavar=("FIT", "SELECT", "TEST"))

@@ -9,12 +9,11 @@ from functools import lru_cache
 
 import numpy as np
 
-from bitatlas.findings import zones
 from bitatlas.findings.reliability import GOOD_RANK, reliability_findings, shapley_check, shapley_findings
 from bitatlas.findings.shares import CRITICAL, LIGHT, SAFE, LayerRows, layer_records, misfit, shares_of
 from bitatlas.findings.statements import GOOD_FIT, _fit_finding
 from bitatlas.findings.units import kind_records
-from bitatlas.findings.zones import joint_damage, within
+from bitatlas.findings.zones import joint_damage, within, zones
 from bitatlas.records import Module
 from simulations import Simulation
 

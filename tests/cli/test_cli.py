@@ -342,7 +342,7 @@ def test_json_of_a_plan_and_of_a_report(capsys, monkeypatch, tmp_path: Path):
     assert told["plan"] == json.loads(Path(told["file"]).read_text())
     code, out, err = run(capsys, monkeypatch, "report", tmp_path, "--json")
     told = json.loads(out)
-    assert (code, err, told["schema"]) == (0, "", "bitatlas.records.files/1")
+    assert (code, err, told["schema"]) == (0, "", "bitatlas.files/1")
     assert all(Path(file).is_file() for file in told["files"])
 
 
@@ -352,7 +352,7 @@ def test_json_of_a_survey_and_of_its_verification(capsys, monkeypatch, tmp_path:
         capsys, monkeypatch, "survey", tiny_llama, *SMALL, "--no-refine", "--tokens", text, "--out", out, "--json"
     )
     told, atlas = json.loads(said), json.loads((out / "atlas.json").read_text())
-    assert (code, err, told.pop("schema")) == (0, "", "bitatlas.run.survey/1")
+    assert (code, err, told.pop("schema")) == (0, "", "bitatlas.survey/1")
     assert all(Path(file).is_file() for file in told.pop("files").values())
     assert told == {name: atlas[name] for name in told} and told["plan"]["modules"]
     rows = ["--rows", "8,8,8", "--row-length", "16", "--tokens", text, "--quiet", "--json"]

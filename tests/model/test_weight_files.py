@@ -257,7 +257,7 @@ def test_adapters_are_refused_where_two_checkpoints_are_compared(copy: Path):
     [
         ("model.Q4_K_M.gguf", "is a GGUF file, weights already in llama.cpp's formats; give the checkpoint folder"),
         ("model.safetensors", "one file of weights; give the folder"),
-        ("pytorch_model.bin", "pickle weights; give its folder"),
+        ("pytorch_model.bin", "is pickle, which can run code as it is read"),
         ("config.json", "give the folder that it lies in"),
         ("model.zip", "an archive; unpack it"),
         ("model", "give a checkpoint folder"),

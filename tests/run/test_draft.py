@@ -18,7 +18,7 @@ from bitatlas.records import Budget, Plan
 from bitatlas.records.files import read_record
 from bitatlas.run.planner import CURVATURE, Expanded, expanded
 from bitatlas.run.prepare import prepare
-from bitatlas.run.survey import SOURCE, by_criticality, draft_tools, run_draft, run_survey
+from bitatlas.run.survey import SOURCE, by_scores, draft_tools, run_draft, run_survey
 from bitatlas.run.verify import verify_plan
 from command import run
 from planners import SUBJECT, UNITS, Planted, costs, scores_of
@@ -97,7 +97,7 @@ def test_its_scores_are_the_curvature_at_both_ends(tiny_llama: Path, text: Path,
     true = np.array([damage[str(i + 1)].mean() - damage["0"].mean() for i in range(len(names) - 1)])
     scores = tools.scores.tables["high"][:, 0]
     assert np.corrcoef(scores, true)[0, 1] > 0.9 and scores.sum() == pytest.approx(true.sum(), rel=0.5)
-    layers = by_criticality(opened, tools.scores)
+    layers = by_scores(opened, tools.scores)
     assert sorted(layers) == [0, 1, 2]
 
 

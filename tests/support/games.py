@@ -2,8 +2,8 @@
 
 import numpy as np
 
-from bitatlas.findings import zones
 from bitatlas.findings.shares import LayerRows, layer_records
+from bitatlas.findings.zones import zones
 from bitatlas.records import AttentionLayer, Measured, WeightProfile, Zone
 
 HIGH, LOW = "int4_g64", "int2_g64"

@@ -204,7 +204,7 @@ SURVEYED = ("model", "uniform", "layers", "zones", "tasks", "task_pairs", "plan"
 def print_survey(atlas: Atlas, out: Path) -> None:
     """The main results, and where the files are; `atlas.json` there has everything."""
     files = {"atlas": out / "atlas.json", "plan": out / "plan.json", "report": out / "report.html"}
-    _print("bitatlas.run.survey/1", files=files, **{name: getattr(atlas, name) for name in SURVEYED})
+    _print("bitatlas.survey/1", files=files, **{name: getattr(atlas, name) for name in SURVEYED})
 
 
 def print_plan(plan: Plan, file: Path) -> None:
@@ -213,7 +213,7 @@ def print_plan(plan: Plan, file: Path) -> None:
 
 def print_curve(curve: Curve) -> None:
     _print(
-        "bitatlas.run.curve/1", uniform=curve.atlas.uniform, plans=[{"file": file, "plan": plan} for plan, file in curve.plans]
+        "bitatlas.curve/1", uniform=curve.atlas.uniform, plans=[{"file": file, "plan": plan} for plan, file in curve.plans]
     )
 
 
@@ -233,7 +233,7 @@ def print_comparison(result: Comparison) -> None:
 
 def print_files(files: list[Path]) -> None:
     """Of `report`: what was written."""
-    _print("bitatlas.records.files/1", files=files)
+    _print("bitatlas.files/1", files=files)
 
 
 def _print(schema: str, **parts: Any) -> None:

@@ -22,7 +22,7 @@ from transformers import AutoModelForCausalLM
 
 from bitatlas.errors import UserError
 from bitatlas.measure.memory_need import at_hand
-from bitatlas.model.checkpoint import Checkpoint, quiet_transformers, open_model
+from bitatlas.model.checkpoint import Checkpoint, open_model, quiet_transformers
 from bitatlas.model.streaming import trim
 from bitatlas.model.tensor_files import reason_of
 from bitatlas.quantize.bank import bank_of_plan

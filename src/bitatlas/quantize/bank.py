@@ -189,7 +189,7 @@ class Bank:
         self.folder.mkdir(parents=True, exist_ok=True)
         note = self.folder / "bank.json"
         if not note.exists():
-            write_text(note, json.dumps({"schema": "bitatlas.quantize.bank/1", "codes_are_of": self.identity}, indent=1) + "\n")
+            write_text(note, json.dumps({"schema": "bitatlas.bank/1", "codes_are_of": self.identity}, indent=1) + "\n")
 
 
 def disk_bytes(modules: Sequence[Module], formats: Sequence[str]) -> int:
