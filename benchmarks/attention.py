@@ -49,16 +49,15 @@ class Subject:
     def __init__(self, folder: str) -> None:
         checkpoint = open_checkpoint(folder)
         self.name, self.modules = checkpoint.info.name, checkpoint.modules
-        self.model, self.tokenizer = checkpoint.load_model(), checkpoint.load_tokenizer()
+        self.decoder, self.tokenizer = checkpoint.load_model(), checkpoint.load_tokenizer()
         context = checkpoint.info.context
         ids = self.tokenizer(demo.TEXT_FILE.read_text(encoding="utf-8")[:100_000], verbose=False)["input_ids"]
         length = min(LENGTH, context)
         self.rows = torch.tensor(ids[: PROFILED_ROWS * length]).reshape(PROFILED_ROWS, length)
         self.problems = problems_of(load_items("demo_problems", None, FOCUS_PROBLEMS, 0))
         names = [module.name for module in self.modules]
-        self.changed = Bank(self.model, names, "rtn").weights(uniform(self.modules, FORMAT))
-        vocabulary = int(self.model.get_input_embeddings().weight.shape[0])
-        repeated = repeated_tokens(self.tokenizer, vocabulary, context, REPEATED_SEQUENCES, 0)
+        self.changed = Bank(self.decoder, names, "rtn").weights(uniform(self.modules, FORMAT))
+        repeated = repeated_tokens(self.tokenizer, self.decoder.vocabulary, context, REPEATED_SEQUENCES, 0)
         self.text = list(self.rows.split(BATCH))
         self.rest = [part for group in repeated for part in group.split(BATCH)] + self._padded(context)
 
@@ -72,11 +71,11 @@ class Subject:
     def stage(self, changed: bool) -> None:
         base = f"uniform:{FORMAT}" if changed else "reference"
         weights = self.changed if changed else None
-        attention_profile(self.model, self.tokenizer, self.modules, self.rows, self.problems, base, changed=weights)
+        attention_profile(self.decoder, self.tokenizer, self.modules, self.rows, self.problems, base, changed=weights)
 
     @torch.no_grad()
     def forward(self, batches: Sequence[Tensor], logits: bool = True) -> None:
-        body: Any = self.model if logits else self.model.base_model
+        body: Any = self.decoder.model if logits else self.decoder.model.base_model
         for batch in batches:
             body(input_ids=batch, use_cache=False)
 
@@ -90,11 +89,11 @@ def seconds(work: Callable[[], None]) -> float:
 def once(subject: Subject) -> dict[str, float]:
     """One turn of everything: seconds by name."""
     found = {"stage, reference": seconds(lambda: subject.stage(False))}
-    with eager(subject.model):
+    with eager(subject.decoder.model):
         found["text"] = seconds(lambda: subject.forward(subject.text))
         found["rest"] = seconds(lambda: subject.forward(subject.rest))
         found["without logits"] = seconds(lambda: subject.forward([*subject.text, *subject.rest], logits=False))
-        with in_dtype(subject.model, torch.bfloat16):
+        with in_dtype(subject.decoder.model, torch.bfloat16):
             found["text, bfloat16"] = seconds(lambda: subject.forward(subject.text))
     found["stage, plan"] = seconds(lambda: subject.stage(True))
     return found

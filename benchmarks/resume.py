@@ -51,12 +51,12 @@ def main() -> None:
     parser.add_argument("--repeats", type=int, default=5)
     args = parser.parse_args()
     checkpoint = open_checkpoint(args.model)
-    model = checkpoint.load_model()
+    decoder = checkpoint.load_model()
     modules = checkpoint.modules
     names = [module.name for module in modules]
-    bank = Bank(model, names, "rtn")
-    meter = DamageMeter(model, bank, checkpoint.info.weights_sha256, "rtn", Journal(None))
-    ids = torch.randint(0, meter.vocabulary, (args.rows, args.length), generator=torch.Generator().manual_seed(0))
+    bank = Bank(decoder, names, "rtn")
+    meter = DamageMeter(decoder, bank, checkpoint.info.weights_sha256, "rtn", Journal(None))
+    ids = torch.randint(0, decoder.vocabulary, (args.rows, args.length), generator=torch.Generator().manual_seed(0))
     base = uniform(modules, HIGH)
     swaps = {str(i): Swap(i, {m.name: LOW for m in modules if m.layer == i}) for i in range(checkpoint.info.layers)}
     whole = {name: {**base, **swap.assignment} for name, swap in swaps.items()}
@@ -71,8 +71,8 @@ def main() -> None:
             times[name].append(time.perf_counter() - start)
         assert all(np.array_equal(results["resumed"][key], results["full"][key]) for key in swaps), "results differ"
     per_layer = [sum(m.weights for m in modules if m.layer == i) for i in range(checkpoint.info.layers)]
-    head = meter.vocabulary * int(model.get_input_embeddings().weight.shape[1])
-    batches = -(-args.rows // batch_rows(args.length, meter.vocabulary))
+    head = decoder.vocabulary * decoder.width
+    batches = -(-args.rows // batch_rows(args.length, decoder.vocabulary))
     tokens = args.rows * args.length
     work = tokens * (sum(sum(per_layer[i:]) + head for i in range(len(per_layer))) + 2 * (sum(per_layer) + head))
     widest = max(modules, key=lambda m: m.weights).shape

@@ -27,7 +27,6 @@ import torch
 from bitatlas.export.mlx import CHECKED, path_of
 from bitatlas.export.targets import export_plan
 from bitatlas.model.checkpoint import Checkpoint, open_checkpoint
-from bitatlas.model.swap import swapped
 from bitatlas.progress import Reporter
 from bitatlas.quantize.bank import Bank
 from bitatlas.records import Budget, Plan, PlanDamage, PlanModel
@@ -94,11 +93,11 @@ def plan_for(checkpoint: Checkpoint, formats: tuple[str, ...]) -> Plan:
 def job_for(checkpoint: Checkpoint, plan: Plan, tokens: torch.Tensor) -> dict[str, Any]:
     """What a check is told: the modules, the tokens, our logits on them."""
     names = [module.name for module in checkpoint.modules]
-    model = checkpoint.load_model()
+    decoder = checkpoint.load_model()
     with torch.no_grad():
-        clean = model(tokens).logits
-        with swapped(model, Bank(model, names, plan.quantizer, plan.formats).weights(plan.modules)):
-            ours = model(tokens).logits
+        clean = decoder.model(tokens).logits
+        with decoder.swapped(Bank(decoder, names, plan.quantizer, plan.formats).weights(plan.modules)):
+            ours = decoder.model(tokens).logits
     fmts = {name: plan.formats[format_name] for name, format_name in plan.modules.items()}
     return {
         "modules": {n: {"bits": f.bits, "group_size": f.group_size, "symmetric": f.symmetric} for n, f in fmts.items()},
@@ -193,7 +192,7 @@ def families(envs: Path) -> dict[str, Any]:
         made["gpt_neox, tanh GELU"] = make_checkpoint(Path(temporary) / "tanh", "gpt_neox", **tanh)
         for name, folder in {"demo": MODEL_DIR, **made}.items():
             checkpoint = open_checkpoint(str(folder))
-            tokens = torch.randint(checkpoint.config.vocab_size, (2, WINDOW), generator=torch.Generator().manual_seed(0))
+            tokens = torch.randint(checkpoint.vocabulary, (2, WINDOW), generator=torch.Generator().manual_seed(0))
             here = check("mlx", LIBRARIES["mlx"], checkpoint, tokens, folder, envs)
             found[name] = {key: here[key] for key in ("widths", "largest_difference", "largest_difference_unquantized", "unquantized", "error") if key in here}  # fmt: skip
     return found

@@ -99,16 +99,16 @@ def measure(folder: Path, point: dict[str, Any]) -> dict[str, Any]:
     dtype = torch.float32 if device == "cpu" else torch.bfloat16
     way = way_of(checkpoint, point, dtype, folder)
     seconds["open"] = clock.lap()
-    model = checkpoint.stream_model(device, dtype) if way.streamed else checkpoint.load_model(device, dtype)
+    decoder = checkpoint.stream_model(device, dtype) if way.streamed else checkpoint.load_model(device, dtype)
     seconds["load"] = clock.lap()
     names = [module.name for module in checkpoint.modules]
-    bank = Bank(model, names, "rtn", folder=folder / "bank")
+    bank = Bank(decoder, names, "rtn", folder=folder / "bank")
     bank.fill(formats)
     seconds["bank"] = clock.lap()
     rows = torch.randint(point["vocabulary"], (point["rows"], point["row_length"]), generator=torch.Generator().manual_seed(1))
     passes = []
     for _ in range(1 if device != "cpu" else 2):  # the first of a process also allocates
-        meter = DamageMeter(model, bank, checkpoint.info.weights_sha256, bank.identity, Journal(None), way.room)
+        meter = DamageMeter(decoder, bank, checkpoint.info.weights_sha256, bank.identity, Journal(None), way.room)
         clock.lap()
         found = expand(meter, checkpoint.modules, formats, {}, rows, draws=DRAWS)
         passes.append(clock.lap())

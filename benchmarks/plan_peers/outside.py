@@ -164,7 +164,7 @@ def request_of(problem: Problem, work: Path, target: float) -> dict[str, Any]:
         "code_bits": target,
         "ids": question.rows,
         "texts": str(texts),
-        "vocabulary": problem.meter.vocabulary,
+        "vocabulary": problem.meter.decoder.vocabulary,
     }
 
 

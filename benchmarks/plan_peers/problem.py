@@ -82,11 +82,11 @@ class Problem:
         if self.like:
             return self.like.meter
         names = [module.name for module in self.modules]
-        model = self.checkpoint.load_model()
-        bank = Bank(model, names, self.question.quantizer)
+        decoder = self.checkpoint.load_model()
+        bank = Bank(decoder, names, self.question.quantizer)
         for name in self.formats:
             bank.weights(uniform(self.modules, name))
-        return DamageMeter(model, bank, self.checkpoint.info.weights_sha256, self.question.quantizer, Journal(None))
+        return DamageMeter(decoder, bank, self.checkpoint.info.weights_sha256, self.question.quantizer, Journal(None))
 
     def assignment(self, choice: NDArray[Any]) -> dict[str, str]:
         """choice: [units] of 0 (low) and 1 (high), or bools -> module -> format. AssertionError above the budget."""

@@ -16,12 +16,11 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
-from transformers.pytorch_utils import Conv1D
 
 from bitatlas.measure.damage import Swap
 from bitatlas.measure.screens import uniform
 from bitatlas.model.layerwise import batch_rows
-from bitatlas.model.swap import swapped
+from bitatlas.model.linear import oriented
 from plan_peers.problem import Problem
 
 Floats = NDArray[np.float64]
@@ -48,7 +47,7 @@ def gradient_of(model: nn.Module, name: str) -> Tensor:
     found = module.weight.grad
     module.weight.grad = None
     assert isinstance(found, Tensor)
-    return found.T if isinstance(module, Conv1D) else found
+    return oriented(module, found)
 
 
 def change_between(problem: Problem, name: str, start: str | None, end: str) -> Tensor:
@@ -72,16 +71,19 @@ def mlx_sensitivity(problem: Problem) -> Floats:
     """<grad KL(reference || low model), W_low - W_high> a million weights: what raising a unit promises. [units]"""
     meter, names = problem.meter, [module.name for module in problem.modules]
     total = dict.fromkeys(names, 0.0)
-    batches = problem.rows.split(batch_rows(problem.rows.shape[1], meter.vocabulary))
+    batches = problem.rows.split(batch_rows(problem.rows.shape[1], meter.decoder.vocabulary))
     references = [meter.reference.whole(batch) for batch in batches]
-    with swapped(meter.model, meter.bank.weights(uniform(problem.modules, problem.low))), weight_gradients(meter.model, names):
+    with (
+        meter.decoder.swapped(meter.bank.weights(uniform(problem.modules, problem.low))),
+        weight_gradients(meter.decoder.model, names),
+    ):
         for batch, reference in zip(batches, references, strict=True):
-            changed = torch.log_softmax(meter.model(input_ids=batch, use_cache=False).logits.float(), dim=-1)
+            changed = torch.log_softmax(meter.decoder.model(input_ids=batch, use_cache=False).logits.float(), dim=-1)
             kl = (reference.exp() * (reference - changed)).sum(-1).sum() / problem.rows.numel()
             kl.backward()
             for name in names:
                 step = change_between(problem, name, problem.high, problem.low)
-                total[name] += float((gradient_of(meter.model, name) * step).sum())
+                total[name] += float((gradient_of(meter.decoder.model, name) * step).sum())
     return np.array([sum(total[m.name] for m in unit.modules) / (unit.weights / 1e6) for unit in problem.units])
 
 
@@ -94,12 +96,12 @@ def gradient_scores(problem: Problem, squared: bool) -> Floats:
     place = {module.name: index for index, unit in enumerate(problem.units) for module in unit.modules}
     changes = {(name, fmt): change_between(problem, name, None, fmt) for name in names for fmt in problem.formats}
     table = np.zeros((len(problem.units), len(problem.formats)))
-    with weight_gradients(meter.model, names):
+    with weight_gradients(meter.decoder.model, names):
         for row in problem.rows.split(1):
-            logits = meter.model(input_ids=row, use_cache=False).logits.float()
+            logits = meter.decoder.model(input_ids=row, use_cache=False).logits.float()
             torch.nn.functional.cross_entropy(logits[0, :-1], row[0, 1:], reduction="sum").backward()
             for name in names:
-                gradient = gradient_of(meter.model, name)
+                gradient = gradient_of(meter.decoder.model, name)
                 for column, fmt in enumerate(problem.formats):
                     moved = gradient * changes[name, fmt]
                     value = moved.square().sum() / 2 if squared else moved.abs().sum()

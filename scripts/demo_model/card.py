@@ -18,7 +18,6 @@ import world
 from bitatlas.data.rows import make_rows
 from bitatlas.measure.damage import kl_per_row
 from bitatlas.model.checkpoint import open_checkpoint
-from bitatlas.model.swap import swapped
 from bitatlas.quantize.bank import Bank
 from bitatlas.stats.paired import mcnemar_p
 
@@ -89,15 +88,15 @@ def outcome(
 def outcomes(folder: Path, data: Path, problems: list[world.Record], questions: list[world.Record]) -> Iterator[Outcome]:
     """The reference, then every uniform format. folder: the checkpoint; data: where text.txt is."""
     checkpoint = open_checkpoint(str(folder))
-    model, tokenizer = checkpoint.load_model(), checkpoint.load_tokenizer()
+    decoder, tokenizer = checkpoint.load_model(), checkpoint.load_tokenizer()
     text = (data / "text.txt").read_text(encoding="utf-8")
     rows: Tensor = make_rows([text], tokenizer, "text.txt", (1, 1, DAMAGE_ROWS), DAMAGE_TOKENS, DAMAGE_TOKENS, seed=0).test
     names = [module.name for module in checkpoint.modules]
-    bank = Bank(model, names, "rtn")
+    model, bank = decoder.model, Bank(decoder, names, "rtn")
     reference = torch.log_softmax(model(rows, use_cache=False).logits, -1)  # [rows, tokens, vocabulary]
     yield outcome(model, tokenizer, "reference", problems, questions, 0.0)
     for format_name in FORMAT_NAMES:
-        with swapped(model, bank.weights(dict.fromkeys(names, format_name))):
+        with decoder.swapped(bank.weights(dict.fromkeys(names, format_name))):
             damage = kl_per_row(reference, model(rows, use_cache=False).logits).mean().item()
             yield outcome(model, tokenizer, format_name, problems, questions, damage)
 
@@ -135,8 +134,8 @@ def write_card(
         head_size=config.head_dim,
         kv_heads=config.num_key_value_heads,
         feed_forward=config.intermediate_size,
-        weights=sum(p.numel() for p in checkpoint.load_model().parameters()),
-        vocabulary=config.vocab_size,
+        weights=sum(p.numel() for p in checkpoint.load_model().model.parameters()),
+        vocabulary=checkpoint.vocabulary,
         facts=len(world.FACTS),
         kinds=", ".join(kinds[:-1]) + " and " + kinds[-1],
         seed=seed,

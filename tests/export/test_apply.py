@@ -87,8 +87,8 @@ def test_zero_points_that_are_no_whole_numbers(tmp_path: Path):
 def test_codes_that_were_fitted_come_from_the_bank_alone(tiny_llama: Path, tmp_path: Path):
     checkpoint = open_checkpoint(str(tiny_llama), None, False)
     rows = torch.randint(300, (4, 32), generator=torch.Generator().manual_seed(1))
-    model, names = checkpoint.load_model(), [module.name for module in checkpoint.modules]
-    bank = Bank(model, names, "gptq", rows=rows, folder=tmp_path / BANK, weights_sha256=checkpoint.info.weights_sha256)
+    decoder, names = checkpoint.load_model(), [module.name for module in checkpoint.modules]
+    bank = Bank(decoder, names, "gptq", rows=rows, folder=tmp_path / BANK, weights_sha256=checkpoint.info.weights_sha256)
     plan = make_plan(tiny_llama, ["int2_g32", "int3_g64"], "gptq", codes=bank.identity)
     with pytest.raises(UserError, match="folder 'bank' must lie beside the plan"):
         applied(tiny_llama, plan, tmp_path)
@@ -293,9 +293,9 @@ def test_verify_measures_the_folder(tiny_llama: Path, tmp_path: Path, text: Path
 
 
 def test_two_copies_of_a_model_do_no_damage(tiny_llama: Path):
-    model = open_checkpoint(str(tiny_llama), None, False).load_model()
+    decoder = open_checkpoint(str(tiny_llama), None, False).load_model()
     rows = torch.randint(300, (3, 16), generator=torch.Generator().manual_seed(0))
-    assert between(model, model, rows, lambda done, total: None) == pytest.approx(0, abs=1e-12)
+    assert between(decoder, decoder.model, rows, lambda done, total: None) == pytest.approx(0, abs=1e-12)
 
 
 # --- wrong use ---------------------------------------------------------------------------------------------------------

@@ -20,7 +20,6 @@ from bitatlas.export.gguf.write import COMMANDS, TYPES
 from bitatlas.export.targets import export_plan
 from bitatlas.measure.damage import DamageMeter
 from bitatlas.model.checkpoint import Checkpoint, open_checkpoint
-from bitatlas.model.swap import swapped
 from bitatlas.quantize.bank import Bank
 from bitatlas.records import Plan, PlanDamage
 from bitatlas.records.files import read_record, to_json
@@ -119,7 +118,7 @@ def whole_and_rest(checkpoint: Checkpoint, plan: Plan, file: Path, length: int) 
     rows = torch.randint(300, (2, length), generator=torch.Generator().manual_seed(0))
     with opened(file, length) as session:
         whole = damage_in_llama_cpp(reference, session, rows, lambda done, total: None)
-        with swapped(reference, bank.weights(plan.modules)):
+        with reference.swapped(bank.weights(plan.modules)):
             return whole, damage_in_llama_cpp(reference, session, rows, lambda done, total: None)
 
 
@@ -176,7 +175,7 @@ def test_vocabularies_like_sentencepieces(name: str, note: str):
     if not (SHARED / "models" / name).is_dir():
         pytest.skip("the trained checkpoints are not at hand")
     checkpoint = open_checkpoint(str(SHARED / "models" / name), None, False)
-    found, told = vocabulary_of(checkpoint.load_tokenizer(), checkpoint.config.vocab_size)
+    found, told = vocabulary_of(checkpoint.load_tokenizer(), checkpoint.vocabulary)
     assert found.model == "llama" and found.space_prefix and found.add_bos
     assert note in told and "none of its ways" not in told
 
@@ -206,7 +205,7 @@ def test_the_demo_in_llama_cpp_keeps_its_promise(tmp_path: Path, monkeypatch, ca
     checkpoint = open_checkpoint(str(demo.MODEL_DIR), None, False)
     text = str(demo.TEXT_FILE)
     documents, tokenizer = read_documents(text), checkpoint.load_tokenizer()
-    test = make_rows(documents, tokenizer, text, (2, 2, 24), 64, 512, 0, vocabulary=checkpoint.config.vocab_size).test
+    test = make_rows(documents, tokenizer, text, (2, 2, 24), 64, 512, 0, vocabulary=checkpoint.vocabulary).test
     plan = promised(demo.MODEL_DIR, plan, test)
     (file,) = exported(demo.MODEL_DIR, plan, tmp_path).glob("*.gguf")
     rows = ["--tokens", text, "--rows", "2,2,24", "--row-length", "64"]

@@ -131,7 +131,7 @@ def test_names_are_those_of_the_gguf_package(family: str, tmp_path: Path):
     kind = {"mistral": "llama"}.get(family, family)
     arch = next(arch for arch, name in gguf.MODEL_ARCH_NAMES.items() if name == kind)
     table = gguf.get_tensor_name_map(arch, checkpoint.info.layers)
-    for key in checkpoint.load_model().state_dict():
+    for key in checkpoint.load_model().model.state_dict():
         ours = tensor_name(key)
         assert ours == f"{table.get_name(key, try_suffixes=('.weight', '.bias')).removesuffix('.weight').removesuffix('.bias')}{key[key.rindex('.'):]}"  # fmt: skip
 
@@ -179,7 +179,7 @@ def test_a_float32_gguf_is_the_model_as_transformers_reads_it(family: str, chang
     read = AutoModelForCausalLM.from_pretrained(tmp_path / "out", gguf_file="model.gguf", dtype=torch.float32).eval()
     ids = torch.randint(300, (2, 16), generator=torch.Generator().manual_seed(0))
     with torch.no_grad():
-        difference = (checkpoint.load_model()(ids).logits - read(ids).logits).abs().max()
+        difference = (checkpoint.load_model().model(ids).logits - read(ids).logits).abs().max()
     assert float(difference) <= 1e-5
 
 

@@ -26,7 +26,6 @@ from bitatlas.measure.attention.ablation import (
 from bitatlas.measure.attention.capture import output_projection
 from bitatlas.measure.attention.profile import attention_profile
 from bitatlas.model.checkpoint import open_checkpoint
-from bitatlas.model.swap import swapped, weight_of
 from bitatlas.records import AttentionHead
 from bitatlas.records.journal import Journal
 
@@ -44,32 +43,32 @@ def heads_called(roles: dict[tuple[int, int], str], layers: int = 3, heads: int 
 @pytest.mark.parametrize("family", list(tiny.FAMILIES))
 def test_removed_heads_are_columns_of_the_output_projection(family: str, tmp_path: Path) -> None:
     """The same logits as with these columns of its weight at zero, and the model is whole again afterwards."""
-    model = open_checkpoint(str(tiny.make_checkpoint(tmp_path, family))).load_model()
+    decoder = open_checkpoint(str(tiny.make_checkpoint(tmp_path, family))).load_model()
     rows = torch.randint(2, 300, (2, 20), generator=torch.Generator().manual_seed(0))
     gone = ((0, 1), (2, 0), (2, 3))
     changed = {}
     for layer in (0, 2):
         name = OUTPUTS.get(family, "model.layers.{}.self_attn.o_proj").format(layer)
-        weight = weight_of(model, name).clone()
+        weight = decoder.weight(name).clone()
         size = weight.shape[1] // 4
         for head in (head for other, head in gone if other == layer):
             weight[:, head * size : (head + 1) * size] = 0
         changed[name] = weight
     with torch.no_grad():
-        whole = model(rows).logits
-        with swapped(model, changed):
-            expected = model(rows).logits
-        with without_heads(model, gone, dict.fromkeys(range(3), 4)):
-            found = model(rows).logits
-        assert torch.equal(model(rows).logits, whole)
+        whole = decoder.model(rows).logits
+        with decoder.swapped(changed):
+            expected = decoder.model(rows).logits
+        with without_heads(decoder, gone, dict.fromkeys(range(3), 4)):
+            found = decoder.model(rows).logits
+        assert torch.equal(decoder.model(rows).logits, whole)
     torch.testing.assert_close(found, expected)
     assert not torch.allclose(found, whole, atol=1e-2)
 
 
 def test_heads_that_cannot_be_told_apart_are_refused(tiny_llama: Path) -> None:
-    model = open_checkpoint(str(tiny_llama)).load_model()
-    assert output_projection(model.model.layers[0], 5) is None  # 64 inputs
-    with pytest.raises(ValueError, match="no output projection of 5 heads"), without_heads(model, ((0, 0),), {0: 5}):
+    decoder = open_checkpoint(str(tiny_llama)).load_model()
+    assert output_projection(decoder.model.model.layers[0], 5) is None  # 64 inputs
+    with pytest.raises(ValueError, match="no output projection of 5 heads"), without_heads(decoder, ((0, 0),), {0: 5}):
         pass
 
 
@@ -100,21 +99,21 @@ def test_half_losses_against_loops(start: int) -> None:
 
 def test_what_is_journaled_is_not_measured_again(tiny_llama: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Interrupted after one batch, gone on with, and read again: the same numbers as in one go."""
-    model, tokenizer = open_checkpoint(str(tiny_llama)).load_model(), tiny.tokenizer()
+    decoder, tokenizer = open_checkpoint(str(tiny_llama)).load_model(), tiny.tokenizer()
     heads = heads_called({(0, 1): "induction", (1, 2): "induction", (1, 0): "previous"})
-    whole = ablate(model, tokenizer, heads, ["x"], Journal(None), seed=3, sequences=6)
+    whole = ablate(decoder, tokenizer, heads, ["x"], Journal(None), seed=3, sequences=6)
     journal = Journal(tmp_path / "run.sqlite")
 
     def stop(done: int, total: int) -> None:
         raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):
-        ablate(model, tokenizer, heads, ["x"], journal, seed=3, sequences=6, progress=stop)
+        ablate(decoder, tokenizer, heads, ["x"], journal, seed=3, sequences=6, progress=stop)
     done = journal.count()
-    resumed = ablate(model, tokenizer, heads, ["x"], journal, seed=3, sequences=6)
+    resumed = ablate(decoder, tokenizer, heads, ["x"], journal, seed=3, sequences=6)
     assert 0 < done < journal.count()
     monkeypatch.setattr(ablation, "record", None)  # nothing is run any more
-    again = ablate(model, tokenizer, heads, ["x"], journal, seed=3, sequences=6)
+    again = ablate(decoder, tokenizer, heads, ["x"], journal, seed=3, sequences=6)
     for one, other, third in zip(whole, resumed, again, strict=True):
         assert (one.role, one.heads, one.draws) == (other.role, other.heads, other.draws)
         for name in ("intact", "removed", "random"):
@@ -126,13 +125,13 @@ def test_what_is_journaled_is_not_measured_again(tiny_llama: Path, tmp_path: Pat
 
 
 def test_what_cannot_be_tested_says_why(tiny_llama: Path) -> None:
-    model, tokenizer = open_checkpoint(str(tiny_llama)).load_model(), tiny.tokenizer()
-    assert ablate(model, tokenizer, [], [], Journal(None)) == []
+    decoder, tokenizer = open_checkpoint(str(tiny_llama)).load_model(), tiny.tokenizer()
+    assert ablate(decoder, tokenizer, [], [], Journal(None)) == []
     crowd = heads_called(dict.fromkeys(itertools.product(range(3), range(3)), "previous"))
-    alone = [ablation_record(one).not_tested for one in ablate(model, tokenizer, crowd, [], Journal(None))]
+    alone = [ablation_record(one).not_tested for one in ablate(decoder, tokenizer, crowd, [], Journal(None))]
     assert alone == ["no head is called induction", "no head is called induction, so none could need these for repeating"]
     crowd = [dataclasses.replace(head, role=head.role and "induction") for head in crowd]
-    records = [ablation_record(one) for one in ablate(model, tokenizer, crowd, [], Journal(None))]
+    records = [ablation_record(one) for one in ablate(decoder, tokenizer, crowd, [], Journal(None))]
     texts = [finding.text for finding in ablation_findings(records)]
     assert texts[0] == "Not tested: 9 of 12 heads are called induction, so there are not as many others to compare with."
     assert texts[1] == "Not tested: no head is called previous."
@@ -195,16 +194,16 @@ def test_many_heads_are_named_in_short() -> None:
 def test_the_demos_induction_heads_do_the_repeating() -> None:
     """On the bundled model the heads called induction matter more for repetition than as many random others."""
     checkpoint = open_checkpoint(str(demo.MODEL_DIR))
-    model, tokenizer = checkpoint.load_model(), checkpoint.load_tokenizer()
+    decoder, tokenizer = checkpoint.load_model(), checkpoint.load_tokenizer()
     text = demo.TEXT_FILE.read_text(encoding="utf-8")[:4000]
     rows = torch.tensor(tokenizer(text, verbose=False)["input_ids"][: 4 * 96]).reshape(4, 96)
-    heads = attention_profile(model, tokenizer, checkpoint.modules, rows, [], "reference").heads
+    heads = attention_profile(decoder, tokenizer, checkpoint.modules, rows, [], "reference").heads
     if not any(head.role == "induction" for head in heads):
         pytest.skip("no head of the bundled model is called induction: it was not trained on repetitions")
     heads = [
         dataclasses.replace(head, role=head.role if head.role == "induction" else None) for head in heads
     ]  # one role is the bar
-    record = ablation_record(ablate(model, tokenizer, heads, ["demo"], Journal(None), sequences=SHORT_SEQUENCES)[0])
+    record = ablation_record(ablate(decoder, tokenizer, heads, ["demo"], Journal(None), sequences=SHORT_SEQUENCES)[0])
     assert record.role == "induction"
     assert record.second_half.mean < record.first_half.mean - 1  # it does repeat
     assert record.effect.ci95[0] > 0

@@ -21,8 +21,8 @@ from bitatlas.measure.attention.capture import eager
 from bitatlas.measure.attention.maps import in_dtype
 from bitatlas.measure.attention.profile import NO_MAPS, attention_profile
 from bitatlas.measure.attention.roles import ROLES
-from bitatlas.model.checkpoint import decoder_layers, open_checkpoint
-from bitatlas.model.swap import weight_of
+from bitatlas.model.checkpoint import open_checkpoint
+from bitatlas.model.decoder import Decoder, decoder_of
 from live_bytes import LiveBytes
 
 # --- whole models ---------------------------------------------------------------------------------------------------------
@@ -30,20 +30,20 @@ from live_bytes import LiveBytes
 
 @dataclasses.dataclass
 class Loaded:
-    model: torch.nn.Module
+    decoder: Decoder
     modules: list
     changed: dict[str, Tensor]
 
 
 def load(folder: Path) -> Loaded:
     checkpoint = open_checkpoint(str(folder))
-    model = checkpoint.load_model()
+    decoder = checkpoint.load_model()
     generator = torch.Generator().manual_seed(1)
     changed = {}
     for module in checkpoint.modules:
-        weight = weight_of(model, module.name)
+        weight = decoder.weight(module.name)
         changed[module.name] = weight + 0.3 * weight.std() * torch.randn(weight.shape, generator=generator)
-    return Loaded(model, checkpoint.modules, changed)
+    return Loaded(decoder, checkpoint.modules, changed)
 
 
 @pytest.fixture(scope="module")
@@ -57,14 +57,14 @@ def text_rows(rows: int = 5, tokens: int = 40) -> Tensor:
 
 def profile(loaded: Loaded, rows: Tensor | None = None, **options: object):
     rows = text_rows() if rows is None else rows
-    return attention_profile(loaded.model, tiny.tokenizer(), loaded.modules, rows, [], "reference", **options)
+    return attention_profile(loaded.decoder, tiny.tokenizer(), loaded.modules, rows, [], "reference", **options)
 
 
 @pytest.mark.parametrize("family", list(tiny.FAMILIES))
 def test_families(family: str, tmp_path: Path) -> None:
     loaded = load(tiny.make_checkpoint(tmp_path, family))
-    before = {name: tensor.clone() for name, tensor in loaded.model.state_dict().items()}
-    implementation = loaded.model.config._attn_implementation
+    before = {name: tensor.clone() for name, tensor in loaded.decoder.model.state_dict().items()}
+    implementation = loaded.decoder.model.config._attn_implementation
     steps: list[tuple[int, int]] = []
     result = profile(loaded, changed=loaded.changed, batch_size=2, progress=lambda done, total: steps.append((done, total)))
     assert result.notes == []
@@ -80,9 +80,9 @@ def test_families(family: str, tmp_path: Path) -> None:
     assert all(set(head.scores) == set(ROLES) for head in result.heads)
     assert steps == [(i, steps[-1][1]) for i in range(1, len(steps) + 1)]
     assert steps[-1][0] == steps[-1][1]
-    assert all(torch.equal(tensor, before[name]) for name, tensor in loaded.model.state_dict().items())
-    assert loaded.model.config._attn_implementation == implementation != "eager"
-    assert not any(module._forward_hooks or module._forward_pre_hooks for module in loaded.model.modules())
+    assert all(torch.equal(tensor, before[name]) for name, tensor in loaded.decoder.model.state_dict().items())
+    assert loaded.decoder.model.config._attn_implementation == implementation != "eager"
+    assert not any(module._forward_hooks or module._forward_pre_hooks for module in loaded.decoder.model.modules())
 
 
 def test_window_limits_the_keys(tmp_path: Path) -> None:
@@ -136,21 +136,20 @@ def js_of(first: np.ndarray, second: np.ndarray) -> float:
 
 def test_drift_is_what_whole_passes_and_scipy_give(llama: Loaded) -> None:
     """Local: only that layer changed; cumulative: all changed; noise: a bfloat16 copy, its rotary table in float32 as it is loaded."""
-    from bitatlas.model.swap import swapped
 
     rows = text_rows(3, 24)
     found = profile(llama, rows, changed=llama.changed).layers
-    reference = eager_maps(llama.model, rows)
-    with swapped(llama.model, llama.changed):
-        changed = eager_maps(llama.model, rows)
-    with in_dtype(llama.model, torch.bfloat16):
-        rotary = llama.model.model.rotary_emb
-        rotary.inv_freq = rotary.original_inv_freq = rotary.compute_default_rope_parameters(llama.model.config)[0]
-        half = eager_maps(llama.model, rows)
+    reference = eager_maps(llama.decoder.model, rows)
+    with llama.decoder.swapped(llama.changed):
+        changed = eager_maps(llama.decoder.model, rows)
+    with in_dtype(llama.decoder.model, torch.bfloat16):
+        rotary = llama.decoder.model.model.rotary_emb
+        rotary.inv_freq = rotary.original_inv_freq = rotary.compute_default_rope_parameters(llama.decoder.model.config)[0]
+        half = eager_maps(llama.decoder.model, rows)
     for number, layer in enumerate(found):
         only = {m.name: llama.changed[m.name] for m in llama.modules if m.layer == number}
-        with swapped(llama.model, only):
-            alone = eager_maps(llama.model, rows)
+        with llama.decoder.swapped(only):
+            alone = eager_maps(llama.decoder.model, rows)
         assert layer.drift_local.mean == pytest.approx(js_of(reference[number], alone[number]), abs=1e-5)
         assert layer.drift_cumulative.mean == pytest.approx(js_of(reference[number], changed[number]), abs=1e-5)
         assert layer.drift_noise.mean == pytest.approx(js_of(reference[number], half[number]), rel=0.1)
@@ -184,7 +183,9 @@ def test_memory_does_not_grow_with_the_sequences(llama: Loaded, drift: bool) -> 
     peaks = {}
     for rows in (4, 16):
         given = text_rows(rows, 96)
-        with LiveBytes([*llama.model.parameters(), *llama.model.buffers(), *llama.changed.values(), given]) as live:
+        with LiveBytes(
+            [*llama.decoder.model.parameters(), *llama.decoder.model.buffers(), *llama.changed.values(), given]
+        ) as live:
             profile(llama, given, changed=llama.changed if drift else None, batch_size=2)
         peaks[rows] = live.peak
     one_map = 2 * 4 * 96 * 96 * 4  # rows x heads x queries x keys in float32
@@ -195,9 +196,10 @@ def test_memory_does_not_grow_with_the_sequences(llama: Loaded, drift: bool) -> 
 def test_models_without_attention_give_a_note() -> None:
     from transformers import MambaConfig, MambaForCausalLM
 
-    model = MambaForCausalLM(MambaConfig(vocab_size=300, hidden_size=16, num_hidden_layers=2, state_size=4)).eval()
-    assert len(decoder_layers(model)) == 2
-    result = attention_profile(model, tiny.tokenizer(), [], text_rows(2, 16), [], "reference")
+    model = MambaForCausalLM(MambaConfig(vocab_size=300, hidden_size=16, num_hidden_layers=2, state_size=4))
+    decoder = decoder_of(model.eval())
+    assert len(decoder.layers) == 2
+    result = attention_profile(decoder, tiny.tokenizer(), [], text_rows(2, 16), [], "reference")
     assert (result.layers, result.heads, result.notes) == ([], [], [NO_MAPS])
 
 
@@ -211,9 +213,9 @@ def test_wrong_use_is_refused(llama: Loaded) -> None:
 
 def test_eager_comes_off_after_an_error(llama: Loaded) -> None:
     def hooks() -> int:
-        return sum(len(module._forward_hooks) + len(module._forward_pre_hooks) for module in llama.model.modules())
+        return sum(len(module._forward_hooks) + len(module._forward_pre_hooks) for module in llama.decoder.model.modules())
 
-    before = llama.model.config._attn_implementation, hooks()
+    before = llama.decoder.model.config._attn_implementation, hooks()
 
     def stop(done: int, total: int) -> None:
         raise KeyboardInterrupt
@@ -221,16 +223,16 @@ def test_eager_comes_off_after_an_error(llama: Loaded) -> None:
     for options in ({}, {"changed": llama.changed}):
         with pytest.raises(KeyboardInterrupt):
             profile(llama, progress=stop, **options)
-        assert (llama.model.config._attn_implementation, hooks()) == before
+        assert (llama.decoder.model.config._attn_implementation, hooks()) == before
 
 
 def test_trained_model_has_previous_token_heads(babyllama: Path) -> None:
     """The smallest trained model at hand has heads for the previous letter, in the second and third layer."""
     checkpoint = open_checkpoint(str(babyllama))
-    model, tokenizer = checkpoint.load_model(), checkpoint.load_tokenizer()
+    decoder, tokenizer = checkpoint.load_model(), checkpoint.load_tokenizer()
     text = (tiny.SHARED / "data" / "tinystories_test.txt").read_text(encoding="utf-8")[:2000]
     rows = torch.tensor(tokenizer(text, verbose=False)["input_ids"][: 8 * 96]).reshape(8, 96)
-    run = partial(attention_profile, model, tokenizer, checkpoint.modules, rows, [], "reference")
+    run = partial(attention_profile, decoder, tokenizer, checkpoint.modules, rows, [], "reference")
     found = [layer.roles["previous"] for layer in run().layers]
     assert found[1] >= 2
     assert found[2] >= 2

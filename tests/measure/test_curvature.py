@@ -13,7 +13,6 @@ from bitatlas.measure.curvature import contract, expand
 from bitatlas.measure.damage import DamageMeter, Swap
 from bitatlas.measure.interactions import pair_rows, swap_interactions
 from bitatlas.model.checkpoint import Checkpoint, open_checkpoint
-from bitatlas.model.swap import swapped
 from bitatlas.plan.expansion import quadratic
 from bitatlas.quantize.bank import Bank
 from bitatlas.records.journal import Journal
@@ -24,9 +23,9 @@ NAMES = ("int2_g32", "int4_g32")
 
 def setup(folder: Path, dtype: torch.dtype = torch.float64, fuse: bool = False) -> tuple[Checkpoint, DamageMeter, Tensor]:
     checkpoint = open_checkpoint(str(folder), fuse=fuse)
-    model = checkpoint.load_model(dtype=dtype)
-    bank = Bank(model, [m.name for m in checkpoint.modules], "rtn")
-    meter = DamageMeter(model, bank, checkpoint.info.weights_sha256, "rtn", Journal(None))
+    decoder = checkpoint.load_model(dtype=dtype)
+    bank = Bank(decoder, [m.name for m in checkpoint.modules], "rtn")
+    meter = DamageMeter(decoder, bank, checkpoint.info.weights_sha256, "rtn", Journal(None))
     rows = make_rows([TEXT], checkpoint.load_tokenizer(), "text", (6, 2, 2), 16, 128, 0).fit
     return checkpoint, meter, rows
 
@@ -34,14 +33,14 @@ def setup(folder: Path, dtype: torch.dtype = torch.float64, fuse: bool = False) 
 def damage(meter: DamageMeter, base: dict[str, str], moved: dict[str, str], share: float, rows: Tensor) -> np.ndarray:
     """KL(reference || base + share x (moved - base)), float64, by row."""
     with torch.no_grad():
-        reference = torch.log_softmax(meter.model(rows).logits, -1)
+        reference = torch.log_softmax(meter.decoder.model(rows).logits, -1)
         start = {
             name: meter.bank.weights({name: base[name]})[name] if name in base else meter.bank.reference(name) for name in moved
         }
         end = meter.bank.weights(moved)
         weights = {**meter.bank.weights(base), **{name: start[name] + share * (end[name] - start[name]) for name in moved}}
-        with swapped(meter.model, weights):
-            changed = torch.log_softmax(meter.model(rows).logits, -1)
+        with meter.decoder.swapped(weights):
+            changed = torch.log_softmax(meter.decoder.model(rows).logits, -1)
     return (reference.exp() * (reference - changed)).sum(-1).mean(-1).numpy()
 
 
@@ -131,4 +130,4 @@ def test_nothing_depends_on_the_batch_or_the_journal(tiny_llama: Path, monkeypat
     single = expand(meter, checkpoint.modules, NAMES, base, rows)
     assert single.scores == pytest.approx(whole.scores, rel=1e-3, abs=1e-3 * np.abs(whole.scores).max())
     assert single.first == pytest.approx(whole.first, rel=1e-3, abs=1e-5 * np.abs(whole.first).max())
-    assert all(not p.requires_grad and p.grad is None for p in meter.model.parameters())
+    assert all(not p.requires_grad and p.grad is None for p in meter.decoder.model.parameters())

@@ -11,7 +11,6 @@ from bitatlas.measure.damage import DamageMeter, Room, Swap
 from bitatlas.model.checkpoint import Checkpoint, open_checkpoint
 from bitatlas.model.hidden_states import Shelf
 from bitatlas.model.layerwise import Job, follow, logits_of, record
-from bitatlas.model.swap import swapped, weight_of
 from bitatlas.quantize.bank import Bank
 from bitatlas.records.formats import FORMATS
 from bitatlas.records.journal import Journal
@@ -22,9 +21,9 @@ CANDIDATES = {name: FORMATS[name] for name in ("int2_g32", "int4_g32")}
 
 def setup(folder: Path, journal: Journal | None = None) -> tuple[Checkpoint, torch.nn.Module, DamageMeter]:
     checkpoint = open_checkpoint(str(folder), fuse=False)
-    model = checkpoint.load_model()
-    bank = Bank(model, [m.name for m in checkpoint.modules], "rtn")
-    return checkpoint, model, DamageMeter(model, bank, checkpoint.info.weights_sha256, "rtn", journal or Journal(None))
+    decoder = checkpoint.load_model()
+    bank = Bank(decoder, [m.name for m in checkpoint.modules], "rtn")
+    return checkpoint, decoder, DamageMeter(decoder, bank, checkpoint.info.weights_sha256, "rtn", journal or Journal(None))
 
 
 def rows_for(checkpoint: Checkpoint) -> torch.Tensor:
@@ -33,55 +32,55 @@ def rows_for(checkpoint: Checkpoint) -> torch.Tensor:
 
 @pytest.mark.parametrize("family", sorted(FAMILIES))
 def test_passes_in_pieces_equal_full_passes_to_the_last_bit(family: str, tmp_path: Path):
-    checkpoint, model, meter = setup(make_checkpoint(tmp_path / family, family))
+    checkpoint, decoder, meter = setup(make_checkpoint(tmp_path / family, family))
     ids = rows_for(checkpoint)[:6]
     batches = [ids[:4], ids[4:]]
-    before = {name: p.clone() for name, p in model.named_parameters()}
-    whole = [model(part).logits for part in batches]
+    before = {name: p.clone() for name, p in decoder.model.named_parameters()}
+    whole = [decoder.model(part).logits for part in batches]
     with Shelf(2**12) as shelf:  # so little that most states go through files
-        recorded = record(model, batches, shelf)
+        recorded = record(decoder, batches, shelf)
         assert shelf.spilled
         assert all(
-            torch.equal(logits_of(model, *pair), logits) for *pair, logits in zip(batches, recorded.final, whole, strict=True)
+            torch.equal(logits_of(decoder, *pair), logits) for *pair, logits in zip(batches, recorded.final, whole, strict=True)
         )
         weights = [meter.bank.weights({m.name: "int2_g32" for m in checkpoint.modules if m.layer == layer}) for layer in range(3)]
         jobs = [
-            Job(layer, lambda at, own=own, layer=layer: swapped(model, own if at == layer else {}))
+            Job(layer, lambda at, own=own, layer=layer: decoder.swapped(own if at == layer else {}))
             for layer, own in enumerate(weights)
         ]
-        finals = follow(model, recorded, jobs)
+        finals = follow(decoder, recorded, jobs)
     for own, states in zip(weights, finals, strict=True):
-        with swapped(model, own):
+        with decoder.swapped(own):
             assert all(
-                torch.equal(logits_of(model, part, state), model(part).logits)
+                torch.equal(logits_of(decoder, part, state), decoder.model(part).logits)
                 for part, state in zip(batches, states, strict=True)
             )
-            assert not torch.equal(model(batches[0]).logits, whole[0])
-    assert all(torch.equal(before[name], p) for name, p in model.named_parameters())
-    assert torch.equal(model(batches[0]).logits, whole[0])
+            assert not torch.equal(decoder.model(batches[0]).logits, whole[0])
+    assert all(torch.equal(before[name], p) for name, p in decoder.model.named_parameters())
+    assert torch.equal(decoder.model(batches[0]).logits, whole[0])
 
 
 def test_a_swap_restores_after_an_error_and_refuses_a_wrong_shape(tiny_llama: Path):
-    _, model, _ = setup(tiny_llama)
+    _, decoder, _ = setup(tiny_llama)
     name = "model.layers.1.mlp.up_proj"
-    before = weight_of(model, name).clone()
-    with pytest.raises(KeyboardInterrupt), swapped(model, {name: torch.zeros_like(before)}):
-        assert not weight_of(model, name).any()
+    before = decoder.weight(name).clone()
+    with pytest.raises(KeyboardInterrupt), decoder.swapped({name: torch.zeros_like(before)}):
+        assert not decoder.weight(name).any()
         raise KeyboardInterrupt
-    assert torch.equal(weight_of(model, name), before)
-    with pytest.raises(ValueError, match="does not fit"), swapped(model, {name: torch.zeros(3, 3)}):
+    assert torch.equal(decoder.weight(name), before)
+    with pytest.raises(ValueError, match="does not fit"), decoder.swapped({name: torch.zeros(3, 3)}):
         pass
 
 
 def test_damage_equals_a_float64_computation(tiny_llama: Path):
-    checkpoint, model, meter = setup(tiny_llama)
+    checkpoint, decoder, meter = setup(tiny_llama)
     rows = rows_for(checkpoint)
     plan = {m.name: "int2_g32" if m.layer == 1 else "int4_g32" for m in checkpoint.modules}
     measured = meter.plans({"plan": plan}, rows)["plan"]
-    model.double()
-    reference = torch.log_softmax(model(rows).logits, -1)
-    with swapped(model, {name: w.double() for name, w in meter.bank.weights(plan).items()}):
-        changed = torch.log_softmax(model(rows).logits, -1)
+    decoder.model.double()
+    reference = torch.log_softmax(decoder.model(rows).logits, -1)
+    with decoder.swapped({name: w.double() for name, w in meter.bank.weights(plan).items()}):
+        changed = torch.log_softmax(decoder.model(rows).logits, -1)
     exact = torch.nn.functional.kl_div(changed, reference, reduction="none", log_target=True).sum(-1).mean(1)
     assert torch.allclose(torch.from_numpy(measured), exact, rtol=2e-4, atol=1e-6)  # float32 logits against float64
 
@@ -99,8 +98,8 @@ def test_swaps_equal_whole_plans(tiny_llama: Path):
 
 def test_batches_share_what_is_made_of_codes_and_are_measured_as_alone(tiny_llama: Path, monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setattr("bitatlas.measure.damage.batch_rows", lambda *_: 4)
-    checkpoint, model, together = setup(tiny_llama)
-    alone = DamageMeter(model, together.bank, "", "rtn", Journal(None), Room(state_bytes=1))
+    checkpoint, decoder, together = setup(tiny_llama)
+    alone = DamageMeter(decoder, together.bank, "", "rtn", Journal(None), Room(state_bytes=1))
     rows = rows_for(checkpoint)
     assert len(alone.chunks(rows)) == 5 and len(together.chunks(rows)) == 1
     base = {m.name: "int4_g32" for m in checkpoint.modules}
@@ -128,9 +127,9 @@ def test_nothing_is_measured_twice(tiny_llama: Path, tmp_path: Path, monkeypatch
     _, _, meter = setup(tiny_llama, Journal(tmp_path / "run.sqlite"))
     passes: list[int] = []
 
-    def counted(model, batches, inputs=None):
+    def counted(decoder, batches, inputs=None):
         passes.append(sum(map(len, batches)))
-        return record(model, batches, inputs)
+        return record(decoder, batches, inputs)
 
     monkeypatch.setattr("bitatlas.measure.damage.record", counted)
     second = meter.plans(plans, rows)

@@ -25,11 +25,11 @@ CLOSE = {"rtol": 2e-4, "atol": 1e-7}
 def measured(folder: Path, quantizer: str = "rtn") -> dict[str, np.ndarray]:
     """Everything that a search asks the model for, without a journal to remember it."""
     checkpoint = open_checkpoint(str(folder), None, False)
-    model = checkpoint.load_model("cpu")
+    decoder = checkpoint.load_model("cpu")
     modules = checkpoint.modules
     rows = torch.randint(0, 300, (6, 24), generator=torch.Generator().manual_seed(3))
-    bank = Bank(model, [m.name for m in modules], quantizer, rows=rows)
-    meter = DamageMeter(model, bank, "", bank.identity, Journal(None))
+    bank = Bank(decoder, [m.name for m in modules], quantizer, rows=rows)
+    meter = DamageMeter(decoder, bank, "", bank.identity, Journal(None))
     low, high = (uniform(modules, name) for name in FORMATS)
     swaps = [Swap(layer, {m.name: "int2_g32" for m in modules if m.layer == layer}) for layer in range(3)]
     expanded = curvature.expand(meter, modules, FORMATS, low, rows)

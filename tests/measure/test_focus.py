@@ -333,17 +333,17 @@ def brute_force(maps: Tensor, ids: list[int], problem: Problem) -> tuple[np.ndar
 def test_focus_of_a_model_against_loops(tmp_path: Path) -> None:
     """Two problems of different length in one padded batch, every layer and head; a third is too long and is counted."""
     checkpoint = open_checkpoint(str(tiny.make_checkpoint(tmp_path, max_position_embeddings=400)))
-    model, tokenizer = checkpoint.load_model(), tiny.tokenizer()
+    decoder, tokenizer = checkpoint.load_model(), tiny.tokenizer()
     long = {**COOKIES, "Body": COOKIES["Body"] + " He likes cookies." * 100}
     problems = problems_of([COOKIES, DUCKS, long])
     rows = torch.randint(2, 300, (2, 12), generator=torch.Generator().manual_seed(0))
-    result = attention_profile(model, tokenizer, checkpoint.modules, rows, problems, "reference")
+    result = attention_profile(decoder, tokenizer, checkpoint.modules, rows, problems, "reference")
     assert any("1 of 3 problems are longer than the context of 400 tokens" in note for note in result.notes)
     masses = []
     for problem in problems[:2]:
         ids = tokenizer(problem.text)["input_ids"]
-        with eager(model), torch.no_grad():
-            maps = model(torch.tensor([ids]), output_attentions=True, use_cache=False).attentions
+        with eager(decoder.model), torch.no_grad():
+            maps = decoder.model(torch.tensor([ids]), output_attentions=True, use_cache=False).attentions
         masses.append([brute_force(layer[0], ids, problem) for layer in maps])
     exact = np.asarray(masses).mean(0)  # [layers, m/e, heads]
     for head in result.heads:

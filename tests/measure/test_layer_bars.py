@@ -29,9 +29,9 @@ LAYERS, FRAGILE = 6, 2
 
 def opened(folder: Path, rows: int, row_length: int) -> tuple[list, DamageMeter, torch.Tensor]:
     checkpoint = open_checkpoint(str(folder), fuse=False)
-    model = checkpoint.load_model()
-    bank = Bank(model, [m.name for m in checkpoint.modules], "rtn")
-    meter = DamageMeter(model, bank, checkpoint.info.weights_sha256, "rtn", Journal(None))
+    decoder = checkpoint.load_model()
+    bank = Bank(decoder, [m.name for m in checkpoint.modules], "rtn")
+    meter = DamageMeter(decoder, bank, checkpoint.info.weights_sha256, "rtn", Journal(None))
     text = demo.TEXT_FILE.read_text(encoding="utf-8")
     cut = make_rows([text], checkpoint.load_tokenizer(), "text", (2, 2, rows), row_length, checkpoint.info.context, 0)
     return checkpoint.modules, meter, cut.test

@@ -17,7 +17,7 @@ from bitatlas.measure.attention.maps import LEAST_KEYS, Sinks, allowed_keys, cou
 from bitatlas.measure.attention.profile import BLOCK, AttentionResult, attention_profile, example_maps
 from bitatlas.measure.attention.scoring import RESTING_SINK_MASS
 from bitatlas.records.journal import Journal
-from planted import DUPLICATE, EVEN, INDUCTION, PREVIOUS, SINK, planted_model
+from planted import DUPLICATE, EVEN, INDUCTION, PREVIOUS, SINK, planted_decoder
 
 ROLE_OF = {PREVIOUS: "previous", DUPLICATE: "duplicate", INDUCTION: "induction"}
 
@@ -28,14 +28,14 @@ def text_rows() -> Tensor:
 
 @pytest.fixture(scope="module")
 def profiled() -> AttentionResult:
-    return attention_profile(planted_model(), tiny.tokenizer(), [], text_rows(), [], "reference")
+    return attention_profile(planted_decoder(), tiny.tokenizer(), [], text_rows(), [], "reference")
 
 
 @pytest.fixture(scope="module")
 def removed(profiled: AttentionResult) -> dict[str, Removal]:
-    model = planted_model()
-    found = ablate(model, tiny.tokenizer(), profiled.heads, ["planted"], Journal(None))
-    assert not any(module._forward_pre_hooks for module in model.modules())
+    decoder = planted_decoder()
+    found = ablate(decoder, tiny.tokenizer(), profiled.heads, ["planted"], Journal(None))
+    assert not any(module._forward_pre_hooks for module in decoder.model.modules())
     return {one.role: one for one in found}
 
 
@@ -54,7 +54,7 @@ def test_each_head_is_called_what_it_is(profiled: AttentionResult) -> None:
 
 
 def test_example_maps_show_each_role_as_its_line(profiled: AttentionResult) -> None:
-    found = {(one.layer, one.head): one for one in example_maps(planted_model(), tiny.tokenizer(), profiled.heads)}
+    found = {(one.layer, one.head): one for one in example_maps(planted_decoder(), tiny.tokenizer(), profiled.heads)}
     assert {at: one.role for at, one in found.items()} == ROLE_OF
     start = len(found[INDUCTION].percent) - 2 * BLOCK  # a beginning token, where there is one
     for at, back in ((PREVIOUS, 1), (DUPLICATE, BLOCK), (INDUCTION, BLOCK - 1)):
@@ -69,7 +69,7 @@ def test_example_maps_show_each_role_as_its_line(profiled: AttentionResult) -> N
 
 def test_without_roles_there_are_no_example_maps(profiled: AttentionResult) -> None:
     plain = [dataclasses.replace(head, role=None) for head in profiled.heads]
-    assert example_maps(planted_model(), tiny.tokenizer(), plain) == []
+    assert example_maps(planted_decoder(), tiny.tokenizer(), plain) == []
 
 
 def test_the_sinks_mass_is_reported_and_rests_on_nothing_else(profiled: AttentionResult) -> None:
@@ -87,9 +87,9 @@ def test_even_attention_has_the_entropy_of_its_keys(profiled: AttentionResult) -
         keys = Sinks(rows).keys
         found.append(spread(*strip_sinks(maps, keys), count_keys(allowed_keys(maps), keys))[1])
 
-    model = planted_model()
-    with eager(model):
-        run_captured(model, rows, read)
+    decoder = planted_decoder()
+    with eager(decoder.model):
+        run_captured(decoder, rows, read)
     exact = sum(math.log(keys) for keys in range(LEAST_KEYS, rows.shape[1])) / (rows.shape[1] - LEAST_KEYS)
     assert found[0][:, EVEN[1]].tolist() == pytest.approx([exact] * len(rows), abs=1e-5)
     entropy = {(head.layer, head.head): head.entropy for head in profiled.heads}

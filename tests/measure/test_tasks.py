@@ -23,7 +23,7 @@ from bitatlas.data.numbers import read_number
 from bitatlas.data.tasks import TASKS, load_items, task_text
 from bitatlas.errors import UserError
 from bitatlas.measure.tasks import score_items
-from bitatlas.model.swap import swapped
+from bitatlas.model.decoder import decoder_of
 from task_files import PROBLEMS, QUESTIONS, needs_shared
 from tiny import SHARED
 
@@ -138,7 +138,7 @@ def test_the_weights_in_memory_are_scored(learned, tokenizer):
     model, items = learned
     before = score_items(model, tokenizer, "arc_easy", items["arc_easy"])
     name = "model.layers.1.mlp.down_proj"
-    with swapped(model, {name: 3 * torch.randn(64, 128, generator=torch.Generator().manual_seed(0))}):
+    with decoder_of(model).swapped({name: 3 * torch.randn(64, 128, generator=torch.Generator().manual_seed(0))}):
         records = score_items(model, tokenizer, "arc_easy", items["arc_easy"])
         assert_choices_equal_brute_force(model, tokenizer, items["arc_easy"], records)
         assert not all(record["correct"] for record in score_items(model, tokenizer, "svamp", items["svamp"]))

@@ -10,8 +10,8 @@ from safetensors.torch import load_file, save_file
 from transformers import BertConfig, BertLMHeadModel
 
 from bitatlas.errors import UserError
-from bitatlas.model.checkpoint import check_causal, check_finite, decoder_layers, open_checkpoint, open_model
-from bitatlas.model.swap import weight_of
+from bitatlas.model.checkpoint import check_causal, check_finite, open_checkpoint, open_model
+from bitatlas.model.decoder import decoder_of
 from tiny import FAMILIES, make_checkpoint
 
 KINDS = {
@@ -27,10 +27,10 @@ def test_modules_and_sizes_of_every_family(family: str, tmp_path: Path):
     assert checkpoint.info.heads == 4
     assert len(checkpoint.modules) == 3 * KINDS[family]
     assert len({m.kind for m in checkpoint.modules}) == KINDS[family]
-    model = checkpoint.load_model()
-    assert len(decoder_layers(model)) == 3
+    decoder = checkpoint.load_model()
+    assert len(decoder.layers) == 3
     for module in checkpoint.modules:
-        assert tuple(weight_of(model, module.name).shape) == module.shape
+        assert tuple(decoder.weight(module.name).shape) == module.shape
         assert f".{module.layer}." in module.name
     tensors = load_file(folder / "model.safetensors")
     assert checkpoint.info.total_bytes == sum(t.numel() * t.element_size() for t in tensors.values())
@@ -249,12 +249,12 @@ def test_causal_models_read_no_further(family: str, tmp_path: Path):
 def test_encoder_with_a_causal_head_reads_ahead(is_decoder: bool):
     torch.manual_seed(0)
     size = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 32, "vocab_size": 50}
-    model = BertLMHeadModel(BertConfig(**size, is_decoder=is_decoder)).eval()
+    decoder = decoder_of(BertLMHeadModel(BertConfig(**size, is_decoder=is_decoder)).eval())
     if is_decoder:
-        check_causal(model, "bert")
+        check_causal(decoder, "bert")
         return
     with pytest.raises(UserError, match="bert: BertLMHeadModel reads ahead"):
-        check_causal(model, "bert")
+        check_causal(decoder, "bert")
 
 
 def test_weights_hash_tells_weights_apart(tmp_path: Path):

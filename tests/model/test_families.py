@@ -20,6 +20,7 @@ from bitatlas.measure.curvature import expand, label_points, labels_at
 from bitatlas.measure.damage import DamageMeter, Room, Swap
 from bitatlas.measure.interactions import swap_interactions
 from bitatlas.model.checkpoint import Checkpoint, check_causal, open_checkpoint
+from bitatlas.model.decoder import Decoder
 from bitatlas.model.layerwise import check_chain, is_chain
 from bitatlas.quantize.bank import Bank
 from bitatlas.quantize.hessian import input_moments
@@ -92,7 +93,7 @@ class Plain:
     """A copy of the model whose weights are set, run whole."""
 
     def __init__(self, meter: DamageMeter, rows: Tensor):
-        self.model, self.bank, self.rows = copy.deepcopy(meter.model), meter.bank, rows
+        self.model, self.bank, self.rows = copy.deepcopy(meter.decoder.model), meter.bank, rows
         self.reference = self.log_p()
 
     @torch.no_grad()
@@ -110,16 +111,16 @@ class Plain:
 
 def setup(folder: Path) -> tuple[Checkpoint, DamageMeter, Tensor]:
     checkpoint = open_checkpoint(str(folder))
-    model = checkpoint.load_model()
-    check_causal(model, "model")
-    check_chain(model, "model")
+    decoder = checkpoint.load_model()
+    check_causal(decoder, "model")
+    check_chain(decoder, "model")
     rows = torch.randint(3, 290, (3, 12), generator=torch.Generator().manual_seed(3))
-    return checkpoint, meter_of(checkpoint, model), rows
+    return checkpoint, meter_of(checkpoint, decoder), rows
 
 
-def meter_of(checkpoint: Checkpoint, model: Any, room: Room | None = None) -> DamageMeter:
-    bank = Bank(model, [module.name for module in checkpoint.modules], "rtn")
-    return DamageMeter(model, bank, checkpoint.info.weights_sha256, "rtn", Journal(None), room)
+def meter_of(checkpoint: Checkpoint, decoder: Decoder, room: Room | None = None) -> DamageMeter:
+    bank = Bank(decoder, [module.name for module in checkpoint.modules], "rtn")
+    return DamageMeter(decoder, bank, checkpoint.info.weights_sha256, "rtn", Journal(None), room)
 
 
 def swaps_of(units: list[Unit]) -> dict[str, Swap]:
@@ -129,7 +130,7 @@ def swaps_of(units: list[Unit]) -> dict[str, Swap]:
 @pytest.mark.parametrize("shape", sorted(SHAPES))
 def test_what_is_measured_is_what_a_plain_pass_gives(shape: str, tmp_path: Path):
     checkpoint, meter, rows = setup(build(tmp_path / "model", *SHAPES[shape]))
-    assert is_chain(meter.model) == (shape not in WHOLE)
+    assert is_chain(meter.decoder) == (shape not in WHOLE)
     units, base = units_of(checkpoint.modules), {module.name: "int4_g32" for module in checkpoint.modules}
     swaps, plain = swaps_of(units), Plain(meter, rows)
     alone = meter.swaps(base, swaps, rows)
@@ -179,7 +180,7 @@ def test_streamed_is_in_memory(shape: str, tmp_path: Path):
     """Left out: experts that the file stores one by one, which are fused while they are loaded."""
     checkpoint, meter, rows = setup(build(tmp_path / "model", *SHAPES[shape]))
     streamed = meter_of(checkpoint, checkpoint.stream_model(), Room(2**16, 2**12, whole=False, folder=tmp_path))
-    check_chain(streamed.model, "model")
+    check_chain(streamed.decoder, "model")
     swaps, base = swaps_of(units_of(checkpoint.modules)), {module.name: "int4_g32" for module in checkpoint.modules}
     mine, theirs = (one.swaps(base, swaps, rows) for one in (streamed, meter))
     for name in swaps:
@@ -199,13 +200,13 @@ def test_moments_are_those_of_a_plain_pass(shape: str, tmp_path: Path):
     checkpoint, meter, rows = setup(build(tmp_path / "model", *SHAPES[shape]))
     names = [module.name for module in checkpoint.modules]
     seen: dict[str, list[Tensor]] = {name: [] for name in names}
-    plain = copy.deepcopy(meter.model)
+    plain = copy.deepcopy(meter.decoder.model)
     for name in names:
         plain.get_submodule(name).register_forward_pre_hook(
             lambda module, args, name=name: seen[name].append(args[0].flatten(0, -2))
         )
     plain(input_ids=rows, use_cache=False)
-    for sharing, moment in input_moments(meter.model, names, rows):
+    for sharing, moment in input_moments(meter.decoder, names, rows):
         for name in sharing:
             x = torch.cat(seen[name]).double()
             torch.testing.assert_close(moment, x.T @ x / len(x), rtol=1e-4, atol=1e-5)
@@ -233,8 +234,8 @@ def test_sizes_count_what_sees(tmp_path: Path):
 
 def test_activations_beyond_float16_are_told(tiny_llama: Path):
     checkpoint = open_checkpoint(str(tiny_llama))
-    model = checkpoint.load_model(dtype=torch.float16)
+    decoder = checkpoint.load_model(dtype=torch.float16)
     with torch.no_grad():
-        model.get_submodule("model.layers.1.mlp.up_proj").weight.mul_(6e4)
+        decoder.model.get_submodule("model.layers.1.mlp.up_proj").weight.mul_(6e4)
     with pytest.raises(UserError, match=r"activations overflow float16 .*use --dtype bfloat16 or float32"):
-        check_chain(model, "model")
+        check_chain(decoder, "model")

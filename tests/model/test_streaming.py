@@ -11,10 +11,8 @@ from bitatlas.errors import UserError
 from bitatlas.measure.curvature import expand
 from bitatlas.measure.damage import DamageMeter, Room, Swap
 from bitatlas.measure.interactions import swap_interactions
-from bitatlas.model.checkpoint import Checkpoint, decoder_layers, open_checkpoint
+from bitatlas.model.checkpoint import Checkpoint, open_checkpoint
 from bitatlas.model.hidden_states import Shelf, sweep
-from bitatlas.model.streaming import held, stream_of
-from bitatlas.model.swap import swapped, weight_of
 from bitatlas.quantize.bank import Bank
 from bitatlas.records.journal import Journal
 from tiny import FAMILIES, TEXT, make_checkpoint
@@ -28,37 +26,37 @@ def opened(folder: Path, tmp_path: Path, quantizer: str = "rtn") -> tuple[Checkp
     rows = make_rows([TEXT], checkpoint.load_tokenizer(), "text", (20, 2, 2), 16, 128, 0).fit
     names = [module.name for module in checkpoint.modules]
     meters = []
-    for model, room in (
+    for decoder, room in (
         (checkpoint.load_model(), Room()),
         (checkpoint.stream_model(), Room(2**16, 2**12, whole=False, folder=tmp_path)),
     ):
-        bank = Bank(model, names, quantizer, rows=rows[:8])
-        meters.append(DamageMeter(model, bank, checkpoint.info.weights_sha256, bank.identity, Journal(None), room))
+        bank = Bank(decoder, names, quantizer, rows=rows[:8])
+        meters.append(DamageMeter(decoder, bank, checkpoint.info.weights_sha256, bank.identity, Journal(None), room))
     return checkpoint, *meters, rows
 
 
 @pytest.mark.parametrize("family", sorted(FAMILIES))
 def test_logits_are_those_of_the_model_in_memory(family: str, tmp_path: Path):
     checkpoint, memory, streamed, rows = opened(make_checkpoint(tmp_path / family, family), tmp_path)
-    assert torch.equal(streamed.model(rows[:3]).logits, memory.model(rows[:3]).logits)
+    assert torch.equal(streamed.decoder.model(rows[:3]).logits, memory.decoder.model(rows[:3]).logits)
     plan = {module.name: FORMATS[module.layer % 2] for module in checkpoint.modules}
-    with swapped(memory.model, memory.bank.weights(plan)):
-        expected = memory.model(rows[:3]).logits
-    with swapped(streamed.model, streamed.bank.weights(plan)):
-        assert torch.equal(streamed.model(rows[:3]).logits, expected)
+    with memory.decoder.swapped(memory.bank.weights(plan)):
+        expected = memory.decoder.model(rows[:3]).logits
+    with streamed.decoder.swapped(streamed.bank.weights(plan)):
+        assert torch.equal(streamed.decoder.model(rows[:3]).logits, expected)
     for module in checkpoint.modules:
-        assert torch.equal(weight_of(streamed.model, module.name), weight_of(memory.model, module.name))
+        assert torch.equal(streamed.decoder.weight(module.name), memory.decoder.weight(module.name))
 
 
 def test_one_layers_weights_are_there_while_it_runs(tiny_llama: Path, tmp_path: Path):
     _, _, streamed, rows = opened(tiny_llama, tmp_path)
-    layers, there = decoder_layers(streamed.model), []
+    layers, there = streamed.decoder.layers, []
 
     def count(*_: object) -> None:
         there.append(sum(not p.isnan().any() for layer in layers for p in layer.parameters()))
 
     hooks = [layer.mlp.register_forward_hook(count) for layer in layers]
-    streamed.model(rows[:2])
+    streamed.decoder.model(rows[:2])
     for hook in hooks:
         hook.remove()
     assert there == [len(list(layers[0].parameters()))] * 3
@@ -68,17 +66,17 @@ def test_one_layers_weights_are_there_while_it_runs(tiny_llama: Path, tmp_path: 
 def test_swaps_nest_and_restore_around_and_inside_a_held_layer(tiny_llama: Path, tmp_path: Path):
     _, memory, streamed, _ = opened(tiny_llama, tmp_path)
     name = "model.layers.1.mlp.up_proj"
-    reference = weight_of(memory.model, name)
+    reference = memory.decoder.weight(name)
     one, two = torch.ones_like(reference), torch.full_like(reference, 2)
-    with held(streamed.model, 1):
-        with swapped(streamed.model, {name: one}):
-            with swapped(streamed.model, {name: two}):
-                assert torch.equal(weight_of(streamed.model, name), two)
-            assert torch.equal(weight_of(streamed.model, name), one)
-        assert torch.equal(weight_of(streamed.model, name), reference)
-    with swapped(streamed.model, {name: one}), held(streamed.model, 1), swapped(streamed.model, {name: two}):
-        assert torch.equal(weight_of(streamed.model, name), two)
-    assert torch.equal(weight_of(streamed.model, name), reference)
+    with streamed.decoder.held(1):
+        with streamed.decoder.swapped({name: one}):
+            with streamed.decoder.swapped({name: two}):
+                assert torch.equal(streamed.decoder.weight(name), two)
+            assert torch.equal(streamed.decoder.weight(name), one)
+        assert torch.equal(streamed.decoder.weight(name), reference)
+    with streamed.decoder.swapped({name: one}), streamed.decoder.held(1), streamed.decoder.swapped({name: two}):
+        assert torch.equal(streamed.decoder.weight(name), two)
+    assert torch.equal(streamed.decoder.weight(name), reference)
 
 
 def test_measurements_equal_those_in_memory_and_layers_are_read_once_a_pass(tiny_llama: Path, tmp_path: Path):
@@ -103,10 +101,10 @@ def test_a_pass_reads_each_layer_once_however_many_batches(tiny_llama: Path, tmp
     monkeypatch.setattr("bitatlas.measure.damage.batch_rows", lambda *_: 2)
     object.__setattr__(streamed.room, "state_bytes", 2**24)
     streamed.reference.see(streamed.chunks(rows)[0])
-    before = stream_of(streamed.model).reads
+    before = streamed.decoder.stream.reads
     assert len(streamed.chunks(rows)) == 1 and len(streamed.chunks(rows)[0]) == 10
     streamed.plans({name: {module.name: name for module in checkpoint.modules} for name in FORMATS}, rows)
-    assert stream_of(streamed.model).reads - before == 3
+    assert streamed.decoder.stream.reads - before == 3
 
 
 def test_gptq_fits_the_same_codes(tiny_llama: Path, tmp_path: Path):
@@ -121,7 +119,7 @@ def test_weights_that_change_under_the_run_are_told(tmp_path: Path):
     file = tmp_path / "model" / "model.safetensors"
     file.write_bytes(file.read_bytes()[:-1] + b"\x01")
     with pytest.raises(UserError, match="changed while it was in use"):
-        streamed.model(rows[:1])
+        streamed.decoder.model(rows[:1])
 
 
 def test_names_that_are_not_the_models_own_are_refused(tmp_path: Path):

@@ -131,8 +131,8 @@ def test_what_is_measured_is_what_transformers_loads(copy: Path, layout: Callabl
     checkpoint = open_checkpoint(f"{copy}/")
     check_finite(checkpoint)
     theirs = AutoModelForCausalLM.from_pretrained(copy, dtype=torch.float32)(IDS).logits
-    assert torch.equal(checkpoint.load_model()(IDS).logits, theirs)
-    assert torch.equal(checkpoint.stream_model()(IDS, use_cache=False).logits, theirs)
+    assert torch.equal(checkpoint.load_model().model(IDS).logits, theirs)
+    assert torch.equal(checkpoint.stream_model().model(IDS, use_cache=False).logits, theirs)
     files = sorted(copy.glob("model-0*.safetensors")) if layout in (shard, half_a_map, twice, links) else [copy / WEIGHTS]
     assert checkpoint.files == weight_files(copy) == files
     assert checkpoint.info.weights_sha256 == hashlib.sha256(b"".join(file.read_bytes() for file in files)).hexdigest()

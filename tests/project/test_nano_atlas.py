@@ -110,9 +110,9 @@ def test_bytes_are_the_packages(group_size: int):
 def test_damage_of_widths_and_swaps_their_values_and_the_plan_are_the_packages(family: str, tmp_path: Path, text: Path):
     folder = make_checkpoint(tmp_path / family, family, num_hidden_layers=2)
     checkpoint = open_checkpoint(str(folder))
-    model = checkpoint.load_model()
-    bank = Bank(model, [module.name for module in checkpoint.modules], "rtn")
-    meter = DamageMeter(model, bank, "", "rtn", Journal(None))
+    decoder = checkpoint.load_model()
+    bank = Bank(decoder, [module.name for module in checkpoint.modules], "rtn")
+    meter = DamageMeter(decoder, bank, "", "rtn", Journal(None))
     units = units_of(checkpoint.modules)
 
     own_model, tokenizer = nano.load_checkpoint(str(folder))

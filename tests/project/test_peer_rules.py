@@ -12,7 +12,6 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from bitatlas.measure.screens import uniform
-from bitatlas.model.swap import swapped
 from plan_peers import rules, scores, search
 from plan_peers.problem import Problem, Question
 
@@ -190,8 +189,8 @@ def test_mlx_sensitivity_is_the_slope_of_kl_at_the_low_model(problem: Problem) -
         for share in (step, -step):
             weights = {**meter.bank.weights(low), name: start + share * (end - start)}
             reference = meter.reference.whole(problem.rows)
-            with torch.no_grad(), swapped(meter.model, weights):
-                changed = torch.log_softmax(meter.model(problem.rows).logits.double(), -1)
+            with torch.no_grad(), meter.decoder.swapped(weights):
+                changed = torch.log_softmax(meter.decoder.model(problem.rows).logits.double(), -1)
             values.append(float((reference.double().exp() * (reference - changed)).sum(-1).mean()))
         slope = (values[0] - values[1]) / (2 * step)
         assert -slope / (unit.weights / 1e6) == pytest.approx(found[index], rel=0.02, abs=0.02 * np.abs(found).max())
@@ -201,12 +200,12 @@ def test_gradient_scores_against_autograd(problem: Problem) -> None:
     fisher, absolute = scores.gradient_scores(problem, squared=True), scores.gradient_scores(problem, squared=False)
     meter, unit = problem.meter, problem.units[5]
     name = unit.modules[0].name
-    weight = meter.model.get_submodule(name).weight
+    weight = meter.decoder.model.get_submodule(name).weight
     squares, sums = np.zeros(2), np.zeros(2)
     for row in problem.rows:
         leaf = weight.detach().clone().requires_grad_(True)
         with torch.enable_grad():
-            logits = torch.func.functional_call(meter.model, {f"{name}.weight": leaf}, (row[None],)).logits
+            logits = torch.func.functional_call(meter.decoder.model, {f"{name}.weight": leaf}, (row[None],)).logits
             loss = -torch.log_softmax(logits[0, :-1], -1).gather(1, row[1:, None]).sum()
             (gradient,) = torch.autograd.grad(loss, leaf)
         for column, fmt in enumerate(problem.formats):
@@ -215,7 +214,7 @@ def test_gradient_scores_against_autograd(problem: Problem) -> None:
             sums[column] += float(moved.abs().sum())
     assert fisher[5] == pytest.approx(squares / len(problem.rows), rel=1e-4)
     assert absolute[5] == pytest.approx(sums / len(problem.rows), rel=1e-4)
-    assert all(parameter.grad is None and not parameter.requires_grad for parameter in meter.model.parameters())
+    assert all(parameter.grad is None and not parameter.requires_grad for parameter in meter.decoder.model.parameters())
 
 
 def test_swaps_are_true_kl(problem: Problem) -> None:

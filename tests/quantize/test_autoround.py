@@ -12,9 +12,9 @@ import torch
 
 from bitatlas.data.rows import make_rows
 from bitatlas.errors import UserError
-from bitatlas.model.checkpoint import decoder_layers, open_checkpoint
+from bitatlas.model.checkpoint import open_checkpoint
 from bitatlas.model.layerwise import enter, run_layer
-from bitatlas.model.swap import swapped, weight_of
+from bitatlas.model.linear import weight_of
 from bitatlas.quantize import QUANTIZERS, rtn
 from bitatlas.quantize.autoround import recover, tune
 from bitatlas.records.formats import FORMATS
@@ -37,16 +37,16 @@ def opened(folder: Path):
 )
 def test_codes_stand_for_the_packages_own_weights(family: str, name: str, tmp_path: Path):
     changes = {} if family == "gpt2" else {"intermediate_size": 76}  # neither 32 nor a group size divides it
-    names, model, rows = opened(make_checkpoint(tmp_path / family, family, **changes))
+    names, decoder, rows = opened(make_checkpoint(tmp_path / family, family, **changes))
     fmt = FORMATS[name]
-    tuned = tune(model, fmt, rows, steps=FEW)
+    tuned = tune(decoder, fmt, rows, steps=FEW)
     for module in names:
         codes = recover(tuned, module, fmt)
-        assert torch.equal(codes.weight(), weight_of(tuned, module))
+        assert torch.equal(codes.weight(), weight_of(tuned.get_submodule(module)))
         assert int(codes.codes.max()) < 2**fmt.bits
         assert codes.scale.dtype == torch.float16 and bool((codes.scale > 0).all())
         assert not fmt.symmetric or bool((codes.zero == 2 ** (fmt.bits - 1)).all())
-        nearest = rtn.quantize(weight_of(model, module), fmt)
+        nearest = rtn.quantize(decoder.weight(module), fmt)
         assert codes.scale.shape == nearest.scale.shape and codes.zero.shape == nearest.zero.shape
 
 
@@ -58,39 +58,40 @@ def test_the_process_and_the_model_are_left_as_they_were(
     for variable in ("HOME", "XDG_CACHE_HOME", "TMPDIR"):
         monkeypatch.setenv(variable, str(tmp_path))
     monkeypatch.chdir(tmp_path)
-    names, model, rows = opened(tiny_llama)
-    before = {name: p.clone().detach().requires_grad_(p.requires_grad) for name, p in model.named_parameters()}
-    logits = model(rows).logits.clone()
+    names, decoder, rows = opened(tiny_llama)
+    before = {name: p.clone().detach().requires_grad_(p.requires_grad) for name, p in decoder.model.named_parameters()}
+    logits = decoder.model(rows).logits.clone()
     states = torch.get_rng_state(), random.getstate(), np.random.get_state()[1].tolist()
     environment = dict(os.environ)
     capfd.readouterr()
-    tuned = tune(model, FORMATS["int3_g32"], rows, steps=FEW)
+    tuned = tune(decoder, FORMATS["int3_g32"], rows, steps=FEW)
     assert capfd.readouterr() == ("", "")
     assert not list(tmp_path.rglob("*"))
     assert dict(os.environ) == environment
     assert torch.equal(states[0], torch.get_rng_state())
     assert states[1] == random.getstate() and states[2] == np.random.get_state()[1].tolist()
     assert all(
-        torch.equal(before[name], p) and p.requires_grad == before[name].requires_grad for name, p in model.named_parameters()
+        torch.equal(before[name], p) and p.requires_grad == before[name].requires_grad
+        for name, p in decoder.model.named_parameters()
     )
-    assert torch.equal(model(rows).logits, logits)
+    assert torch.equal(decoder.model(rows).logits, logits)
     torch.manual_seed(7)
     with torch.no_grad():
-        again = tune(model, FORMATS["int3_g32"], rows, steps=FEW)
-    assert all(torch.equal(weight_of(tuned, name), weight_of(again, name)) for name in names)
+        again = tune(decoder, FORMATS["int3_g32"], rows, steps=FEW)
+    assert all(torch.equal(weight_of(tuned.get_submodule(name)), weight_of(again.get_submodule(name))) for name in names)
 
 
 def test_a_layers_output_changes_less_than_with_rtn(tiny_llama: Path):
-    names, model, rows = opened(tiny_llama)
+    names, decoder, rows = opened(tiny_llama)
     first, fmt = names[:7], FORMATS["int2_g32"]
-    layer, start = decoder_layers(model)[0], enter(model, rows)
+    layer, start = decoder.layers[0], enter(decoder, rows)
     with torch.no_grad():
         reference = run_layer(layer, start.hidden, start.calls[0])
     errors = {}
     for quantizer in ("autoround", "rtn"):
-        found = dict(QUANTIZERS[quantizer].quantize(model, first, [fmt], rows))
+        found = dict(QUANTIZERS[quantizer].quantize(decoder, first, [fmt], rows))
         assert list(found) == first
-        with swapped(model, {name: codes.weight() for name, (codes,) in found.items()}), torch.no_grad():
+        with decoder.swapped({name: codes.weight() for name, (codes,) in found.items()}), torch.no_grad():
             output = run_layer(layer, start.hidden, start.calls[0])
         errors[quantizer] = float((output - reference).square().sum())
     assert errors["autoround"] < 0.8 * errors["rtn"]
@@ -98,6 +99,6 @@ def test_a_layers_output_changes_less_than_with_rtn(tiny_llama: Path):
 
 @pytest.mark.parametrize("rows", [None, torch.zeros(0, 8, dtype=torch.int64)])
 def test_without_rows_it_is_refused_at_once(tiny_llama: Path, rows: torch.Tensor | None):
-    names, model, _ = opened(tiny_llama)
+    names, decoder, _ = opened(tiny_llama)
     with pytest.raises(UserError, match=r"--quantizer autoround.*--tokens"):
-        QUANTIZERS["autoround"].quantize(model, names, [FORMATS["int4_g32"]], rows)
+        QUANTIZERS["autoround"].quantize(decoder, names, [FORMATS["int4_g32"]], rows)

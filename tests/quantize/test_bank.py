@@ -15,7 +15,6 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 
 from bitatlas.model.checkpoint import open_checkpoint
-from bitatlas.model.swap import swapped
 from bitatlas.quantize import QUANTIZERS
 from bitatlas.quantize import bank as bank_file
 from bitatlas.quantize.bank import Bank, disk_bytes, load_sealed, save_sealed
@@ -57,11 +56,11 @@ def opened(tmp_path: Path):
 
 
 def test_what_is_on_disk_is_what_was_quantized_and_no_larger_than_said(opened, tmp_path: Path):
-    checkpoint, model = opened
+    checkpoint, decoder = opened
     modules = [module.name for module in checkpoint.modules]
-    in_memory = Bank(model, modules, "rtn")
-    Bank(model, modules, "rtn", folder=tmp_path / "bank").fill(NAMES)
-    again = Bank(model, modules, "rtn", folder=tmp_path / "bank")
+    in_memory = Bank(decoder, modules, "rtn")
+    Bank(decoder, modules, "rtn", folder=tmp_path / "bank").fill(NAMES)
+    again = Bank(decoder, modules, "rtn", folder=tmp_path / "bank")
     for module in checkpoint.modules:
         for name in NAMES:
             assert torch.equal(again.codes(module.name, name).weight(), in_memory.codes(module.name, name).weight())
@@ -74,23 +73,23 @@ def test_what_is_on_disk_is_what_was_quantized_and_no_larger_than_said(opened, t
 
 
 def test_nothing_is_quantized_twice_and_a_damaged_file_is_made_again(opened, tmp_path: Path, monkeypatch):
-    checkpoint, model = opened
+    checkpoint, decoder = opened
     modules = [module.name for module in checkpoint.modules]
     asked: list[tuple[str, str]] = []
     real = QUANTIZERS["rtn"]
 
-    def counted(model, names, formats, rows):
-        for name, codes in real.quantize(model, names, formats, rows):
+    def counted(decoder, names, formats, rows):
+        for name, codes in real.quantize(decoder, names, formats, rows):
             asked.extend((name, fmt.name) for fmt in formats)
             yield name, codes
 
     monkeypatch.setitem(QUANTIZERS, "rtn", dataclasses.replace(real, quantize=counted))
     monkeypatch.setattr(bank_file, "KEPT_BYTES", 1)  # nothing stays in memory
-    filled = Bank(model, modules, "rtn", folder=tmp_path / "bank")
+    filled = Bank(decoder, modules, "rtn", folder=tmp_path / "bank")
     filled.fill(["int2_g32"])
     assert asked == [(name, "int2_g32") for name in modules]
     asked.clear()
-    again = Bank(model, modules, "rtn", folder=tmp_path / "bank")
+    again = Bank(decoder, modules, "rtn", folder=tmp_path / "bank")
     file = again._file((modules[3], "int2_g32"))
     file.write_bytes(file.read_bytes()[:100])
     again._file((modules[5], "int2_g32")).unlink()
@@ -124,22 +123,22 @@ def test_a_file_of_another_module_is_not_taken_for_it(tmp_path: Path):
 
 
 def test_a_changed_byte_in_the_bank_is_made_again(opened, tmp_path: Path):
-    checkpoint, model = opened
+    checkpoint, decoder = opened
     modules = [module.name for module in checkpoint.modules]
-    bank = Bank(model, modules, "rtn", folder=tmp_path / "bank")
+    bank = Bank(decoder, modules, "rtn", folder=tmp_path / "bank")
     bank.fill(["int2_g32"])
     file = bank._file((modules[2], "int2_g32"))
     whole = file.read_bytes()
     file.write_bytes(whole[:-7] + bytes([whole[-7] ^ 16]) + whole[-6:])
-    again = Bank(model, modules, "rtn", folder=tmp_path / "bank")
+    again = Bank(decoder, modules, "rtn", folder=tmp_path / "bank")
     assert torch.equal(again.codes(modules[2], "int2_g32").weight(), bank.codes(modules[2], "int2_g32").weight())
     assert file.read_bytes() == whole
 
 
 def test_banks_of_other_weights_or_rows_are_not_taken_for_this_one(opened, tmp_path: Path):
-    _, model = opened
+    _, decoder = opened
     places = {
-        Bank(model, [], "rtn", folder=tmp_path, weights_sha256=sha, identity=identity).folder
+        Bank(decoder, [], "rtn", folder=tmp_path, weights_sha256=sha, identity=identity).folder
         for sha in ("a", "b")
         for identity in (None, "gptq-1-1234", "gptq-1-5678")
     }
@@ -147,10 +146,10 @@ def test_banks_of_other_weights_or_rows_are_not_taken_for_this_one(opened, tmp_p
 
 
 def test_quantizing_inside_a_swap_reads_the_reference(opened):
-    checkpoint, model = opened
+    checkpoint, decoder = opened
     name = checkpoint.modules[0].name
-    bank = Bank(model, [name], "rtn")
-    with swapped(model, {name: torch.zeros(checkpoint.modules[0].shape)}):
+    bank = Bank(decoder, [name], "rtn")
+    with decoder.swapped({name: torch.zeros(checkpoint.modules[0].shape)}):
         inside = bank.codes(name, "int2_g32")
-    assert torch.equal(inside.weight(), Bank(model, [name], "rtn").codes(name, "int2_g32").weight())
+    assert torch.equal(inside.weight(), Bank(decoder, [name], "rtn").codes(name, "int2_g32").weight())
     assert float(inside.weight().abs().max()) > 0

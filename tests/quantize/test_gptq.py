@@ -16,7 +16,6 @@ from bitatlas.data.texts import read_documents
 from bitatlas.errors import UserError
 from bitatlas.measure.damage import DamageMeter
 from bitatlas.model.checkpoint import open_checkpoint
-from bitatlas.model.swap import weight_of
 from bitatlas.quantize import QUANTIZERS, gptq, hessian, rtn
 from bitatlas.quantize.bank import Bank
 from bitatlas.quantize.hessian import input_moments
@@ -159,52 +158,52 @@ def opened(folder: Path):
 
 @pytest.mark.parametrize("family", sorted(FAMILIES))
 def test_moments_are_those_of_a_plain_forward_pass(family: str, tmp_path: Path):
-    names, model, rows = opened(make_checkpoint(tmp_path / family, family))
+    names, decoder, rows = opened(make_checkpoint(tmp_path / family, family))
     inputs: dict[str, Tensor] = {}
     for name in names:
-        model.get_submodule(name).register_forward_pre_hook(lambda _, args, name=name: inputs.__setitem__(name, args[0]))
+        decoder.model.get_submodule(name).register_forward_pre_hook(lambda _, args, name=name: inputs.__setitem__(name, args[0]))
     with torch.no_grad():
-        model(rows)
+        decoder.model(rows)
     expected = {name: (flat := x.double().flatten(0, 1)).T @ flat / rows.numel() for name, x in inputs.items()}
     for name in names:
-        model.get_submodule(name)._forward_pre_hooks.clear()
-    found = {name: (sharing, moment) for sharing, moment in input_moments(model, names, rows) for name in sharing}
+        decoder.model.get_submodule(name)._forward_pre_hooks.clear()
+    found = {name: (sharing, moment) for sharing, moment in input_moments(decoder, names, rows) for name in sharing}
     assert set(found) == set(names)
     for name, (sharing, moment) in found.items():
         torch.testing.assert_close(moment, expected[name], rtol=1e-5, atol=1e-6)
         assert sharing == [other for other in names if inputs[other] is inputs[name]]
     some = [names[1], names[-1]]
-    assert [name for sharing, _ in input_moments(model, some, rows) for name in sharing] == some
-    assert not any(module._forward_pre_hooks or module._forward_hooks for module in model.modules())
+    assert [name for sharing, _ in input_moments(decoder, some, rows) for name in sharing] == some
+    assert not any(module._forward_pre_hooks or module._forward_hooks for module in decoder.model.modules())
 
 
 def test_one_cholesky_an_input_for_all_its_modules_and_formats(tiny_llama: Path, monkeypatch: pytest.MonkeyPatch):
-    names, model, rows = opened(tiny_llama)
-    before = {name: p.clone() for name, p in model.named_parameters()}
+    names, decoder, rows = opened(tiny_llama)
+    before = {name: p.clone() for name, p in decoder.model.named_parameters()}
     calls: list[int] = []
     real = torch.linalg.cholesky
     monkeypatch.setattr(torch.linalg, "cholesky", lambda matrix: (calls.append(len(matrix)), real(matrix))[1])
-    found = dict(gptq.quantize(model, names, CANDIDATES, rows))
+    found = dict(gptq.quantize(decoder, names, CANDIDATES, rows))
     assert calls == 3 * [64, 64, 64, 96]  # a layer's q/k/v, o, gate/up and down
     assert set(found) == set(names) and all(len(codes) == 2 for codes in found.values())
-    assert all(torch.equal(before[name], p) for name, p in model.named_parameters())
-    again = dict(gptq.quantize(model, names[3:9], CANDIDATES[:1], rows))
+    assert all(torch.equal(before[name], p) for name, p in decoder.model.named_parameters())
+    again = dict(gptq.quantize(decoder, names[3:9], CANDIDATES[:1], rows))
     for name, (codes,) in again.items():
         assert torch.equal(codes.codes, found[name][0].codes) and torch.equal(codes.scale, found[name][0].scale)
 
 
 def test_modules_come_one_by_one(tiny_llama: Path):
-    names, model, rows = opened(tiny_llama)
-    stream = gptq.quantize(model, names, CANDIDATES, rows)
+    names, decoder, rows = opened(tiny_llama)
+    stream = gptq.quantize(decoder, names, CANDIDATES, rows)
     assert next(stream)[0] == names[0]
     assert next(stream)[0] == names[1]
 
 
 def test_transposed_weights_are_fitted_the_right_way_round(tmp_path: Path):
-    names, model, rows = opened(make_checkpoint(tmp_path / "gpt2", "gpt2"))
-    moments = {name: moment for sharing, moment in input_moments(model, names, rows) for name in sharing}
-    for name, (codes, _) in gptq.quantize(model, names, CANDIDATES, rows):
-        weight = weight_of(model, name)
+    names, decoder, rows = opened(make_checkpoint(tmp_path / "gpt2", "gpt2"))
+    moments = {name: moment for sharing, moment in input_moments(decoder, names, rows) for name in sharing}
+    for name, (codes, _) in gptq.quantize(decoder, names, CANDIDATES, rows):
+        weight = decoder.weight(name)
         assert codes.codes.shape == weight.shape
         errors = ((weight - q.weight()).double() for q in (codes, rtn.quantize(weight, CANDIDATES[0])))
         ours, theirs = (float(((error @ moments[name]) * error).sum()) for error in errors)
@@ -213,14 +212,14 @@ def test_transposed_weights_are_fitted_the_right_way_round(tmp_path: Path):
 
 @pytest.mark.parametrize("rows", [None, torch.zeros(0, 8, dtype=torch.int64)])
 def test_without_rows_it_is_refused_at_once(tiny_llama: Path, rows: Tensor | None):
-    names, model, _ = opened(tiny_llama)
+    names, decoder, _ = opened(tiny_llama)
     with pytest.raises(UserError, match=r"--quantizer gptq.*--tokens"):
-        QUANTIZERS["gptq"].quantize(model, names, CANDIDATES, rows)
+        QUANTIZERS["gptq"].quantize(decoder, names, CANDIDATES, rows)
 
 
 def test_damage_of_a_trained_model_on_rows_not_seen(babyllama: Path):
     checkpoint = open_checkpoint(str(babyllama), fuse=False)
-    model, tokenizer = checkpoint.load_model(), checkpoint.load_tokenizer()
+    decoder, tokenizer = checkpoint.load_model(), checkpoint.load_tokenizer()
     names = [module.name for module in checkpoint.modules]
     fit, test = (
         make_rows(read_documents(str(SHARED / "data" / f"tinystories_{part}.txt")), tokenizer, part, (24, 1, 1), 192, 256, 0).fit
@@ -228,7 +227,7 @@ def test_damage_of_a_trained_model_on_rows_not_seen(babyllama: Path):
     )
     damage = {}
     for quantizer in ("rtn", "gptq"):
-        meter = DamageMeter(model, Bank(model, names, quantizer, rows=fit), "", quantizer, Journal(None))
+        meter = DamageMeter(decoder, Bank(decoder, names, quantizer, rows=fit), "", quantizer, Journal(None))
         plans = {fmt: dict.fromkeys(names, fmt) for fmt in ("int2_g32", "int4_g32")}
         damage[quantizer] = {fmt: float(rows.mean()) for fmt, rows in meter.plans(plans, test).items()}
     print(damage)

@@ -73,9 +73,9 @@ def test_codes_fit_their_bits_and_weights_are_finite(
 
 def test_a_bank_of_it(tiny_llama: Path):
     checkpoint = open_checkpoint(str(tiny_llama), fuse=False)
-    model = checkpoint.load_model()
+    decoder = checkpoint.load_model()
     name = checkpoint.modules[0].name
-    bank = Bank(model, [name], "hqq")
+    bank = Bank(decoder, [name], "hqq")
     QUANTIZERS["hqq"].check([FORMATS["int4_g32"]])
     assert torch.equal(bank.weights({name: "int4_g32"})[name], quantize(bank.reference(name), FORMATS["int4_g32"]).weight())
     assert not bank.codes(name, "int4_g32").codes.is_inference()

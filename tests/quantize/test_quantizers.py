@@ -12,7 +12,6 @@ from hypothesis import strategies as st
 
 from bitatlas.errors import UserError
 from bitatlas.model.checkpoint import open_checkpoint
-from bitatlas.model.swap import weight_of
 from bitatlas.quantize import QUANTIZERS, Quantizer, get_quantizer, gptq, hqq
 from bitatlas.quantize.codes import Codes
 from bitatlas.quantize.rtn import STEPS, grid, quantize
@@ -97,13 +96,13 @@ def test_what_a_quantizer_cannot_do_is_refused_beforehand():
 
 def test_rtn_gives_every_module_in_every_format_without_rows(tiny_llama: Path):
     checkpoint = open_checkpoint(str(tiny_llama), fuse=False)
-    model, names = checkpoint.load_model(), [module.name for module in checkpoint.modules]
+    decoder, names = checkpoint.load_model(), [module.name for module in checkpoint.modules]
     formats = [FORMATS["int2_g32"], FORMATS["int8_g128_sym"]]
-    found = dict(QUANTIZERS["rtn"].quantize(model, names, formats, None))
+    found = dict(QUANTIZERS["rtn"].quantize(decoder, names, formats, None))
     assert list(found) == names
     for name, codes in found.items():
         assert all(
-            torch.equal(c.weight(), quantize(weight_of(model, name), f).weight()) for c, f in zip(codes, formats, strict=True)
+            torch.equal(c.weight(), quantize(decoder.weight(name), f).weight()) for c, f in zip(codes, formats, strict=True)
         )
 
 

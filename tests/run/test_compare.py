@@ -101,9 +101,9 @@ def plan_file(tiny_llama: Path, tmp_path: Path) -> Path:
 def test_a_plan_differs_from_its_checkpoint_by_its_damage(tiny_llama: Path, plan_file: Path, text: Path):
     plan = json.loads(plan_file.read_text(encoding="utf-8"))["modules"]
     checkpoint = open_checkpoint(str(tiny_llama), None, False)
-    model = checkpoint.load_model()
+    decoder = checkpoint.load_model()
     rows = make_rows([tiny.TEXT], tiny.tokenizer(), "text", (2, 2, 8), 24, 128, 0).test
-    meter = DamageMeter(model, Bank(model, list(plan), "rtn"), "", "rtn", Journal(None))
+    meter = DamageMeter(decoder, Bank(decoder, list(plan), "rtn"), "", "rtn", Journal(None))
     expected = meter.plans({"plan": plan}, rows)["plan"].mean()
     for argument in (plan_file, plan_file.parent):  # the file, and the folder that it lies in
         result = compared(tiny_llama, argument, text)

@@ -10,7 +10,6 @@ from transformers import AutoModelForCausalLM
 
 from bitatlas.export.packed import Applied, apply_plan
 from bitatlas.model.checkpoint import open_checkpoint
-from bitatlas.model.swap import swapped
 from bitatlas.progress import Reporter
 from bitatlas.quantize.bank import Bank
 from bitatlas.records import Budget, Plan, PlanDamage, PlanModel
@@ -48,12 +47,12 @@ def largest_difference(model: Path, plan: Plan, folder: Path, rows: torch.Tensor
     """Of the float32 logits: the loaded checkpoint against the reference model with our reconstruction swapped in."""
     checkpoint = open_checkpoint(str(model), None, False)
     ours = checkpoint.load_model()
-    ids = torch.randint(checkpoint.config.get_text_config().vocab_size, (2, 24), generator=torch.Generator().manual_seed(0))
+    ids = torch.randint(checkpoint.vocabulary, (2, 24), generator=torch.Generator().manual_seed(0))
     bank = Bank(ours, list(plan.modules), plan.quantizer, plan.formats, rows=rows)
     theirs, report = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, output_loading_info=True)
     assert not any(report.values()), report
-    with swapped(ours, bank.weights(plan.modules)):
-        return float((ours(ids).logits - theirs.eval()(ids).logits).abs().max())
+    with ours.swapped(bank.weights(plan.modules)):
+        return float((ours.model(ids).logits - theirs.eval()(ids).logits).abs().max())
 
 
 def check_bytes(found: Applied) -> None:

@@ -14,6 +14,8 @@ import torch
 from torch import Tensor
 from transformers import GPT2Config, GPT2LMHeadModel
 
+from bitatlas.model.decoder import Decoder, decoder_of
+
 WIDTH = 64  # of a block, of a head, and the vocabulary
 TOKEN, PLACE, BEFORE, NEXT = (slice(i * WIDTH, (i + 1) * WIDTH) for i in range(4))
 SHARP = 60.0  # logit of an attended key over the others, before the norm of a layer's input multiplies it
@@ -22,7 +24,7 @@ PREVIOUS, DUPLICATE, SINK, EVEN, INDUCTION = (0, 0), (0, 1), (0, 2), (0, 3), (1,
 CONTEXT = 128
 
 
-def planted_model() -> Any:
+def planted_decoder() -> Decoder:
     """The model, in float32, ready to be read."""
     config = GPT2Config(
         vocab_size=WIDTH,
@@ -52,7 +54,7 @@ def planted_model() -> Any:
         centred = one - 1 / WIDTH  # without the head that fills the block, the norm leaves a constant there: no key
         _set(body.h[1], 0, query=(TOKEN, one * scale), key=(BEFORE, centred * scale), value=(TOKEN, one), out=NEXT)
         model.lm_head.weight[:, NEXT] = SURE * torch.eye(WIDTH)
-    return model
+    return decoder_of(model)
 
 
 def positions() -> tuple[Tensor, Tensor]:

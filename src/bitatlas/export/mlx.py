@@ -27,6 +27,7 @@ from bitatlas.export.compressed_tensors import WORD, pack_rows
 from bitatlas.export.packed import codes_of, copy_tensor, read_tensor, sources_of, weight_keys
 from bitatlas.export.recipes import write_readme
 from bitatlas.export.target import Job, Target
+from bitatlas.model.decoder import decoder_of
 from bitatlas.model.folder import carried, check_room
 from bitatlas.model.tensor_files import Entry, Writer, cut
 from bitatlas.quantize.codes import Codes
@@ -151,7 +152,7 @@ def _write_weights(job: Job, folder: Path, more_bytes: int) -> int:
     assert checkpoint is not None
     skeleton, dtype = checkpoint.skeleton(), side_dtype(job)
     entries, sources = sources_of(checkpoint)
-    keys = weight_keys(plan, skeleton, entries)
+    keys, decoder = weight_keys(plan, skeleton, entries), decoder_of(skeleton, checkpoint.layers_path)
     kept = [key for key in entries if key not in set(keys.values())]
     wanted = [entries[key] for key in kept]
     modules = [module for module in checkpoint.modules if module.name in plan.modules]
@@ -165,7 +166,7 @@ def _write_weights(job: Job, folder: Path, more_bytes: int) -> int:
             copy_tensor(writer, key, *sources[key])
         for done, module in enumerate(modules, start=1):
             key = keys[module.name]
-            codes = codes_of(plan, job.plan_file, skeleton, module.name, read_tensor(sources[key][0], key))
+            codes = codes_of(plan, job.plan_file, decoder, module.name, read_tensor(sources[key][0], key))
             for suffix, tensor in tensors(codes, plan.formats[plan.modules[module.name]], dtype).items():
                 writer.write(key.removesuffix("weight") + suffix, tensor.numpy().tobytes())
             progress(done, len(modules))

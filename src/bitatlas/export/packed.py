@@ -26,7 +26,6 @@ from typing import Any
 import torch
 from safetensors import safe_open
 from torch import Tensor, nn
-from transformers.pytorch_utils import Conv1D
 
 from bitatlas.errors import UserError
 from bitatlas.export.card import Story, card_text, story_beside
@@ -34,7 +33,9 @@ from bitatlas.export.compressed_tensors import PACKAGE, layout, overheads, part_
 from bitatlas.export.conversion import Conversion, exchanged, pieces, unpackable
 from bitatlas.export.trial import check_folder, named_class
 from bitatlas.model.checkpoint import Checkpoint, open_checkpoint, skeleton_of
+from bitatlas.model.decoder import Decoder, decoder_of
 from bitatlas.model.folder import beside, carried, check_out, check_room, find_folder, read_config
+from bitatlas.model.linear import is_transposed
 from bitatlas.model.tensor_files import DTYPES, SHARD_BYTES, Entry, Shard, Writer, cut, read_header
 from bitatlas.progress import Reporter
 from bitatlas.quantize import get_quantizer
@@ -120,16 +121,17 @@ def apply_plan(model_name: str, plan_file: Path, out: Path, reporter: Reporter, 
         checkpoint = open_checkpoint(model_name, plan.model.revision, fuse=False)
         check_fits(plan, checkpoint)
         skeleton = checkpoint.skeleton()
+        decoder = decoder_of(skeleton, checkpoint.layers_path)
         blueprint = draw(plan, checkpoint, skeleton, shard_bytes)
         others = carried(checkpoint.folder)
         check_room(out, blueprint.disk_bytes + sum(file.stat().st_size for file in others) + SMALL_BYTES)
         if get_quantizer(plan.quantizer).uses_rows:
             for module in plan.modules:
-                bank_of_plan(plan, plan_file, skeleton, [module])
+                bank_of_plan(plan, plan_file, decoder, [module])
     story = story_beside(plan_file, plan)
     with beside(out) as folder:
         with reporter.stage("packing") as progress:
-            _write_weights(folder, plan, plan_file, checkpoint, skeleton, blueprint, progress)
+            _write_weights(folder, plan, plan_file, checkpoint, decoder, blueprint, progress)
         checkpoint.check_unchanged()
         for file in others:
             shutil.copyfile(file, folder / file.name)
@@ -181,7 +183,7 @@ def check_transposed(
     folder = find_folder(model_name, plan.model.revision)
     kinds = dict(skeleton_of(read_config(folder, model_name), model_name).named_modules())
     for name in plan.modules:
-        if isinstance(kinds.get(name), Conv1D):
+        if is_transposed(kinds.get(name)):
             raise UserError(told.format(name))
 
 
@@ -389,7 +391,7 @@ def card_of(plan: Plan, checkpoint: Checkpoint, story: Story, disk_bytes: int) -
 
 
 def _write_weights(
-    folder: Path, plan: Plan, plan_file: Path, checkpoint: Checkpoint, skeleton: nn.Module, blueprint: Blueprint, progress: Any
+    folder: Path, plan: Plan, plan_file: Path, checkpoint: Checkpoint, decoder: Decoder, blueprint: Blueprint, progress: Any
 ) -> None:
     with Writer(folder, blueprint.shards) as writer:
         for key in blueprint.copied:
@@ -402,10 +404,10 @@ def _write_weights(
         for done, module in enumerate(modules, start=1):
             weight = blueprint.read(f"{module.name}.weight")
             if entry := blueprint.whole.get(module.name):
-                values = stored_of(plan, plan_file, skeleton, module.name, weight).weight()
+                values = stored_of(plan, plan_file, decoder, module.name, weight).weight()
                 writer.write(entry.name, _bytes(values.to(DTYPES[entry.dtype])))
             else:
-                for suffix, tensor in _packed(plan, plan_file, skeleton, module.name, weight).items():
+                for suffix, tensor in _packed(plan, plan_file, decoder, module.name, weight).items():
                     writer.write(blueprint.packed[module.name] + suffix, _bytes(tensor))
             progress(done, len(modules))
 
@@ -426,27 +428,27 @@ def read_tensor(file: Path, key: str) -> Tensor:
         return reader.get_tensor(key)
 
 
-def codes_of(plan: Plan, plan_file: Path, skeleton: nn.Module, name: str, weight: Tensor) -> Codes:
+def codes_of(plan: Plan, plan_file: Path, decoder: Decoder, name: str, weight: Tensor) -> Codes:
     """The module's codes, of a plan of integer formats."""
-    found = stored_of(plan, plan_file, skeleton, name, weight)
+    found = stored_of(plan, plan_file, decoder, name, weight)
     assert isinstance(found, Codes)
     return found
 
 
-def stored_of(plan: Plan, plan_file: Path, skeleton: nn.Module, name: str, weight: Tensor) -> Codes | Blocks:
-    """What the bank holds of a module. `skeleton` holds its weight, in float32 as everything was measured, for this long alone."""
-    module = skeleton.get_submodule(name)
+def stored_of(plan: Plan, plan_file: Path, decoder: Decoder, name: str, weight: Tensor) -> Codes | Blocks:
+    """What the bank holds of a module. The model of `decoder`, a skeleton, holds its weight, in float32 as everything was measured, for this long alone."""
+    module = decoder.model.get_submodule(name)
     before = module.weight
     module.weight = nn.Parameter(weight.float(), requires_grad=False)
     try:
-        return bank_of_plan(plan, plan_file, skeleton, [name]).codes(name, plan.modules[name])
+        return bank_of_plan(plan, plan_file, decoder, [name]).codes(name, plan.modules[name])
     finally:
         module.weight = before
 
 
-def _packed(plan: Plan, plan_file: Path, skeleton: nn.Module, name: str, weight: Tensor) -> dict[str, Tensor]:
+def _packed(plan: Plan, plan_file: Path, decoder: Decoder, name: str, weight: Tensor) -> dict[str, Tensor]:
     """The module's tensors."""
-    codes = codes_of(plan, plan_file, skeleton, name, weight)
+    codes = codes_of(plan, plan_file, decoder, name, weight)
     try:
         return tensors(codes, plan.formats[plan.modules[name]])
     except ValueError as error:

@@ -126,12 +126,12 @@ def _load(kind: Any, folder: Path, device: str, unused: Collection[str]) -> Any:
 @torch.no_grad()
 def _expected(checkpoint: Checkpoint, plan: Plan, plan_file: Path, whole: Mapping[str, torch.dtype]) -> Tensor:
     """Logits [1, tokens, vocabulary] of the reference model with the bank's reconstruction in every planned module."""
-    model = checkpoint.load_model()
+    decoder = checkpoint.load_model()
     for name, format_name in plan.modules.items():
-        weight = bank_of_plan(plan, plan_file, model, [name]).codes(name, format_name).weight()
+        weight = bank_of_plan(plan, plan_file, decoder, [name]).codes(name, format_name).weight()
         held = weight.to(whole.get(name, weight.dtype)).float()
-        model.get_submodule(name).weight = nn.Parameter(held, requires_grad=False)
-    logits = _logits(model, checkpoint)
+        decoder.model.get_submodule(name).weight = nn.Parameter(held, requires_grad=False)
+    logits = _logits(decoder.model, checkpoint)
     if not bool(torch.isfinite(logits).all()):
         raise UserError("nothing was written: with the plan's weights the model's logits are not finite")
     return logits
@@ -167,6 +167,6 @@ def _tokens(checkpoint: Checkpoint) -> Tensor:
         if key.endswith(("token_id", "token_index"))
         if isinstance(value, int)
     }
-    plain = torch.tensor([token for token in range(int(text.vocab_size)) if token not in special])
+    plain = torch.tensor([token for token in range(checkpoint.vocabulary) if token not in special])
     drawn = torch.randint(len(plain), (1, min(TOKENS, checkpoint.info.context)), generator=torch.Generator().manual_seed(0))
     return plain[drawn]

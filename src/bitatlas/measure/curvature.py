@@ -35,10 +35,8 @@ from torch import Tensor, nn
 from bitatlas.data.rows import rows_sha256
 from bitatlas.measure.damage import Assignment, DamageMeter
 from bitatlas.measure.workers import Progress
-from bitatlas.model.checkpoint import decoder_layers
+from bitatlas.model.decoder import Decoder
 from bitatlas.model.layerwise import Recorded, Shared, cut, is_chain, logits_of, record, run_layer
-from bitatlas.model.streaming import held
-from bitatlas.model.swap import swapped
 from bitatlas.plan.expansion import Expansion
 from bitatlas.quantize.bank import Bank
 from bitatlas.quantize.hessian import input_of
@@ -47,8 +45,6 @@ from bitatlas.records.journal import content_key
 
 DRAWS = 4  # of labels, a row
 WORK_PER_MOVE = 16  # multiply-adds that take as long as moving one number through memory
-
-ROW_BY_ROW = "bitatlas_row_by_row"  # attribute of a model in which the rows of a module's inputs are not told apart
 
 Key = tuple[Any, ...]  # where a tensor is that goes from layer to layer
 HIDDEN: Key = ()
@@ -114,16 +110,15 @@ def expand_batches(
     draws: int,
 ) -> list[Found]:
     """By batch [rows, tokens]: first order [rows, units, formats] and scores [rows, draws, units, formats], float64."""
-    model = meter.model
-    own = [batch.to(model.device) for batch in batches]
-    expanded = _layer_by_layer if is_chain(model) else _whole
-    if is_chain(model) and not getattr(model, ROW_BY_ROW, False):
+    own = [batch.to(meter.decoder.device) for batch in batches]
+    expanded = _layer_by_layer if is_chain(meter.decoder) else _whole
+    if is_chain(meter.decoder) and not meter.row_by_row:
         if base:
             meter.reference.see(own)
         try:
             return expanded(meter, modules, formats, base, own, seed, draws)
         except RowsError:
-            setattr(model, ROW_BY_ROW, True)
+            meter.row_by_row = True
     rows = [row for batch in own for row in batch.split(1)]
     if base:
         meter.reference.see(rows)
@@ -144,17 +139,17 @@ def _layer_by_layer(
     layers: dict[int, list[Module]] = defaultdict(list)
     for module in modules:
         layers[module.layer].append(module)
-    with meter.shelf() as shelf, swapped(meter.model, meter.bank.weights(base)):
-        recorded = record(meter.model, batches, shelf)
+    with meter.shelf() as shelf, meter.decoder.swapped(meter.bank.weights(base)):
+        recorded = record(meter.decoder, batches, shelf)
         back = [
             _at_the_end(meter, batch, final, bool(base), seed, draws)
             for batch, final in zip(batches, recorded.final, strict=True)
         ]
         for index in reversed(range(min(max(layers) + 1, len(recorded.starts[0].calls)))):
-            with held(meter.model, index):
+            with meter.decoder.held(index):
                 changes = {module.name: changes_of(meter.bank, module.name, formats, base) for module in layers[index]}
                 for number, total in enumerate(sums):
-                    meets = _through(meter.model, index, recorded, number, back[number], changes)
+                    meets = _through(meter.decoder, index, recorded, number, back[number], changes)
                     for module in layers[index]:
                         total[:, :, place[module.unit]] += meets[module.name]
     return [(total[0], total[1:].swapaxes(0, 1).copy()) for total in sums]
@@ -186,10 +181,10 @@ def _deltas(
     current = [0]
     with (
         torch.enable_grad(),
-        swapped(meter.model, meter.bank.weights(base)),
-        _watched(meter.model, names, row, lambda name, x, delta: met[name].append((current[0], x, delta))) as loose,
+        meter.decoder.swapped(meter.bank.weights(base)),
+        _watched(meter.decoder.model, names, row, lambda name, x, delta: met[name].append((current[0], x, delta))) as loose,
     ):
-        logits = meter.model(input_ids=row, use_cache=False).logits
+        logits = meter.decoder.model(input_ids=row, use_cache=False).logits
         q = torch.softmax(logits.detach().float(), dim=-1)
         for number in range(0 if base else 1, draws + 1):
             current[0] = number
@@ -211,19 +206,19 @@ def _at_the_end(meter: DamageMeter, batch: Tensor, final: Tensor, first_order: b
     """Gradients with respect to the last hidden state: of the KL (None at the reference, where it is 0), of each draw."""
     back = [torch.zeros_like(final) for _ in range(draws + 1)]
     for span in meter.spans(batch):
-        leaf = cut(meter.model, final, span).detach().requires_grad_(True)
+        leaf = cut(meter.decoder, final, span).detach().requires_grad_(True)
         with torch.enable_grad():
-            logits = logits_of(meter.model, batch[:, span], leaf)
+            logits = logits_of(meter.decoder, batch[:, span], leaf)
         q = torch.softmax(logits.detach().float(), dim=-1)
         for number in range(0 if first_order else 1, draws + 1):
             score = _score(meter, batch, span, q, seed, number).to(logits.dtype)
             (gradient,) = torch.autograd.grad(logits, leaf, score, retain_graph=number < draws)
-            cut(meter.model, back[number], span).copy_(gradient)
+            cut(meter.decoder, back[number], span).copy_(gradient)
     return [{HIDDEN: own} if number or first_order else None for number, own in enumerate(back)]
 
 
 def _through(
-    model: nn.Module, index: int, recorded: Recorded, number: int, back: list[Back | None], changes: dict[str, Tensor]
+    decoder: Decoder, index: int, recorded: Recorded, number: int, back: list[Back | None], changes: dict[str, Tensor]
 ) -> dict[str, np.ndarray]:
     """Send the gradients `back` through one layer, in place, and contract them with its modules' changes: float64 [draws + 1, rows, formats]."""
     ids, start = recorded.ids[number], recorded.starts[number]
@@ -236,8 +231,8 @@ def _through(
     def add(name: str, x: Tensor, delta: Tensor) -> None:
         meets[name][current[0]] += contract(x, delta, changes[name]).double().cpu().numpy()
 
-    with torch.enable_grad(), _watched(model, list(changes), ids, add) as loose:
-        output = run_layer(decoder_layers(model)[index], leaf, start.call(index, shared))
+    with torch.enable_grad(), _watched(decoder.model, list(changes), ids, add) as loose:
+        output = run_layer(decoder.layers[index], leaf, start.call(index, shared))
         leaving = {HIDDEN: output, **{key: t for key, t in _tensors(shared).items() if t is not before.get(key)}}
         for place, gradients in enumerate(back):
             met = [key for key, tensor in leaving.items() if key in (gradients or {}) and tensor.requires_grad]

@@ -25,7 +25,7 @@ from torch import Tensor
 
 from bitatlas.data.rows import rows_sha256
 from bitatlas.measure.workers import Progress, Share, Workers
-from bitatlas.model.checkpoint import decoder_layers
+from bitatlas.model.decoder import Decoder
 from bitatlas.model.hidden_states import Shelf
 from bitatlas.model.layerwise import (
     LOGIT_BYTES,
@@ -41,8 +41,7 @@ from bitatlas.model.layerwise import (
     record,
     token_spans,
 )
-from bitatlas.model.streaming import Lookup, Stream, stream_of
-from bitatlas.model.swap import swapped
+from bitatlas.model.streaming import Lookup, Stream
 from bitatlas.quantize.bank import Bank
 from bitatlas.records.journal import Journal, content_key
 
@@ -102,7 +101,7 @@ class Swap:
 class Reference:
     """The unquantized model on batches that it has seen: last hidden states, and log-probabilities as far as there is room."""
 
-    model: Any
+    decoder: Decoder
     room: Room
     states: Shelf = field(init=False)
     _log_p: dict[str, Tensor] = field(default_factory=dict)
@@ -115,7 +114,7 @@ class Reference:
         """Run the model over those of `batches` that it has not seen; call it outside any `swapped` block."""
         new = [batch for batch in batches if rows_sha256(batch) not in self.states]
         if new:
-            for batch, final in zip(new, record(self.model, new).final, strict=True):
+            for batch, final in zip(new, record(self.decoder, new).final, strict=True):
                 check_range(final, "the unquantized model on these rows")
                 self.states.put(rows_sha256(batch), final)
 
@@ -131,7 +130,7 @@ class Reference:
         if key in self._log_p:
             return self._log_p[key]
         final = self.states.get(rows_sha256(batch))
-        found = torch.log_softmax(logits_of(self.model, batch[:, span], cut(self.model, final, span)).float(), dim=-1)
+        found = torch.log_softmax(logits_of(self.decoder, batch[:, span], cut(self.decoder, final, span)).float(), dim=-1)
         if self._kept + 4 * found.numel() <= self.room.reference_bytes:
             self._log_p[key] = found
             self._kept += 4 * found.numel()
@@ -156,29 +155,28 @@ class _Made:
 
 
 class DamageMeter:
-    """Measures assignments of one model. `model` holds the reference weights between calls. `workers`: who measures ahead of it."""
+    """Measures assignments of one model. `decoder` holds the reference weights between calls. `workers`: who measures ahead of it."""
 
     def __init__(
         self,
-        model: Any,
+        decoder: Decoder,
         bank: Bank,
         weights_sha256: str,
         quantizer: str,
         journal: Journal,
         room: Room | None = None,
     ):
-        self.model = model
+        self.decoder = decoder
         self.bank = bank
         self.journal = journal
         self.room = room or Room()
         self.workers: Workers | None = None
-        weight = next(model.parameters())
+        weight = next(decoder.model.parameters())
         self.identity = (weights_sha256, quantizer, str(weight.dtype), weight.device.type)
-        self.vocabulary = int(self.model.get_output_embeddings().weight.shape[0])
-        self.layers = len(decoder_layers(model))
+        self.row_by_row = False  # the rows of a module's inputs cannot be told apart (see `curvature`)
         # what is kept of a model that is run whole is its logits
-        self.width = int(self.model.get_input_embeddings().weight.shape[1]) if is_chain(model) else self.vocabulary
-        self.reference = Reference(model, self.room)
+        self._width = decoder.width if is_chain(decoder) else decoder.vocabulary
+        self.reference = Reference(decoder, self.room)
 
     def plans(self, plans: Mapping[str, Assignment], rows: Tensor, progress: Progress | None = None) -> dict[str, np.ndarray]:
         """Damage of whole assignments, by name: float64 [rows] each, nats/token."""
@@ -196,8 +194,8 @@ class DamageMeter:
         """Damage of `base` with each swap made alone, by name: float64 [rows] each, nats/token."""
 
         def finals_of(batches: Sequence[Tensor], names: Sequence[str]) -> Iterator[Finals]:
-            with self.shelf() as shelf, swapped(self.model, self.bank.weights(base)):
-                recorded = record(self.model, batches, shelf)
+            with self.shelf() as shelf, self.decoder.swapped(self.bank.weights(base)):
+                recorded = record(self.decoder, batches, shelf)
                 for group in self.groups(sorted(names, key=lambda name: swaps[name].layer), batches):
                     yield dict(zip(group, self.follow(recorded, [swaps[name] for name in group]), strict=True))
 
@@ -207,21 +205,23 @@ class DamageMeter:
 
     def _whole_models(self, batches: Sequence[Tensor], plans: Sequence[Assignment]) -> list[list[Tensor]]:
         """What comes out of the last layer, by plan and batch. Of a streamed model, all plans go through a layer before the next is read."""
-        stream = stream_of(self.model)
+        stream = self.decoder.stream
         if stream is not None:
             made = _Made(self.bank)
-            return follow(self.model, begin(self.model, batches), [Job(0, self._planned(plan, stream, made)) for plan in plans])
+            return follow(
+                self.decoder, begin(self.decoder, batches), [Job(0, self._planned(plan, stream, made)) for plan in plans]
+            )
         found = []
         for plan in plans:
-            with swapped(self.model, self.bank.weights(plan)):
-                found.append(record(self.model, batches).final)
+            with self.decoder.swapped(self.bank.weights(plan)):
+                found.append(record(self.decoder, batches).final)
         return found
 
     def _planned(self, plan: Assignment, stream: Stream, made: _Made) -> Callable[[int], AbstractContextManager[Any]]:
         names: dict[int, list[str]] = defaultdict(list)
         for name in plan:
             names[stream.layer_of(name)].append(name)
-        return lambda layer: swapped(self.model, Lookup(names[layer], lambda name: made.of(layer, name, plan[name])))
+        return lambda layer: self.decoder.swapped(Lookup(names[layer], lambda name: made.of(layer, name, plan[name])))
 
     def shelf(self) -> Shelf:
         """For the states of one pass."""
@@ -229,16 +229,16 @@ class DamageMeter:
 
     def follow(self, recorded: Recorded, swaps: Sequence[Swap]) -> list[list[Tensor]]:
         """What comes out of the last layer with each swap made alone, by batch, in the block of the base that was recorded."""
-        return follow(self.model, recorded, [Job(swap.layer, self._in_force(swap)) for swap in swaps])
+        return follow(self.decoder, recorded, [Job(swap.layer, self._in_force(swap)) for swap in swaps])
 
     def _in_force(self, swap: Swap) -> Callable[[int], AbstractContextManager[Any]]:
         weights = self.bank.weights(swap.assignment)
-        return lambda layer: swapped(self.model, weights if layer == swap.layer else {})
+        return lambda layer: self.decoder.swapped(weights if layer == swap.layer else {})
 
     def chunks(self, rows: Tensor) -> list[list[Tensor]]:
         """The rows' batches [rows, tokens], in runs of as many as go through a layer together."""
-        batches = list(rows.split(batch_rows(rows.shape[1], self.vocabulary)))
-        step = self.room.batches(len(batches), self._state_bytes(batches[0]), self.layers) if batches else 1
+        batches = list(rows.split(batch_rows(rows.shape[1], self.decoder.vocabulary)))
+        step = self.room.batches(len(batches), self._state_bytes(batches[0]), len(self.decoder.layers)) if batches else 1
         return [batches[start : start + step] for start in range(0, len(batches), step)]
 
     def groups(self, names: Sequence[Any], batches: Sequence[Tensor]) -> Iterator[Sequence[Any]]:
@@ -247,11 +247,11 @@ class DamageMeter:
         return (names[start : start + step] for start in range(0, len(names), step))
 
     def _state_bytes(self, batch: Tensor) -> int:
-        return batch.numel() * self.width * next(self.model.parameters()).element_size()
+        return batch.numel() * self._width * next(self.decoder.model.parameters()).element_size()
 
     def spans(self, batch: Tensor) -> list[slice]:
         """The runs of tokens in which a batch's logits are made."""
-        return token_spans(len(batch), batch.shape[1], self.vocabulary, self.room.logit_bytes)
+        return token_spans(len(batch), batch.shape[1], self.decoder.vocabulary, self.room.logit_bytes)
 
     @torch.no_grad()
     def _kl(self, batch: Tensor, finals: Sequence[Tensor]) -> list[Tensor]:
@@ -261,7 +261,7 @@ class DamageMeter:
             reference = self.reference.log_p(batch, span)
             share = reference.shape[1] / batch.shape[1]
             for total, final in zip(sums, finals, strict=True):
-                logits = logits_of(self.model, batch[:, span], cut(self.model, final, span))
+                logits = logits_of(self.decoder, batch[:, span], cut(self.decoder, final, span))
                 total += share * kl_per_row(reference, logits).cpu()
         for total in sums:
             check_range(total, "a quantized model", finals[0].dtype)
@@ -273,7 +273,7 @@ class DamageMeter:
         """Take each (assignment, batch) from the journal, or from `finals_of(batches, missing names)`."""
         self._ahead(rows, plans, share, progress)
         parts: dict[str, list[Any]] = {name: [] for name in plans}
-        done, total = 0, len(plans) * -(-len(rows) // batch_rows(rows.shape[1], self.vocabulary))
+        done, total = 0, len(plans) * -(-len(rows) // batch_rows(rows.shape[1], self.decoder.vocabulary))
         for chunk in self.chunks(rows):
             keys = {name: self._keys(plan, chunk) for name, plan in plans.items()}
             known = {key: self.journal.get(key) for of_plan in keys.values() for key in of_plan}
@@ -313,7 +313,7 @@ class DamageMeter:
         self, batches: Sequence[Tensor], finals_of: FinalsOf, names: Sequence[str]
     ) -> Iterator[dict[str, list[list[float]]]]:
         """Damage by name, batch and row, as it is measured."""
-        own = [batch.to(self.model.device) for batch in batches]
+        own = [batch.to(self.decoder.device) for batch in batches]
         self.reference.see(own)
         for finals in finals_of(own, names):
             by_batch = [self._kl(batch, states) for batch, states in zip(own, zip(*finals.values(), strict=True), strict=True)]

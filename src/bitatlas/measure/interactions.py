@@ -29,7 +29,6 @@ from bitatlas.measure.curvature import label_points, labels_at
 from bitatlas.measure.damage import Assignment, DamageMeter, Swap
 from bitatlas.measure.workers import Progress, Share
 from bitatlas.model.layerwise import check_range, cut, logits_of, record
-from bitatlas.model.swap import swapped
 from bitatlas.records.journal import content_key
 
 LABELS = 2  # drawn at each token
@@ -140,10 +139,10 @@ def _measured(
     meter: DamageMeter, base: Assignment, swaps: Mapping[Keys, Swap], batches: Sequence[Tensor], seed: int
 ) -> Iterator[tuple[Sequence[Keys], list[list[Value]]]]:
     """Groups of swaps by their keys, with what was measured of each by batch."""
-    own = [batch.to(meter.model.device) for batch in batches]
+    own = [batch.to(meter.decoder.device) for batch in batches]
     meter.reference.see(own)
-    with meter.shelf() as shelf, swapped(meter.model, meter.bank.weights(base)):
-        recorded = record(meter.model, own, shelf)
+    with meter.shelf() as shelf, meter.decoder.swapped(meter.bank.weights(base)):
+        recorded = record(meter.decoder, own, shelf)
         for group in meter.groups(sorted(swaps, key=lambda keys: swaps[keys].layer), own):
             finals = meter.follow(recorded, [swaps[keys] for keys in group])
             by_batch = [
@@ -159,12 +158,12 @@ def _against_base(meter: DamageMeter, batch: Tensor, base: Tensor, finals: Seque
     points = [label_points(batch, seed, draw) for draw in range(LABELS)]
     for span in meter.spans(batch):
         p = meter.reference.log_p(batch, span).exp()
-        logits = logits_of(meter.model, batch[:, span], cut(meter.model, base, span)).float()
+        logits = logits_of(meter.decoder, batch[:, span], cut(meter.decoder, base, span)).float()
         level = logits.logsumexp(-1)  # [rows, tokens]
         q = torch.softmax(logits, dim=-1)
         labels = torch.stack([labels_at(q, own[:, span]) for own in points], dim=-1)
         for place, final in enumerate(finals):
-            changed = logits_of(meter.model, batch[:, span], cut(meter.model, final, span)).float()
+            changed = logits_of(meter.decoder, batch[:, span], cut(meter.decoder, final, span)).float()
             moved = changed - logits
             added[place] += (changed.logsumexp(-1) - level - (p * moved).sum(-1)).double().sum(-1).cpu()
             scores[place].append(moved.gather(-1, labels) - (q * moved).sum(-1, keepdim=True))

@@ -30,7 +30,6 @@ from bitatlas.data.tasks import (
 )
 from bitatlas.errors import UserError
 from bitatlas.measure.damage import DamageMeter
-from bitatlas.model.swap import swapped
 from bitatlas.progress import Reporter
 from bitatlas.records import TaskScore
 from bitatlas.records.journal import content_key
@@ -208,11 +207,11 @@ def score_shards(
         if meter.workers:
             missing = [shard for shard, key in zip(shards, keys, strict=True) if meter.journal.get(key) is None]
             meter.workers.share("tasks", [(task, shard, assignment) for shard in missing], progress)
-        with swapped(meter.model, meter.bank.weights(assignment)):
+        with meter.decoder.swapped(meter.bank.weights(assignment)):
             for shard, key in zip(shards, keys, strict=True):
                 value = meter.journal.get(key)
                 if value is None:
-                    value = score_items(meter.model, tokenizer, task, shard)
+                    value = score_items(meter.decoder.model, tokenizer, task, shard)
                     meter.journal.put(key, "task", value)
                 answers += value
                 progress(len(answers), len(items))

@@ -18,6 +18,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from bitatlas.model.linear import shape_of
+
 TOKENS = 5  # that go through, of two rows
 
 
@@ -93,13 +95,10 @@ def _answering(model: nn.Module, names: list[str], called: set[str]) -> None:
             type(module).forward is nn.Linear.forward or id(module) in wanted
         ):  # others may give more than a product (llama4's router)
             name = wanted.get(id(module), "")
-            shape = tuple(module.weight.shape)  # type: ignore[arg-type]
-            module.forward = _answer(shape, isinstance(module, nn.Linear), name, called)  # type: ignore[method-assign]
+            module.forward = _answer(shape_of(module)[0], name, called)  # type: ignore[method-assign]
 
 
-def _answer(shape: tuple[int, ...], is_linear: bool, name: str, called: set[str]) -> Any:
-    width = shape[0] if is_linear else shape[-1]  # GPT-2's Conv1D holds it the other way round
-
+def _answer(width: int, name: str, called: set[str]) -> Any:
     def forward(x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         called.add(name)
         return x.new_full((*x.shape[:-1], width), 0.5)

@@ -28,12 +28,13 @@ from transformers import (
     AutoTokenizer,
     PreTrainedModel,
 )
-from transformers.pytorch_utils import Conv1D
 from transformers.utils import logging
 
 from bitatlas.errors import UserError
 from bitatlas.model.calls import Calls, calls_of
+from bitatlas.model.decoder import Decoder, context_length, decoder_of, find_layers, layers_at, vocabulary_size
 from bitatlas.model.folder import find_folder, read_config, sha256_of, weight_files
+from bitatlas.model.linear import is_linear, shape_of
 from bitatlas.model.memory_shape import memory_shape
 from bitatlas.model.streaming import open_stream, without_weights
 from bitatlas.model.tensor_files import Reader, Target, read_header, reason_of, targets_of
@@ -55,8 +56,6 @@ PACKED = (
     ".trellis",
     ".SCB",
 )  # what a quantized module has in the place of its weight, or beside it
-FOUND = "bitatlas_layers"  # attribute of a model: the path of its decoder layers
-CAUSAL_TOKENS = 8  # of the text on which `check_causal` looks for a model that reads ahead
 CAUSAL_TOLERANCE = 1e-4  # of the largest logit
 logging.disable_progress_bar()  # loading a local file; our own progress is enough
 
@@ -75,20 +74,26 @@ class Checkpoint:
     notes: list[str] = field(default_factory=list)
     loaded: frozenset[str] = frozenset()  # tensors of the files that transformers does not pass over
 
-    def load_model(self, device: str = "cpu", dtype: torch.dtype = torch.float32) -> PreTrainedModel:
-        """The model in evaluation mode; UserError where its weights and its config do not belong together."""
+    @property
+    def vocabulary(self) -> int:
+        """The number of tokens that the model knows."""
+        return vocabulary_size(self.config)
+
+    def load_model(self, device: str = "cpu", dtype: torch.dtype = torch.float32) -> Decoder:
+        """Return the model in evaluation mode; UserError where its weights and its config do not belong together."""
         model, report = _load(self.folder, str(self.folder), self.config, dtype)
         _check_loaded(report, str(self.folder))
         self._check_unexpected(sorted(report["unexpected_keys"]))
         self.check_unchanged()
-        return _placed(model, device)
+        return decoder_of(_placed(model, device), self.layers_path)
 
-    def stream_model(self, device: str = "cpu", dtype: torch.dtype = torch.float32) -> PreTrainedModel:
-        """The model in evaluation mode with its decoder layers on disk (see `streaming`); UserError where that cannot be."""
+    def stream_model(self, device: str = "cpu", dtype: torch.dtype = torch.float32) -> Decoder:
+        """Return the model in evaluation mode with its decoder layers on disk (see `streaming`); UserError where that cannot be."""
         with without_weights():
             model = skeleton_of(self.config, str(self.folder), "cpu")
         with quiet_transformers():
-            return open_stream(model, self.layers_path, Reader(self.files), device, dtype, self.check_unchanged)
+            stream = open_stream(model, self.layers_path, Reader(self.files), device, dtype, self.check_unchanged)
+        return decoder_of(model, self.layers_path, stream)
 
     def check_unchanged(self) -> None:
         """UserError where a weights file is no longer the one that was hashed: what is read now is something else.
@@ -139,7 +144,7 @@ def open_checkpoint(name: str, revision: str | None = None, fuse: bool = True) -
     _check_stored(model, reader, targets, name)
     modules, left_out = _plannable(config, name, model, layers_path, fuse)
     modules = _with_sizes(modules, reader, targets)
-    layers = len(_layer_list(model, layers_path))
+    layers = len(layers_at(model, layers_path))
     with quiet_transformers():
         memory = memory_shape(model, modules, layers)
     info = _describe(name, revision, config, files, reader, modules, layers, memory, _main_dtype(modules, reader, targets))
@@ -180,11 +185,11 @@ def _shared_modules(model: nn.Module, layers_path: str) -> list[Module]:
     """Linear modules of the decoder layers whose weight is that of others, too."""
     uses = Counter(id(p) for _, p in model.named_parameters(remove_duplicate=False))
     found = []
-    for index, layer in enumerate(_layer_list(model, layers_path)):
+    for index, layer in enumerate(layers_at(model, layers_path)):
         for path, module in layer.named_modules():
             if is_linear(module) and uses[id(module.weight)] > 1:
                 name = f"{layers_path}.{index}.{path}"
-                found.append(Module(name, index, path.rpartition(".")[2], _shape(module), name))
+                found.append(Module(name, index, path.rpartition(".")[2], shape_of(module), name))
     return found
 
 
@@ -291,18 +296,11 @@ def _without_rescaling(model: nn.Module) -> None:
         config.rescale_every = 0
 
 
-def probe_ids(model: PreTrainedModel) -> torch.Tensor:
-    """A few tokens to try a model on: int64 [1, tokens], on its device."""
-    vocabulary = len(model.get_input_embeddings().weight)  # type: ignore[arg-type]
-    ids = torch.randint(vocabulary, (1, CAUSAL_TOKENS), generator=torch.Generator().manual_seed(0))
-    return ids.to(model.device)
-
-
 @torch.no_grad()
-def check_causal(model: PreTrainedModel, name: str) -> None:
+def check_causal(decoder: Decoder, name: str) -> None:
     """UserError where a changed last token changes the logits before it: an encoder with a causal head, for one."""
-    ids = probe_ids(model).repeat(2, 1)
-    ids[1, -1] = (ids[1, -1] + 1) % len(model.get_input_embeddings().weight)  # type: ignore[arg-type]
+    model, ids = decoder.model, decoder.probe_ids().repeat(2, 1)
+    ids[1, -1] = (ids[1, -1] + 1) % decoder.vocabulary
     try:
         with quiet_transformers():
             logits = model(input_ids=ids, use_cache=False).logits[:, :-1].float()  # [2, tokens - 1, vocabulary]
@@ -330,44 +328,15 @@ def skeleton_of(config: Any, name: str, device: str = "meta") -> nn.Module:
         raise UserError(f"{name}: transformers cannot build this model ({reason_of(error)})") from None
 
 
-def is_linear(module: nn.Module) -> bool:
-    return isinstance(module, nn.Linear | Conv1D)
-
-
-def find_layers(model: nn.Module, name: str) -> str:
-    """Path of the decoder layers: the outermost list of blocks with linear modules that holds most weights, in the part that reads text."""
-    found: list[tuple[int, str]] = []
-    lists: list[str] = []
-    inside = _text_path(model)
-    for path, module in model.named_modules():
-        if not f"{path}.".startswith(inside):
-            continue
-        if not isinstance(module, nn.ModuleList) or any(path.startswith(outer + ".") for outer in lists):
-            continue
-        lists.append(path)
-        if any(any(map(is_linear, block.modules())) for block in module) and not any(map(is_linear, module)):
-            found.append((sum(p.numel() for p in module.parameters()), path))
-    if not found:
-        raise UserError(f"{name}: no decoder layers with linear modules were found, so there is nothing to quantize")
-    return max(found)[1]
-
-
-def _text_path(model: nn.Module) -> str:
-    """The path, with its dot, of the decoder of a model that also sees or hears; "" of a language model."""
-    get = getattr(model, "get_decoder", None)
-    decoder = get() if get else None
-    return next((f"{path}." for path, module in model.named_modules() if path and module is decoder), "")
-
-
 def linear_modules(model: nn.Module, layers_path: str, fuse: bool, left_out: Collection[str] = ()) -> list[Module]:
     """Every linear module of the decoder layers, in the model's order, but for routers, weights that several modules share, and `left_out`."""
     modules: list[Module] = []
     experts = _expert_counts(getattr(model, "config", None))
     uses = Counter(id(p) for _, p in model.named_parameters(remove_duplicate=False))
-    for index, layer in enumerate(_layer_list(model, layers_path)):
+    for index, layer in enumerate(layers_at(model, layers_path)):
         named = [
             (path, m) for path, m in layer.named_modules()
-            if is_linear(m) and not is_router(path, _shape(m)[0], experts) and uses[id(m.weight)] == 1
+            if is_linear(m) and not is_router(path, shape_of(m)[0], experts) and uses[id(m.weight)] == 1
             and f"{layers_path}.{index}.{path}" not in left_out
         ]  # fmt: skip
         kinds = _kinds([path for path, _ in named])
@@ -375,7 +344,7 @@ def linear_modules(model: nn.Module, layers_path: str, fuse: bool, left_out: Col
             name = f"{layers_path}.{index}.{path}"
             parent, _, last = name.rpartition(".")
             unit = f"{parent}.{FUSED[last]}" if fuse and last in FUSED else name
-            modules.append(Module(name, index, kinds[path], _shape(module), unit))
+            modules.append(Module(name, index, kinds[path], shape_of(module), unit))
     return modules
 
 
@@ -409,11 +378,6 @@ def _kinds(paths: list[str]) -> dict[str, str]:
         path: word.rpartition(".")[2] if shared[word.rpartition(".")[2]] == 1 else ".".join(word.split(".")[-2:])
         for path, word in plain.items()
     }
-
-
-def _shape(module: nn.Module) -> tuple[int, int]:
-    first, second = module.weight.shape  # type: ignore[union-attr, misc]
-    return (second, first) if isinstance(module, Conv1D) else (first, second)
 
 
 def _notes(model: nn.Module, layers_path: str, modules: list[Module], left_out: Sequence[tuple[str, list[Module]]]) -> list[str]:
@@ -455,7 +419,6 @@ def _describe(
     total = sum(map(reader.size_bytes, reader))
     weights = sum(module.weights for module in modules)
     text = config.get_text_config()
-    context = getattr(text, "max_position_embeddings", None) or getattr(text, "n_positions", None) or 2048
     return ModelInfo(
         name=Path(name).name if Path(name).is_dir() else name,
         revision=revision,
@@ -463,7 +426,7 @@ def _describe(
         architecture=(getattr(config, "architectures", None) or [config.model_type])[0],
         layers=layers,
         heads=int(getattr(text, "num_attention_heads", 0) or 0),
-        context=int(context),
+        context=context_length(config),
         dtype=dtype,
         quantizable_weights=weights,
         other_bytes=total - sum(kept_bytes(module, dtype) for module in modules),
@@ -494,18 +457,3 @@ def check_finite(checkpoint: Checkpoint, progress: Callable[[int, int], None] | 
             raise UserError(f"{checkpoint.info.name}: {name} holds {bad} NaN or infinite weights; nothing can be measured on it")
         if progress:
             progress(done, len(reader))
-
-
-def decoder_layers(model: nn.Module) -> nn.ModuleList:
-    """The decoder layers of a loaded model, which are looked for once."""
-    path = getattr(model, FOUND, None)
-    if path is None:
-        path = find_layers(model, type(model).__name__)
-        setattr(model, FOUND, path)
-    return _layer_list(model, path)
-
-
-def _layer_list(model: nn.Module, path: str) -> nn.ModuleList:
-    layers = model.get_submodule(path)
-    assert isinstance(layers, nn.ModuleList)
-    return layers

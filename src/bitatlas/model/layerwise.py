@@ -26,21 +26,15 @@ import torch
 from torch import Tensor, nn
 
 from bitatlas.errors import UserError
-from bitatlas.model.checkpoint import decoder_layers, is_linear, probe_ids
+from bitatlas.model.decoder import Decoder, once
 from bitatlas.model.hidden_states import Shelf
-from bitatlas.model.streaming import held, stream_of
-from bitatlas.model.swap import swapped, weight_of
+from bitatlas.model.linear import is_linear
 
 Call = tuple[tuple[Any, ...], dict[str, Any]]
 Shared = dict[int, Any]  # a pass's own copy of each container that layers share, by the id of the one that the model made
 
 LOGIT_BYTES = 2**26  # of one batch's float32 logits: a few such arrays are alive at a time
 CHAIN_TOLERANCE = 1e-3  # of the largest logit; a whole pass and one in pieces differ by rounding alone
-CHAIN, TOKEN_AXIS, MORE_VALUES = (
-    "bitatlas_chain",
-    "bitatlas_token_axis",
-    "bitatlas_more_values",
-)  # attributes: what was tried once
 
 
 def batch_rows(row_length: int, vocabulary: int) -> int:
@@ -129,7 +123,7 @@ def run_layer(layer: nn.Module, hidden: Tensor, call: Call) -> Tensor:
 
 
 @torch.no_grad()
-def enter(model: Any, input_ids: Tensor) -> Start:
+def enter(decoder: Decoder, input_ids: Tensor) -> Start:
     """What goes into the layers for `input_ids` [rows, tokens]; no layer is run."""
     first: list[Tensor] = []
     calls: list[Call] = []
@@ -140,8 +134,8 @@ def enter(model: Any, input_ids: Tensor) -> Start:
         calls.append(call)
         return hidden
 
-    with _standing_in(model, note):
-        model.base_model(input_ids=input_ids, use_cache=False)
+    with _standing_in(decoder, note):
+        decoder.model.base_model(input_ids=input_ids, use_cache=False)
     return Start(first[0], calls, _containers(calls))
 
 
@@ -152,39 +146,39 @@ def _containers(calls: Sequence[Call]) -> list[Any]:
     return [value for value in {id(value): value for value in every}.values() if count[id(value)] > 1]
 
 
-def cut(model: Any, final: Tensor, span: slice) -> Tensor:
+def cut(decoder: Decoder, final: Tensor, span: slice) -> Tensor:
     """The tokens `span` of `final`, which came out of the last layer (of some families with more axes than [rows, tokens, width])."""
-    axis = 1 if final.dim() == 3 else _token_axis(model)
+    axis = 1 if final.dim() == 3 else _token_axis(decoder)
     return final[(slice(None),) * axis + (span,)]
 
 
-def logits_of(model: Any, input_ids: Tensor, final: Tensor) -> Tensor:
+def logits_of(decoder: Decoder, input_ids: Tensor, final: Tensor) -> Tensor:
     """Logits [rows, tokens, vocabulary] of what came out of the last layer, `final` [rows, tokens, width]. Differentiable in `final`."""
-    if not is_chain(model):
+    if not is_chain(decoder):
         return final
-    return _logits(model, input_ids, final)
+    return _logits(decoder, input_ids, final)
 
 
-def _logits(model: Any, input_ids: Tensor, final: Tensor) -> Tensor:
-    with _standing_in(model, lambda args, kwargs: final):
-        return model(input_ids=input_ids, use_cache=False).logits
+def _logits(decoder: Decoder, input_ids: Tensor, final: Tensor) -> Tensor:
+    with _standing_in(decoder, lambda args, kwargs: final):
+        return decoder.model(input_ids=input_ids, use_cache=False).logits
 
 
 @torch.no_grad()
-def record(model: Any, batches: Sequence[Tensor], inputs: Shelf | None = None) -> Recorded:
+def record(decoder: Decoder, batches: Sequence[Tensor], inputs: Shelf | None = None) -> Recorded:
     """One pass over `batches` (int64 [rows, tokens] each, on the model's device). Without `inputs` only its end is kept."""
-    if not is_chain(model):
-        return Recorded(batches, [], Shelf(0), [whole_logits(model, ids) for ids in batches])
-    return _record(model, batches, inputs)
+    if not is_chain(decoder):
+        return Recorded(batches, [], Shelf(0), [whole_logits(decoder, ids) for ids in batches])
+    return _record(decoder, batches, inputs)
 
 
-def _record(model: Any, batches: Sequence[Tensor], inputs: Shelf | None) -> Recorded:
-    starts = [enter(model, ids) for ids in batches]
+def _record(decoder: Decoder, batches: Sequence[Tensor], inputs: Shelf | None) -> Recorded:
+    starts = [enter(decoder, ids) for ids in batches]
     hidden = [start.hidden for start in starts]
     shared = [start.fresh() for start in starts]
     before: dict[tuple[int, int], Shared] = {}
-    for index, layer in enumerate(_called_layers(model, starts)):
-        with held(model, index):
+    for index, layer in enumerate(_called_layers(decoder, starts)):
+        with decoder.held(index):
             for number, start in enumerate(starts):
                 if inputs is not None:
                     inputs.put((index, number), hidden[number])
@@ -194,17 +188,17 @@ def _record(model: Any, batches: Sequence[Tensor], inputs: Shelf | None) -> Reco
     return Recorded(batches, starts, inputs if inputs is not None else Shelf(0), hidden, before)
 
 
-def _called_layers(model: Any, starts: Sequence[Start]) -> Sequence[nn.Module]:
+def _called_layers(decoder: Decoder, starts: Sequence[Start]) -> Sequence[nn.Module]:
     """The decoder layers that a pass runs: some lists go on behind the last of them."""
-    layers = decoder_layers(model)
+    layers = decoder.layers
     return list(layers)[: len(starts[0].calls)] if starts else list(layers)
 
 
-def begin(model: Any, batches: Sequence[Tensor]) -> Recorded:
+def begin(decoder: Decoder, batches: Sequence[Tensor]) -> Recorded:
     """What goes into layer 0, for jobs that begin there; no layer is run."""
-    if not is_chain(model):
+    if not is_chain(decoder):
         return Recorded(batches, [], Shelf(0), [])
-    starts = [enter(model, ids) for ids in batches]
+    starts = [enter(decoder, ids) for ids in batches]
     inputs = Shelf(sum(start.hidden.nbytes for start in starts))
     for number, start in enumerate(starts):
         inputs.put((0, number), start.hidden)
@@ -212,29 +206,29 @@ def begin(model: Any, batches: Sequence[Tensor]) -> Recorded:
 
 
 @torch.no_grad()
-def follow(model: Any, recorded: Recorded, jobs: Sequence[Job]) -> list[list[Tensor]]:
+def follow(decoder: Decoder, recorded: Recorded, jobs: Sequence[Job]) -> list[list[Tensor]]:
     """What comes out of the last layer, by job and batch; each job's change is in force from its layer on, the base's weights around it.
 
     Call it in the block in which the base was recorded.
     """
-    if not is_chain(model):
-        return [_whole(model, recorded, job) for job in jobs]
-    return _follow(model, recorded, jobs)
+    if not is_chain(decoder):
+        return [_whole(decoder, recorded, job) for job in jobs]
+    return _follow(decoder, recorded, jobs)
 
 
-def _whole(model: Any, recorded: Recorded, job: Job) -> list[Tensor]:
+def _whole(decoder: Decoder, recorded: Recorded, job: Job) -> list[Tensor]:
     with ExitStack() as stack:
-        for index in range(job.start, len(decoder_layers(model))):
+        for index in range(job.start, len(decoder.layers)):
             stack.enter_context(job.at(index))
-        return [whole_logits(model, ids) for ids in recorded.ids]
+        return [whole_logits(decoder, ids) for ids in recorded.ids]
 
 
-def _follow(model: Any, recorded: Recorded, jobs: Sequence[Job]) -> list[list[Tensor]]:
-    layers = _called_layers(model, recorded.starts)
+def _follow(decoder: Decoder, recorded: Recorded, jobs: Sequence[Job]) -> list[list[Tensor]]:
+    layers = _called_layers(decoder, recorded.starts)
     states: list[list[Tensor]] = [[] for _ in jobs]
     shared: list[list[Shared]] = [[] for _ in jobs]
     for index in range(min((job.start for job in jobs), default=len(layers)), len(layers)):
-        with held(model, index):
+        with decoder.held(index):
             begun = [recorded.inputs.get((index, b)) for b in range(len(recorded.ids))] if _any_starts(jobs, index) else []
             for number, job in enumerate(jobs):
                 if job.start == index:
@@ -254,10 +248,10 @@ def _any_starts(jobs: Sequence[Job], layer: int) -> bool:
 
 
 @contextmanager
-def _standing_in(model: Any, answer: Callable[[tuple[Any, ...], dict[str, Any]], Tensor]) -> Iterator[None]:
+def _standing_in(decoder: Decoder, answer: Callable[[tuple[Any, ...], dict[str, Any]], Tensor]) -> Iterator[None]:
     """Within the block, no layer computes anything: each returns `answer(args, kwargs)`, in the form in which it returns its own."""
-    layers = decoder_layers(model)
-    more = _more_values(model, layers)
+    layers = decoder.layers
+    more = _more_values(decoder)
     before = [layer.__dict__.get("forward") for layer in layers]
 
     def forward_of(layer: nn.Module) -> Callable[..., Any]:
@@ -285,14 +279,12 @@ class _SeenError(Exception):
     """Ends a pass once a layer of every class has run."""
 
 
+@once
 @torch.no_grad()
-def _more_values(model: Any, layers: nn.ModuleList) -> dict[type, int | None]:
-    """How many values a layer of each class returns behind the hidden state; None: it returns no tuple. Tried once a model, on one token."""
-    known = getattr(layers, MORE_VALUES, None)
-    if known is not None:
-        return known  # type: ignore[no-any-return]
+def _more_values(decoder: Decoder) -> dict[type, int | None]:
+    """How many values a layer of each class returns behind the hidden state; None: it returns no tuple. Tried on one token."""
     found: dict[type, int | None] = {}
-    first = {type(layer): layer for layer in reversed(layers)}
+    first = {type(layer): layer for layer in reversed(decoder.layers)}
 
     def look(module: nn.Module, args: Any, output: Any) -> None:
         found[type(module)] = len(output) - 1 if isinstance(output, tuple | list) else None
@@ -301,13 +293,12 @@ def _more_values(model: Any, layers: nn.ModuleList) -> dict[type, int | None]:
 
     hooks = [layer.register_forward_hook(look) for layer in first.values()]
     try:
-        model.base_model(input_ids=torch.zeros(1, 1, dtype=torch.int64, device=model.device), use_cache=False)
+        decoder.model.base_model(input_ids=torch.zeros(1, 1, dtype=torch.int64, device=decoder.device), use_cache=False)
     except _SeenError:
         pass
     finally:
         for hook in hooks:
             hook.remove()
-    setattr(layers, MORE_VALUES, found)
     return found
 
 
@@ -315,78 +306,70 @@ def _more_values(model: Any, layers: nn.ModuleList) -> dict[type, int | None]:
 
 
 @torch.no_grad()
-def whole_logits(model: Any, input_ids: Tensor) -> Tensor:
+def whole_logits(decoder: Decoder, input_ids: Tensor) -> Tensor:
     """Logits [rows, tokens, vocabulary] of one pass of the model's own."""
-    return model(input_ids=input_ids, use_cache=False).logits  # type: ignore[no-any-return]
+    return decoder.model(input_ids=input_ids, use_cache=False).logits  # type: ignore[no-any-return]
 
 
-def is_chain(model: Any) -> bool:
-    """Can the model be run layer by layer? Tried once, on a few tokens."""
-    known = getattr(model, CHAIN, None)
-    if known is None:
-        try:
-            known = _tried(model)
-        except UserError:
-            raise
-        except Exception:  # each family fails in its own way where a layer is called with less than it needs
-            known = False
-        setattr(model, CHAIN, known)
-    return bool(known)
+@once
+def is_chain(decoder: Decoder) -> bool:
+    """Return whether the model can be run layer by layer, tried on a few tokens."""
+    try:
+        return _tried(decoder)
+    except UserError:
+        raise
+    except Exception:  # each family fails in its own way where a layer is called with less than it needs
+        return False
 
 
 @torch.no_grad()
-def _tried(model: Any) -> bool:
+def _tried(decoder: Decoder) -> bool:
     """Are passes in pieces the whole ones: of the model, of one that is changed in its first layer, and of the model again, side by side?"""
-    ids = probe_ids(model).repeat(2, 1)
+    ids = decoder.probe_ids().repeat(2, 1)
     ids[1] = ids[1].flip(0)
-    layers = decoder_layers(model)
-    halved = {name: 0.5 * weight_of(model, name) for name in _some_module(model)}
+    halved = {name: 0.5 * decoder.weight(name) for name in _some_module(decoder)}
     with Shelf(2**30) as shelf:
-        recorded = _record(model, [ids], shelf)
-        jobs = [Job(0, lambda layer: swapped(model, halved if layer == 0 else {}))]
-        jobs += [Job(start, lambda layer: swapped(model, {})) for start in {0, len(layers) // 2}]
-        changed, *same = (_logits(model, ids, final[0]) for final in _follow(model, recorded, jobs))
-    own = whole_logits(model, ids)
-    with swapped(model, halved):
-        truly = whole_logits(model, ids)
-    pairs = [(changed, truly), (_logits(model, ids, recorded.final[0]), own), *((logits, own) for logits in same)]
+        recorded = _record(decoder, [ids], shelf)
+        jobs = [Job(0, lambda layer: decoder.swapped(halved if layer == 0 else {}))]
+        jobs += [Job(start, lambda layer: decoder.swapped({})) for start in {0, len(decoder.layers) // 2}]
+        changed, *same = (_logits(decoder, ids, final[0]) for final in _follow(decoder, recorded, jobs))
+    own = whole_logits(decoder, ids)
+    with decoder.swapped(halved):
+        truly = whole_logits(decoder, ids)
+    pairs = [(changed, truly), (_logits(decoder, ids, recorded.final[0]), own), *((logits, own) for logits in same)]
     return all(bool((a - b).abs().max() <= CHAIN_TOLERANCE * b.abs().max()) for a, b in pairs)
 
 
-def _some_module(model: nn.Module) -> list[str]:
-    """The first linear module of the first layer that has one, by its name."""
-    layer = decoder_layers(model)[0]
-    inside = {id(module) for module in layer.modules() if is_linear(module)}
-    return [name for name, module in model.named_modules() if id(module) in inside][:1]
+def _some_module(decoder: Decoder) -> list[str]:
+    """The first linear module of the first layer, by its name, if it has one."""
+    first = decoder.layers[0].named_modules(prefix=f"{decoder.layers_path}.0")
+    return [name for name, module in first if is_linear(module)][:1]
 
 
+@once
 @torch.no_grad()
-def _token_axis(model: Any) -> int:
+def _token_axis(decoder: Decoder) -> int:
     """Which axis of a hidden state of four are the tokens."""
-    axis = getattr(model, TOKEN_AXIS, None)
-    if axis is None:
-        ids = probe_ids(model).repeat(2, 1)
-        shape = enter(model, ids).hidden.shape
-        axis = next(number for number in range(1, len(shape)) if shape[number - 1 : number + 1] == ids.shape)
-        setattr(model, TOKEN_AXIS, axis)
-    return int(axis)
+    ids = decoder.probe_ids().repeat(2, 1)
+    shape = enter(decoder, ids).hidden.shape
+    return next(number for number in range(1, len(shape)) if shape[number - 1 : number + 1] == ids.shape)
 
 
-def rows_and_tokens(model: Any, hidden: Tensor) -> Tensor:
+def rows_and_tokens(decoder: Decoder, hidden: Tensor) -> Tensor:
     """A layer's hidden state as [rows, tokens, width]: of several streams side by side, the largest of each number's."""
     if hidden.dim() == 3:
         return hidden
-    axis = _token_axis(model)
+    axis = _token_axis(decoder)
     return hidden.movedim((axis - 1, axis), (0, 1)).abs().flatten(2, -2).amax(2)
 
 
-def check_chain(model: Any, name: str) -> None:
+def check_chain(decoder: Decoder, name: str) -> None:
     """UserError where activations leave the range of the model's dtype, or where a model that is streamed has to be run whole."""
-    logits = whole_logits(model, probe_ids(model))
+    logits = whole_logits(decoder, decoder.probe_ids())
     check_range(logits, name)
-    if stream_of(model) is not None and not is_chain(model):
+    if decoder.stream is not None and not is_chain(decoder):
         raise UserError(
-            f"{name}: {type(model).__name__} hands more from layer to layer than can be kept, so it cannot be run layer by layer: "
+            f"{name}: {type(decoder.model).__name__} hands more from layer to layer than can be kept, so it cannot be run layer by layer: "
             "it needs all its weights in memory (a larger --memory)"
         )
 

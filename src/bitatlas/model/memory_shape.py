@@ -3,7 +3,7 @@
 The layout of the cache is not guessed from names in the config, which differ by family (`num_kv_heads`, `multi_query`, `layer_types`,
 ...): the skeleton on torch's meta device reads a few tokens, which costs no memory, and the cache that it fills is looked at.
 Left out, and said so in one line: state-space and linear-attention layers, latent attention, routed experts, keys and values of
-different widths, layers that share a cache. `planning/memory.py` has the formula.
+different widths, layers that share a cache. `plan/budget.py` has the formula.
 """
 
 from __future__ import annotations
@@ -15,6 +15,7 @@ from typing import Any
 import torch
 from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
 
+from bitatlas.model.decoder import vocabulary_size
 from bitatlas.model.tensor_files import reason_of
 from bitatlas.records import Module
 from bitatlas.records.plan import CacheLayers, MemoryShape
@@ -35,7 +36,7 @@ def memory_shape(model: Any, modules: Sequence[Module], layers: int) -> MemorySh
     try:
         cache = _cache_of(model)
         found = [_layer_of(layer) for layer in cache.layers]
-        hidden, heads, vocabulary = (int(getattr(text, name)) for name in ("hidden_size", "num_attention_heads", "vocab_size"))
+        hidden, heads, vocabulary = int(text.hidden_size), int(text.num_attention_heads), vocabulary_size(config)
     except UnknownStateError as error:
         return str(error)
     except Exception as error:  # each family fails in its own way without weights

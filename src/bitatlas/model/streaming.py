@@ -2,7 +2,7 @@
 
 `open_stream` builds a model whose embeddings, norms and head are in memory while every parameter of the decoder layers is a placeholder:
 one NaN, seen through the parameter's shape, so that whatever would use it unread shows at once. A layer's own forward is wrapped;
-everything that calls it works as on a whole model. `held` keeps a layer for several calls. A swap (see `swap`) is put beside the file's weights
+everything that calls it works as on a whole model. `held` keeps a layer for several calls. A swap (see `decoder`) is put beside the file's weights
 and takes their place when a layer is read.
 
 Left out: checkpoints whose tensors are not named as the model's own parameters (transformers renames or merges them while it loads).
@@ -12,28 +12,15 @@ from __future__ import annotations
 
 import ctypes
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
+from contextlib import contextmanager, suppress
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers.pytorch_utils import Conv1D
 
 from bitatlas.errors import UserError
+from bitatlas.model.linear import oriented
 from bitatlas.model.tensor_files import Reader, targets_of
-
-ATTRIBUTE = "bitatlas_stream"  # of a model whose layers are read when they run
-
-
-def stream_of(model: nn.Module) -> Stream | None:
-    """What reads the model's layers; None of a model in memory."""
-    return getattr(model, ATTRIBUTE, None)
-
-
-def held(model: nn.Module, layer: int) -> AbstractContextManager[None]:
-    """Within the block the weights of decoder layer `layer` stay, however often it runs."""
-    stream = stream_of(model)
-    return nullcontext() if stream is None else stream.held(layer)
 
 
 class Lookup(Mapping[str, Tensor]):
@@ -127,16 +114,16 @@ class Stream:
 
     def weight(self, module: str) -> Tensor:
         """The weight [out, in] that a linear module has now, swaps included."""
-        parameter = self.model.get_submodule(module).weight
+        owner = self.model.get_submodule(module)
+        parameter = owner.weight
         assert isinstance(parameter, nn.Parameter)
         data = parameter.data if self._depth.get(self._layer_of[module]) else self._current(module, parameter, True)
-        return data.T if isinstance(self.model.get_submodule(module), Conv1D) else data
+        return oriented(owner, data)
 
     def stored(self, module: str) -> Tensor:
         """The weight [out, in] of the checkpoint."""
         owner = self.model.get_submodule(module)
-        data = self._read(owner.weight)
-        return data.T if isinstance(owner, Conv1D) else data
+        return oriented(owner, self._read(owner.weight))
 
     @contextmanager
     def swapped(self, weights: Mapping[str, Tensor]) -> Iterator[None]:
@@ -161,7 +148,7 @@ class Stream:
         if swap is None:
             return self._read(parameter)
         weight = swap[module]
-        stored = weight.T if isinstance(self.model.get_submodule(module), Conv1D) else weight
+        stored = oriented(self.model.get_submodule(module), weight)
         if stored.shape != parameter.shape:
             raise ValueError(f"{module}: weight of shape {tuple(weight.shape)} does not fit")
         return stored.to(self._device, self._dtype)
@@ -170,8 +157,10 @@ class Stream:
         return self.reader.read(self._keys[id(parameter)]).to(self._device, self._dtype)
 
 
-def open_stream(model: Any, layers_path: str, reader: Reader, device: str, dtype: torch.dtype, check: Callable[[], None]) -> Any:
-    """`model` (see `without_weights`) with what is outside its decoder layers in memory, and a `Stream` for the rest.
+def open_stream(
+    model: Any, layers_path: str, reader: Reader, device: str, dtype: torch.dtype, check: Callable[[], None]
+) -> Stream:
+    """Put what is outside the decoder layers of `model` (see `without_weights`) into memory, and return what reads the rest.
 
     UserError where a parameter is not in the files under its own name and shape.
     """
@@ -191,8 +180,9 @@ def open_stream(model: Any, layers_path: str, reader: Reader, device: str, dtype
     if missing:
         raise _not_found(missing[0])
     _buffers_to(model, device)
-    setattr(model, ATTRIBUTE, Stream(model, layers_path, names, check))
-    return model.eval().requires_grad_(False)
+    stream = Stream(model, layers_path, names, check)
+    model.eval().requires_grad_(False)
+    return stream
 
 
 class Names:

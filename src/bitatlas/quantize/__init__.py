@@ -7,10 +7,10 @@ import importlib.util
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
-from torch import Tensor, nn
+from torch import Tensor
 
 from bitatlas.errors import UserError
-from bitatlas.model.swap import weight_of
+from bitatlas.model.decoder import Decoder
 from bitatlas.quantize import autoround, gptq, hqq, rtn
 from bitatlas.quantize.codes import Codes
 from bitatlas.quantize.ggml import Blocks, quantize_weight
@@ -18,15 +18,15 @@ from bitatlas.records.formats import FORMATS, LLAMA_CPP, Format
 
 PIECES_EACH = 4  # of a bank's pieces, for a worker: modules differ in size
 
-Quantize = Callable[[nn.Module, Sequence[str], Sequence[Format], Tensor | None], Iterator[tuple[str, Sequence[Codes | Blocks]]]]
+Quantize = Callable[[Decoder, Sequence[str], Sequence[Format], Tensor | None], Iterator[tuple[str, Sequence[Codes | Blocks]]]]
 
 
 @dataclass(frozen=True)
 class Quantizer:
     """How the stored numbers are chosen.
 
-    `quantize(model, modules, formats, rows)` gives every module's codes, one a format, module by module in any order, each as soon
-    as it is known. `model` holds the reference weights until the last one has come. `rows` are the fit rows, int64 [rows, tokens].
+    `quantize(decoder, modules, formats, rows)` gives every module's codes, one a format, module by module in any order, each as soon
+    as it is known. The model holds the reference weights until the last one has come. `rows` are the fit rows, int64 [rows, tokens].
     """
 
     name: str
@@ -76,10 +76,10 @@ def one_by_one(quantize: Callable[[Tensor, Format], Codes | Blocks]) -> Quantize
     """Make of a function of one weight and one format what a `Quantizer` calls. The rows are not looked at."""
 
     def quantize_modules(
-        model: nn.Module, modules: Sequence[str], formats: Sequence[Format], rows: Tensor | None
+        decoder: Decoder, modules: Sequence[str], formats: Sequence[Format], rows: Tensor | None
     ) -> Iterator[tuple[str, Sequence[Codes | Blocks]]]:
         for name in modules:
-            weight = weight_of(model, name)
+            weight = decoder.weight(name)
             yield name, [quantize(weight, fmt) for fmt in formats]
 
     return quantize_modules

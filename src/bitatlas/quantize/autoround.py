@@ -29,8 +29,9 @@ import torch
 from torch import Tensor, nn
 
 from bitatlas.errors import UserError
-from bitatlas.model.checkpoint import find_layers, is_linear, linear_modules
-from bitatlas.model.swap import weight_of
+from bitatlas.model.checkpoint import linear_modules
+from bitatlas.model.decoder import Decoder
+from bitatlas.model.linear import is_linear, weight_of
 from bitatlas.quantize.codes import Codes
 from bitatlas.records.formats import Format
 
@@ -41,7 +42,7 @@ FOLDERS = ("AR_WORK_SPACE", "AUTO_ROUND_CACHE")  # where it would write, by envi
 
 
 def quantize(
-    model: nn.Module, modules: Sequence[str], formats: Sequence[Format], rows: Tensor | None
+    decoder: Decoder, modules: Sequence[str], formats: Sequence[Format], rows: Tensor | None
 ) -> Iterator[tuple[str, list[Codes]]]:
     """Every module in every format, fitted on `rows` int64 [rows, tokens]; UserError without them.
 
@@ -49,24 +50,24 @@ def quantize(
     """
     if rows is None or not len(rows):
         raise UserError("--quantizer autoround fits the codes to rows of text: give a text with --tokens")
-    return _quantize(model, modules, formats, rows)
+    return _quantize(decoder, modules, formats, rows)
 
 
 def _quantize(
-    model: nn.Module, modules: Sequence[str], formats: Sequence[Format], rows: Tensor
+    decoder: Decoder, modules: Sequence[str], formats: Sequence[Format], rows: Tensor
 ) -> Iterator[tuple[str, list[Codes]]]:
     found: dict[str, list[Codes]] = {name: [] for name in modules}
     for fmt in formats:
-        tuned = tune(model, fmt, rows)
+        tuned = tune(decoder, fmt, rows)
         for name in modules:
             found[name].append(recover(tuned, name, fmt))
     yield from found.items()
 
 
-def tune(model: nn.Module, fmt: Format, rows: Tensor, steps: int = STEPS) -> nn.Module:
-    """A copy of `model` whose quantizable modules have weights in `fmt`, as the package leaves them: with `scale` and `zp`."""
-    own = copy.deepcopy(model)
-    chosen = {module.name for module in linear_modules(own, find_layers(own, type(own).__name__), fuse=False)}
+def tune(decoder: Decoder, fmt: Format, rows: Tensor, steps: int = STEPS) -> nn.Module:
+    """A copy of the model whose quantizable modules have weights in `fmt`, as the package leaves them: with `scale` and `zp`."""
+    own = copy.deepcopy(decoder.model)
+    chosen = {module.name for module in linear_modules(own, decoder.layers_path, fuse=False)}
     others = [name for name, module in own.named_modules() if is_linear(module) and name not in chosen]
     with _apart(), torch.enable_grad():
         from auto_round import AutoRound
@@ -103,7 +104,7 @@ def recover(tuned: nn.Module, name: str, fmt: Format) -> Codes:
     module: Any = tuned.get_submodule(name)
     if not isinstance(getattr(module, "scale", None), Tensor):
         raise UserError(f"--quantizer autoround: the package leaves {name} as it is; another quantizer can take it")
-    weight = weight_of(tuned, name)
+    weight = weight_of(module)
     shape = (len(weight), -(-weight.shape[1] // fmt.group_size))
     scale = module.scale.detach().to(weight.device).reshape(shape)
     zero = torch.as_tensor(module.zp).detach().to(weight.device)

@@ -21,12 +21,12 @@ from pathlib import Path
 import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
-from torch import Tensor, nn
+from torch import Tensor
 
 from bitatlas.data.rows import rows_sha256
 from bitatlas.errors import UserError
-from bitatlas.model.streaming import Lookup, stream_of
-from bitatlas.model.swap import shape_of, swapped, weight_of
+from bitatlas.model.decoder import Decoder
+from bitatlas.model.streaming import Lookup
 from bitatlas.quantize import get_quantizer
 from bitatlas.quantize.codes import Codes, pack, unpack
 from bitatlas.quantize.ggml import Blocks
@@ -46,11 +46,11 @@ Helper = Callable[
 
 
 class Bank:
-    """Quantized weights of `model`'s modules."""
+    """Quantized weights of a decoder's modules."""
 
     def __init__(
         self,
-        model: nn.Module,
+        decoder: Decoder,
         modules: Sequence[str],
         quantizer: str,
         formats: Mapping[str, Format] = FORMATS,
@@ -65,17 +65,15 @@ class Bank:
         `identity`: of a bank made earlier, whose rows are not at hand. `kept_bytes`: of unpacked codes that stay in memory.
         """
         self.formats = dict(formats)
-        self.model = model
+        self.decoder = decoder
         self.quantizer = get_quantizer(quantizer)
         self.rows = rows if self.quantizer.uses_rows else None
         fitted = [] if self.rows is None else [rows_sha256(self.rows)]
         self.identity = identity or "-".join([quantizer, str(self.quantizer.version), *fitted])
         self.modules = list(modules)
-        stream = stream_of(model)
-        self._streamed = stream is not None
         # The tensors themselves, not the parameters: a swap exchanges the parameter's storage and leaves these as they are.
         self._reference: Mapping[str, Tensor] = (
-            Lookup(self.modules, stream.stored) if stream else {name: weight_of(model, name) for name in modules}
+            Lookup(self.modules, decoder.stream.stored) if decoder.stream else {name: decoder.weight(name) for name in modules}
         )
         self._kept_limit = kept_bytes
         self.folder = folder / f"{quantizer}-{content_key(weights_sha256, self.identity)[:12]}" if folder else None
@@ -115,13 +113,13 @@ class Bank:
 
     def weights(self, assignment: Mapping[str, str]) -> Mapping[str, Tensor]:
         """Module name -> weight [out, in] in its assigned format, in the model's dtype and on its device; of a streamed model, when looked up."""
-        if self._streamed:
+        if self.decoder.stream:
             return Lookup(assignment, lambda module: self._weight(module, assignment[module]))
         self._make(list(assignment.items()))
         return {module: self._weight(module, name) for module, name in assignment.items()}
 
     def _weight(self, module: str, format_name: str) -> Tensor:
-        like = self.model.get_submodule(module).weight
+        like = self.decoder.model.get_submodule(module).weight
         assert isinstance(like, Tensor)
         return self.codes(module, format_name).to(like.device).weight(like.dtype).to(like.device)
 
@@ -142,8 +140,8 @@ class Bank:
 
     def _quantize(self, modules: list[str], names: Sequence[str], progress: Callable[[int, int], None] | None) -> None:
         table = [self.formats[name] for name in names]
-        with swapped(self.model, self._reference):  # whatever swap is going on around us
-            for done, (module, found) in enumerate(self.quantizer.quantize(self.model, modules, table, self.rows), start=1):
+        with self.decoder.swapped(self._reference):  # whatever swap is going on around us
+            for done, (module, found) in enumerate(self.quantizer.quantize(self.decoder, modules, table, self.rows), start=1):
                 for name, codes in zip(names, found, strict=True):
                     if self.folder:
                         self._write((module, name), codes)
@@ -175,7 +173,7 @@ class Bank:
         return True
 
     def _read(self, key: Key) -> Codes | Blocks:
-        return from_tensors(load_sealed(self._file(key), " ".join(key)), self.formats[key[1]], shape_of(self.model, key[0]))
+        return from_tensors(load_sealed(self._file(key), " ".join(key)), self.formats[key[1]], self.decoder.shape(key[0]))
 
     def _write(self, key: Key, codes: Codes | Blocks) -> None:
         file = self._file(key)
@@ -197,11 +195,11 @@ def disk_bytes(modules: Sequence[Module], formats: Sequence[str]) -> int:
     return sum(stored_bytes(m.shape, FORMATS[name]) + HEADER_BYTES for m in modules for name in formats)
 
 
-def bank_of_plan(plan: Plan, plan_file: Path, model: nn.Module, modules: Sequence[str]) -> Bank:
+def bank_of_plan(plan: Plan, plan_file: Path, decoder: Decoder, modules: Sequence[str]) -> Bank:
     """The weights of `modules` that the plan is about: from its survey's bank, or quantized again where they depend on the model alone."""
     places = [folder / BANK for folder in (plan_file.parent, plan_file.parent.parent) if (folder / BANK).is_dir()]
     bank = Bank(
-        model,
+        decoder,
         modules,
         plan.quantizer,
         plan.formats,

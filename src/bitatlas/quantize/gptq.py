@@ -24,10 +24,10 @@ from dataclasses import dataclass
 from typing import NamedTuple
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from bitatlas.errors import UserError
-from bitatlas.model.swap import weight_of
+from bitatlas.model.decoder import Decoder
 from bitatlas.quantize import rtn
 from bitatlas.quantize.codes import SMALLEST_SCALE, Codes
 from bitatlas.quantize.hessian import input_moments, precise
@@ -49,22 +49,22 @@ class Factor:
 
 
 def quantize(
-    model: nn.Module, modules: Sequence[str], formats: Sequence[Format], rows: Tensor | None
+    decoder: Decoder, modules: Sequence[str], formats: Sequence[Format], rows: Tensor | None
 ) -> Iterator[tuple[str, list[Codes]]]:
     """Every module in every format, fitted on `rows` int64 [rows, tokens]; UserError without them."""
     if rows is None or not len(rows):
         raise UserError("--quantizer gptq fits the codes to rows of text: give a text with --tokens")
-    return _quantize(model, modules, formats, rows)
+    return _quantize(decoder, modules, formats, rows)
 
 
 @torch.no_grad()
 def _quantize(
-    model: nn.Module, modules: Sequence[str], formats: Sequence[Format], rows: Tensor
+    decoder: Decoder, modules: Sequence[str], formats: Sequence[Format], rows: Tensor
 ) -> Iterator[tuple[str, list[Codes]]]:
-    for names, moment in input_moments(model, modules, rows):
+    for names, moment in input_moments(decoder, modules, rows):
         factor = factorize(moment)
         for name in names:
-            weight = weight_of(model, name)
+            weight = decoder.weight(name)
             # Where float64 had to go elsewhere, the codes are found there too.
             found = [fit(weight.to(moment.device).float(), fmt, factor) for fmt in formats]
             yield name, [codes.to(weight.device) for codes in found]

@@ -18,45 +18,40 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from bitatlas.model.checkpoint import decoder_layers
+from bitatlas.model.decoder import Decoder
 from bitatlas.model.layerwise import batch_rows, enter, is_chain, run_layer, whole_logits
-from bitatlas.model.streaming import held
-from bitatlas.model.swap import shape_of
 
 Run = Callable[[int, Callable[[], None]], None]  # (layer, called before each batch)
 
 
-def input_moments(model: nn.Module, modules: Sequence[str], rows: Tensor) -> Iterator[tuple[list[str], Tensor]]:
+def input_moments(decoder: Decoder, modules: Sequence[str], rows: Tensor) -> Iterator[tuple[list[str], Tensor]]:
     """For every distinct input: the modules that it goes into, and the mean of x xᵀ over the tokens of `rows` [rows, tokens].
 
     The matrix is float64 [in, in], on the model's device where that has float64. An input that no token reached (an expert that
-    was never chosen) has a matrix of zeros. Lazy, layer by layer; `model` must hold the reference weights all the while.
+    was never chosen) has a matrix of zeros. Lazy, layer by layer; the model must hold the reference weights all the while.
     Raises ValueError for a module outside the decoder layers.
     """
-
-    decoder = decoder_layers(model)
-    layers = [_inside(model, layer, modules) for layer in decoder]
+    layers = [_inside(decoder.model, layer, modules) for layer in decoder.layers]
     if sum(map(len, layers)) < len(set(modules)):
         raise ValueError("a module outside the decoder layers has no recorded input")
-    vocabulary = int(model.get_output_embeddings().weight.shape[0])  # type: ignore[operator, union-attr]
-    batches = rows.split(batch_rows(rows.shape[1], vocabulary))
-    run = _pieces(model, batches) if is_chain(model) else _whole(model, batches)
+    batches = rows.split(batch_rows(rows.shape[1], decoder.vocabulary))
+    run = _pieces(decoder, batches) if is_chain(decoder) else _whole(decoder, batches)
     for number, named in enumerate(layers):
         if not any(layers[number:]):
             return
         sums = _Sums()
-        with held(model, number):
+        with decoder.held(number):
             with sums.watching(named), torch.no_grad():
                 run(number, sums.next_batch)
             for name in named:
                 if name not in sums.owner:
-                    sums.add(name, torch.zeros(1, shape_of(model, name)[1], device=model.device))  # type: ignore[call-overload]
+                    sums.add(name, torch.zeros(1, decoder.shape(name)[1], device=decoder.device))
             yield from sums.means()
 
 
-def _pieces(model: Any, batches: Sequence[Tensor]) -> Run:
+def _pieces(decoder: Decoder, batches: Sequence[Tensor]) -> Run:
     """Every batch through one layer after the other."""
-    starts = [enter(model, batch.to(model.device)) for batch in batches]
+    starts = [enter(decoder, batch.to(decoder.device)) for batch in batches]
     hidden, shared = [start.hidden for start in starts], [start.fresh() for start in starts]
 
     def run(layer: int, next_batch: Callable[[], None]) -> None:
@@ -64,18 +59,18 @@ def _pieces(model: Any, batches: Sequence[Tensor]) -> Run:
             if layer < len(start.calls):
                 next_batch()
                 call = start.call(layer, shared[batch])
-                hidden[batch] = run_layer(decoder_layers(model)[layer], hidden[batch], call)
+                hidden[batch] = run_layer(decoder.layers[layer], hidden[batch], call)
 
     return run
 
 
-def _whole(model: Any, batches: Sequence[Tensor]) -> Run:
+def _whole(decoder: Decoder, batches: Sequence[Tensor]) -> Run:
     """The whole model on every batch, again for each layer: no more than one layer's matrices are in memory."""
 
     def run(layer: int, next_batch: Callable[[], None]) -> None:
         for batch in batches:
             next_batch()
-            whole_logits(model, batch.to(model.device))
+            whole_logits(decoder, batch.to(decoder.device))
 
     return run
 

@@ -24,9 +24,9 @@ from bitatlas.export.trial import open_packed
 from bitatlas.measure.damage import kl_per_row
 from bitatlas.measure.tasks import right_of, score_items, with_norms
 from bitatlas.model.checkpoint import check_finite, open_checkpoint, open_model
+from bitatlas.model.decoder import vocabulary_size
 from bitatlas.model.folder import find_folder, read_config
 from bitatlas.model.layerwise import batch_rows
-from bitatlas.model.swap import weight_of
 from bitatlas.progress import Reporter
 from bitatlas.quantize.bank import bank_of_plan
 from bitatlas.records import Measured, Plan, TaskPair, TaskScore
@@ -122,11 +122,11 @@ def _open_plan(plan_file: Path, other: str, device: str) -> tuple[Any, Any]:
         checkpoint = open_checkpoint(str(atlas.settings["model"]), plan.model.revision, fuse=False)
     check_fits(plan, checkpoint)
     check_finite(checkpoint)
-    model = checkpoint.load_model(device)
-    weights = bank_of_plan(plan, plan_file, model, list(plan.modules)).weights(plan.modules)
+    decoder = checkpoint.load_model(device)
+    weights = bank_of_plan(plan, plan_file, decoder, list(plan.modules)).weights(plan.modules)
     for module, weight in weights.items():
-        weight_of(model, module).copy_(weight)
-    return model, checkpoint.load_tokenizer()
+        decoder.weight(module).copy_(weight)
+    return decoder.model, checkpoint.load_tokenizer()
 
 
 def _labels(first: str, second: str) -> tuple[str, str]:
@@ -143,7 +143,7 @@ def _on_rows(
     if tokenizer.get_vocab() != other.get_vocab():
         raise UserError("--tokens: the models' tokenizers differ, so their distributions cannot be compared; compare on --tasks")
     context = min(int(getattr(m.config.get_text_config(), "max_position_embeddings", row_length)) for m in (model_a, model_b))
-    vocabulary = min(int(m.config.get_text_config().vocab_size) for m in (model_a, model_b))
+    vocabulary = min(vocabulary_size(m.config) for m in (model_a, model_b))
     documents = read_documents(tokens)
     chosen = make_rows(documents, tokenizer, tokens, counts, row_length, context, seed, vocabulary=vocabulary)
     rows, blocks = chosen.test, chosen.blocks("test")

@@ -25,6 +25,7 @@ from bitatlas.measure.memory_need import Way, choose_way, need, peak_bytes
 from bitatlas.measure.tasks import score_shards
 from bitatlas.measure.workers import Progress, Workers
 from bitatlas.model.checkpoint import Checkpoint, check_causal, check_finite, open_checkpoint
+from bitatlas.model.decoder import Decoder
 from bitatlas.model.folder import free_bytes
 from bitatlas.model.hidden_states import sweep
 from bitatlas.model.layerwise import check_chain
@@ -63,13 +64,13 @@ class Crew(Workers, Protocol):
 
 @dataclass
 class Run:
-    """An opened survey. `model` holds the reference weights between measurements."""
+    """An opened survey. `decoder` holds the reference weights between measurements."""
 
     settings: Settings
     out: Path
     checkpoint: Checkpoint
     way: Way
-    model: Any
+    decoder: Decoder
     tokenizer: Any
     bank: Bank
     rows: Rows
@@ -150,12 +151,12 @@ def prepare(settings: Settings, out: Path, resume: bool, reporter: Reporter, cre
         check_finite(checkpoint, progress)
     way = way_of(settings, checkpoint, device, out)
     reporter.say(way_text(way, device))
-    model = model_of(settings, checkpoint, way, device)
-    check_causal(model, checkpoint.info.name)
-    check_chain(model, checkpoint.info.name)
+    decoder = model_of(settings, checkpoint, way, device)
+    check_causal(decoder, checkpoint.info.name)
+    check_chain(decoder, checkpoint.info.name)
     if crew:
         crew.join(out, checkpoint)
-    run = run_of(settings, out, checkpoint, way, model, tokenizer, rows, items, _open_journal(out, checkpoint), reporter)
+    run = run_of(settings, out, checkpoint, way, decoder, tokenizer, rows, items, _open_journal(out, checkpoint), reporter)
     if crew:
         crew.brief(run)
         run.workers = run.meter.workers = crew
@@ -165,7 +166,7 @@ def prepare(settings: Settings, out: Path, resume: bool, reporter: Reporter, cre
 
 def way_of(settings: Settings, checkpoint: Checkpoint, device: str, out: Path) -> Way:
     """In memory or layer by layer, by what was asked for and what is there; UserError where neither is possible."""
-    vocabulary = int(checkpoint.config.get_text_config().vocab_size)
+    vocabulary = checkpoint.vocabulary
     dtype, formats = settings.torch_dtype(device), len(settings.formats)
     needed = need(
         checkpoint.info, checkpoint.modules, vocabulary, sum(settings.rows), settings.row_length, formats, dtype, device
@@ -186,10 +187,12 @@ def way_text(way: Way, device: str) -> str:
 
 def peak_text(run: Run) -> str:
     """What the run took at its peak, beside what it was to take."""
-    return f"peak memory: {byte_size(peak_bytes(str(run.model.device)))}, at most {byte_size(run.way.predicted_bytes)} predicted"
+    return (
+        f"peak memory: {byte_size(peak_bytes(str(run.decoder.device)))}, at most {byte_size(run.way.predicted_bytes)} predicted"
+    )
 
 
-def model_of(settings: Settings, checkpoint: Checkpoint, way: Way, device: str) -> Any:
+def model_of(settings: Settings, checkpoint: Checkpoint, way: Way, device: str) -> Decoder:
     """The model, opened that way."""
     if way.streamed:
         return_large()
@@ -198,13 +201,15 @@ def model_of(settings: Settings, checkpoint: Checkpoint, way: Way, device: str) 
 
 
 def run_of(
-    settings: Settings, out: Path, checkpoint: Checkpoint, way: Way, model: Any, tokenizer: Any, rows: Rows, items: dict[str, list[Item]], journal: Journal, reporter: Reporter,
+    settings: Settings, out: Path, checkpoint: Checkpoint, way: Way, decoder: Decoder, tokenizer: Any, rows: Rows, items: dict[str, list[Item]], journal: Journal, reporter: Reporter,
 ) -> Run:  # fmt: skip
     """A run with its bank and its meter."""
     names, sha = [module.name for module in checkpoint.modules], checkpoint.info.weights_sha256
-    bank = Bank(model, names, settings.quantizer, rows=rows.fit, folder=out / BANK, weights_sha256=sha, kept_bytes=way.kept_bytes)
-    meter = DamageMeter(model, bank, sha, bank.identity, journal, way.room)
-    return Run(settings, out, checkpoint, way, model, tokenizer, bank, rows, items, journal, meter, reporter)
+    bank = Bank(
+        decoder, names, settings.quantizer, rows=rows.fit, folder=out / BANK, weights_sha256=sha, kept_bytes=way.kept_bytes
+    )
+    meter = DamageMeter(decoder, bank, sha, bank.identity, journal, way.room)
+    return Run(settings, out, checkpoint, way, decoder, tokenizer, bank, rows, items, journal, meter, reporter)
 
 
 def rows_and_items(settings: Settings, checkpoint: Checkpoint, tokenizer: Any) -> tuple[Rows, dict[str, list[Item]]]:
@@ -212,7 +217,7 @@ def rows_and_items(settings: Settings, checkpoint: Checkpoint, tokenizer: Any) -
     task_data = Path(settings.task_data) if settings.task_data else None
     split = {task: split_items(task, task_data, settings.limit, settings.seed, settings.few_shot) for task in settings.tasks}
     source, documents = _documents(settings, {task: spare for task, (_, spare) in split.items()})
-    vocabulary = int(checkpoint.config.get_text_config().vocab_size)
+    vocabulary = checkpoint.vocabulary
     rows = make_rows(
         documents,
         tokenizer,
@@ -337,6 +342,6 @@ def reopen(folder: Path, atlas: Atlas, model_name: str | None, device: str | Non
         rows = rows_of_survey(atlas, checkpoint)
         check_finite(checkpoint)
         way = way_of(settings, checkpoint, place, folder)
-        model = model_of(settings, checkpoint, way, place)
+        decoder = model_of(settings, checkpoint, way, place)
     tokenizer = checkpoint.load_tokenizer()
-    return run_of(settings, folder, checkpoint, way, model, tokenizer, rows, {}, _open_journal(folder, checkpoint), reporter)
+    return run_of(settings, folder, checkpoint, way, decoder, tokenizer, rows, {}, _open_journal(folder, checkpoint), reporter)

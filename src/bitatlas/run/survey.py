@@ -137,7 +137,7 @@ def _survey(run: Run) -> Atlas:
         joint=joint,
         removals=removals,
         pairs=units.pairs,
-        head_maps=example_maps(run.model, run.tokenizer, attention[0].heads, settings.seed),
+        head_maps=example_maps(run.decoder, run.tokenizer, attention[0].heads, settings.seed),
         others=others,
     )
     atlas = assemble(run.checkpoint.info, modules, rows.info, settings, versions(), found)
@@ -200,7 +200,7 @@ def profile_attention(run: Run, base: str, assignment: Mapping[str, str]) -> Att
         value = run.journal.get(key)
         if value is None:
             result = attention_profile(
-                run.model, run.tokenizer, run.checkpoint.modules, rows, problems, base=base,
+                run.decoder, run.tokenizer, run.checkpoint.modules, rows, problems, base=base,
                 changed=run.bank.weights(assignment) if assignment else None, seed=run.settings.seed, progress=progress,
                 blocks=blocks,
             )  # fmt: skip
@@ -213,7 +213,7 @@ def remove_heads(run: Run, reference: AttentionResult) -> list[Removal]:
     """Heads removed by role from the reference, where heads were read."""
     with run.reporter.stage("removing heads") as progress:
         return ablate(
-            run.model, run.tokenizer, reference.heads, run.meter.identity, run.journal, seed=run.settings.seed, progress=progress,
+            run.decoder, run.tokenizer, reference.heads, run.meter.identity, run.journal, seed=run.settings.seed, progress=progress,
             sequences=ABLATION_SEQUENCES if run.settings.refine else SHORT_SEQUENCES,
         )  # fmt: skip
 

@@ -28,8 +28,9 @@ from bitatlas.export.trial import open_packed
 from bitatlas.measure.damage import DamageMeter, kl_per_row
 from bitatlas.measure.tasks import score_items
 from bitatlas.model.checkpoint import Checkpoint, check_finite, open_checkpoint
+from bitatlas.model.decoder import Decoder
 from bitatlas.model.folder import weight_files
-from bitatlas.model.layerwise import batch_rows
+from bitatlas.model.layerwise import batch_rows, whole_logits
 from bitatlas.progress import Reporter
 from bitatlas.quantize.bank import bank_of_plan
 from bitatlas.quantize.ggml import check_packages
@@ -111,12 +112,12 @@ def verify_plan(
     test, blocks = chosen.test, chosen.blocks("test")
     items = _items(plan_file, plan, checkpoint, tasks)
     check_finite(checkpoint)
-    model = checkpoint.load_model(check_device(device))
+    decoder = checkpoint.load_model(check_device(device))
     disk: tuple[int, int] | None = None
     checks: tuple[TaskCheck, ...] = ()
     if folder is None:
-        bank = bank_of_plan(plan, plan_file, model, list(plan.modules))
-        meter = DamageMeter(model, bank, checkpoint.info.weights_sha256, bank.identity, Journal(None))
+        bank = bank_of_plan(plan, plan_file, decoder, list(plan.modules))
+        meter = DamageMeter(decoder, bank, checkpoint.info.weights_sha256, bank.identity, Journal(None))
         with reporter.stage("damage of the plan") as progress:
             nats = meter.plans({"plan": plan.modules}, test, progress)["plan"]
     else:
@@ -124,7 +125,7 @@ def verify_plan(
         promised = promised_disk_bytes(plan, draw(plan, checkpoint, checkpoint.skeleton()))
         disk = promised, sum(file.stat().st_size for file in weight_files(folder))
         with reporter.stage("damage of the checkpoint") as progress:
-            nats = between(model, packed, test, progress)
+            nats = between(decoder, packed, test, progress)
         checks = tuple(_check_task(packed, tokenizer, *entry, reporter) for entry in items)
     found = _judge(plan, checkpoint, measured(nats, "nats/token", "plan", "test", seed, blocks), disk, checks)
     if folder is not None and card:
@@ -141,12 +142,11 @@ def _judge(
 
 
 @torch.no_grad()
-def between(first: Any, second: Any, rows: Tensor, progress: Callable[[int, int], None]) -> np.ndarray:
-    """KL(first || second) of two models of one vocabulary, rows int64 [rows, tokens] -> float64 [rows], nats/token."""
-    vocabulary = int(first.get_output_embeddings().weight.shape[0])
-    found, batches = [], rows.split(batch_rows(rows.shape[1], vocabulary))
+def between(decoder: Decoder, packed: Any, rows: Tensor, progress: Callable[[int, int], None]) -> np.ndarray:
+    """KL(decoder || packed) of two models of one vocabulary, rows int64 [rows, tokens] -> float64 [rows], nats/token."""
+    found, batches = [], rows.split(batch_rows(rows.shape[1], decoder.vocabulary))
     for done, batch in enumerate(batches, start=1):
-        logits = [model(input_ids=batch.to(model.device), use_cache=False).logits.float() for model in (first, second)]
+        logits = [model(input_ids=batch.to(model.device), use_cache=False).logits.float() for model in (decoder.model, packed)]
         found.append(kl_per_row(torch.log_softmax(logits[0], -1), logits[1]).cpu())
         progress(done, len(batches))
     return torch.cat(found).numpy()
@@ -163,7 +163,7 @@ def rows_for(
                 f"--tokens: no atlas.json of this model lies beside {plan_file}, so its text is not known; give a text file"
             )
         return rows_of_survey(atlas, checkpoint)
-    vocabulary = int(checkpoint.config.get_text_config().vocab_size)
+    vocabulary = checkpoint.vocabulary
     tokenizer, context = checkpoint.load_tokenizer(), checkpoint.info.context
     return make_rows(read_documents(tokens), tokenizer, tokens, rows, row_length, context, seed, vocabulary=vocabulary)
 
@@ -229,9 +229,9 @@ def verify_gguf(
     if context is not None and test.shape[1] > context.contents():
         raise UserError(f"--row-length {test.shape[1]}: the GGUF's context is {context.contents()} tokens; give at most that")
     check_finite(checkpoint)
-    model = checkpoint.load_model(check_device(device))
+    decoder = checkpoint.load_model(check_device(device))
     with opened(file, test.shape[1]) as session, reporter.stage("damage in llama.cpp") as progress:
-        nats = damage_in_llama_cpp(model, session, test, progress)
+        nats = damage_in_llama_cpp(decoder, session, test, progress)
     damage = measured(nats, "nats/token", "plan", "test", seed, chosen.blocks("test"))
     found, held = _held(reader, plan, checkpoint)
     size = size_of(checkpoint.modules, found, checkpoint.info)
@@ -241,14 +241,13 @@ def verify_gguf(
 
 
 @torch.no_grad()
-def damage_in_llama_cpp(model: Any, session: Session, rows: Tensor, progress: Callable[[int, int], None]) -> np.ndarray:
+def damage_in_llama_cpp(decoder: Decoder, session: Session, rows: Tensor, progress: Callable[[int, int], None]) -> np.ndarray:
     """KL(reference || the GGUF), rows int64 [rows, tokens] -> float64 [rows], nats/token."""
-    vocabulary = int(model.get_output_embeddings().weight.shape[0])
-    if session.vocabulary != vocabulary:
-        raise UserError(f"the GGUF has {session.vocabulary} tokens, the model {vocabulary}")
+    if session.vocabulary != decoder.vocabulary:
+        raise UserError(f"the GGUF has {session.vocabulary} tokens, the model {decoder.vocabulary}")
     found = []
     for done, row in enumerate(rows, start=1):
-        reference = model(input_ids=row[None].to(model.device), use_cache=False).logits.float().cpu()
+        reference = whole_logits(decoder, row[None].to(decoder.device)).float().cpu()
         session.clear()
         session.decode(row.tolist())
         logits = torch.from_numpy(session.logits(len(row)))[None]  # [1, tokens, vocabulary]

@@ -20,7 +20,6 @@ from typing import Any
 import numpy as np
 import torch
 from safetensors import safe_open
-from torch import nn
 
 from bitatlas.errors import UserError
 from bitatlas.export.gguf.names import (
@@ -42,6 +41,7 @@ from bitatlas.export.packed import stored_of
 from bitatlas.export.recipes import write_readme
 from bitatlas.export.target import Job, Target
 from bitatlas.model.checkpoint import Checkpoint
+from bitatlas.model.decoder import Decoder, decoder_of
 from bitatlas.model.tensor_files import Reader, read_header
 from bitatlas.quantize.ggml import Blocks, check_packages
 from bitatlas.records import Plan
@@ -119,7 +119,7 @@ def draw(checkpoint: Checkpoint, plan: Plan | None, kind: str | None = None) -> 
     factors = rope_factors(config)
     if factors is not None:
         parts.append(Part("rope_freqs.weight", "", None, tuple(factors.shape), "f32"))
-    vocabulary, note = vocabulary_of(checkpoint.load_tokenizer(), int(config.vocab_size))
+    vocabulary, note = vocabulary_of(checkpoint.load_tokenizer(), checkpoint.vocabulary)
     return Blueprint(architecture, sorted(parts, key=_place), vocabulary, note)
 
 
@@ -163,13 +163,13 @@ def write_gguf(
     add_vocabulary(writer, blueprint.vocabulary)
     for part in blueprint.parts:
         writer.add_tensor_info(part.name, part.shape, np.dtype(np.float32), part.size_bytes, raw_dtype=_number(part.kind))
-    skeleton = checkpoint.skeleton()
+    decoder = decoder_of(checkpoint.skeleton(), checkpoint.layers_path)
     try:
         writer.write_header_to_file()
         writer.write_kv_data_to_file()
         writer.write_ti_data_to_file()
         for done, part in enumerate(blueprint.parts, start=1):
-            writer.write_tensor_data(_data(part, plan, plan_file, skeleton, checkpoint.config.get_text_config()))
+            writer.write_tensor_data(_data(part, plan, plan_file, decoder, checkpoint.config.get_text_config()))
             progress(done, len(blueprint.parts))
         writer.close()
         os.replace(beside, file)
@@ -183,7 +183,7 @@ def _number(kind: str) -> Any:
     return GGMLQuantizationType[kind.upper()]
 
 
-def _data(part: Part, plan: Plan | None, plan_file: Path | None, skeleton: nn.Module, config: Any) -> np.ndarray:
+def _data(part: Part, plan: Plan | None, plan_file: Path | None, decoder: Decoder, config: Any) -> np.ndarray:
     """uint8 [bytes], as they stand in the file."""
     if part.file is None:
         factors = rope_factors(config)
@@ -193,7 +193,7 @@ def _data(part: Part, plan: Plan | None, plan_file: Path | None, skeleton: nn.Mo
         weight = reader.get_tensor(part.key)
     if part.module:
         assert plan and plan_file
-        found = stored_of(plan, plan_file, skeleton, part.module, weight)
+        found = stored_of(plan, plan_file, decoder, part.module, weight)
         assert isinstance(found, Blocks)
         rows = found.blocks
     else:
@@ -224,7 +224,7 @@ def _add_metadata(writer: Any, checkpoint: Checkpoint, plan: Plan | None, bluepr
         writer.add_rope_scaling_type(RopeScalingType.LINEAR)
         writer.add_rope_scaling_factor(float(rope["factor"]))
     writer.add_layer_norm_rms_eps(float(config.rms_norm_eps))
-    writer.add_vocab_size(int(config.vocab_size))
+    writer.add_vocab_size(checkpoint.vocabulary)
     (most, _), *_ = Counter(part.kind for part in blueprint.parts if len(part.shape) > 1).most_common(1)
     found = [kind for form in FILE_TYPES if (kind := form.format(most.upper())) in LlamaFileType.__members__]
     writer.add_file_type(LlamaFileType[found[0]] if found else LlamaFileType.ALL_F32)

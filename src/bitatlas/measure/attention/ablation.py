@@ -26,11 +26,12 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from bitatlas.data.rows import rows_sha256
-from bitatlas.measure.attention.capture import MIXED, heads_apart, inputs_of, output_projection
+from bitatlas.measure.attention.capture import MIXED, heads_apart, output_projection
 from bitatlas.measure.attention.roles import ABLATION_PART, repeated_tokens
-from bitatlas.model.checkpoint import decoder_layers
+from bitatlas.model.decoder import Decoder
 from bitatlas.model.hidden_states import Shelf
 from bitatlas.model.layerwise import Job, batch_rows, follow, logits_of, record
+from bitatlas.model.linear import shape_of
 from bitatlas.records import AttentionHead
 from bitatlas.records.journal import Journal, content_key
 
@@ -62,7 +63,7 @@ class Removal:
 
 
 def ablate(
-    model: Any,
+    decoder: Decoder,
     tokenizer: Any,
     heads: Sequence[AttentionHead],
     identity: Sequence[str],
@@ -79,14 +80,12 @@ def ablate(
         return []
     every = sorted({(head.layer, head.head) for head in heads})
     named = {role: tuple(sorted((h.layer, h.head) for h in heads if h.role == role)) for role in ABLATED_ROLES}
-    vocabulary = int(model.get_input_embeddings().weight.shape[0])
-    context = getattr(model.config, "max_position_embeddings", None)
-    groups = repeated_tokens(tokenizer, vocabulary, int(context or 2048), sequences, seed, ABLATION_PART)
-    reasons = {role: _not_tested(model, role, named, every, groups) for role in ABLATED_ROLES}
+    groups = repeated_tokens(tokenizer, decoder.vocabulary, decoder.context, sequences, seed, ABLATION_PART)
+    reasons = {role: _not_tested(decoder, role, named, every, groups) for role in ABLATED_ROLES}
     draws = {role: () if reasons[role] else random_sets(own, every, seed) for role, own in named.items()}
     tested = [role for role in ABLATED_ROLES if not reasons[role]]
     wanted = list(dict.fromkeys(one for role in tested for one in ((), named[role], *draws[role])))
-    losses = _losses(model, groups, wanted, _heads_by_layer(every), identity, journal, progress) if tested else {}
+    losses = _losses(decoder, groups, wanted, _heads_by_layer(every), identity, journal, progress) if tested else {}
     found = []
     for role, own in named.items():
         none = np.empty((0, 2))
@@ -99,7 +98,7 @@ def ablate(
     return found
 
 
-def _not_tested(model: Any, role: str, named: dict[str, Heads], every: Sequence[Head], groups: Sequence[Tensor]) -> str:
+def _not_tested(decoder: Decoder, role: str, named: dict[str, Heads], every: Sequence[Head], groups: Sequence[Tensor]) -> str:
     """Why a role's heads cannot be removed and compared; "" where they can."""
     own = named[role]
     if not own:
@@ -110,10 +109,10 @@ def _not_tested(model: Any, role: str, named: dict[str, Heads], every: Sequence[
         return f"{len(own)} of {len(every)} heads are called {role}, so there are not as many others to compare with"
     if not groups:
         return "context or vocabulary too small for repeated random tokens"
-    layers, count = decoder_layers(model), _heads_by_layer(every)
+    layers, count = decoder.layers, _heads_by_layer(every)
     if any(output_projection(layers[layer], count[layer]) is None for layer in count):
         return "a layer's heads cannot be told apart in what its attention puts out"
-    if not heads_apart(model, count):
+    if not heads_apart(decoder, count):
         return MIXED
     return ""
 
@@ -138,17 +137,17 @@ def random_sets(own: Heads, every: Sequence[Head], seed: int) -> tuple[Heads, ..
 
 
 @contextmanager
-def without_heads(model: nn.Module, heads: Sequence[Head], count: dict[int, int]) -> Iterator[None]:
+def without_heads(decoder: Decoder, heads: Sequence[Head], count: dict[int, int]) -> Iterator[None]:
     """Within the block the outputs of `heads` are zero. count: layer -> its heads. Raises ValueError where they cannot be told apart."""
-    layers, hooks = decoder_layers(model), []
+    hooks = []
     try:
         for layer in sorted({layer for layer, _ in heads}):
-            module = output_projection(layers[layer], count[layer])
+            module = output_projection(decoder.layers[layer], count[layer])
             if module is None:
                 raise ValueError(f"layer {layer}: no output projection of {count[layer]} heads")
             kept = torch.ones(count[layer], dtype=torch.bool)
             kept[[head for other, head in heads if other == layer]] = False
-            columns = kept.repeat_interleave(inputs_of(module) // count[layer])
+            columns = kept.repeat_interleave(shape_of(module)[1] // count[layer])
             hooks.append(module.register_forward_pre_hook(partial(_only, columns)))
         yield
     finally:
@@ -165,7 +164,7 @@ def _only(columns: Tensor, module: nn.Module, args: tuple[Any, ...]) -> tuple[An
 
 @torch.no_grad()
 def _losses(
-    model: Any,
+    decoder: Decoder,
     groups: Sequence[Tensor],
     removals: Sequence[Heads],
     count: dict[int, int],
@@ -174,15 +173,14 @@ def _losses(
     progress: Callable[[int, int], None] | None,
 ) -> dict[Heads, Floats]:
     """Losses [sequences, 2] without each set of heads, from the journal or measured; a pass resumes at the first changed layer."""
-    vocabulary = int(model.get_output_embeddings().weight.shape[0])
-    batches = [batch for group in groups for batch in group.split(batch_rows(group.shape[1], vocabulary))]
+    batches = [batch for group in groups for batch in group.split(batch_rows(group.shape[1], decoder.vocabulary))]
     parts: dict[Heads, list[Any]] = {heads: [] for heads in removals}
     for number, batch in enumerate(batches):
         keys = {heads: content_key("ablation", list(identity), rows_sha256(batch), heads) for heads in removals}
         known = {heads: journal.get(key) for heads, key in keys.items()}
         missing = [heads for heads in removals if known[heads] is None]
-        for heads, logits in _logits_without(model, batch.to(model.device), missing, count) if missing else ():
-            known[heads] = half_losses(logits, batch.to(model.device)).tolist()
+        for heads, logits in _logits_without(decoder, batch.to(decoder.device), missing, count) if missing else ():
+            known[heads] = half_losses(logits, batch.to(decoder.device)).tolist()
             journal.put(keys[heads], "ablation", known[heads])
         for heads in removals:
             parts[heads].append(known[heads])
@@ -191,21 +189,23 @@ def _losses(
     return {heads: np.concatenate([np.asarray(part, dtype=np.float64) for part in of_set]) for heads, of_set in parts.items()}
 
 
-def _logits_without(model: Any, ids: Tensor, removals: Sequence[Heads], count: dict[int, int]) -> Iterator[tuple[Heads, Tensor]]:
+def _logits_without(
+    decoder: Decoder, ids: Tensor, removals: Sequence[Heads], count: dict[int, int]
+) -> Iterator[tuple[Heads, Tensor]]:
     """Logits [rows, tokens, vocabulary] without each set of heads."""
     with Shelf(STATE_BYTES) as shelf:
-        recorded = record(model, [ids], shelf)
+        recorded = record(decoder, [ids], shelf)
         ordered = sorted(removals)  # the empty set first, then by the first layer that is changed
         for start in range(0, len(ordered), GROUP):
             group = ordered[start : start + GROUP]
-            jobs = [Job(heads[0][0], _in_force(model, heads, count)) for heads in group if heads]
-            finals = iter(follow(model, recorded, jobs))
+            jobs = [Job(heads[0][0], _in_force(decoder, heads, count)) for heads in group if heads]
+            finals = iter(follow(decoder, recorded, jobs))
             for heads in group:
-                yield heads, logits_of(model, ids, next(finals)[0] if heads else recorded.final[0])
+                yield heads, logits_of(decoder, ids, next(finals)[0] if heads else recorded.final[0])
 
 
-def _in_force(model: nn.Module, heads: Heads, count: dict[int, int]) -> Callable[[int], AbstractContextManager[None]]:
-    return lambda layer: without_heads(model, [head for head in heads if head[0] == layer], count)
+def _in_force(decoder: Decoder, heads: Heads, count: dict[int, int]) -> Callable[[int], AbstractContextManager[None]]:
+    return lambda layer: without_heads(decoder, [head for head in heads if head[0] == layer], count)
 
 
 def half_losses(logits: Tensor, ids: Tensor) -> Tensor:

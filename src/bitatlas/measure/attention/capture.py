@@ -16,12 +16,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
-from transformers.pytorch_utils import Conv1D
 
-from bitatlas.model.checkpoint import decoder_layers, probe_ids
+from bitatlas.model.decoder import Decoder
 from bitatlas.model.hidden_states import Shelf
 from bitatlas.model.layerwise import is_chain, record, rows_and_tokens, run_layer
-from bitatlas.model.streaming import held
+from bitatlas.model.linear import shape_of
 
 MAP_TOLERANCE = 0.02  # of what a query's weights add up to: bfloat16 keeps eight bits of each
 ATTENTION_NAMES = ("self_attn", "attention", "attn", "self_attention")
@@ -81,29 +80,22 @@ def output_projection(layer: nn.Module, heads: int) -> nn.Module | None:
     attention = attention_of(layer)
     for name, module in attention.named_modules() if attention is not None else ():
         if name.rpartition(".")[2] in OUTPUT_NAMES and isinstance(getattr(module, "weight", None), Tensor):
-            return module if inputs_of(module) % heads == 0 else None
+            return module if shape_of(module)[1] % heads == 0 else None
     return None
 
 
-def inputs_of(module: nn.Module) -> int:
-    """How many numbers a linear module reads."""
-    weight = module.weight
-    assert isinstance(weight, Tensor)
-    return weight.shape[0] if isinstance(module, Conv1D) else weight.shape[1]
-
-
 @contextmanager
-def capturing(model: Any, on_map: OnMap) -> Iterator[None]:
-    """Within the block `on_map` is called for each decoder layer of `model` that runs and computes a map."""
+def capturing(decoder: Decoder, on_map: OnMap) -> Iterator[None]:
+    """Within the block `on_map` is called for each decoder layer that runs and computes a map."""
     hooks = []
-    for index, layer in enumerate(decoder_layers(model)):
+    for index, layer in enumerate(decoder.layers):
         attention = attention_of(layer)
         if attention is None:
             continue
         entered: list[Tensor] = []
 
         def before(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], entered: list[Tensor] = entered) -> None:
-            entered[:] = [rows_and_tokens(model, args[0] if args else kwargs["hidden_states"])]
+            entered[:] = [rows_and_tokens(decoder, args[0] if args else kwargs["hidden_states"])]
 
         def after(
             module: nn.Module,
@@ -128,10 +120,10 @@ def capturing(model: Any, on_map: OnMap) -> Iterator[None]:
 
 
 @torch.no_grad()
-def run_captured(model: Any, input_ids: Tensor, on_map: OnMap) -> None:
+def run_captured(decoder: Decoder, input_ids: Tensor, on_map: OnMap) -> None:
     """One forward pass over `input_ids` [rows, tokens], without the logits, each layer's map handed to `on_map`."""
-    with capturing(model, on_map):
-        model.base_model(input_ids=input_ids, use_cache=False)
+    with capturing(decoder, on_map):
+        decoder.model.base_model(input_ids=input_ids, use_cache=False)
 
 
 # --- apart -----------------------------------------------------------------------------------------------------------------
@@ -162,14 +154,14 @@ class _Without(TorchFunctionMode):
 
 
 @torch.no_grad()
-def heads_apart(model: Any, count: Mapping[int, int]) -> bool:
+def heads_apart(decoder: Decoder, count: Mapping[int, int]) -> bool:
     """Are all heads of the layers in `count` (layer -> heads) apart? One layer of each class is tried. False where it cannot be."""
-    if not is_chain(model):
+    if not is_chain(decoder):
         return False
-    layers = decoder_layers(model)
+    layers = decoder.layers
     tried = {(type(layers[layer]), heads): layer for layer, heads in sorted(count.items(), reverse=True)}
-    with eager(model), Shelf(2**30) as shelf:
-        recorded = record(model, [probe_ids(model)], shelf)
+    with eager(decoder.model), Shelf(2**30) as shelf:
+        recorded = record(decoder, [decoder.probe_ids()], shelf)
         for (_, heads), index in tried.items():
             module = output_projection(layers[index], heads)
             if module is None:
@@ -177,7 +169,7 @@ def heads_apart(model: Any, count: Mapping[int, int]) -> bool:
 
             def read(without: int | None, index: int = index, heads: int = heads, module: nn.Module = module) -> Tensor:
                 start = recorded.starts[0]
-                with held(model, index):
+                with decoder.held(index):
                     return _read(layers[index], module, recorded.inputs.get((index, 0)), start.call(index, recorded.shared_at(index, 0)),
                                  None if without is None else _Without(heads, without))  # fmt: skip
 

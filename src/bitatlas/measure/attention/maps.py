@@ -22,10 +22,8 @@ import torch
 from torch import Tensor, nn
 
 from bitatlas.measure.attention.capture import capturing
-from bitatlas.model.checkpoint import decoder_layers
+from bitatlas.model.decoder import Decoder
 from bitatlas.model.layerwise import Call, Shared, enter, forked, rows_and_tokens, run_layer
-from bitatlas.model.streaming import held
-from bitatlas.model.swap import swapped
 
 LEAST_KEYS = 8  # a query with fewer keys left says little about how spread its attention is
 LEAST_MASS = 1e-6  # attention left beside the sinks; below it the renormalized row would be rounding noise
@@ -166,27 +164,26 @@ class InStep:
 
 @torch.no_grad()
 def in_step(
-    model: Any, input_ids: Tensor, changed: Mapping[int, Mapping[str, Tensor]], on_step: Callable[[InStep], None]
+    decoder: Decoder, input_ids: Tensor, changed: Mapping[int, Mapping[str, Tensor]], on_step: Callable[[InStep], None]
 ) -> None:
     """Run the reference and the changed model side by side over `input_ids` [rows, tokens]; `on_step` gets each layer with a map.
 
-    `model` holds the reference weights; changed: layer -> module name -> weight [out, in].
+    The model holds the reference weights; changed: layer -> module name -> weight [out, in].
     """
-    start = enter(model, input_ids)
-    layers = decoder_layers(model)
+    start = enter(decoder, input_ids)
     other = torch.float32 if start.hidden.dtype != torch.float32 else torch.bfloat16
     reference = moved = start.hidden
     rounded = start.hidden.to(other)
     found: list[Tensor] = []
     of_reference, of_moved, of_rounded = start.fresh(), start.fresh(), start.fresh()
-    with capturing(model, partial(_keep, found)):
-        for index, (layer, _) in enumerate(zip(layers, start.calls, strict=False)):
+    with capturing(decoder, partial(_keep, found)):
+        for index, (layer, _) in enumerate(zip(decoder.layers, start.calls, strict=False)):
             found.clear()
-            before = rows_and_tokens(model, reference), rows_and_tokens(model, moved)
+            before = rows_and_tokens(decoder, reference), rows_and_tokens(decoder, moved)
             local = forked(of_reference)
-            with held(model, index):
+            with decoder.held(index):
                 following = run_layer(layer, reference, start.call(index, of_reference))
-                with swapped(model, changed.get(index, {})):
+                with decoder.swapped(changed.get(index, {})):
                     run_layer(layer, reference, start.call(index, local))
                     moved = run_layer(layer, moved, start.call(index, of_moved))
                 with in_dtype(layer, other):

@@ -47,9 +47,9 @@ from bitatlas.measure.attention.roles import (
     role_masses,
 )
 from bitatlas.measure.attention.scoring import score
+from bitatlas.model.decoder import Decoder
 from bitatlas.model.layerwise import is_chain
 from bitatlas.model.streaming import Lookup
-from bitatlas.model.swap import swapped
 from bitatlas.records import AttentionHead, AttentionLayer, HeadMap, Module
 
 REPEATED_SEQUENCES = 32
@@ -67,7 +67,7 @@ class AttentionResult:
 
 @torch.no_grad()
 def attention_profile(
-    model: Any,
+    decoder: Decoder,
     tokenizer: Any,
     modules: Sequence[Module],
     rows: Tensor,
@@ -82,25 +82,24 @@ def attention_profile(
 ) -> AttentionResult:
     """Profile the attention of one base.
 
-    model: holds the reference weights, before and after; rows: int64 [rows, tokens] of text, of the set named `split`, in
+    decoder: holds the reference weights, before and after; rows: int64 [rows, tokens] of text, of the set named `split`, in
     `blocks` [rows] that are resampled as wholes (see `evaluation.bootstrap`);
     changed: module name -> weight [out, in] of a base other than the reference; progress: called with (batches done, batches).
     Without attention maps, or with rows too short for them, the lists are empty and a note says so. Equal arguments give equal
     results. Raises ValueError where `changed` names an unknown module.
     """
-    reader = _Reader(model, _by_layer(modules, changed), changed or {}, batch_size, seed)
+    reader = _Reader(decoder, _by_layer(modules, changed), changed or {}, batch_size, seed)
     if not rows.shape[0] or rows.shape[1] < LEAST_KEYS + 2:
         return AttentionResult(
             [], [], [f"attention: text rows of {rows.shape[1]} tokens are too short ({LEAST_KEYS + 2} are needed)"]
         )
-    vocabulary, context = _limits(model, rows)
-    tokenized, notes = _tokenized(problems, tokenizer, context)
-    repeated = repeated_tokens(tokenizer, vocabulary, context, REPEATED_SEQUENCES, seed)
+    tokenized, notes = _tokenized(problems, tokenizer, decoder.context)
+    repeated = repeated_tokens(tokenizer, decoder.vocabulary, decoder.context, REPEATED_SEQUENCES, seed)
     if not repeated:
         notes.append("attention roles: context or vocabulary too small for repeated random tokens; no duplicate, no induction")
     sizes = [len(rows), *(len(group) for group in repeated), len(tokenized)]
     total = sum(math.ceil(size / batch_size) for size in sizes)
-    with eager(model):
+    with eager(decoder.model):
         for done, _ in enumerate(chain(reader.text(rows), reader.repeated(repeated), reader.focus(tokenized)), start=1):
             if not reader.tally.layers():
                 return AttentionResult([], [], [NO_MAPS])
@@ -108,7 +107,7 @@ def attention_profile(
                 progress(done, total)
     sources = "+".join(sorted({problem.source for problem in problems}))
     layers, heads, more = score(reader.tally, base, split, f"items:{sources}", seed, blocks)
-    if changed is None and heads and not heads_apart(model, dict(Counter(head.layer for head in heads))):
+    if changed is None and heads and not heads_apart(decoder, dict(Counter(head.layer for head in heads))):
         more.append(f"attention roles: {MIXED}, so a role is that of the map, and no head is removed")
     return AttentionResult(layers, heads, [*notes, *reader.notes(), *more])
 
@@ -125,12 +124,6 @@ def _by_layer(modules: Sequence[Module], changed: Mapping[str, Tensor] | None) -
     for name in changed:
         grouped[layer_of[name]].append(name)
     return {layer: Lookup(names, changed.__getitem__) for layer, names in grouped.items()}
-
-
-def _limits(model: Any, rows: Tensor) -> tuple[int, int]:
-    """(vocabulary, longest input in tokens) of the model."""
-    context = getattr(model.config, "max_position_embeddings", None)
-    return int(model.get_input_embeddings().weight.shape[0]), int(context or max(2048, rows.shape[1]))
 
 
 def _tokenized(problems: Sequence[Problem], tokenizer: Any, context: int) -> tuple[list[TokenProblem], list[str]]:
@@ -175,14 +168,14 @@ class _Reader:
 
     def __init__(
         self,
-        model: Any,
+        decoder: Decoder,
         changed: Mapping[int, Mapping[str, Tensor]] | None,
         everything: Mapping[str, Tensor],
         batch_size: int,
         seed: int,
     ):
-        self.model = model
-        self.in_step = is_chain(model)  # a model that is run whole has no layer that could be run beside others
+        self.decoder = decoder
+        self.in_step = is_chain(decoder)  # a model that is run whole has no layer that could be run beside others
         self.changed = changed
         self.everything = everything
         self.batch_size = batch_size
@@ -203,13 +196,13 @@ class _Reader:
 
     def text(self, rows: Tensor) -> Iterator[None]:
         for start in range(0, len(rows), self.batch_size):
-            batch = rows[start : start + self.batch_size].to(self.model.device)
+            batch = rows[start : start + self.batch_size].to(self.decoder.device)
             roles = role_masses(TEXT_ROLES, batch, start, self.seed)
             sinks = Sinks(batch)
             if self.changed is None or not self.in_step:
                 self._run_changed(batch, partial(self._text_map, sinks, roles))
             else:
-                in_step(self.model, batch, self.changed, partial(self._text_step, sinks, Sinks(batch), roles))
+                in_step(self.decoder, batch, self.changed, partial(self._text_step, sinks, Sinks(batch), roles))
             self.massive += int(sinks.keys[:, 1:].sum())
             self.rows += len(batch)
             yield
@@ -232,7 +225,7 @@ class _Reader:
         first = 0
         for group in groups:
             for part in group.split(self.batch_size):
-                batch = part.to(self.model.device)
+                batch = part.to(self.decoder.device)
                 roles = role_masses(REPEATED_ROLES, batch, first, self.seed)
                 self._run_changed(batch, partial(self._repeated_map, Sinks(batch), roles))
                 first += len(batch)
@@ -245,7 +238,7 @@ class _Reader:
     def focus(self, problems: Sequence[TokenProblem]) -> Iterator[None]:
         for start in range(0, len(problems), self.batch_size):
             masses = FocusMasses(problems[start : start + self.batch_size])
-            batch = masses.ids.to(self.model.device)
+            batch = masses.ids.to(self.decoder.device)
             self._run_changed(batch, partial(self._focus_map, Sinks(batch, masses.lengths.to(batch.device)), masses))
             yield
 
@@ -254,8 +247,8 @@ class _Reader:
         self.tally.add(layer, "focus", np.stack(masses.read(stripped), axis=1))  # [problems, 2, heads]
 
     def _run_changed(self, batch: Tensor, on_map: Callable[[int, Tensor, Tensor], None]) -> None:
-        with swapped(self.model, self.everything):
-            run_captured(self.model, batch, on_map)
+        with self.decoder.swapped(self.everything):
+            run_captured(self.decoder, batch, on_map)
 
 
 # --- examples --------------------------------------------------------------------------------------------------------------
@@ -281,10 +274,10 @@ def clearest(heads: Sequence[AttentionHead]) -> list[AttentionHead]:
 
 
 @torch.no_grad()
-def example_maps(model: Any, tokenizer: Any, heads: Sequence[AttentionHead], seed: int = 0) -> list[HeadMap]:
-    """The maps of the clearest heads; none where no head has a role. model: holds the reference weights."""
+def example_maps(decoder: Decoder, tokenizer: Any, heads: Sequence[AttentionHead], seed: int = 0) -> list[HeadMap]:
+    """The maps of the clearest heads; none where no head has a role. decoder: holds the reference weights."""
     chosen = clearest(heads)
-    ids = one_repeated(tokenizer, int(model.get_input_embeddings().weight.shape[0]), BLOCK, seed) if chosen else None
+    ids = one_repeated(tokenizer, decoder.vocabulary, BLOCK, seed) if chosen else None
     if ids is None:
         return []
     maps: dict[int, Tensor] = {}  # layer -> [heads, queries, keys]
@@ -292,8 +285,8 @@ def example_maps(model: Any, tokenizer: Any, heads: Sequence[AttentionHead], see
     def keep(layer: int, hidden: Tensor, found: Tensor) -> None:
         maps[layer] = found[0].float().cpu()
 
-    with eager(model):
-        run_captured(model, ids.to(model.device), keep)
+    with eager(decoder.model):
+        run_captured(decoder, ids.to(decoder.device), keep)
     return [
         HeadMap(head.layer, head.head, str(head.role), head.scores[str(head.role)], _percent(maps[head.layer][head.head]))
         for head in chosen

@@ -84,7 +84,7 @@ class Crew:
 
     def brief(self, run: Run) -> None:
         """Tell what is measured; UserError where no host has the memory for it."""
-        device = run.model.device.type
+        device = run.decoder.device.type
         settings = replace(run.settings, model=self._place.checkpoint, revision=None, device=device)
         threads = threads_of(device)
         torch.set_num_threads(threads)

@@ -82,9 +82,9 @@ def _open_run(brief: Brief, device: str) -> Run:
     checkpoint = open_checkpoint(settings.model, settings.revision, settings.fuse)
     if checkpoint.info.weights_sha256 != brief.weights_sha256:
         raise UserError(f"has other weights in {settings.model}; they must be the same on all hosts")
-    model, tokenizer = model_of(settings, checkpoint, brief.way, device), checkpoint.load_tokenizer()
+    decoder, tokenizer = model_of(settings, checkpoint, brief.way, device), checkpoint.load_tokenizer()
     out, quiet = Path(brief.place.out), Reporter(quiet=True)
-    run = run_of(settings, out, checkpoint, brief.way, model, tokenizer, brief.rows, {}, Journal(None), quiet)
+    run = run_of(settings, out, checkpoint, brief.way, decoder, tokenizer, brief.rows, {}, Journal(None), quiet)
     if run.meter.identity != brief.identity:
         raise UserError(f"would measure another model: {run.meter.identity}, not {brief.identity}")
     return run

@@ -1,0 +1,167 @@
+"""The model as everything else sees it: its decoder layers, a few sizes, and how its weights are read and changed.
+
+A `Decoder` is made once, when a model is opened. Weights are changed for the length of a `with` block (`Decoder.swapped`); what was there
+comes back, bit for bit. The parameter's storage is exchanged, not copied into: swapping costs no memory traffic, and restoring cannot
+round. Of a model whose layers are read when they run (see `streaming`), the new weights are looked up when their layer is read.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from dataclasses import dataclass, field
+from functools import wraps
+from typing import Any, TypeVar
+
+import torch
+from torch import Tensor, nn
+
+from bitatlas.errors import UserError
+from bitatlas.model.linear import is_linear, oriented, shape_of, weight_of
+from bitatlas.model.streaming import Stream
+
+PROBE_TOKENS = 8  # of a text on which a model is tried
+UNKNOWN_CONTEXT = 2048  # tokens, where the config sets no limit
+
+Answer = TypeVar("Answer")
+
+
+@dataclass(frozen=True, eq=False)
+class Decoder:
+    """A causal language model that is open.
+
+    model: of transformers; layers: its decoder layers, which lie at `layers_path`; vocabulary: logits of a token; width: numbers of an
+    embedding; context: tokens that it can read; stream: what reads the layers' weights when they run, None of a model in memory.
+    """
+
+    model: Any
+    layers_path: str
+    layers: nn.ModuleList
+    vocabulary: int
+    width: int
+    context: int
+    stream: Stream | None = None
+    _known: dict[Callable[..., Any], Any] = field(default_factory=dict, init=False, repr=False)  # see `once`
+
+    @property
+    def device(self) -> torch.device:
+        """The device that tokens have to be on."""
+        return self.model.device  # type: ignore[no-any-return]
+
+    def probe_ids(self) -> Tensor:
+        """Return a few tokens to try the model on: int64 [1, tokens], on its device."""
+        ids = torch.randint(self.vocabulary, (1, PROBE_TOKENS), generator=torch.Generator().manual_seed(0))
+        return ids.to(self.device)
+
+    def weight(self, name: str) -> Tensor:
+        """Return the weight of module `name` as [out, in], a view whichever way round it is kept (of a streamed model, a copy)."""
+        return self.stream.weight(name) if self.stream else weight_of(self.model.get_submodule(name))
+
+    def shape(self, name: str) -> tuple[int, int]:
+        """Return (out, in) of module `name`; nothing is read."""
+        return shape_of(self.model.get_submodule(name))
+
+    def held(self, layer: int) -> AbstractContextManager[None]:
+        """Keep the weights of decoder layer `layer` within the block, however often it runs."""
+        return self.stream.held(layer) if self.stream else nullcontext()
+
+    @contextmanager
+    def swapped(self, weights: Mapping[str, Tensor]) -> Iterator[None]:
+        """Give module `name` the weight `weights[name]` [out, in] within the block. Nests; restores on any exit.
+
+        Raises ValueError where a shape does not fit, before anything is changed (of a streamed model, when the layer is read).
+        """
+        if self.stream:
+            with self.stream.swapped(weights):
+                yield
+            return
+        parameters: dict[str, nn.Parameter] = {}
+        new: dict[str, Tensor] = {}
+        for name, weight in weights.items():
+            module = self.model.get_submodule(name)
+            stored = oriented(module, weight)
+            if stored.shape != module.weight.shape:
+                raise ValueError(f"{name}: weight of shape {tuple(weight.shape)} does not fit")
+            parameters[name] = module.weight
+            new[name] = stored.to(device=module.weight.device, dtype=module.weight.dtype)
+        old = {name: parameter.data for name, parameter in parameters.items()}
+        try:
+            for name, parameter in parameters.items():
+                parameter.data = new[name]
+            yield
+        finally:
+            for name, parameter in parameters.items():
+                parameter.data = old[name]
+
+
+def decoder_of(model: Any, layers_path: str | None = None, stream: Stream | None = None) -> Decoder:
+    """Return the decoder of a loaded model, or of a skeleton. Without `layers_path` its layers are looked for: UserError where it has none."""
+    path = find_layers(model, type(model).__name__) if layers_path is None else layers_path
+    head = model.get_output_embeddings()
+    return Decoder(
+        model=model,
+        layers_path=path,
+        layers=layers_at(model, path),
+        vocabulary=vocabulary_size(model.config) if head is None else int(head.weight.shape[0]),
+        width=int(model.get_input_embeddings().weight.shape[1]),
+        context=context_length(model.config),
+        stream=stream,
+    )
+
+
+def once(ask: Callable[[Decoder], Answer]) -> Callable[[Decoder], Answer]:
+    """Make of `ask`, which tries something out on a decoder, a function that does so once for each decoder."""
+
+    @wraps(ask)
+    def known(decoder: Decoder) -> Answer:
+        if ask not in decoder._known:
+            decoder._known[ask] = ask(decoder)
+        return decoder._known[ask]  # type: ignore[no-any-return]
+
+    return known
+
+
+# --- what a config and a skeleton tell ---------------------------------------------------------------------------------
+
+
+def vocabulary_size(config: Any) -> int:
+    """Return the number of tokens that a config's model knows."""
+    return int(config.get_text_config().vocab_size)
+
+
+def context_length(config: Any) -> int:
+    """Return how many tokens a config's model can read."""
+    text = config.get_text_config()
+    return int(getattr(text, "max_position_embeddings", None) or getattr(text, "n_positions", None) or UNKNOWN_CONTEXT)
+
+
+def find_layers(model: nn.Module, name: str) -> str:
+    """Return the path of the decoder layers: the outermost list of blocks with linear modules that holds most weights, in the part that reads text."""
+    found: list[tuple[int, str]] = []
+    lists: list[str] = []
+    inside = _text_path(model)
+    for path, module in model.named_modules():
+        if not f"{path}.".startswith(inside):
+            continue
+        if not isinstance(module, nn.ModuleList) or any(path.startswith(outer + ".") for outer in lists):
+            continue
+        lists.append(path)
+        if any(any(map(is_linear, block.modules())) for block in module) and not any(map(is_linear, module)):
+            found.append((sum(p.numel() for p in module.parameters()), path))
+    if not found:
+        raise UserError(f"{name}: no decoder layers with linear modules were found, so there is nothing to quantize")
+    return max(found)[1]
+
+
+def _text_path(model: nn.Module) -> str:
+    """The path, with its dot, of the decoder of a model that also sees or hears; "" of a language model."""
+    get = getattr(model, "get_decoder", None)
+    decoder = get() if get else None
+    return next((f"{path}." for path, module in model.named_modules() if path and module is decoder), "")
+
+
+def layers_at(model: nn.Module, path: str) -> nn.ModuleList:
+    """Return the list of decoder layers at `path`."""
+    layers = model.get_submodule(path)
+    assert isinstance(layers, nn.ModuleList)
+    return layers
