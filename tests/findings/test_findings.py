@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from scipy import stats
 
-from bitatlas.findings.conclude import conclude
+from bitatlas.findings.conclude import DamageEvidence, Evidence, conclude
 from bitatlas.findings.correlations import _shapes, cannot_tell, chance_p, layer_correlations, layer_measures, least_p, spearman
 from bitatlas.findings.folk import folk_findings, marking_rules
 from bitatlas.findings.shares import LayerRows, layer_records, misfit, shares_of, verdict_of
@@ -111,7 +111,7 @@ def test_no_damage_to_share_leaves_everything_uncertain():
 def test_identical_formats_and_a_single_row_are_no_crash():
     same = np.ones((1, 1))
     for rows in (LayerRows([1.0], [1.0], same, same, [5]), LayerRows([1.0], [2.0], same * 2, same, [5])):
-        told = conclude(rows, 0.05)
+        told = conclude(Evidence(DamageEvidence(rows)), 0.05)
         assert [layer.verdict for layer in told.layers] == ["uncertain"]
         assert np.isfinite(told.layers[0].criticality.mean)
 

@@ -3,7 +3,15 @@
 import numpy as np
 import pytest
 
-from bitatlas.findings.conclude import Conclusions, TaskEvidence, conclude
+from bitatlas.findings.conclude import (
+    AttentionEvidence,
+    Conclusions,
+    DamageEvidence,
+    Evidence,
+    PlanEvidence,
+    TaskEvidence,
+    conclude,
+)
 from bitatlas.findings.correlations import layer_correlations
 from bitatlas.findings.folk import folk_findings, marking_rules, math_needs_more
 from bitatlas.findings.shares import shares_of
@@ -283,11 +291,15 @@ def whole(seed: int = 0) -> Conclusions:
     pair = TaskPair(
         "svamp", "uniform:int4_g64", "uniform:int2_g64", difference, 40, 0, 1e-9, 1e-8, 8.0, 20, "falls", "falls: −50.0 points"
     )
-    return conclude(
-        quadratic_rows(UP, NO_PAIRS, 40), 0.05, modules=modules, weights=profiles(9, -UP + 0.1),
-        attention=[*attention_of(9), *attention_of(9, "uniform:int4_g64"), *attention_of(9, "uniform:int2_g64")], plan=plan_of(modules, False),
-        tested=TaskEvidence(scored(outcomes), [pair], outcomes, {"svamp"}), seed=seed,
-    )  # fmt: skip
+    attention = [*attention_of(9), *attention_of(9, "uniform:int4_g64"), *attention_of(9, "uniform:int2_g64")]
+    evidence = Evidence(
+        damage=DamageEvidence(quadratic_rows(UP, NO_PAIRS, 40), modules),
+        weights=profiles(9, -UP + 0.1),
+        attention=AttentionEvidence(attention),
+        plan=PlanEvidence(plan_of(modules, False)),
+        tasks=TaskEvidence(scored(outcomes), [pair], outcomes, {"svamp"}),
+    )
+    return conclude(evidence, 0.05, seed)
 
 
 def test_conclusions_are_in_reading_order_and_repeat_exactly():
@@ -325,5 +337,5 @@ def test_critical_layers_refused_plans_and_pairs_are_among_the_statements():
 
 
 def test_without_plan_tasks_and_profiles_only_layers_are_spoken_of():
-    told = conclude(quadratic_rows(UP, NO_PAIRS, 40), 0.05)
+    told = conclude(Evidence(DamageEvidence(quadratic_rows(UP, NO_PAIRS, 40))), 0.05)
     assert {finding.topic for finding in told.findings} == {"layers", "zones", "folk"}

@@ -1,37 +1,29 @@
 """Numbers -> statements: who does the damage, where the zones are, which rules of thumb hold, whether the plan is worth having.
 
-    shares.py        share of the damage, criticality, and the verdict on each layer
-    joint.py         which safe layers are safe together
-    zones.py         runs of layers that are about equally critical, and how many there are
-    correlations.py  do cheap measures tell where the damage is?
-    sparsity.py      weights near 0 beside a Gaussian's, and whether the layers differ
-    ablation.py      heads removed: are they what they are called?
-    folk.py          rules of thumb, each tested on this checkpoint
-    tasks.py         tasks on their own text, and the widths that hold them
-    parts.py         the same as for layers for units and for kinds of modules
-    kinds.py         the rule of thumb about value and down projections
-    stability.py     how far the ranking of the layers can be trusted, and how many rows would tell more
-    shapley_check.py the layers' shares against sampled orders of the layers
-    verdict.py       the plan against its baselines
-    prediction.py    predicted against measured damage around the plan
-    statements.py    the sentences, from records
-
-Everything measured comes in as arrays with one value a test row; nothing here needs the model. Every statement carries its
-evidence or the word "inconclusive".
+Each stage of a survey hands in one record of evidence. Damage comes as arrays with one value a row; nothing here needs the model. Every
+statement carries its evidence or the word "inconclusive", and what was not measured is left out or said so. Fields of the evidence on
+attention and on the plan, and of the conclusions, are called as in the atlas, which takes them over as they are.
 """
 
 from __future__ import annotations
 
 from collections.abc import Collection, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
+from typing import Any
 
 from numpy.typing import ArrayLike
 
 from bitatlas.findings.ablation import ablation_findings
 from bitatlas.findings.correlations import alike, layer_correlations, layer_measures, sparsity_findings, sparsity_of
 from bitatlas.findings.folk import RULED, folk_findings, marking_rules, math_needs_more, value_and_down
-from bitatlas.findings.reliability import calibration_findings, reliability_findings, shapley_findings, with_rows_needed
-from bitatlas.findings.shares import LayerRows, layer_records, misfit, shares_of
+from bitatlas.findings.reliability import (
+    calibration_findings,
+    reliability_findings,
+    shapley_check,
+    shapley_findings,
+    with_rows_needed,
+)
+from bitatlas.findings.shares import LayerRows, Shares, layer_records, misfit, shares_of
 from bitatlas.findings.statements import (
     attention_findings,
     layer_findings,
@@ -41,14 +33,19 @@ from bitatlas.findings.statements import (
     zone_findings,
 )
 from bitatlas.findings.tasks import TaskRows, task_damages, task_text_findings, width_findings
+from bitatlas.findings.units import insides
 from bitatlas.findings.zones import joint_findings, with_low_share, zones
 from bitatlas.records import (
     Ablation,
+    AttentionHead,
     AttentionLayer,
     Calibration,
     Correlation,
+    CurvePoint,
     Finding,
+    HeadMap,
     JointDamage,
+    KindDamage,
     Layer,
     Module,
     Plan,
@@ -57,21 +54,67 @@ from bitatlas.records import (
     TaskDamage,
     TaskPair,
     TaskScore,
+    UnitDamage,
     WeightProfile,
     Zone,
 )
 
 
 @dataclass(frozen=True)
+class DamageEvidence:
+    """Damage of layers, and of kinds of modules and units in the order in which they come among `modules`."""
+
+    layers: LayerRows
+    modules: Sequence[Module] = ()
+    kinds: LayerRows | None = None
+    units: LayerRows | None = None  # on the fit rows
+    order_models: int = 0  # that were measured for the orders of the layers
+    joint: JointDamage | None = None
+
+
+@dataclass(frozen=True)
+class AttentionEvidence:
+    """Attention at every base, and heads removed from the reference."""
+
+    attention: list[AttentionLayer] = field(default_factory=list)
+    heads: list[AttentionHead] = field(default_factory=list)
+    ablations: list[Ablation] = field(default_factory=list)
+    head_maps: list[HeadMap] = field(default_factory=list)
+    notes: list[str] = field(default_factory=list)  # what was not read of this checkpoint, and why
+
+
+@dataclass(frozen=True)
+class PlanEvidence:
+    """The judged plan, those at other sizes from small to large, and everything on the curve."""
+
+    plan: Plan | None = None
+    curve: list[CurvePoint] = field(default_factory=list)
+    plans: list[Plan] = field(default_factory=list)
+    calibration: Calibration | None = None
+
+
+@dataclass(frozen=True)
 class TaskEvidence:
     """The tasks: scores and pairs, and the outcomes they come from (task -> precision -> right or wrong, [items])."""
 
-    scores: Sequence[TaskScore] = ()
-    pairs: Sequence[TaskPair] = ()
-    outcomes: Mapping[str, Mapping[str, ArrayLike]] | None = None
+    scores: list[TaskScore] = field(default_factory=list)
+    pairs: list[TaskPair] = field(default_factory=list)
+    outcomes: Mapping[str, Mapping[str, ArrayLike]] = field(default_factory=dict)
     math_tasks: Collection[str] = ()  # those whose items are word problems
+    items: list[dict[str, Any]] = field(default_factory=list)  # one line a task, precision and item
     texts: Mapping[str, TaskRows] = field(default_factory=dict)  # damage on each task's own text
     general: LayerRows | None = None  # the same on test rows of the same length
+
+
+@dataclass(frozen=True)
+class Evidence:
+    """What the stages of a survey measured, one record a stage."""
+
+    damage: DamageEvidence
+    weights: list[WeightProfile] = field(default_factory=list)
+    attention: AttentionEvidence = field(default_factory=AttentionEvidence)
+    plan: PlanEvidence = field(default_factory=PlanEvidence)
+    tasks: TaskEvidence = field(default_factory=TaskEvidence)
 
 
 @dataclass(frozen=True)
@@ -81,67 +124,59 @@ class Conclusions:
     layers: list[Layer]
     zones: list[Zone]
     correlations: list[Correlation]
-    findings: list[Finding]
-    task_damage: list[TaskDamage] = field(default_factory=list)
-    sparsity: Sparsity | None = None
+    task_damage: list[TaskDamage]
+    sparsity: Sparsity | None
+    shapley: ShapleyCheck | None
+    units: list[UnitDamage] = field(default_factory=list)
+    unit_correlations: list[Correlation] = field(default_factory=list)
+    kinds: list[KindDamage] = field(default_factory=list)
+    findings: list[Finding] = field(default_factory=list)
 
 
-def conclude(
-    rows: LayerRows,
-    tolerance: float,
-    *,
-    modules: Sequence[Module] = (),
-    weights: Sequence[WeightProfile] = (),
-    attention: Sequence[AttentionLayer] = (),
-    plan: Plan | None = None,
-    calibration: Calibration | None = None,
-    kinds: LayerRows | None = None,
-    shapley: ShapleyCheck | None = None,
-    ablations: Sequence[Ablation] = (),
-    joint: JointDamage | None = None,
-    tested: TaskEvidence | None = None,
-    seed: int = 0,
-) -> Conclusions:
-    """Everything that can be said. `tolerance`: damage that a user accepts, nats/token. What was not measured is left out or said so.
-
-    kinds: damage of all modules of a kind, in the order in which kinds come among the modules.
-    """
-    tested = tested or TaskEvidence()
+def conclude(evidence: Evidence, tolerance: float, seed: int = 0) -> Conclusions:
+    """Return everything that can be said. `tolerance`: damage that a user accepts, nats/token."""
+    damage, weights, plan, tasks = evidence.damage, evidence.weights, evidence.plan.plan, evidence.tasks
+    rows, joint = damage.layers, damage.joint
     shares = shares_of(rows, seed)
     layers = with_rows_needed(layer_records(rows, tolerance, shares, seed), rows, shares, tolerance, seed)
-    found_zones = zones(rows, layers, joint.together if joint else (), shares, seed)
-    if plan is not None:
-        found_zones = with_low_share(found_zones, modules, plan.modules, rows.low_name)
-    measures = layer_measures(weights, attention, rows.layers, rows.low_name)
+    runs = zones(rows, layers, joint.together if joint else (), shares, seed)
     sparsity = sparsity_of(weights, rows.layers)
-    correlated = layer_correlations(measures, shares, alike(sparsity), seed)
-    about_measures = measure_findings(correlated, RULED)
-    damage = task_damages(tested.texts, tested.general, seed)
-    findings = [
-        *plan_findings(plan, found_zones, rows.low_name),
-        *calibration_findings(calibration),
-        *layer_findings(layers, misfit(rows, seed), tolerance),
-        *joint_findings(joint, tolerance),
-        *shapley_findings(shapley),
-        *reliability_findings(rows, layers, seed),
+    measures = layer_measures(weights, evidence.attention.attention, rows.layers, rows.low_name)
+    inside = insides(damage.modules, weights, damage.units, damage.kinds, seed) if damage.units and damage.kinds else None
+    conclusions = Conclusions(
+        layers=layers,
+        zones=with_low_share(runs, damage.modules, plan.modules, rows.low_name) if plan else runs,
+        correlations=layer_correlations(measures, shares, alike(sparsity), seed),
+        task_damage=task_damages(tasks.texts, tasks.general, seed),
+        sparsity=sparsity,
+        shapley=None if rows.orders is None else shapley_check(rows.orders, damage.order_models, rows, seed),
+        **(vars(inside) if inside else {}),
+    )
+    return replace(conclusions, findings=statements(evidence, conclusions, shares, tolerance, seed))
+
+
+def statements(evidence: Evidence, reached: Conclusions, shares: Shares, tolerance: float, seed: int) -> list[Finding]:
+    """Return the statements on evidence and the conclusions reached from it, in reading order."""
+    damage, attention, tasks, rows = evidence.damage, evidence.attention, evidence.tasks, evidence.damage.layers
+    about_measures, bases = measure_findings(reached.correlations, RULED), (rows.high_base, rows.low_base)
+    return [
+        *plan_findings(evidence.plan.plan, reached.zones, rows.low_name),
+        *calibration_findings(evidence.plan.calibration),
+        *layer_findings(reached.layers, misfit(rows, seed), tolerance),
+        *joint_findings(damage.joint, tolerance),
+        *shapley_findings(reached.shapley),
+        *reliability_findings(rows, reached.layers, seed),
         *(finding for finding in about_measures if finding.topic == "layers"),
-        *sparsity_findings(sparsity),
-        *zone_findings(found_zones),
+        *sparsity_findings(reached.sparsity),
+        *zone_findings(reached.zones),
         *folk_findings(shares, tolerance),
-        *marking_rules(correlated, shares),
-        value_and_down(modules, kinds, seed),
-        *task_findings(tested.scores, tested.pairs),
-        *width_findings(tested.pairs),
-        *_about_math(tested, rows, seed),
-        *task_text_findings(damage),
-        *attention_findings(attention, rows.low_name, rows.high_name),
-        *ablation_findings(ablations),
+        *marking_rules(reached.correlations, shares),
+        value_and_down(damage.modules, damage.kinds, seed),
+        *task_findings(tasks.scores, tasks.pairs),
+        *width_findings(tasks.pairs),
+        *([math_needs_more(tasks.outcomes, tasks.math_tasks, tasks.scores, *bases, seed)] if tasks.outcomes else []),
+        *task_text_findings(reached.task_damage),
+        *attention_findings(attention.attention, rows.low_name, rows.high_name),
+        *ablation_findings(attention.ablations),
         *(finding for finding in about_measures if finding.topic == "attention"),
     ]
-    return Conclusions(layers, found_zones, correlated, findings, damage, sparsity)
-
-
-def _about_math(tested: TaskEvidence, rows: LayerRows, seed: int) -> list[Finding]:
-    if not tested.outcomes:
-        return []
-    return [math_needs_more(tested.outcomes, tested.math_tasks, tested.scores, rows.high_base, rows.low_base, seed)]

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Collection, Mapping, Sequence
+from dataclasses import replace
 
 import numpy as np
 from numpy.typing import ArrayLike
@@ -32,27 +33,30 @@ SHARP = "low attention entropy marks critical layers"
 SPECIAL = "specialized heads mark critical layers"
 ENDS = "the first and last layers matter most"
 MATH = "math needs higher precision"
-MARKS = (
-    (SPARSE, "sparsity", -1),
-    (SHARP, "attention entropy", -1),
-    (SPECIAL, "head specialization", 1),
-)  # claim, measure, its sign
+NO_DAMAGE = "the low format does no more damage than the high one beyond chance"
+MARKS = ((SPARSE, "sparsity", -1), (SHARP, "attention entropy", -1), (SPECIAL, "head specialization", 1))  # measure, sign
 
 
 def folk_findings(shares: Shares, tolerance: float) -> list[Finding]:
-    """The rules about where in the model layers stand; `tolerance` in nats/token."""
+    """Return the rules about where in the model layers stand; `tolerance` in nats/token."""
     return [early_is_safe(shares, tolerance), late_is_critical(shares), ends_matter_most(shares)]
 
 
-def not_tested(topic: str, claim: str, why: str) -> Finding:
+def _not_tested(claim: str, why: str, topic: str = "folk") -> Finding:
     return Finding(topic, claim, OPEN, f"Not tested: {why}.")
+
+
+def _tested(shares: Shares, claim: str, verdict: str, text: str, effect: Measured, p: float) -> Finding:
+    """A rule with its p, a bound where resampling gives no smaller one."""
+    is_bound = p <= smallest_p(len(shares.resampled), shares.rows.independent) < 1
+    return Finding("folk", claim, verdict, text, effect, p, is_bound)
 
 
 def _unfit(shares: Shares, least: int) -> str | None:
     """Why the layers of this model cannot be compared, if they cannot."""
     if shares.rows.layers < least:
         return f"the model has {shares.rows.layers} layers, the test needs {least}"
-    return None if shares.defined else "the low format does no more damage than the high one beyond chance"
+    return None if shares.defined else NO_DAMAGE
 
 
 def side_of(effect: Measured, wanted: int) -> str:
@@ -73,29 +77,23 @@ def between(shares: Shares, first: Sequence[int], second: Sequence[int]) -> tupl
     return shares.record(mean_1 - mean_2, resampled_1 - resampled_2, "ratio"), resampled_1 - resampled_2
 
 
-def rests_on(shares: Shares, first: Sequence[int], second: Sequence[int]) -> dict[int, Measured]:
-    """Layers without which `first` and `second` are not shown to differ as they do, and the difference without each; none where no
-    difference is shown. Each group needs two layers or more.
+def _leaning(shares: Shares, first: Sequence[int], second: Sequence[int], shown: bool) -> tuple[bool, str]:
+    """Whether `first` and `second` are shown to differ by one layer alone, and the sentence; "" where no difference is `shown`.
+
+    A layer is what the difference rests on where without it none is shown, or another one. Each group needs two layers or more.
     """
     whole = side_of(between(shares, first, second)[0], +1)
-    found: dict[int, Measured] = {}
+    alone: dict[int, Measured] = {}  # layer -> the difference without it
     for layer in [*first, *second] if whole != OPEN else []:
-        effect, _ = between(shares, *([one for one in group if one != layer] for group in (first, second)))
+        effect, _ = between(shares, *([other for other in group if other != layer] for group in (first, second)))
         if side_of(effect, +1) != whole:
-            found[layer] = effect
-    return found
-
-
-def _rests_text(found: Mapping[int, Measured], shown: bool) -> str:
-    """What is left of a difference without the layer that it rests on most; "" where no difference is `shown`."""
-    if not shown:
-        return ""
-    if not found:
-        return " That holds without any one of the layers."
-    most = min(found, key=lambda layer: abs(found[layer].mean))
-    others = sorted(layer for layer in found if layer != most)
+            alone[layer] = effect
+    if not shown or not alone:
+        return bool(alone), " That holds without any one of the layers." if shown else ""
+    most = min(alone, key=lambda layer: abs(alone[layer].mean))
+    others = sorted(layer for layer in alone if layer != most)
     also = f" (so it does on {named_layers(others)})" if others else ""
-    return f" It rests on layer {most} alone: without it the difference is {interval(found[most], unit=True)}{also}."
+    return True, f" It rests on layer {most} alone: without it the difference is {interval(alone[most], unit=True)}{also}."
 
 
 def early_is_safe(shares: Shares, tolerance: float) -> Finding:
@@ -104,32 +102,27 @@ def early_is_safe(shares: Shares, tolerance: float) -> Finding:
     the other side. An odd middle layer belongs to neither half.
     """
     if why := _unfit(shares, 4):
-        return not_tested("folk", EARLY, why)
+        return _not_tested(EARLY, why)
     half = shares.rows.layers // 2
     first, second = list(range(half)), list(range(shares.rows.layers - half, shares.rows.layers))
     effect, resampled = between(shares, first, second)
     damage = shares.damage(first)
     assert damage.ci95 is not None
-    seen, single = side_of(effect, -1), rests_on(shares, first, second)
-    order = OPEN if single else seen
+    which = side_of(effect, -1)
+    single, leaning = _leaning(shares, first, second, which != OPEN)
+    order = OPEN if single else which
     if order == FAILS or damage.ci95[0] > tolerance:
         verdict = FAILS
     else:
         verdict = HOLDS if order == HOLDS and damage.ci95[1] <= tolerance else OPEN
-    compared = {HOLDS: "less critical than", FAILS: "more critical than", OPEN: "not shown to differ from"}[seen]
+    compared = {HOLDS: "less critical than", FAILS: "more critical than", OPEN: "not shown to differ from"}[which]
     within = "within" if damage.ci95[1] <= tolerance else "above" if damage.ci95[0] > tolerance else "not shown to be within"
     text = (
         f"The first half ({named_layers(first)}) is {compared} the second: criticality {number(shares.criticality(first)[0])} against "
-        f"{number(shares.criticality(second)[0])}, difference {interval(effect, unit=True)}.{_rests_text(single, seen != OPEN)} "
+        f"{number(shares.criticality(second)[0])}, difference {interval(effect, unit=True)}.{leaning} "
         f"Its part of the damage is {interval(damage, unit=True)}, {within} the tolerance of {given(tolerance)}{_worst(shares, first)}."
     )
-    p = two_sided_p(resampled, 0.0, shares.rows.independent)
-    return Finding("folk", EARLY, verdict, text, effect, p, at_floor(p, shares))
-
-
-def at_floor(p: float, shares: Shares) -> bool:
-    """Whether resampling gives no smaller p."""
-    return p <= smallest_p(len(shares.resampled), shares.rows.independent) < 1
+    return _tested(shares, EARLY, verdict, text, effect, two_sided_p(resampled, 0.0, shares.rows.independent))
 
 
 def _worst(shares: Shares, layers: Sequence[int]) -> str:
@@ -144,27 +137,28 @@ def _worst(shares: Shares, layers: Sequence[int]) -> str:
 def late_is_critical(shares: Shares) -> Finding:
     """Pooled criticality of the last third of the layers above 1; of all others then below 1, also without any one layer."""
     if why := _unfit(shares, 6):
-        return not_tested("folk", LATE, why)
+        return _not_tested(LATE, why)
     layers = shares.rows.layers
     last, others = list(range(layers - layers // 3, layers)), list(range(layers - layers // 3))
     mean, resampled = shares.criticality(last)
     criticality = shares.record(mean, resampled, "ratio")
-    seen, single = side_of(shares.record(mean - 1, resampled - 1, "ratio"), +1), rests_on(shares, last, others)
-    how = {HOLDS: "more than", FAILS: "less than", OPEN: "not shown to differ from"}[seen]
+    which = side_of(shares.record(mean - 1, resampled - 1, "ratio"), +1)
+    single, leaning = _leaning(shares, last, others, which != OPEN)
+    how = {HOLDS: "more than", FAILS: "less than", OPEN: "not shown to differ from"}[which]
     share, _ = shares.share(last)
     text = (
         f"The last third ({named_layers(last)}) does {percent(share)} of the damage with {percent(share / mean if mean else 0.0)} of the weights, "
         f"{how} its size: criticality {interval(criticality, unit=True)}, {interval(between(shares, last, others)[0], unit=True)} more than "
-        f"that of the others.{_rests_text(single, seen != OPEN)}"
+        f"that of the others.{leaning}"
     )
     p = two_sided_p(resampled, 1.0, shares.rows.independent)
-    return Finding("folk", LATE, OPEN if single else seen, text, criticality, p, at_floor(p, shares))
+    return _tested(shares, LATE, OPEN if single else which, text, criticality, p)
 
 
 def ends_matter_most(shares: Shares) -> Finding:
     """The less critical one of the first and the last layer against the most critical one between: above 0."""
     if why := _unfit(shares, 3):
-        return not_tested("folk", ENDS, why)
+        return _not_tested(ENDS, why)
     last = shares.rows.layers - 1
     inner = list(range(1, last))
     effect, p = least_minus_greatest(shares, [[0], [last]], [[layer] for layer in inner])
@@ -174,7 +168,7 @@ def ends_matter_most(shares: Shares) -> Finding:
         f"Criticality of layer 0 is {number(first_mean)}, of layer {last} {number(last_mean)}, the greatest between "
         f"{number(shares.criticality([greatest])[0])} (layer {greatest}); the lesser end minus the greatest between: {interval(effect, unit=True)}."
     )
-    return Finding("folk", ENDS, side_of(effect, +1), text, effect, p, at_floor(p, shares))
+    return _tested(shares, ENDS, side_of(effect, +1), text, effect, p)
 
 
 def least_minus_greatest(
@@ -197,12 +191,10 @@ def least_minus_greatest(
     effect = shares.record(float(means.min()), resampled[:, 0], "ratio")
     if effect.ci95 is None:
         return effect, 1.0
-    p_above = max(two_sided_p(one, 0.0, rows) if mean > 0 else 1.0 for mean, one in zip(means, resampled.T, strict=True))
+    p_above = max(two_sided_p(pair, 0.0, rows) if mean > 0 else 1.0 for mean, pair in zip(means, resampled.T, strict=True))
     needed = float(np.divide(-means, error, out=np.zeros_like(means), where=error > 0).max())  # standard errors below 0
     p_below = two_sided_p(below, needed, rows) if needed > np.median(below) else 1.0
-    return Measured(effect.mean, (low, high), effect.unit, effect.base, effect.rows, effect.n, effect.blocks), min(
-        p_above, p_below
-    )
+    return replace(effect, ci95=(low, high)), min(p_above, p_below)
 
 
 # --- measures that mark critical layers --------------------------------------------------------------------------------
@@ -213,38 +205,28 @@ def marking_rules(correlated: Sequence[Correlation], shares: Shares) -> list[Fin
 
     One fails where the measure is beyond chance on the other side: in this model the rule is the wrong way round.
     """
-    by_name = {one.measure: one for one in correlated}
-    return [_marks(claim, by_name.get(name), name, wanted, correlated, shares) for claim, name, wanted in MARKS]
+    by_name = {correlation.measure: correlation for correlation in correlated}
+    return [_marks(claim, name, wanted, by_name, shares) for claim, name, wanted in MARKS]
 
 
-def _marks(claim: str, one: Correlation | None, name: str, wanted: int, family: Sequence[Correlation], shares: Shares) -> Finding:
-    if one is None:
-        return not_tested("folk", claim, f"{name} was not measured or is the same everywhere")
-    if why := _unfit(shares, 4) or one.not_tested:
-        return not_tested("folk", claim, why)
-    assert one.q_value is not None
-    effect = Measured(
-        one.rho,
-        one.ci95,
-        "rank correlation",
-        shares.rows.both_bases,
-        shares.rows.split,
-        shares.rows.rows,
-        block_count(shares.rows.blocks),
-    )
-    verdict = {wanted: HOLDS, -wanted: FAILS, 0: OPEN}[side(one)]
+def _marks(claim: str, name: str, wanted: int, family: Mapping[str, Correlation], shares: Shares) -> Finding:
+    if name not in family:
+        return _not_tested(claim, f"{name} was not measured or is the same everywhere")
+    result, rows = family[name], shares.rows
+    if why := _unfit(shares, 4) or result.not_tested:
+        return _not_tested(claim, why)
+    assert result.q_value is not None
+    where = (rows.both_bases, rows.split, rows.rows, block_count(rows.blocks))
+    effect = Measured(result.rho, result.ci95, "rank correlation", *where)
+    verdict = {wanted: HOLDS, -wanted: FAILS, 0: OPEN}[side(result)]
+    measures = sum(other.q_value is not None for other in family.values())
+    few = "" if side(result) else cannot_tell(list(family.values()))
     text = (
-        f"Rank correlation of {name} with criticality over {one.n} layers: {interval(effect)}, the interval over rows, for these layers. "
-        f"Against measures as smooth over depth that have nothing to do with damage: {family_text(one, family)}."
+        f"Rank correlation of {name} with criticality over {result.n} layers: {interval(effect)}, the interval over rows, for these layers. "
+        f"Against measures as smooth over depth that have nothing to do with damage: {p_is(result.q_value, result.q_is_bound, 'q')} of "
+        f"{measures} measure{'s' if measures > 1 else ''}{f'; {few}' if few else ''}."
     )
-    return Finding("folk", claim, verdict, text, effect, one.q_value, one.q_is_bound)
-
-
-def family_text(one: Correlation, family: Sequence[Correlation]) -> str:
-    """`q = 0.21 of 6 measures`, and that so few layers cannot tell, where that is so."""
-    measures = sum(other.q_value is not None for other in family)
-    few = cannot_tell(family) if not side(one) else ""
-    return f"{p_is(one.q_value or 0.0, one.q_is_bound, 'q')} of {measures} measure{'s' if measures > 1 else ''}{f'; {few}' if few else ''}"
+    return Finding("folk", claim, verdict, text, effect, result.q_value, result.q_is_bound)
 
 
 # --- tasks -------------------------------------------------------------------------------------------------------------
@@ -273,8 +255,8 @@ def math_needs_more(
     kinds = [[task for task in drops if (task in math_tasks) is wanted] for wanted in (True, False)]
     if not all(kinds):
         missing = listed(name for name, tasks in zip(("word problems", "questions"), kinds, strict=True) if not tasks)
-        return not_tested("tasks", MATH, f"no task of {missing} was scored above chance at {high}")
-    resampled_of = {task: resample_means(drop, seed=seed + place) for place, (task, drop) in enumerate(drops.items())}
+        return _not_tested(MATH, f"no task of {missing} was scored above chance at {high}", "tasks")
+    resampled_of = {task: resample_means(drop, seed=seed + index) for index, (task, drop) in enumerate(drops.items())}
     (math_mean, questions_mean) = (np.mean([drops[task].mean() for task in tasks]) for tasks in kinds)
     (on_math, on_questions) = (np.mean([resampled_of[task] for task in tasks], axis=0) for tasks in kinds)
     resampled, items = on_math - on_questions, [len(drop) for drop in drops.values()]
@@ -305,15 +287,7 @@ def math_needs_more(
 
 VALUE_AND_DOWN = "value and down projections matter most"
 VALUES = {"v_proj", "value", "value_proj", "v_lin", "to_v"}
-DOWNS = {
-    "down_proj",
-    "dense_4h_to_h",
-    "fc2",
-    "fc_out",
-    "w2",
-    "lin2",
-    "output_linear",
-}  # Llama, GPT-NeoX, OPT, GPT-J, Mixtral, ...
+DOWNS = {"down_proj", "dense_4h_to_h", "fc2", "fc_out", "w2", "lin2", "output_linear"}  # Llama, GPT-NeoX, OPT, GPT-J, Mixtral
 DOWN_IN_MLP = {"c_proj", "output"}  # GPT-2: its attention has a c_proj as well
 WITH_VALUES = {"query_key_value", "qkv_proj", "c_attn", "Wqkv", "qkv", "in_proj", "attn_qkv"}
 
@@ -334,21 +308,21 @@ def value_and_down(modules: Sequence[Module], rows: LayerRows | None, seed: int 
     rows: of kinds, in the order in which they come among the modules.
     """
     if rows is None:
-        return not_tested("folk", VALUE_AND_DOWN, "kinds of modules were not measured")
+        return _not_tested(VALUE_AND_DOWN, "kinds of modules were not measured")
     kinds = list(dict.fromkeys(module.kind for module in modules))
     roles = {module.kind: role_of(module) for module in modules}
-    places = {role: [place for place, kind in enumerate(kinds) if roles[kind] == role] for role in ("value", "down")}
-    groups = {role: group for role, group in places.items() if group}
-    others = [place for place, kind in enumerate(kinds) if roles[kind] not in groups]
+    named = {role: [index for index, kind in enumerate(kinds) if roles[kind] == role] for role in ("value", "down")}
+    groups = {role: group for role, group in named.items() if group}
+    others = [index for index, kind in enumerate(kinds) if roles[kind] not in groups]
     shares = shares_of(rows, seed)
     if not groups or not others:
-        return not_tested("folk", VALUE_AND_DOWN, f"no kind of module is known to be one of these ({', '.join(kinds)})")
+        return _not_tested(VALUE_AND_DOWN, f"no kind of module is known to be one of these ({', '.join(kinds)})")
     if not shares.defined:
-        return not_tested("folk", VALUE_AND_DOWN, "the low format does no more damage than the high one beyond chance")
-    effect, p = least_minus_greatest(shares, list(groups.values()), [[place] for place in others])
+        return _not_tested(VALUE_AND_DOWN, NO_DAMAGE)
+    effect, p = least_minus_greatest(shares, list(groups.values()), [[index] for index in others])
     ratios = {role: shares.criticality(group)[0] for role, group in groups.items()}
-    greatest = max(others, key=lambda place: shares.criticality([place])[0])
-    chosen = [place for group in groups.values() for place in group]
+    greatest = max(others, key=lambda index: shares.criticality([index])[0])
+    chosen = [index for group in groups.values() for index in group]
     text = (
         f"Criticality of the {listed(f'{role} projections is {number(mean, 2)}' for role, mean in ratios.items())}, the greatest of all other "
         f"kinds {number(shares.criticality([greatest])[0], 2)} ({kinds[greatest]}); {'the lesser' if len(groups) == 2 else 'it'} minus that: "
@@ -357,11 +331,7 @@ def value_and_down(modules: Sequence[Module], rows: LayerRows | None, seed: int 
     )
     verdict = side_of(effect, +1)
     if len(groups) == 1:
-        fused = "with value" in roles.values()
-        text += (
-            " Values share a module with queries and keys: not told apart."
-            if fused
-            else " The other of the two is not known here."
-        )
+        fused = " Values share a module with queries and keys: not told apart."
+        text += fused if "with value" in roles.values() else " The other of the two is not known here."
         verdict = OPEN if verdict == HOLDS else verdict
-    return Finding("folk", VALUE_AND_DOWN, verdict, text, effect, p, at_floor(p, shares))
+    return _tested(shares, VALUE_AND_DOWN, verdict, text, effect, p)
