@@ -16,7 +16,7 @@ import json
 import platform
 import tempfile
 import time
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from datetime import date
 from importlib.metadata import version
 from pathlib import Path
@@ -28,7 +28,9 @@ from bitatlas.errors import UserError
 from bitatlas.progress import Reporter
 from bitatlas.quantize import QUANTIZERS
 from bitatlas.records import Atlas, Budget
-from bitatlas.run.prepare import Run, default_settings, reopen
+from bitatlas.run.options import SurveyOptions, parse_rows, split_names
+from bitatlas.run.prepare import Run, reopen
+from bitatlas.run.settings import Settings
 from bitatlas.run.survey import run_survey
 from bitatlas.stats.bootstrap import measured
 
@@ -52,10 +54,17 @@ class Bench:
     def survey(self, name: str, formats: str, budget: Budget, quantizer: str = "rtn") -> tuple[Atlas, Path, float]:
         """The finished survey, its folder, and the seconds it took."""
         out = self.folder / name.replace(" ", "_").replace(",", "")
-        settings = default_settings(
-            model=self.model, formats=formats, quantizer=quantizer, budget=budget, tokens=self.text, rows=self.rows, row_length=192,
-            tasks="none", task_data=None, limit=None, tolerance=0.05, fuse=False, refine=True, device="cpu", revision=None, seed=0,
-        )  # fmt: skip
+        options = SurveyOptions(
+            self.model,
+            tokens=self.text,
+            formats=split_names(formats),
+            quantizer=quantizer,
+            rows=parse_rows(self.rows),
+            tasks=(),
+            limit=None,
+            fuse=False,
+        )
+        settings = replace(Settings.of(options), budget=budget)
         start = time.monotonic()
         return run_survey(settings, out, False, self.reporter), out, time.monotonic() - start
 

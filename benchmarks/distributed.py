@@ -32,8 +32,10 @@ from bitatlas.measure.screens import uniform
 from bitatlas.progress import Reporter
 from bitatlas.records.journal import Journal
 from bitatlas.records.sizes import units_of
-from bitatlas.run.prepare import Run, default_settings, prepare
+from bitatlas.run.options import SurveyOptions
+from bitatlas.run.prepare import Run, prepare
 from bitatlas.run.ray.scheduler import Crew, hired
+from bitatlas.run.settings import Settings
 
 LOW, HIGH = "int2_g64", "int4_g64"
 WORKERS = 2
@@ -41,11 +43,10 @@ RESULTS = Path(__file__).parent / "results"
 
 
 def opened(model: str, rows: int, out: Path, crew: Crew) -> Run:
-    settings = default_settings(
-        model=model, formats=f"{LOW},{HIGH}", budget=None, rows=f"{rows},2,2", tasks="none", tokens=str(demo.TEXT_FILE),
-        quantizer="rtn", row_length=192, task_data=None, limit=None, tolerance=0.05, refine=False,
-    )  # fmt: skip
-    return prepare(settings, out, False, Reporter(quiet=True), crew)
+    options = SurveyOptions(
+        model, tokens=demo.TEXT_FILE, formats=(LOW, HIGH), rows=(rows, 2, 2), tasks=(), limit=None, refine=False
+    )
+    return prepare(Settings.of(options), out, False, Reporter(quiet=True), crew)
 
 
 def only(crew: Crew, task: Any, workers: int) -> None:

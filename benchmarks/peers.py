@@ -23,6 +23,7 @@ import bitatlas.data.demo as demo
 from bitatlas.data.rows import rows_sha256
 from bitatlas.errors import UserError
 from bitatlas.model.checkpoint import open_checkpoint
+from bitatlas.run.options import split_names
 from bitatlas.run.settings import parse_formats
 from plan_peers.judging import BEST, MEAN, Entry, entries_of, judge
 from plan_peers.outside import Answer, NotRunError, run_bitatlas, run_own, run_peer
@@ -206,7 +207,7 @@ def parse_arguments(arguments: list[str] | None) -> argparse.Namespace:
     unknown = [method for method in args.methods if method not in METHODS]
     if unknown:
         parser.error(f"--methods: {unknown[0]!r} is unknown; known are {', '.join(METHODS)}")
-    args.formats = parse_formats(args.formats)
+    args.formats = parse_formats(split_names(args.formats))
     if len(args.formats) != 2:
         parser.error("--formats: give two, a low and a high one")
     return args

@@ -6,16 +6,18 @@ line would print. Left out: `plan --curve` and the reports, which a survey's fol
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import inspect
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, fields
+from functools import wraps
 from html import escape
-from os import PathLike
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import TYPE_CHECKING, Any, ParamSpec, TypeVar, get_type_hints
 
 from bitatlas import records
 from bitatlas.records.files import read_record, to_json, write_text
 from bitatlas.records.text import byte_size, interval, number
+from bitatlas.run.options import ApplyOptions, BudgetOptions, CompareOptions, Place, SurveyOptions, VerifyOptions
 
 if TYPE_CHECKING:
     from bitatlas.export.packed import Applied
@@ -23,8 +25,9 @@ if TYPE_CHECKING:
     from bitatlas.run.verify import Verification
 
 __all__ = ["Atlas", "Plan", "apply", "compare", "survey", "verify"]
-Place = str | PathLike[str]
-Rows = tuple[int, int, int]
+P = ParamSpec("P")
+Options = TypeVar("Options")
+Result = TypeVar("Result")
 Same = TypeVar("Same", bound="records.Plan | records.Atlas")
 
 
@@ -58,15 +61,25 @@ class Atlas(records.Atlas):
         return _as(Plan, self.plan) if self.plan else None
 
     def replan(
-        self, *, code_bits: float | None = None, stored_bits: float | None = None, size: str | None = None,
-        max_damage: float | None = None, vram: str | None = None, context: int | None = None,
-    ) -> Plan:  # fmt: skip
+        self,
+        *,
+        code_bits: float | None = None,
+        stored_bits: float | None = None,
+        size: str | None = None,
+        max_damage: float | None = None,
+        vram: str | None = None,
+        context: int | None = None,
+    ) -> Plan:
         """The plan under another budget (give one), in seconds and without the model: its damage is predicted."""
         from bitatlas.errors import UserError
         from bitatlas.plan.judge import replan_atlas
         from bitatlas.run.settings import parse_budget
 
-        budget = parse_budget(code_bits, stored_bits, size, max_damage, vram, context)
+        budget = parse_budget(
+            BudgetOptions(
+                code_bits=code_bits, stored_bits=stored_bits, size=size, max_damage=max_damage, vram=vram, context=context
+            )
+        )
         if budget is None:
             raise UserError("give a budget: code_bits, stored_bits, size, vram or max_damage")
         return _as(Plan, replan_atlas(self, budget))
@@ -75,15 +88,31 @@ class Atlas(records.Atlas):
         return atlas_html(self)
 
 
-def survey(
-    model: Place | None = None, out: Place = "bitatlas-out", *, formats: Sequence[str] | None = None, quantizer: str = "rtn",
-    code_bits: float | None = None, stored_bits: float | None = None, size: str | None = None, max_damage: float | None = None,
-    vram: str | None = None, context: int | None = None, tokens: Place | None = None, rows: Rows = (24, 24, 64), row_length: int = 192,
-    tasks: Sequence[str] | None = None, task_data: Place | None = None, limit: int | None = 300, few_shot: int = 0, tolerance: float = 0.05,
-    margin: str = "2pp", protect: Sequence[str] = (), fuse: bool = True, refine: bool | None = None, curve: bool = True, device: str = "cpu",
-    dtype: str = "auto", memory: str | None = None, ray: str | None = None, revision: str | None = None, seed: int = 0,
-    resume: bool = False, quiet: bool = False,
-) -> Atlas:  # fmt: skip
+def taking(record: Callable[P, Options]) -> Callable[[Callable[[Options], Result]], Callable[P, Result]]:
+    """Give a function of a record of options the record's own parameters, for callers, `help()` and editors alike."""
+    hints, fields_of = get_type_hints(record), inspect.signature(record)
+    parameters = [each.replace(annotation=hints[name]) for name, each in fields_of.parameters.items()]
+
+    def decorate(function: Callable[[Options], Result]) -> Callable[P, Result]:
+        signature = inspect.Signature(parameters, return_annotation=function.__annotations__["return"])
+
+        @wraps(function)
+        def call(*args: P.args, **kwargs: P.kwargs) -> Result:
+            try:
+                signature.bind(*args, **kwargs)
+            except TypeError as error:
+                raise TypeError(f"{function.__name__}() {error}") from None
+            return function(record(*args, **kwargs))
+
+        call.__annotations__ = {name: hints[name] for name in signature.parameters} | {"return": signature.return_annotation}
+        vars(call)["__signature__"] = signature
+        return call
+
+    return decorate
+
+
+@taking(SurveyOptions)
+def survey(options: SurveyOptions) -> Atlas:
     """Measure a checkpoint, plan its precision, verify the plan, write everything to `out`. Without `model`: the bundled demo.
 
     `tasks`: None for the usual ones, an empty list for none. `margin`: a task is held where a loss of so much can be ruled out.
@@ -91,76 +120,41 @@ def survey(
     at the peak, like "6GiB". `ray`: measure on a Ray cluster, "auto" or an address (docs/distribution.md).
     """
     from bitatlas.progress import Reporter
-    from bitatlas.records.sizes import parse_size
-    from bitatlas.run.prepare import default_settings
-    from bitatlas.run.settings import parse_budget
+    from bitatlas.run.settings import Settings
     from bitatlas.run.survey import run_survey
-    from bitatlas.stats.margin import parse_points
 
-    settings = default_settings(
-        model=_text(model), formats=None if formats is None else ",".join(formats), quantizer=quantizer,
-        budget=parse_budget(code_bits, stored_bits, size, max_damage, vram, context, protect=protect), tokens=_text(tokens),
-        rows=",".join(map(str, rows)), row_length=row_length, tasks=_tasks(tasks), task_data=_text(task_data), limit=limit,
-        few_shot=few_shot, tolerance=tolerance, fuse=fuse, refine=refine, curve=curve, device=device, dtype=dtype,
-        memory_bytes=parse_size(memory, "memory") if memory else None, revision=revision, seed=seed,
-        margin_points=parse_points(margin, "margin"),
-    )  # fmt: skip
-    return _as(Atlas, run_survey(settings, Path(out), resume, Reporter(quiet), ray))
+    reporter = Reporter(options.quiet)
+    return _as(Atlas, run_survey(Settings.of(options), Path(options.out), options.resume, reporter, options.ray))
 
 
-def apply(model: Place, plan: Place, out: Place, *, quiet: bool = False) -> Applied:
+@taking(ApplyOptions)
+def apply(options: ApplyOptions) -> Applied:
     """Write the packed checkpoint of a plan.json (where the survey wrote it, so that its bank is found) to the new folder `out`."""
     from bitatlas.export.packed import apply_plan
     from bitatlas.progress import Reporter
 
-    return apply_plan(str(model), Path(plan), Path(out), Reporter(quiet))
+    return apply_plan(str(options.model), Path(options.plan), Path(options.out), Reporter(options.quiet))
 
 
-def verify(
-    model: Place, plan_or_checkpoint: Place, *, tokens: Place | None = None, rows: Rows = (24, 24, 64), row_length: int = 192,
-    tasks: Sequence[str] | None = None, card: bool = False, device: str = "cpu", seed: int = 0, quiet: bool = False,
-) -> Verification:  # fmt: skip
+@taking(VerifyOptions)
+def verify(options: VerifyOptions) -> Verification:
     """Measure a plan.json, a folder that `apply` wrote, or a GGUF, against what it promises; see `.kept`."""
-    from bitatlas.progress import Reporter
-    from bitatlas.run.settings import check_seed
     from bitatlas.run.verify import verify_plan
 
-    check_seed(seed)
-    names = ",".join(tasks) if tasks else None
-    return verify_plan(
-        str(model), Path(plan_or_checkpoint), _text(tokens), rows, row_length, device, seed, Reporter(quiet), names, card
-    )
+    return verify_plan(options)
 
 
-def compare(
-    first: Place, second: Place, *, tokens: Place | None = None, rows: Rows = (2, 2, 64), row_length: int = 192,
-    tasks: Sequence[str] | None = None, task_data: Place | None = None, limit: int | None = 300, few_shot: int = 0,
-    margin: str = "2pp", device: str = "cpu", seed: int = 0, quiet: bool = False,
-) -> Comparison:  # fmt: skip
+@taking(CompareOptions)
+def compare(options: CompareOptions) -> Comparison:
     """Two checkpoints or plans, quantized or not, on the same rows and items, paired."""
-    from bitatlas.progress import Reporter
     from bitatlas.run.compare import compare_models
-    from bitatlas.run.settings import check_seed
-    from bitatlas.stats.margin import parse_points
 
-    check_seed(seed)
-    return compare_models(
-        str(first), str(second), _text(tokens), rows, row_length, _tasks(tasks), _text(task_data), limit, device, seed,
-        Reporter(quiet), parse_points(margin, "margin"), few_shot,
-    )  # fmt: skip
+    return compare_models(options)
 
 
 def _as(kind: type[Same], record: Any) -> Same:
     """The same record as the public class."""
     return kind(**{field.name: getattr(record, field.name) for field in fields(record)})
-
-
-def _text(place: Place | None) -> str | None:
-    return None if place is None else str(place)
-
-
-def _tasks(tasks: Sequence[str] | None) -> str | None:
-    return None if tasks is None else ",".join(tasks) or "none"
 
 
 # --- notebook --------------------------------------------------------------------------------------------------------------

@@ -8,11 +8,10 @@ import sys
 
 import pytest
 
-from bitatlas.cli import options
 from bitatlas.cli.main import COMMANDS
-from bitatlas.data.tasks import TASKS
 from bitatlas.export.targets import TARGETS
 from bitatlas.quantize import QUANTIZERS
+from bitatlas.run import options
 
 
 def completed(line: str) -> list[str]:
@@ -48,4 +47,3 @@ def test_every_command_is_offered():
 def test_the_names_that_are_offered_are_the_registries():
     assert tuple(QUANTIZERS) == options.QUANTIZER_NAMES
     assert tuple(TARGETS) == options.RUNTIME_NAMES
-    assert tuple(TASKS) == options.TASK_NAMES

@@ -32,6 +32,7 @@ from bitatlas.quantize.bank import BANK, Bank
 from bitatlas.records import Plan, PlanDamage
 from bitatlas.records.files import to_json
 from bitatlas.records.formats import Format
+from bitatlas.run.options import VerifyOptions
 from bitatlas.run.verify import between, verify_plan
 from live_bytes import LiveBytes
 from packing import LOGITS, QUIET, applied, check_bytes, largest_difference, make_plan
@@ -269,10 +270,12 @@ def test_verify_measures_the_folder(tiny_llama: Path, tmp_path: Path, text: Path
             main()
         return int(ended.value.code or 0), capsys.readouterr().out
 
-    planned = verify_plan(str(tiny_llama), tmp_path / "plan.json", str(text), (2, 2, 8), 16, "cpu", 0, QUIET)
+    planned = verify_plan(
+        VerifyOptions(tiny_llama, tmp_path / "plan.json", tokens=text, rows=(2, 2, 8), row_length=16, quiet=True)
+    )
     promise = PlanDamage(None, planned.damage)
     (out / "plan.json").write_text(to_json(Plan(**{**vars(plan), "damage": promise})), encoding="utf-8")
-    found = verify_plan(str(tiny_llama), out, str(text), (2, 2, 8), 16, "cpu", 0, QUIET, card=True)
+    found = verify_plan(VerifyOptions(tiny_llama, out, tokens=text, rows=(2, 2, 8), row_length=16, card=True, quiet=True))
     assert found.kept
     assert found.damage.mean == pytest.approx(planned.damage.mean, rel=1e-5)  # the same weights, another pass over them
     assert "measured by `bitatlas verify`" in (out / "README.md").read_text(encoding="utf-8")

@@ -22,6 +22,7 @@ from bitatlas.export.targets import export_plan
 from bitatlas.model.checkpoint import open_checkpoint
 from bitatlas.model.tensor_files import rules_of
 from bitatlas.records.files import to_json
+from bitatlas.run.options import VerifyOptions
 from bitatlas.run.verify import verify_plan
 from packing import LOGITS, QUIET, applied, check_bytes, largest_difference, make_plan
 from tiny import make_checkpoint
@@ -284,7 +285,7 @@ def test_a_plan_that_counts_wrongly_is_told(tmp_path: Path):
         assert found.disk_bytes == told.size.total_bytes + sum(found.causes.values())
         text = tmp_path / "text.txt"
         text.write_text(tiny.TEXT, encoding="utf-8")
-        checked = verify_plan(str(model), found.out, str(text), (1, 1, 2), 16, "cpu", 0, QUIET)
+        checked = verify_plan(VerifyOptions(model, found.out, tokens=text, rows=(1, 1, 2), row_length=16, quiet=True))
         assert checked.disk and checked.disk[1] == found.disk_bytes
         assert checked.size_kept == ("counted otherwise by the plan" not in found.causes)
     assert not checked.size_kept

@@ -37,6 +37,7 @@ from bitatlas.export.gguf.names import TEXTS, vocabulary_of  # noqa: E402
 from bitatlas.export.gguf.run import opened  # noqa: E402
 from bitatlas.export.gguf.write import draw, write_gguf  # noqa: E402
 from bitatlas.quantize.ggml import dequantize, quantize  # noqa: E402
+from bitatlas.run.options import VerifyOptions  # noqa: E402
 from bitatlas.run.verify import damage_in_llama_cpp, verify_gguf  # noqa: E402
 
 MIXED = ["q4_0", "q8_0", "q5_1", "iq4_nl", "q5_0", "q4_1"]  # blocks of 32
@@ -209,7 +210,7 @@ def test_the_demo_in_llama_cpp_keeps_its_promise(tmp_path: Path, monkeypatch, ca
     plan = promised(demo.MODEL_DIR, plan, test)
     (file,) = exported(demo.MODEL_DIR, plan, tmp_path).glob("*.gguf")
     rows = ["--tokens", text, "--rows", "2,2,24", "--row-length", "64"]
-    found = verify_gguf(str(demo.MODEL_DIR), file, text, (2, 2, 24), 64, "cpu", 0, QUIET)
+    found = verify_gguf(VerifyOptions(demo.MODEL_DIR, file, tokens=text, rows=(2, 2, 24), row_length=64, quiet=True))
     low, high = found.damage.ci95
     assert found.kept and low <= plan.damage.measured.mean <= high
     better = dataclasses.replace(plan, damage=PlanDamage(low / 2, None))  # a promise that it does not keep
@@ -243,7 +244,7 @@ def test_from_survey_to_gguf(tiny_llama: Path, tmp_path: Path, monkeypatch, caps
     plan = read_record(out / "plan.json", Plan)
     assert f"{plan.size.quantized_bytes:,} bytes, promised {plan.size.quantized_bytes:,}" in capsys.readouterr().out
     assert run(monkeypatch, "verify", tiny_llama, file, "-q") == 0
-    found = verify_gguf(str(tiny_llama), file, None, (2, 2, 2), 16, "cpu", 0, QUIET)
+    found = verify_gguf(VerifyOptions(tiny_llama, file, rows=(2, 2, 2), row_length=16, quiet=True))
     assert found.damage.n == 8 and found.promised == plan.damage.measured.mean
     assert run(monkeypatch, "verify", tiny_llama, file, "--tokens", tmp_path / "text.txt", "--row-length", "200", "-q") == 2
     assert "--row-length 200: the model's context is 128 tokens" in capsys.readouterr().err
@@ -262,7 +263,9 @@ def test_a_gguf_of_other_types_does_not_keep_the_plan(tiny_llama: Path, tmp_path
     checkpoint = open_checkpoint(str(tiny_llama), None, False)
     write_gguf(out / "f16.gguf", checkpoint, None, None, draw(checkpoint, None, "f16"), lambda done, total: None)
     (tmp_path / "text.txt").write_text(" ".join(f"The red fox runs {n} miles." for n in range(400)))
-    found = verify_gguf(str(tiny_llama), out / "f16.gguf", str(tmp_path / "text.txt"), (2, 2, 4), 16, "cpu", 0, QUIET)
+    found = verify_gguf(
+        VerifyOptions(tiny_llama, out / "f16.gguf", tokens=tmp_path / "text.txt", rows=(2, 2, 4), row_length=16, quiet=True)
+    )
     assert not found.size_kept and found.disk == (found.plan.size.quantized_bytes, 0)
 
 

@@ -13,7 +13,8 @@ from bitatlas.plan.protect import CHOOSING, JUDGING, check_items, check_referenc
 from bitatlas.plan.search import Found
 from bitatlas.records import Atlas, Budget, Plan
 from bitatlas.records.files import read_record
-from bitatlas.run.settings import parse_budget, parse_protect
+from bitatlas.run.options import BudgetOptions, SurveyOptions
+from bitatlas.run.settings import Settings, parse_budget, parse_protect
 
 UNITS = 40
 COST = np.tile(np.array([2, 3, 4]), (UNITS, 1))  # the same for each unit
@@ -158,9 +159,9 @@ def test_words():
     ):
         with pytest.raises(UserError, match=told):
             parse_protect(words)
-    assert parse_budget(None, None, None, None, protect=["svamp=1pp", "gsm8k=3pp"]) == budget_of(svamp=1.0, gsm8k=3.0)
+    assert parse_budget(BudgetOptions(protect=["svamp=1pp", "gsm8k=3pp"])) == budget_of(svamp=1.0, gsm8k=3.0)
     with pytest.raises(UserError, match="--max-damage, --protect: give one of them"):
-        parse_budget(3.0, None, None, None, protect=["svamp=1pp"])
+        parse_budget(BudgetOptions(code_bits=3.0, protect=["svamp=1pp"]))
 
 
 # --- a whole run -------------------------------------------------------------------------------------------------------
@@ -169,15 +170,18 @@ def test_words():
 @pytest.mark.slow
 def test_the_demo_protects_its_questions(tmp_path: Path):
     from bitatlas.progress import Reporter
-    from bitatlas.run.prepare import default_settings
     from bitatlas.run.protect import protect_folder
     from bitatlas.run.survey import run_survey
 
-    settings = default_settings(
-        model=None, formats="int2_g128,int4_g128", budget=budget_of(demo_questions=8.0), rows="2,2,2", tasks="demo_questions",
-        tokens=None, quantizer="rtn", row_length=24, task_data=None, limit=80, tolerance=0.05, fuse=True, refine=None, device="cpu",
-        revision=None, seed=0,
-    )  # fmt: skip
+    options = SurveyOptions(
+        formats=["int2_g128", "int4_g128"],
+        protect=["demo_questions=8pp"],
+        rows=(2, 2, 2),
+        row_length=24,
+        tasks=["demo_questions"],
+        limit=80,
+    )
+    settings = Settings.of(options)
     quiet = Reporter(quiet=True)
     out = tmp_path / "out"
     atlas = run_survey(settings, out, False, quiet)

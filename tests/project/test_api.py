@@ -44,7 +44,7 @@ def test_the_page_uses_every_name():
     assert used >= set(bitatlas.__all__) - {"__version__"}
 
 
-def test_files_of_the_same_name_do_not_hide_the_functions():
+def test_the_names_are_typed_functions():
     for name in ("survey", "apply", "verify", "compare"):
         assert inspect.isfunction(getattr(bitatlas, name))
         assert all(p.annotation is not p.empty for p in inspect.signature(getattr(bitatlas, name)).parameters.values())
@@ -55,10 +55,16 @@ def test_files_of_the_same_name_do_not_hide_the_functions():
 @pytest.mark.parametrize("name", ["survey", "compare"])
 def test_what_the_command_takes_the_function_takes(name: str):
     command, function = inspect.signature(COMMANDS[name]).parameters, inspect.signature(getattr(api, name)).parameters
-    # three sharpen --vram, one is about stdout, one makes a plan and no atlas
-    assert set(command) - {"cache_dtype", "batch", "chunk", "as_json", "draft"} <= set(function)
+    assert set(command) - {"as_json", "draft"} == set(function)  # one is about stdout, one makes a plan and no atlas
     with pytest.raises(UserError, match="margin 0pp: give percentage points"):
         getattr(api, name)("nothing", "nowhere", margin="0pp")
+
+
+def test_a_function_names_what_it_does_not_take():
+    with pytest.raises(TypeError, match=r"survey\(\) got an unexpected keyword argument 'formatz'"):
+        api.survey(formatz=["int2_g64"])
+    with pytest.raises(TypeError, match=r"verify\(\) missing a required argument: 'plan_or_checkpoint'"):
+        api.verify("a model")
 
 
 def test_importing_is_free():

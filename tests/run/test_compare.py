@@ -23,14 +23,16 @@ from bitatlas.records.formats import FORMATS
 from bitatlas.records.journal import Journal
 from bitatlas.records.sizes import size_of
 from bitatlas.run.compare import Comparison, compare_models
+from bitatlas.run.options import CompareOptions, split_names
 from tiny import SHARED
 
 
 def compared(first: Path, second: Path, text: Path | None, tasks: str | None = None) -> Comparison:
-    data = str(SHARED / "data") if tasks else None
-    return compare_models(
-        str(first), str(second), str(text) if text else None, (2, 2, 8), 24, tasks, data, 8, "cpu", 0, Reporter(quiet=True)
-    )  # fmt: skip
+    names, data = split_names(tasks or "none"), SHARED / "data" if tasks else None
+    options = CompareOptions(
+        first, second, tokens=text, rows=(2, 2, 8), row_length=24, tasks=names, task_data=data, limit=8, quiet=True
+    )
+    return compare_models(options)
 
 
 def test_a_rounded_copy_differs_by_what_it_should(tiny_llama: Path, text: Path, tmp_path: Path):

@@ -13,12 +13,14 @@ from hypothesis import strategies as st
 import tiny
 from bitatlas.errors import UserError
 from bitatlas.progress import Reporter
-from bitatlas.records import Atlas, Budget, Plan
+from bitatlas.records import Atlas, Plan
 from bitatlas.records.files import read_record
 from bitatlas.run.curve import SHORT_POINTS, sizes_beside, trace_curve
-from bitatlas.run.prepare import default_settings, settings_of
+from bitatlas.run.options import VerifyOptions
+from bitatlas.run.prepare import settings_of
 from bitatlas.run.survey import run_survey
 from bitatlas.run.verify import verify_plan
+from surveys import settings_for
 
 QUIET = Reporter(quiet=True)
 
@@ -27,11 +29,7 @@ QUIET = Reporter(quiet=True)
 def surveyed(tiny_llama: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("curve")
     (folder / "text.txt").write_text(tiny.TEXT, encoding="utf-8")
-    settings = default_settings(
-        model=str(tiny_llama), formats="int2_g32,int4_g32", budget=Budget("code_bits", 3.0), rows="4,4,4", tasks="none",
-        tokens=str(folder / "text.txt"), quantizer="rtn", row_length=24, task_data=None, limit=20, tolerance=0.05, fuse=False,
-        refine=False, device="cpu", revision=None, seed=0,
-    )  # fmt: skip
+    settings = settings_for(tiny_llama, folder / "text.txt", rows=(4, 4, 4), refine=False)
     run_survey(settings, folder / "out", False, QUIET)
     shutil.copytree(folder / "out", folder / "first", ignore=shutil.ignore_patterns("bank", "run.sqlite*"))
     run_survey(replace(settings, curve=False), folder / "out", True, QUIET)
@@ -119,7 +117,9 @@ def test_the_atlas_and_the_report_hold_the_curve_and_a_second_run_changes_nothin
 
 def test_a_plan_of_the_curve_is_verified_with_the_surveys_bank(surveyed: Path, tiny_llama: Path, curve):
     plan, file = curve.plans[1]
-    result = verify_plan(str(tiny_llama), file, str(surveyed.parent / "text.txt"), (4, 4, 4), 24, "cpu", 0, QUIET)
+    result = verify_plan(
+        VerifyOptions(tiny_llama, file, tokens=surveyed.parent / "text.txt", rows=(4, 4, 4), row_length=24, quiet=True)
+    )
     assert result.size_kept and result.damage.mean == pytest.approx(plan.damage.measured.mean, rel=1e-6)
 
 

@@ -16,6 +16,7 @@ from bitatlas.plan.refine import Change, Probe, refine
 from bitatlas.plan.search import Tools, search
 from bitatlas.records import Budget, Plan
 from bitatlas.records.files import read_record
+from bitatlas.run.options import VerifyOptions
 from bitatlas.run.planner import CURVATURE, Expanded, expanded
 from bitatlas.run.prepare import prepare
 from bitatlas.run.survey import SOURCE, by_scores, draft_tools, run_draft, run_survey
@@ -70,7 +71,7 @@ def test_a_draft_is_judged_keeps_its_promise_and_measures_no_swap(drafted: tuple
     assert sorted(path.name for path in out.iterdir() if not path.name.startswith("run.sqlite")) == ["bank", "plan.json"]
     with closing(sqlite3.connect(out / "run.sqlite")) as journal:
         assert {stage for (stage,) in journal.execute("SELECT stage FROM measured")} == {"damage", "curvature"}
-    checked = verify_plan(str(tiny_llama), out / "plan.json", str(text), (8, 8, 8), 24, "cpu", 0, QUIET)
+    checked = verify_plan(VerifyOptions(tiny_llama, out / "plan.json", tokens=text, rows=(8, 8, 8), row_length=24, quiet=True))
     assert checked.kept and checked.damage.mean == pytest.approx(plan.damage.measured.mean, rel=1e-5)
 
 
@@ -86,9 +87,7 @@ def test_a_survey_goes_on_in_its_folder_and_is_what_it_would_have_been(
 
 def test_its_scores_are_the_curvature_at_both_ends(tiny_llama: Path, text: Path, tmp_path: Path):
     """Against the true damage of each unit's change: second order is near where the change is small, around the wide end."""
-    opened = prepare(
-        settings_for(tiny_llama, text, formats="int3_g32,int8_g32", budget=Budget("code_bits", 4.0)), tmp_path, False, QUIET
-    )
+    opened = prepare(settings_for(tiny_llama, text, formats=("int3_g32", "int8_g32"), code_bits=4.0), tmp_path, False, QUIET)
     opened.bank.fill(opened.settings.formats)
     tools = draft_tools(opened)
     names = [{m.name: "int8_g32" for m in opened.checkpoint.modules}]

@@ -21,8 +21,8 @@ from bitatlas.measure.damage import Room
 from bitatlas.measure.memory_need import Way
 from bitatlas.model.checkpoint import open_checkpoint
 from bitatlas.progress import Reporter
-from bitatlas.records import Budget
-from bitatlas.run.prepare import default_settings, rows_and_items
+from bitatlas.run.options import SurveyOptions
+from bitatlas.run.prepare import rows_and_items
 from bitatlas.run.ray.cluster import TOKEN, Host, Needs, Place, greet, parse_address, slots, versions
 from bitatlas.run.ray.scheduler import parts
 from bitatlas.run.ray.worker import Brief, work
@@ -38,11 +38,18 @@ GIB = 2**30
 
 
 def settings_for(model: Path, text: Path) -> Settings:
-    return default_settings(
-        model=str(model), formats="int2_g32,int4_g32", budget=Budget("code_bits", 3.0), rows="20,6,8", tasks="demo_questions",
-        tokens=str(text), quantizer="rtn", row_length=16, task_data=None, limit=60, tolerance=0.05, fuse=True, refine=True, curve=False,
-        device="cpu", revision=None, seed=0,
-    )  # fmt: skip
+    options = SurveyOptions(
+        model,
+        tokens=text,
+        formats=("int2_g32", "int4_g32"),
+        code_bits=3.0,
+        rows=(20, 6, 8),
+        row_length=16,
+        tasks=["demo_questions"],
+        limit=60,
+        curve=False,
+    )
+    return Settings.of(options)
 
 
 @pytest.fixture(scope="module")

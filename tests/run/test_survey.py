@@ -21,6 +21,7 @@ from bitatlas.records import Atlas, Budget, Plan
 from bitatlas.records.files import read_record
 from bitatlas.records.journal import Journal
 from bitatlas.records.sizes import size_of
+from bitatlas.run.options import VerifyOptions
 from bitatlas.run.prepare import rows_of_survey
 from bitatlas.run.survey import run_survey
 from bitatlas.run.verify import verify_plan
@@ -146,7 +147,7 @@ def test_an_interrupted_run_resumes_to_the_same_bytes(
 @pytest.mark.parametrize("family", sorted(set(FAMILIES) - {"llama"}))
 def test_every_family_is_surveyed(family: str, text: Path, tmp_path: Path):
     model = make_checkpoint(tmp_path / family, family)
-    atlas = run_survey(settings_for(model, text, rows="4,4,4", row_length=16, fuse=True), tmp_path / "out", False, QUIET)
+    atlas = run_survey(settings_for(model, text, rows=(4, 4, 4), row_length=16, fuse=True), tmp_path / "out", False, QUIET)
     assert atlas.plan is not None
     assert len(atlas.layers) == 3
     assert atlas.attention, atlas.notes
@@ -181,13 +182,13 @@ def test_no_change_of_a_unit_is_measured_twice(tiny_llama: Path, text: Path, tmp
         yield from measure(meter, base, swaps, batches, own_seed)
 
     monkeypatch.setattr(interactions, "_measured", counted)
-    changes = {"seed": seed, "rows": "2,2,2", "row_length": 16, "curve": False, "fuse": True}
+    changes = {"seed": seed, "rows": (2, 2, 2), "row_length": 16, "curve": False, "fuse": True}
     run_survey(settings_for(tiny_llama, text, **changes), tmp_path / "out", False, QUIET)
     assert len(measured) >= 2 * 12 and set(measured.values()) == {1}
 
 
 def test_verify_keeps_and_breaks_promises(surveyed: Path, tiny_llama: Path, tmp_path: Path):
-    kept = verify_plan(str(tiny_llama), surveyed / "plan.json", None, (8, 8, 8), 24, "cpu", 0, QUIET)
+    kept = verify_plan(VerifyOptions(tiny_llama, surveyed / "plan.json", rows=(8, 8, 8), row_length=24, quiet=True))
     assert kept.kept
     promise = read_record(surveyed / "plan.json", Plan).damage.measured
     assert promise is not None
@@ -197,7 +198,7 @@ def test_verify_keeps_and_breaks_promises(surveyed: Path, tiny_llama: Path, tmp_
     content["size"]["quantized_bytes"] -= 1
     (tmp_path / "plan.json").write_text(json.dumps(content))
     (tmp_path / "atlas.json").write_bytes((surveyed / "atlas.json").read_bytes())
-    broken = verify_plan(str(tiny_llama), tmp_path / "plan.json", None, (8, 8, 8), 24, "cpu", 0, QUIET)
+    broken = verify_plan(VerifyOptions(tiny_llama, tmp_path / "plan.json", rows=(8, 8, 8), row_length=24, quiet=True))
     assert (broken.size_kept, broken.damage_kept) == (False, False)
 
 
@@ -206,7 +207,7 @@ def test_verify_keeps_and_breaks_promises(surveyed: Path, tiny_llama: Path, tmp_
 def test_a_trained_checkpoint_meets_the_bars(babyllama: Path, tmp_path: Path):
     """Sizes to the byte and damage, by an independent implementation. Random plans do about 1.06 here, early layers low 1.64."""
     data = SHARED / "data"
-    settings = settings_for(babyllama, data / "tinystories_fit.txt", rows="24,24,64", row_length=192, curve=False)
+    settings = settings_for(babyllama, data / "tinystories_fit.txt", rows=(24, 24, 64), row_length=192, curve=False)
     atlas = run_survey(settings, tmp_path / "out", False, QUIET)
     check = [sys.executable, SHARED / "check_plan.py", babyllama, tmp_path / "out" / "plan.json", data / "tinystories_test.txt"]
     found = json.loads(subprocess.run(check, capture_output=True, text=True, check=True).stdout)

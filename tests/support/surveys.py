@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 from bitatlas.progress import Reporter
 from bitatlas.records import Budget
-from bitatlas.run.prepare import default_settings
+from bitatlas.run.options import SurveyOptions
 from bitatlas.run.settings import Settings
 
 OUTPUTS = ("atlas.json", "plan.json", "report.md", "report.html")
@@ -15,10 +17,17 @@ OUTPUTS = ("atlas.json", "plan.json", "report.md", "report.html")
 QUIET = Reporter(quiet=True)
 
 
-def settings_for(model: Path, text: Path, **changes: object) -> Settings:
-    words = {
-        "model": str(model), "formats": "int2_g32,int4_g32", "budget": Budget("code_bits", 3.0), "rows": "8,8,8", "tasks": "none",
-        "tokens": str(text), "quantizer": "rtn", "row_length": 24, "task_data": None, "limit": 20, "tolerance": 0.05, "fuse": False, "refine": True,
-        "device": "cpu", "revision": None, "seed": 0,
-    }  # fmt: skip
-    return default_settings(**{**words, **changes})
+def settings_for(model: Path, text: Path, budget: Budget | None = None, **changes: Any) -> Settings:
+    usual = SurveyOptions(
+        model,
+        tokens=text,
+        formats=("int2_g32", "int4_g32"),
+        code_bits=3.0,
+        rows=(8, 8, 8),
+        row_length=24,
+        tasks=(),
+        limit=20,
+        fuse=False,
+    )
+    settings = Settings.of(replace(usual, **changes))
+    return replace(settings, budget=budget or settings.budget)

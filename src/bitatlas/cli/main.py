@@ -1,4 +1,4 @@
-"""The command line: its commands, of `commands/`, and how a run ends.
+"""The command line: its commands, and how a run ends.
 
 Exit codes: 0 done, 2 wrong use or an impossible request (one line on stderr), 1 anything else.
 """
@@ -20,7 +20,9 @@ except KeyboardInterrupt:  # most of the time before main() goes by here
     print(INTERRUPTED, file=sys.stderr)
     raise SystemExit(1) from None
 
-from bitatlas.cli import commands, survey  # noqa: E402  (they import typer)
+from bitatlas.cli import commands  # noqa: E402  (they import typer)
+from bitatlas.cli.options import command  # noqa: E402
+from bitatlas.cli.survey import survey  # noqa: E402
 
 app = typer.Typer(
     help="What low-bit weights do to a language model: measured, planned, verified.",
@@ -45,11 +47,19 @@ def version(show: Annotated[bool, typer.Option("--version", help="Print the vers
 
 
 COMMANDS: dict[str, Callable[..., None]] = {
-    "survey": survey.survey, "plan": commands.plan, "apply": commands.apply, "export": commands.export, "verify": commands.verify,
-    "compare": commands.compare, "report": commands.report,
-}  # fmt: skip
-for name, command in COMMANDS.items():
-    app.command(name)(command)
+    function.__name__: command(function)
+    for function in (
+        survey,
+        commands.plan,
+        commands.apply,
+        commands.export,
+        commands.verify,
+        commands.compare,
+        commands.report,
+    )
+}
+for name, function in COMMANDS.items():
+    app.command(name)(function)
 
 
 def main() -> None:

@@ -212,9 +212,7 @@ def print_plan(plan: Plan, file: Path) -> None:
 
 
 def print_curve(curve: Curve) -> None:
-    _print(
-        "bitatlas.curve/1", uniform=curve.atlas.uniform, plans=[{"file": file, "plan": plan} for plan, file in curve.plans]
-    )
+    _print("bitatlas.curve/1", uniform=curve.atlas.uniform, plans=[{"file": file, "plan": plan} for plan, file in curve.plans])
 
 
 def print_verification(result: Verification) -> None:

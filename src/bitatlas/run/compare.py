@@ -31,9 +31,10 @@ from bitatlas.progress import Reporter
 from bitatlas.quantize.bank import bank_of_plan
 from bitatlas.records import Measured, Plan, TaskPair, TaskScore
 from bitatlas.records.files import read_record
+from bitatlas.run.options import CompareOptions, check_seed
 from bitatlas.run.settings import check_device
 from bitatlas.stats.bootstrap import measured
-from bitatlas.stats.margin import MARGIN_POINTS
+from bitatlas.stats.margin import parse_points
 from bitatlas.stats.paired import compare_all
 
 PACKED = "compressed-tensors"
@@ -52,21 +53,22 @@ class Comparison:
     pairs: list[TaskPair]
 
 
-def compare_models(
-    first: str, second: str, tokens: str | None, rows: tuple[int, int, int], row_length: int, tasks: str | None, task_data: str | None,
-    limit: int | None, device: str, seed: int, reporter: Reporter, margin_points: float = MARGIN_POINTS, few_shot: int = 0,
-) -> Comparison:  # fmt: skip
+def compare_models(options: CompareOptions) -> Comparison:
     """Compare two checkpoints or plans; UserError where there is nothing to compare them on."""
-    names = check_task_names((tasks or "none").split(","))
-    if not names and tokens is None:
+    check_seed(options.seed)
+    margin = parse_points(options.margin, "--margin")
+    first, second, reporter = str(options.first), str(options.second), Reporter(options.quiet)
+    names = check_task_names(options.tasks or ())
+    if not names and options.tokens is None:
         raise UserError("--tokens, --tasks: give a text, tasks, or both: there is nothing to compare the models on")
-    place = check_device(device)
-    items = {task: load_items(task, Path(task_data) if task_data else None, limit, seed, few_shot) for task in names}
+    place = check_device(options.device)
+    data = Path(options.task_data) if options.task_data else None
+    items = {task: load_items(task, data, options.limit, options.seed, options.few_shot) for task in names}
     models = [_open(name, other, place) for name, other in ((first, second), (second, first))]
     damage, losses, difference = None, None, None
-    if tokens is not None:
+    if options.tokens is not None:
         with reporter.stage("damage and loss") as progress:
-            damage, losses, difference = _on_rows(models, tokens, rows, row_length, seed, progress)
+            damage, losses, difference = _on_rows(models, options, progress)
     outcomes: dict[str, dict[str, np.ndarray]] = {task: {} for task in items}
     lines: list[dict[str, Any]] = []
     labels = _labels(first, second)
@@ -76,7 +78,7 @@ def compare_models(
                 answers = score_items(model, tokenizer, task, of_task)
             outcomes[task][label] = right_of(answers)
             lines += [{"task": task, "precision": label, **answer} for answer in answers]
-    scores, pairs = compare_all(outcomes, {task: chance_level(of_task) for task, of_task in items.items()}, margin_points)
+    scores, pairs = compare_all(outcomes, {task: chance_level(of_task) for task, of_task in items.items()}, margin)
     return Comparison(*labels, damage, losses, difference, with_norms(scores, lines), pairs)
 
 
@@ -137,15 +139,16 @@ def _labels(first: str, second: str) -> tuple[str, str]:
 
 @torch.no_grad()
 def _on_rows(
-    models: list[tuple[Any, Any]], tokens: str, counts: tuple[int, int, int], row_length: int, seed: int, progress: Any
+    models: list[tuple[Any, Any]], options: CompareOptions, progress: Any
 ) -> tuple[Measured, tuple[Measured, Measured], Measured]:
+    tokens, row_length, seed = str(options.tokens), options.row_length, options.seed
     (model_a, tokenizer), (model_b, other) = models
     if tokenizer.get_vocab() != other.get_vocab():
         raise UserError("--tokens: the models' tokenizers differ, so their distributions cannot be compared; compare on --tasks")
     context = min(int(getattr(m.config.get_text_config(), "max_position_embeddings", row_length)) for m in (model_a, model_b))
     vocabulary = min(vocabulary_size(m.config) for m in (model_a, model_b))
     documents = read_documents(tokens)
-    chosen = make_rows(documents, tokenizer, tokens, counts, row_length, context, seed, vocabulary=vocabulary)
+    chosen = make_rows(documents, tokenizer, tokens, options.rows, row_length, context, seed, vocabulary=vocabulary)
     rows, blocks = chosen.test, chosen.blocks("test")
     batches = rows.split(batch_rows(row_length, len(tokenizer)))
     found: list[Tensor] = []

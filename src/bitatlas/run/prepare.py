@@ -15,9 +15,8 @@ from typing import Any, Protocol
 import numpy as np
 from pydantic import TypeAdapter
 
-import bitatlas.data.demo as demo
 from bitatlas.data.rows import Rows, check_vocabulary, make_rows
-from bitatlas.data.tasks import Item, check_task_names, load_items, split_items, task_text
+from bitatlas.data.tasks import Item, load_items, split_items, task_text
 from bitatlas.data.texts import read_documents
 from bitatlas.errors import FULL, UserError
 from bitatlas.measure.damage import DamageMeter
@@ -37,16 +36,14 @@ from bitatlas.progress import Reporter
 from bitatlas.quantize import get_quantizer
 from bitatlas.quantize.bank import BANK, Bank, disk_bytes
 from bitatlas.records import Atlas, Budget
-from bitatlas.records.formats import FORMATS, check_rows
+from bitatlas.records.formats import check_rows
 from bitatlas.records.journal import Journal
 from bitatlas.records.sizes import size_of
 from bitatlas.records.text import byte_size, number
-from bitatlas.run.settings import DEFAULT_FORMATS, Settings, check_device, parse_formats, parse_rows
+from bitatlas.run.options import SurveyOptions
+from bitatlas.run.settings import Settings, check_device
 
 OUTPUT_BYTES = 64 * 2**20  # journal, tables and reports of a large model
-DEMO_FORMATS = "int2_g128,int3_g128,int4_g128"  # at which both of the demo's tasks have something to lose
-DEMO_TASKS = "demo_problems,demo_questions"
-DEFAULT_TASKS = "arc_easy,svamp"
 
 
 class Crew(Workers, Protocol):
@@ -97,35 +94,6 @@ class Run:
         """Damage of plans by name on the rows of a split: float64 [rows] each, nats/token."""
         with self.reporter.stage(f"plans on {split} rows") as progress:
             return self.meter.plans(plans, getattr(self.rows, split), progress)
-
-
-def default_settings(
-    model: str | None, formats: str | None, budget: Budget | None, rows: str, tasks: str | None, tokens: str | None, **others: Any
-) -> Settings:
-    """Settings from the command line's words. Without a model: the bundled one, its text and its tasks, and no refinement."""
-    names = parse_formats(formats if formats is not None else DEFAULT_FORMATS if model else DEMO_FORMATS)
-    if others["refine"] is None:
-        others["refine"] = model is not None
-    if model is None:
-        model, tokens = str(demo.MODEL_DIR), tokens or str(demo.TEXT_FILE)
-        tasks = tasks or DEMO_TASKS
-    chosen = check_task_names([name.strip() for name in (tasks or DEFAULT_TASKS).split(",") if name.strip()])
-    others["tolerance_nats"] = others.pop("tolerance")
-    return Settings(
-        model=model,
-        formats=names,
-        budget=budget or default_budget(names),
-        rows=parse_rows(rows),
-        tasks=tuple(chosen),
-        tokens=tokens,
-        **others,
-    )
-
-
-def default_budget(formats: Sequence[str]) -> Budget:
-    """Code bits half-way between the narrowest and the widest format."""
-    widths = [FORMATS[name].bits for name in formats]
-    return Budget("code_bits", (min(widths) + max(widths)) / 2)
 
 
 def prepare(settings: Settings, out: Path, resume: bool, reporter: Reporter, crew: Crew | None = None) -> Run:
@@ -304,12 +272,12 @@ def _open_journal(out: Path, checkpoint: Checkpoint) -> Journal:
 
 
 def settings_of(atlas: Atlas) -> Settings:
-    """The settings that a survey was made with; options that have gone since are left out."""
+    """Return the settings that a survey was made with. Options that have gone since are left out; those that came have their defaults."""
     content = {field.name: atlas.settings[field.name] for field in fields(Settings) if field.name in atlas.settings}
     content["budget"] = TypeAdapter(Budget).validate_python(content["budget"])
     for name in ("formats", "rows", "tasks"):
         content[name] = tuple(content[name])
-    return Settings(**content)
+    return replace(Settings.of(SurveyOptions(content["model"])), **content)
 
 
 def items_of_survey(atlas: Atlas) -> dict[str, list[Item]]:

@@ -6,10 +6,11 @@ import math
 import re
 import sys
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 from typing import Any
 
+import bitatlas.data.demo as demo
 from bitatlas.data.tasks import check_task_names
 from bitatlas.errors import UserError
 from bitatlas.plan.budget import workload_of
@@ -17,10 +18,13 @@ from bitatlas.records import Budget
 from bitatlas.records.formats import FORMATS, Format, by_width, get_format
 from bitatlas.records.sizes import parse_size
 from bitatlas.records.text import given
-from bitatlas.stats.margin import MARGIN_POINTS, parse_points
+from bitatlas.run.options import BudgetOptions, SurveyOptions, check_seed, parse_rows
+from bitatlas.stats.margin import parse_points
 
-DEFAULT_FORMATS = "int2_g64,int3_g64,int4_g64"
-DEFAULT_ROWS = "24,24,64"
+DEFAULT_FORMATS = ("int2_g64", "int3_g64", "int4_g64")
+DEMO_FORMATS = ("int2_g128", "int3_g128", "int4_g128")  # at which both of the demo's tasks have something to lose
+DEFAULT_TASKS = ("arc_easy", "svamp")
+DEMO_TASKS = ("demo_problems", "demo_questions")
 DTYPES = ("auto", "float32", "bfloat16", "float16")
 LARGEST_BYTES = 2**80  # more than any disk; a larger --size or --vram asks for the same
 TOO_FEW_FORMATS = "--formats: give at least two, a narrow and a wide one, like int2_g64,int4_g64"
@@ -41,16 +45,38 @@ class Settings:
     task_data: str | None
     limit: int | None
     tolerance_nats: float
-    fuse: bool = True
-    refine: bool = True
-    device: str = "cpu"
-    dtype: str = "auto"  # that the model computes in
-    memory_bytes: int | None = None  # at the peak; None: what is free
-    revision: str | None = None
-    seed: int = 0
-    margin_points: float = MARGIN_POINTS  # of "no loss within x points"
-    curve: bool = True  # a few verified plans at other sizes
-    few_shot: int = 0  # examples with their answers before each question
+    fuse: bool
+    refine: bool
+    device: str
+    dtype: str  # that the model computes in
+    memory_bytes: int | None  # at the peak; None: what is free
+    revision: str | None
+    seed: int
+    margin_points: float  # of "no loss within x points"
+    curve: bool  # a few verified plans at other sizes
+    few_shot: int  # examples with their answers before each question
+
+    @classmethod
+    def of(cls, options: SurveyOptions) -> Settings:
+        """Return the settings that options mean. Without a model: the bundled one, its text and its tasks, and no refinement."""
+        is_demo, budget, memory = options.model is None, parse_budget(options), options.memory
+        usual_formats, usual_tasks = (DEMO_FORMATS, DEMO_TASKS) if is_demo else (DEFAULT_FORMATS, DEFAULT_TASKS)
+        tokens = options.tokens or (demo.TEXT_FILE if is_demo else None)
+        resolved: dict[str, Any] = {
+            "memory_bytes": parse_size(memory, "--memory") if memory else None,
+            "margin_points": parse_points(options.margin, "--margin"),
+            "formats": (formats := parse_formats(usual_formats if options.formats is None else options.formats)),
+            "tasks": tuple(check_task_names(usual_tasks if options.tasks is None else options.tasks)),
+            "budget": budget or default_budget(formats),
+            "rows": parse_rows(",".join(map(str, options.rows))),
+            "model": str(demo.MODEL_DIR if options.model is None else options.model),
+            "tokens": None if tokens is None else str(tokens),
+            "task_data": None if options.task_data is None else str(options.task_data),
+            "tolerance_nats": options.tolerance,
+            "refine": not is_demo if options.refine is None else options.refine,
+        }
+        same = {field.name: getattr(options, field.name) for field in fields(cls) if field.name not in resolved}
+        return cls(**same, **resolved)
 
     def __post_init__(self) -> None:
         if len(self.formats) < 2:
@@ -100,54 +126,43 @@ class Settings:
         return content
 
 
-def parse_formats(text: str) -> tuple[str, ...]:
-    """`int2_g64,int4_g64` -> names, narrowest first, each once; UserError for an unknown one."""
-    names = [name.strip() for name in text.split(",") if name.strip()]
-    if not names:
+def parse_formats(names: Sequence[str]) -> tuple[str, ...]:
+    """Return the formats' names, narrowest first, each once; UserError for an unknown one."""
+    known = [get_format(name.strip()).name for name in dict.fromkeys(names) if name.strip()]
+    if not known:
         raise UserError(TOO_FEW_FORMATS)
-    return tuple(by_width([get_format(name).name for name in dict.fromkeys(names)]))
+    return tuple(by_width(known))
 
 
-def parse_rows(text: str) -> tuple[int, int, int]:
-    """`24,24,64` -> (fit, select, test)."""
-    if not re.fullmatch(r"[0-9]{1,9}(,[0-9]{1,9}){2}", text.replace(" ", "")):
-        raise UserError(f"--rows {text}: give three numbers, fit,select,test, like {DEFAULT_ROWS}")
-    fit, select, test = (int(part) for part in text.replace(" ", "").split(","))
-    return fit, select, test
+def default_budget(formats: Sequence[str]) -> Budget:
+    """Code bits half-way between the narrowest and the widest format."""
+    widths = [FORMATS[name].bits for name in formats]
+    return Budget("code_bits", (min(widths) + max(widths)) / 2)
 
 
-def parse_budget(
-    code_bits: float | None,
-    stored_bits: float | None,
-    size: str | None,
-    max_damage: float | None,
-    vram: str | None = None,
-    context: int | None = None,
-    cache_dtype: str | None = None,
-    batch: int | None = None,
-    chunk: int | None = None,
-    protect: Sequence[str] = (),
-) -> Budget | None:
-    """The one budget that was given, or None; UserError for two. Context, cache dtype, batch and chunk belong to `vram`."""
+def parse_budget(options: BudgetOptions) -> Budget | None:
+    """Return the one budget that was given, or None; UserError for two."""
+    size, vram = options.size, options.vram
     values = {
-        "code_bits": code_bits,
-        "stored_bits": stored_bits,
+        "code_bits": options.code_bits,
+        "stored_bits": options.stored_bits,
         "size": min(parse_size(size), LARGEST_BYTES) if size is not None else None,
         "vram": min(parse_size(vram, "--vram"), LARGEST_BYTES) if vram is not None else None,
-        "max_damage": max_damage,
+        "max_damage": options.max_damage,
     }
-    for flag, value in (("--context", context), ("--cache-dtype", cache_dtype), ("--batch", batch), ("--chunk", chunk)):
+    workload = {name: getattr(options, name) for name in ("context", "cache_dtype", "batch", "chunk")}
+    for name, value in workload.items():
         if value is not None and vram is None:
-            raise UserError(f"{flag} {value}: belongs to --vram, like --vram 8GiB --context 8192")
-    given = [Budget(kind, _positive(kind, value)) for kind, value in values.items() if value is not None]
-    if protect:
-        tasks = parse_protect(protect)
-        given.append(Budget("protect", min(tasks.values()), protect=tasks))
-    if len(given) > 1:
+            raise UserError(f"--{name.replace('_', '-')} {value}: belongs to --vram, like --vram 8GiB --context 8192")
+    budgets = [Budget(kind, _positive(kind, value)) for kind, value in values.items() if value is not None]
+    if options.protect:
+        tasks = parse_protect(options.protect)
+        budgets.append(Budget("protect", min(tasks.values()), protect=tasks))
+    if len(budgets) > 1:
         raise UserError("--code-bits, --stored-bits, --size, --vram, --max-damage, --protect: give one of them, not several")
     if vram is not None:
-        return replace(given[0], workload=workload_of(context, cache_dtype, batch, chunk))
-    return given[0] if given else None
+        return replace(budgets[0], workload=workload_of(**workload))
+    return budgets[0] if budgets else None
 
 
 def parse_protect(words: Sequence[str]) -> dict[str, float]:
@@ -168,12 +183,6 @@ def _positive(kind: str, value: float) -> float:
     if not 0 < value <= sys.float_info.max:  # not true for NaN either
         raise UserError(f"--{kind.replace('_', '-')} {given(value)}: must be a positive number")
     return float(value)
-
-
-def check_seed(seed: int) -> None:
-    """UserError for a seed that the random generators do not take."""
-    if seed < 0:
-        raise UserError(f"--seed {seed}: must be 0 or more")
 
 
 def check_device(device: str) -> str:

@@ -6,7 +6,7 @@ files' sizes taken from the disk, its tasks scored where they are asked for.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -39,6 +39,7 @@ from bitatlas.records.files import parse_record, read_record, write_text
 from bitatlas.records.formats import FORMATS
 from bitatlas.records.journal import Journal
 from bitatlas.records.sizes import size_of
+from bitatlas.run.options import Place, VerifyOptions, check_seed
 from bitatlas.run.prepare import rows_and_items, rows_of_survey, settings_of
 from bitatlas.run.settings import check_device
 from bitatlas.stats.bootstrap import measured
@@ -87,32 +88,31 @@ class Verification:
         return self.size_kept and self.damage_kept and all(task.kept for task in self.tasks)
 
 
-def verify_plan(
-    model_name: str, plan_file: Path, tokens: str | None, rows: tuple[int, int, int], row_length: int, device: str, seed: int,
-    reporter: Reporter, tasks: str | None = None, card: bool = False,
-) -> Verification:  # fmt: skip
+def verify_plan(options: VerifyOptions) -> Verification:
     """Measure a plan, or the checkpoint or the GGUF that was made of one. Without `tokens`, the rows of the survey beside it are used again.
 
     `tasks`: of the survey's, with a checkpoint alone. `card`: write what was found into the checkpoint's README.md.
     """
+    check_seed(options.seed)
+    plan_file, reporter, card, tasks = Path(options.plan_or_checkpoint), Reporter(options.quiet), options.card, options.tasks
     if plan_file.suffix == ".gguf" and not plan_file.is_dir():
-        if card or tasks is not None:
+        if card or tasks:
             raise UserError("--card, --tasks: belong to a packed checkpoint, not to a GGUF")
-        return verify_gguf(model_name, plan_file, tokens, rows, row_length, device, seed, reporter)
+        return verify_gguf(options)
     folder = plan_file if plan_file.is_dir() else None
-    if folder is None and (card or tasks is not None):
+    if folder is None and (card or tasks):
         raise UserError("--card, --tasks: belong to a packed checkpoint; give the folder that apply wrote")
     if folder is not None:
         check_package()
         plan_file = folder / "plan.json"
     plan = read_record(plan_file, Plan)
-    checkpoint = open_checkpoint(model_name, plan.model.revision, fuse=False)
+    checkpoint = open_checkpoint(str(options.model), plan.model.revision, fuse=False)
     check_fits(plan, checkpoint)
-    chosen = rows_for(plan_file, checkpoint, tokens, rows, row_length, seed)
+    chosen = rows_for(plan_file, checkpoint, options)
     test, blocks = chosen.test, chosen.blocks("test")
-    items = _items(plan_file, plan, checkpoint, tasks)
+    items = _items(plan_file, plan, checkpoint, tasks or ())
     check_finite(checkpoint)
-    decoder = checkpoint.load_model(check_device(device))
+    decoder = checkpoint.load_model(check_device(options.device))
     disk: tuple[int, int] | None = None
     checks: tuple[TaskCheck, ...] = ()
     if folder is None:
@@ -121,15 +121,15 @@ def verify_plan(
         with reporter.stage("damage of the plan") as progress:
             nats = meter.plans({"plan": plan.modules}, test, progress)["plan"]
     else:
-        packed, tokenizer = open_packed(folder, check_device(device))
+        packed, tokenizer = open_packed(folder, check_device(options.device))
         promised = promised_disk_bytes(plan, draw(plan, checkpoint, checkpoint.skeleton()))
         disk = promised, sum(file.stat().st_size for file in weight_files(folder))
         with reporter.stage("damage of the checkpoint") as progress:
             nats = between(decoder, packed, test, progress)
         checks = tuple(_check_task(packed, tokenizer, *entry, reporter) for entry in items)
-    found = _judge(plan, checkpoint, measured(nats, "nats/token", "plan", "test", seed, blocks), disk, checks)
+    found = _judge(plan, checkpoint, measured(nats, "nats/token", "plan", "test", options.seed, blocks), disk, checks)
     if folder is not None and card:
-        _write_card(folder, plan, checkpoint, found, tokens)
+        _write_card(folder, plan, checkpoint, found, options.tokens)
     return found
 
 
@@ -152,11 +152,9 @@ def between(decoder: Decoder, packed: Any, rows: Tensor, progress: Callable[[int
     return torch.cat(found).numpy()
 
 
-def rows_for(
-    plan_file: Path, checkpoint: Checkpoint, tokens: str | None, rows: tuple[int, int, int], row_length: int, seed: int
-) -> Rows:
-    """Of the text `tokens`, or those of the survey in whose folder `plan_file` lies."""
-    if tokens is None:
+def rows_for(plan_file: Path, checkpoint: Checkpoint, options: VerifyOptions) -> Rows:
+    """Of the text that is given, or those of the survey in whose folder `plan_file` lies."""
+    if options.tokens is None:
         atlas = atlas_beside(plan_file.absolute())
         if atlas is None or atlas.model.weights_sha256 != checkpoint.info.weights_sha256:
             raise UserError(
@@ -164,24 +162,24 @@ def rows_for(
             )
         return rows_of_survey(atlas, checkpoint)
     vocabulary = checkpoint.vocabulary
-    tokenizer, context = checkpoint.load_tokenizer(), checkpoint.info.context
-    return make_rows(read_documents(tokens), tokenizer, tokens, rows, row_length, context, seed, vocabulary=vocabulary)
+    tokens, tokenizer, context = str(options.tokens), checkpoint.load_tokenizer(), checkpoint.info.context
+    documents, length = read_documents(tokens), options.row_length
+    return make_rows(documents, tokenizer, tokens, options.rows, length, context, options.seed, vocabulary=vocabulary)
 
 
 # --- tasks and the card ------------------------------------------------------------------------------------------------
 
 
-def _items(plan_file: Path, plan: Plan, checkpoint: Checkpoint, tasks: str | None) -> list[tuple[TaskScore, list[Any]]]:
+def _items(plan_file: Path, plan: Plan, checkpoint: Checkpoint, names: Sequence[str]) -> list[tuple[TaskScore, list[Any]]]:
     """What each task promised, and its items; UserError for a task that promised nothing."""
-    names = [] if tasks in (None, "none") else [name.strip() for name in str(tasks).split(",")]
-    if not names:
+    if not names or list(names) == ["none"]:
         return []
     atlas = atlas_beside(plan_file.absolute())
     promised = {score.task: score for score in story_beside(plan_file, plan).tasks}
     missing = [name for name in names if name not in promised]
     if atlas is None or missing:
         told = f"it promised {', '.join(promised)}" if promised else "no survey of this plan with tasks lies beside it"
-        raise UserError(f"--tasks {tasks}: nothing was promised about {(missing or names)[0]}: {told}")
+        raise UserError(f"--tasks {','.join(names)}: nothing was promised about {(missing or names)[0]}: {told}")
     _, items = rows_and_items(replace(settings_of(atlas), tasks=tuple(names)), checkpoint, checkpoint.load_tokenizer())
     return [(promised[name], items[name]) for name in names]
 
@@ -194,7 +192,7 @@ def _check_task(model: Any, tokenizer: Any, promised: TaskScore, items: list[Any
     return TaskCheck(promised.task, promised.correct, promised.n, scores[0])
 
 
-def _write_card(folder: Path, plan: Plan, checkpoint: Checkpoint, found: Verification, tokens: str | None) -> None:
+def _write_card(folder: Path, plan: Plan, checkpoint: Checkpoint, found: Verification, tokens: Place | None) -> None:
     """The card again, with what was found here in the place of what the survey measured."""
     story = story_beside(folder / "plan.json", plan)
     text = Path(tokens).name if tokens else story.text
@@ -213,26 +211,24 @@ def _write_card(folder: Path, plan: Plan, checkpoint: Checkpoint, found: Verific
 ROW = "in the file, bytes"
 
 
-def verify_gguf(
-    model_name: str, file: Path, tokens: str | None, rows: tuple[int, int, int], row_length: int, device: str, seed: int,
-    reporter: Reporter,
-) -> Verification:  # fmt: skip
+def verify_gguf(options: VerifyOptions) -> Verification:
     """Measure a GGUF against what its plan promises. Without `tokens`, the rows of the survey in whose folder it lies."""
+    file, reporter = Path(options.plan_or_checkpoint), Reporter(options.quiet)
     check_packages(str(file))
     reader = _open(file)
     plan = _plan_of(file, reader)
-    checkpoint = open_checkpoint(model_name, plan.model.revision, fuse=False)
+    checkpoint = open_checkpoint(str(options.model), plan.model.revision, fuse=False)
     check_fits(plan, checkpoint)
-    chosen = rows_for(file, checkpoint, tokens, rows, row_length, seed)
+    chosen = rows_for(file, checkpoint, options)
     test = chosen.test
     context = reader.fields.get(f"{reader.fields['general.architecture'].contents()}.context_length")
     if context is not None and test.shape[1] > context.contents():
         raise UserError(f"--row-length {test.shape[1]}: the GGUF's context is {context.contents()} tokens; give at most that")
     check_finite(checkpoint)
-    decoder = checkpoint.load_model(check_device(device))
+    decoder = checkpoint.load_model(check_device(options.device))
     with opened(file, test.shape[1]) as session, reporter.stage("damage in llama.cpp") as progress:
         nats = damage_in_llama_cpp(decoder, session, test, progress)
-    damage = measured(nats, "nats/token", "plan", "test", seed, chosen.blocks("test"))
+    damage = measured(nats, "nats/token", "plan", "test", options.seed, chosen.blocks("test"))
     found, held = _held(reader, plan, checkpoint)
     size = size_of(checkpoint.modules, found, checkpoint.info)
     kept = found == plan.modules and size == plan.size and held == plan.size.quantized_bytes
