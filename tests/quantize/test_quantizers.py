@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 
 from bitatlas.errors import UserError
 from bitatlas.model.checkpoint import open_checkpoint
-from bitatlas.quantize import QUANTIZERS, Quantizer, get_quantizer, gptq, hqq
+from bitatlas.quantize import QUANTIZERS, Quantizer, get_quantizer, gptq, hqq, rtn
 from bitatlas.quantize.codes import Codes
 from bitatlas.quantize.rtn import STEPS, grid, quantize
 from bitatlas.records.formats import FORMATS, INTEGER_FORMATS, Format
@@ -104,6 +104,19 @@ def test_rtn_gives_every_module_in_every_format_without_rows(tiny_llama: Path):
         assert all(
             torch.equal(c.weight(), quantize(decoder.weight(name), f).weight()) for c, f in zip(codes, formats, strict=True)
         )
+
+
+@pytest.mark.parametrize("name", ["int2_g32", "int3_g64_sym", "int4_g128", "int8_g32"])
+@given(rows=st.integers(1, 4), columns=st.integers(1, 200), exponent=st.integers(-30, 38), seed=st.integers(0, 99))
+@settings(max_examples=25)
+def test_the_compiled_search_gives_the_same_bits(name: str, rows: int, columns: int, exponent: int, seed: int):
+    pytest.importorskip("numba")
+    generator = torch.Generator().manual_seed(seed)
+    weight = torch.randn(rows, columns, generator=generator) * 10.0**exponent
+    counts = torch.rand(columns, generator=generator)
+    scales, zeros = rtn._candidates(weight.nan_to_num(), fmt := FORMATS[name])
+    arguments = (weight.nan_to_num(), counts, scales, zeros, fmt.group_size, 2**fmt.bits - 1)
+    assert torch.equal(rtn._compiled()(*arguments), rtn._search(*arguments))
 
 
 def test_importance_picks_the_clipping_step_by_weighted_squares():

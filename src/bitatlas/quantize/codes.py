@@ -33,11 +33,21 @@ class Codes:
         return Codes(self.codes.to(device), self.scale.to(device), self.zero.to(device), self.group_size)
 
     def weight(self, dtype: torch.dtype = torch.float32) -> Tensor:
-        """The weight that these codes stand for, [out, in]."""
-        width = self.codes.shape[1]
-        scale = self.scale.float().repeat_interleave(self.group_size, dim=1)[:, :width]
-        zero = self.zero.float().repeat_interleave(self.group_size, dim=1)[:, :width]
-        return ((self.codes.float() - zero) * scale).to(dtype)
+        """Return the weight that these codes stand for, [out, in]."""
+        weight = torch.empty(self.codes.shape, dtype=dtype, device=self.codes.device)
+        start = 0
+        for codes, part in zip(grouped(self.codes, self.group_size), grouped(weight, self.group_size), strict=True):
+            groups = slice(start, start := start + codes.shape[1])
+            steps = codes.float().sub_(self.zero[:, groups, None])  # [out, groups, inputs of a group]
+            part.copy_(steps.mul_(self.scale[:, groups, None].float()))
+        return weight
+
+
+def grouped(weight: Tensor, size: int) -> list[Tensor]:
+    """Return views of `weight` [out, in]: its whole groups [out, groups, size], and the short one [out, 1, rest] where there is one."""
+    whole = weight.shape[1] // size * size
+    parts = (weight[:, :whole].unflatten(1, (-1, size)) if whole else weight[:, :0, None], weight[:, None, whole:])
+    return [part for part in parts if part.numel()]
 
 
 # --- packing ---------------------------------------------------------------------------------------------------------------
