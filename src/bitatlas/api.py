@@ -129,7 +129,7 @@ def survey(options: SurveyOptions) -> Atlas:
 
 @taking(ApplyOptions)
 def apply(options: ApplyOptions) -> Applied:
-    """Write the packed checkpoint of a plan.json (where the survey wrote it, so that its bank is found) to the new folder `out`."""
+    """Write the packed checkpoint of a plan.json, read where the survey wrote it, beside its bank, to the new folder `out`."""
     from bitatlas.export.packed import apply_plan
     from bitatlas.progress import Reporter
 

@@ -9,18 +9,13 @@ import typer
 
 from bitatlas.cli.options import Json
 from bitatlas.errors import UserError
-from bitatlas.run.options import (
-    ApplyOptions,
-    CompareOptions,
-    ExportOptions,
-    PlanOptions,
-    ReportOptions,
-    VerifyOptions,
-)
+from bitatlas.run.options import ApplyOptions, CompareOptions, ExportOptions, PlanOptions, ReportOptions, VerifyOptions
 
 
 def plan(options: PlanOptions, as_json: Json = False) -> None:
-    """Another budget, from the atlas alone, in seconds: its damage is predicted, `verify` measures it. Or the whole --curve, measured."""
+    """Another budget, from the atlas alone, in seconds: its damage is predicted, `verify` measures it.
+    Or the whole --curve, measured.
+    """
     from bitatlas.cli.show import print_plan, show_plan
     from bitatlas.plan.budget import own_context_text
     from bitatlas.plan.judge import replan, write_plan
@@ -69,7 +64,9 @@ def _plan_curve(options: PlanOptions, other: Any, as_json: bool) -> None:
 
 
 def verify(options: VerifyOptions, as_json: Json = False) -> None:
-    """Measure a plan, a packed checkpoint, or a GGUF in llama.cpp, against what it promises: size and damage; exit code 1 if it does worse."""
+    """Measure a plan, a packed checkpoint, or a GGUF in llama.cpp, against what it promises: size and damage;
+    exit code 1 if it does worse.
+    """
     from bitatlas.cli.show import print_verification, show_verification
     from bitatlas.run.verify import verify_plan
 

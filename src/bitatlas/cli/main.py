@@ -20,7 +20,7 @@ except KeyboardInterrupt:  # most of the time before main() goes by here
     print(INTERRUPTED, file=sys.stderr)
     raise SystemExit(1) from None
 
-from bitatlas.cli import commands  # noqa: E402  (they import typer)
+from bitatlas.cli.commands import apply, compare, export, plan, report, verify  # noqa: E402  (they import typer)
 from bitatlas.cli.options import command  # noqa: E402
 from bitatlas.cli.survey import survey  # noqa: E402
 
@@ -47,16 +47,7 @@ def version(show: Annotated[bool, typer.Option("--version", help="Print the vers
 
 
 COMMANDS: dict[str, Callable[..., None]] = {
-    function.__name__: command(function)
-    for function in (
-        survey,
-        commands.plan,
-        commands.apply,
-        commands.export,
-        commands.verify,
-        commands.compare,
-        commands.report,
-    )
+    function.__name__: command(function) for function in (survey, plan, apply, export, verify, compare, report)
 }
 for name, function in COMMANDS.items():
     app.command(name)(function)

@@ -30,7 +30,7 @@ def command(function: Callable[..., None]) -> Callable[..., None]:
         options = first.annotation(**{field.name: _value(field, words.pop(field.name)) for field in fields})
         function(options, **words)
 
-    run.__doc__, run.__annotations__ = function.__doc__, {}
+    run.__doc__, run.__annotations__ = " ".join((function.__doc__ or "").split()), {}
     vars(run)["__signature__"] = inspect.Signature([_parameter(each) for each in shown])
     return run
 

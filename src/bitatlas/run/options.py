@@ -207,8 +207,8 @@ class SurveyOptions(TaskOptions, RowOptions, BudgetOptions, Candidates):  # a re
     memory: Annotated[
         str | None,
         Option(
-            "What this may take at its peak, like 6GiB (of the GPU with --device cuda); layer by layer where all weights do not fit. "
-            "Default: what is free."
+            "What this may take at its peak, like 6GiB (of the GPU with --device cuda); "
+            "layer by layer where all weights do not fit. Default: what is free."
         ),
     ] = None
     ray: Annotated[
