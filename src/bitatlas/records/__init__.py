@@ -4,6 +4,7 @@
 rows or items it came from. `Plan` is `plan.json`, `Atlas` is `atlas.json`; the long tables beside the atlas are Parquet.
 """
 
+# ruff: noqa: F401  (the names that other packages import from here)
 from bitatlas.records.atlas import (
     ATLAS_SCHEMA,
     Ablation,
@@ -34,58 +35,5 @@ from bitatlas.records.atlas import (
     UnitPair,
     WeightProfile,
     Zone,
-)
-from bitatlas.records.plan import (
-    PLAN_SCHEMA,
-    Baseline,
-    Budget,
-    Measured,
-    ModelInfo,
-    Module,
-    Plan,
-    PlanDamage,
-    PlanModel,
-    Size,
-)
-
-__all__ = [
-    "ATLAS_SCHEMA",
-    "PLAN_SCHEMA",
-    "Ablation",
-    "Atlas",
-    "AttentionHead",
-    "AttentionLayer",
-    "Baseline",
-    "Budget",
-    "Calibration",
-    "CalibrationPoint",
-    "Correlation",
-    "CurvePoint",
-    "Finding",
-    "HeadMap",
-    "JointDamage",
-    "KindDamage",
-    "Layer",
-    "Measured",
-    "ModelInfo",
-    "Module",
-    "NoLoss",
-    "Plan",
-    "PlanDamage",
-    "PlanModel",
-    "ShapleyCheck",
-    "Size",
-    "Sparsity",
-    "SparsityPoint",
-    "Split",
-    "TaskDamage",
-    "TaskPair",
-    "TaskScore",
-    "TokensInfo",
-    "Uniform",
-    "UnitDamage",
-    "UnitInteractions",
-    "UnitPair",
-    "WeightProfile",
-    "Zone",
-]
+)  # fmt: skip
+from bitatlas.records.plan import PLAN_SCHEMA, Baseline, Budget, Measured, ModelInfo, Module, Plan, PlanDamage, PlanModel, Size
