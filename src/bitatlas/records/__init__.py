@@ -4,36 +4,11 @@
 rows or items it came from. `Plan` is `plan.json`, `Atlas` is `atlas.json`; the long tables beside the atlas are Parquet.
 """
 
-# ruff: noqa: F401  (the names that other packages import from here)
+# ruff: noqa: F401
+# isort: off
 from bitatlas.records.atlas import (
-    ATLAS_SCHEMA,
-    Ablation,
-    Atlas,
-    AttentionHead,
-    AttentionLayer,
-    Calibration,
-    CalibrationPoint,
-    Correlation,
-    CurvePoint,
-    Finding,
-    HeadMap,
-    JointDamage,
-    KindDamage,
-    Layer,
-    NoLoss,
-    ShapleyCheck,
-    Sparsity,
-    SparsityPoint,
-    Split,
-    TaskDamage,
-    TaskPair,
-    TaskScore,
-    TokensInfo,
-    Uniform,
-    UnitDamage,
-    UnitInteractions,
-    UnitPair,
-    WeightProfile,
-    Zone,
+    ATLAS_SCHEMA, Ablation, Atlas, AttentionHead, AttentionLayer, Calibration, CalibrationPoint, Correlation, CurvePoint, Finding, HeadMap,
+    JointDamage, KindDamage, Layer, NoLoss, ShapleyCheck, Sparsity, SparsityPoint, Split, TaskDamage, TaskPair, TaskScore, TokensInfo,
+    Uniform, UnitDamage, UnitInteractions, UnitPair, WeightProfile, Zone,
 )  # fmt: skip
 from bitatlas.records.plan import PLAN_SCHEMA, Baseline, Budget, Measured, ModelInfo, Module, Plan, PlanDamage, PlanModel, Size
