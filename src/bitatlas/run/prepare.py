@@ -36,9 +36,8 @@ from bitatlas.progress import Reporter
 from bitatlas.quantize import get_quantizer
 from bitatlas.quantize.bank import BANK, Bank, disk_bytes
 from bitatlas.records import Atlas, Budget
-from bitatlas.records.formats import check_rows
 from bitatlas.records.journal import Journal
-from bitatlas.records.sizes import size_of
+from bitatlas.records.sizes import check_rows, size_of
 from bitatlas.records.text import byte_size, number
 from bitatlas.run.options import SurveyOptions
 from bitatlas.run.settings import Settings, check_device
