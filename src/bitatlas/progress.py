@@ -12,17 +12,8 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
+from rich import progress
 from rich.console import Console, RenderableType
-from rich.progress import (
-    BarColumn,
-    MofNCompleteColumn,
-    Progress,
-    ProgressColumn,
-    Task,
-    TextColumn,
-    TimeElapsedColumn,
-    TimeRemainingColumn,
-)
 from rich.segment import Segment
 from rich.table import Table
 from rich.text import Text
@@ -65,14 +56,14 @@ class Reporter:
         self.say(f"{name}: {time.monotonic() - start:.1f} s")
 
 
-class Live(Progress):
+class Live(progress.Progress):
     """A stage's bar with its pace and the time left for it; under it the results so far and the time of the whole run."""
 
     def __init__(self, console: Console, results: Mapping[str, str], start: float):
         self.results, self.run_start = results, start
         super().__init__(
-            TextColumn("{task.description}", "bold", markup=False), BarColumn(bar_width=30), MofNCompleteColumn(), Pace(),
-            TimeElapsedColumn(), TextColumn("left"), TimeRemainingColumn(), console=console, transient=True,
+            progress.TextColumn("{task.description}", "bold", markup=False), progress.BarColumn(bar_width=30), progress.MofNCompleteColumn(), Pace(),
+            progress.TimeElapsedColumn(), progress.TextColumn("left"), progress.TimeRemainingColumn(), console=console, transient=True,
         )  # fmt: skip
 
     def get_renderables(self) -> Iterable[RenderableType]:
@@ -85,10 +76,10 @@ class Live(Progress):
         yield table
 
 
-class Pace(ProgressColumn):
+class Pace(progress.ProgressColumn):
     """Steps a second, over the last half minute; from rich's own estimate."""
 
-    def render(self, task: Task) -> Text:
+    def render(self, task: progress.Task) -> Text:
         return Text(f"{number(task.speed)}/s" if task.speed else "", "dim")
 
 
