@@ -26,21 +26,10 @@ _VALUES = {
 }
 _SCALES = {"hundred": 100.0, "thousand": 1000.0, "million": 1e6}
 _LOOSE: dict[str, tuple[float, ...]] = {
-    "one": (1.0,),
-    "a hundred": (100.0,),
-    "a thousand": (1000.0,),
-    "half": (0.5, 2.0),
-    "quarter": (0.25, 4.0),
-    "twice": (2.0,),
-    "double": (2.0,),
-    "doubled": (2.0,),
-    "couple": (2.0,),
-    "pair": (2.0,),
-    "triple": (3.0,),
-    "tripled": (3.0,),
-    "thrice": (3.0,),
+    "one": (1.0,), "a hundred": (100.0,), "a thousand": (1000.0,), "half": (0.5, 2.0), "quarter": (0.25, 4.0), "twice": (2.0,),
+    "double": (2.0,), "doubled": (2.0,), "couple": (2.0,), "pair": (2.0,), "triple": (3.0,), "tripled": (3.0,), "thrice": (3.0,),
     "dozen": (12.0,),
-}
+}  # fmt: skip
 
 
 def _any_of(words: Iterable[str]) -> str:

@@ -193,14 +193,14 @@ def _pieces(document: str, tokenizer: Any) -> Iterator[Ints]:
 
 def _tokenized(texts: Sequence[str], tokenizer: Any, **options: Any) -> list[Ints]:
     try:
-        found = tokenizer(list(texts), verbose=False, **options)["input_ids"]
+        rows = tokenizer(list(texts), verbose=False, **options)["input_ids"]
     except Exception as error:  # tokenizers raises bare Exceptions, like for a missing unknown-token
         raise UserError(f"the model's tokenizer cannot read the text ({' '.join(str(error).split())[:160]})") from None
-    return [np.array(ids, dtype=np.int64) for ids in found]
+    return [np.array(ids, dtype=np.int64) for ids in rows]
 
 
 def check_vocabulary(tokenizer: Any, texts: list[str], vocabulary: int) -> None:
-    """UserError where the tokenizer gives a token of `texts` an id that the model's `vocabulary` (a count) does not have."""
+    """Refuse, with UserError, a tokenizer that gives a token of `texts` an id that the model's `vocabulary` (a count) does not have."""
     for ids in _token_ids(texts, tokenizer):
         _refuse_unknown(ids, vocabulary)
 

@@ -220,6 +220,7 @@ class Reader:
         return len(self._tensors)
 
     def shape(self, name: str) -> tuple[int, ...]:
+        """Return a tensor's shape; nothing is read."""
         return self._tensors[name].shape
 
     def dtype(self, name: str) -> str:
@@ -227,6 +228,7 @@ class Reader:
         return self._tensors[name].dtype
 
     def size_bytes(self, name: str) -> int:
+        """Return the bytes of a tensor in its file; nothing is read."""
         return self._tensors[name].length
 
     def read(self, name: str) -> Tensor:

@@ -128,4 +128,5 @@ class Journal:
             )
 
     def close(self) -> None:
+        """Close the file, so that another process may open it."""
         self._db.close()

@@ -51,7 +51,9 @@ def fits(runtime: Runtime, plan: Plan, modules: list[Module]) -> bool:
 class Holds(Protocol):
     """What a runtime can hold."""
 
-    def fits(self, fmt: Format) -> bool: ...
+    def fits(self, fmt: Format) -> bool:
+        """Return whether the runtime can hold `fmt`."""
+        ...
 
     def nearest(self, fmt: Format) -> str:
         """Return the name of the held format that is nearest to `fmt`."""

@@ -331,5 +331,5 @@ def _bracket(ends: tuple[float, float] | None) -> str:
 
 
 def _signed(points: float, digits: int = 1) -> str:
-    """With a true minus sign, and never "-0"."""
+    """Return points with a true minus sign, and never "-0"."""
     return f"{round(points, digits) + 0.0:.{digits}f}".replace("-", "−")
