@@ -23,7 +23,7 @@ import tiny
 from bitatlas.cli.main import main
 from bitatlas.errors import UserError
 from bitatlas.model.checkpoint import open_checkpoint
-from bitatlas.progress import PlainConsole, Reporter
+from bitatlas.progress import Reporter, SafeConsole
 from bitatlas.records import Atlas
 from bitatlas.records.files import read_record
 from tiny import make_checkpoint
@@ -113,7 +113,7 @@ EVIL = "<script>alert(1)</script>[red]x[/red][/]\x1b[31m\x9b1m\u202eolleh"
 
 def test_a_terminal_is_sent_no_escape_and_no_markup_of_others():
     told = io.StringIO()
-    console = PlainConsole(file=told, force_terminal=True, width=300)
+    console = SafeConsole(file=told, force_terminal=True, width=300)
     table = Table(title=EVIL)
     table.add_column(EVIL)
     table.add_row(EVIL)
@@ -132,7 +132,7 @@ def test_progress_is_sent_none_either(capsys):
     with reporter.stage(EVIL):
         reporter.say(EVIL)
     shown = Reporter()
-    shown.console = PlainConsole(file=(told := io.StringIO()), force_terminal=True, width=300)
+    shown.console = SafeConsole(file=(told := io.StringIO()), force_terminal=True, width=300)
     with shown.stage(EVIL) as advance:
         advance(1, 2)
     assert "\x1b[31m" not in capsys.readouterr().err + told.getvalue()

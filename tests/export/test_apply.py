@@ -26,7 +26,7 @@ from bitatlas.export import compressed_tensors
 from bitatlas.export.packed import apply_plan
 from bitatlas.model import folder
 from bitatlas.model.checkpoint import open_checkpoint
-from bitatlas.model.tensor_files import Entry, Writer, cut
+from bitatlas.model.tensor_files import Entry, Writer, split_shards
 from bitatlas.quantize import rtn
 from bitatlas.quantize.bank import BANK, Bank
 from bitatlas.records import Plan, PlanDamage
@@ -232,7 +232,7 @@ def test_shards_hold_what_was_written(tmp_path: Path):
     for limit, count in ((10**6, 1), (40, 3)):
         folder = tmp_path / str(limit)
         folder.mkdir()
-        shards = cut(entries, limit)
+        shards = split_shards(entries, limit)
         with Writer(folder, shards) as writer:
             for key in "dcba":
                 data = tensors[key].numpy().tobytes()
@@ -243,9 +243,9 @@ def test_shards_hold_what_was_written(tmp_path: Path):
         found = {key: value for file in files for key, value in load_file(file).items()}
         assert all(torch.equal(found[key], tensors[key]) for key in tensors) and len(found) == 4
         assert [file.stat().st_size for file in files] == [shard.size_bytes for shard in shards]
-    with pytest.raises(ValueError, match="bytes are missing"), Writer(tmp_path, cut(entries)) as writer:
+    with pytest.raises(ValueError, match="bytes are missing"), Writer(tmp_path, split_shards(entries)) as writer:
         writer.write("a", b"12345")
-    with pytest.raises(ValueError, match="1 bytes too many"), Writer(tmp_path, cut(entries)) as writer:
+    with pytest.raises(ValueError, match="1 bytes too many"), Writer(tmp_path, split_shards(entries)) as writer:
         writer.write("a", b"123456")
 
 

@@ -189,7 +189,7 @@ def test_a_folder_that_does_not_load_gets_no_name(tiny_llama: Path, tmp_path: Pa
                 for e in entries
                 if e.name != part
             ]
-            found.shards[:] = stage.cut(kept)
+            found.shards[:] = stage.split_shards(kept)
             return found
 
         return drawn

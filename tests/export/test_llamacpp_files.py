@@ -30,11 +30,10 @@ from bitatlas.records.formats import (
     LLAMA_CPP,
     LLAMA_CPP_BLOCKS,
     by_width,
-    check_rows,
     stored_bytes,
     takes,
 )
-from bitatlas.records.sizes import units_of
+from bitatlas.records.sizes import check_rows, units_of
 from gguf_plans import QUIET, make_plan
 from tiny import make_checkpoint
 

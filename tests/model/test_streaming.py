@@ -12,7 +12,7 @@ from bitatlas.measure.curvature import expand
 from bitatlas.measure.damage import DamageMeter, Room, Swap
 from bitatlas.measure.interactions import swap_interactions
 from bitatlas.model.checkpoint import Checkpoint, open_checkpoint
-from bitatlas.model.hidden_states import Shelf, sweep
+from bitatlas.model.hidden_states import StateCache, remove_leftovers
 from bitatlas.quantize.bank import Bank
 from bitatlas.records.journal import Journal
 from tiny import FAMILIES, TEXT, make_checkpoint
@@ -134,7 +134,7 @@ def test_names_that_are_not_the_models_own_are_refused(tmp_path: Path):
 
 
 def test_states_in_files_come_back_bit_for_bit_and_the_files_go(tmp_path: Path):
-    with Shelf(100, tmp_path) as shelf:
+    with StateCache(100, tmp_path) as shelf:
         tensors = {number: torch.randn(5, 4, generator=torch.Generator().manual_seed(number)) for number in range(4)}
         for number, tensor in tensors.items():
             shelf.put(number, tensor[:, 1:])
@@ -145,5 +145,5 @@ def test_states_in_files_come_back_bit_for_bit_and_the_files_go(tmp_path: Path):
         assert list(tmp_path.iterdir())
     assert not list(tmp_path.iterdir())
     (tmp_path / ".states-killed").mkdir()
-    sweep(tmp_path)
+    remove_leftovers(tmp_path)
     assert not list(tmp_path.iterdir())

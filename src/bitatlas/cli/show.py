@@ -16,7 +16,7 @@ from bitatlas.export.packed import Applied
 from bitatlas.export.targets import Exported
 from bitatlas.findings.tasks import smallest_held, task_widths
 from bitatlas.plan.budget import budget_text
-from bitatlas.progress import PlainConsole
+from bitatlas.progress import SafeConsole
 from bitatlas.records import Atlas, Measured, Plan, Size, TaskPair, TaskScore
 from bitatlas.records.text import MINUS, against_chance, byte_size, interval, listed, memory_text, number, protect_text
 from bitatlas.run.compare import Comparison
@@ -27,7 +27,7 @@ STYLES = {"critical": "red", "safe": "green", "light": "magenta", "uncertain": "
 
 
 def _console() -> Console:
-    return PlainConsole()
+    return SafeConsole()
 
 
 def _table(title: str, columns: Sequence[str]) -> Table:

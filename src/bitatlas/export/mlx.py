@@ -28,8 +28,8 @@ from bitatlas.export.packed import codes_of, copy_tensor, read_tensor, sources_o
 from bitatlas.export.recipes import write_readme
 from bitatlas.export.target import Job, Target
 from bitatlas.model.decoder import decoder_of
-from bitatlas.model.folder import carried, check_room
-from bitatlas.model.tensor_files import Entry, Writer, cut
+from bitatlas.model.folder import check_free_space, companion_files
+from bitatlas.model.tensor_files import Entry, Writer, split_shards
 from bitatlas.quantize.codes import Codes
 from bitatlas.records.formats import Format, group_count
 from bitatlas.records.runtimes import Integers
@@ -132,7 +132,7 @@ def write(job: Job, folder: Path) -> list[str]:
     checkpoint = job.checkpoint
     assert checkpoint is not None
     content = json.loads((checkpoint.folder / "config.json").read_text(encoding="utf-8"))
-    others = carried(checkpoint.folder)
+    others = companion_files(checkpoint.folder)
     disk_bytes = _write_weights(job, folder, sum(file.stat().st_size for file in others) + SMALL_BYTES)
     for file in others:
         shutil.copyfile(file, folder / file.name)
@@ -158,9 +158,9 @@ def _write_weights(job: Job, folder: Path, more_bytes: int) -> int:
     modules = [module for module in checkpoint.modules if module.name in plan.modules]
     for module in modules:
         wanted += _entries(keys[module.name], module.shape, plan.formats[plan.modules[module.name]], dtype)
-    shards = cut(wanted)
+    shards = split_shards(wanted)
     disk_bytes = sum(shard.size_bytes for shard in shards)
-    check_room(folder, disk_bytes + more_bytes)
+    check_free_space(folder, disk_bytes + more_bytes)
     with Writer(folder, shards) as writer, job.reporter.stage("packing") as progress:
         for key in kept:
             copy_tensor(writer, key, *sources[key])

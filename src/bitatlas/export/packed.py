@@ -34,9 +34,9 @@ from bitatlas.export.conversion import Conversion, exchanged, pieces, unpackable
 from bitatlas.export.trial import check_folder, named_class
 from bitatlas.model.checkpoint import Checkpoint, open_checkpoint, skeleton_of
 from bitatlas.model.decoder import Decoder, decoder_of
-from bitatlas.model.folder import beside, carried, check_out, check_room, find_folder, read_config
+from bitatlas.model.folder import atomic_folder, check_free_space, check_out, companion_files, find_folder, read_config
 from bitatlas.model.linear import is_transposed
-from bitatlas.model.tensor_files import DTYPES, SHARD_BYTES, Entry, Shard, Writer, cut, read_header
+from bitatlas.model.tensor_files import DTYPES, SHARD_BYTES, Entry, Shard, Writer, read_header, split_shards
 from bitatlas.progress import Reporter
 from bitatlas.quantize import get_quantizer
 from bitatlas.quantize.bank import bank_of_plan
@@ -123,13 +123,13 @@ def apply_plan(model_name: str, plan_file: Path, out: Path, reporter: Reporter, 
         skeleton = checkpoint.skeleton()
         decoder = decoder_of(skeleton, checkpoint.layers_path)
         blueprint = draw(plan, checkpoint, skeleton, shard_bytes)
-        others = carried(checkpoint.folder)
-        check_room(out, blueprint.disk_bytes + sum(file.stat().st_size for file in others) + SMALL_BYTES)
+        others = companion_files(checkpoint.folder)
+        check_free_space(out, blueprint.disk_bytes + sum(file.stat().st_size for file in others) + SMALL_BYTES)
         if get_quantizer(plan.quantizer).uses_rows:
             for module in plan.modules:
                 bank_of_plan(plan, plan_file, decoder, [module])
     story = story_beside(plan_file, plan)
-    with beside(out) as folder:
+    with atomic_folder(out) as folder:
         with reporter.stage("packing") as progress:
             _write_weights(folder, plan, plan_file, checkpoint, decoder, blueprint, progress)
         checkpoint.check_unchanged()
@@ -232,7 +232,7 @@ def draw(plan: Plan, checkpoint: Checkpoint, skeleton: nn.Module, shard_bytes: i
     apart = [_entry(name, conversion.made[name]) for name in merged - set(made)]  # of planned modules
     grown = sum(entry.size_bytes for entry in made_entries + apart) - sum(entries[key].size_bytes for key in stored)
     causes["tensors in the form that transformers loads"] = grown
-    shards = cut(wanted, shard_bytes)
+    shards = split_shards(wanted, shard_bytes)
     causes["headers of the files"] = sum(len(shard.header) for shard in shards)
     told = {name: count for name, count in causes.items() if count}
     return Blueprint(sources, conversion, packed, whole, copied, made, shards, told, _aliases(packed, conversion, other))

@@ -17,7 +17,7 @@ from bitatlas.export.gguf import write as gguf
 from bitatlas.export.packed import apply_plan, check_fits, check_transposed
 from bitatlas.export.target import Job, Target
 from bitatlas.model.checkpoint import Checkpoint, open_checkpoint
-from bitatlas.model.folder import beside, check_out
+from bitatlas.model.folder import atomic_folder, check_out
 from bitatlas.progress import Reporter
 from bitatlas.records import Module, Plan
 from bitatlas.records.files import read_record, to_json, write_text
@@ -98,7 +98,7 @@ def export_plan(plan_file: Path, target_name: str, out: Path, model_name: str | 
     notes = (
         [] if modules else ["the model's modules are not known here, so row lengths were not checked: --model MODEL does that"]
     )
-    with beside(out) as folder:
+    with atomic_folder(out) as folder:
         notes += target.write(job, folder)
         write_text(folder / "plan.json", to_json(plan))
         files = sorted(file.name for file in folder.iterdir())

@@ -23,7 +23,7 @@ from transformers import AutoModelForCausalLM
 from bitatlas.errors import UserError
 from bitatlas.measure.memory_need import at_hand
 from bitatlas.model.checkpoint import Checkpoint, open_model, quiet_transformers
-from bitatlas.model.streaming import trim
+from bitatlas.model.streaming import release_free_memory
 from bitatlas.model.tensor_files import reason_of
 from bitatlas.quantize.bank import bank_of_plan
 from bitatlas.records import Plan
@@ -65,7 +65,7 @@ def check_folder(
             "for every tensor; bitatlas verify measures it where there is more"
         )
     expected = _expected(checkpoint, plan, plan_file, whole)
-    trim()
+    release_free_memory()
     largest, difference = float(expected.abs().max()), 0.0
     for kind in kinds:
         model = _load(kind, folder, "cpu", unused).eval()
@@ -73,7 +73,7 @@ def check_folder(
             continue
         difference = max(difference, float((_logits(model, checkpoint) - expected).abs().max().nan_to_num(torch.inf)))
         del model
-        trim()
+        release_free_memory()
     if not difference <= TOLERANCE * largest:
         raise _refused(
             f"it computes something else: logits differ by {difference:.3g} from the plan's, the largest of which is {largest:.3g}"

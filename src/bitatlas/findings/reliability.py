@@ -29,7 +29,7 @@ from bitatlas.records.text import interval, listed, number, rows_of
 from bitatlas.stats.bootstrap import (
     RESAMPLES,
     block_count,
-    independent,
+    effective_sample_size,
     percentile_interval,
     resample_means,
     row_weights,
@@ -174,7 +174,7 @@ def shapley_check(added: ArrayLike, models: int, rows: LayerRows, seed: int = 0)
     ours = _shares(np.einsum("bp,br,prl->bl", of_pairs, of_rows, sampled))  # [resamples, layers]
     theirs = _shares(of_rows @ quadratic)
     mean, mean_quadratic = _shares(sampled.mean(axis=(0, 1))), _shares(quadratic.mean(axis=0))
-    n = min(pairs, independent(few, blocks))
+    n = min(pairs, effective_sample_size(few, blocks))
     where = f"{rows.split}, {2 * pairs} orders"
 
     def record(value: float, resampled: Floats, unit: str) -> Measured:

@@ -35,7 +35,7 @@ from bitatlas.stats.bootstrap import (
     Blocks,
     benjamini_hochberg,
     block_count,
-    independent,
+    effective_sample_size,
     is_bound,
     measured,
     percentile_interval,
@@ -97,7 +97,7 @@ class LayerRows:
     @cached_property
     def independent(self) -> float:
         """How many independent rows or blocks of rows there are; less than 2 tell nothing of spread."""
-        return independent(self.rows, self.blocks)
+        return effective_sample_size(self.rows, self.blocks)
 
     @property
     def high_base(self) -> str:

@@ -25,7 +25,7 @@ from numpy.typing import NDArray
 from bitatlas.findings.shares import CRITICAL, FAILS, HOLDS, LIGHT, OPEN, SAFE, UNCERTAIN, LayerRows, Shares, shares_of
 from bitatlas.records import Finding, JointDamage, Layer, Measured, Module, Zone
 from bitatlas.records.text import interval, named_layers, number
-from bitatlas.stats.bootstrap import Blocks, independent, measured, percentile_interval, resample_means, standard_errors
+from bitatlas.stats.bootstrap import Blocks, effective_sample_size, measured, percentile_interval, resample_means, standard_errors
 
 Floats = NDArray[np.float64]
 Cuts = list[tuple[int, int]]  # (first layer, last layer) of every zone
@@ -108,7 +108,7 @@ def border_intervals(
     by_row: Floats, weights: Floats, count: int, seed: int = 0, blocks: Blocks = None
 ) -> list[tuple[int, int] | None]:
     """For each of `count` zones the 95 % interval of its first layer; None for the first zone, and of a single row. by_row: [rows, layers]"""
-    n = independent(len(by_row), blocks)
+    n = effective_sample_size(len(by_row), blocks)
     if count < 2 or n < 2:
         return [None] * count
     found = segmentations(by_row.mean(axis=0), weights, count)[-1][0]

@@ -36,7 +36,7 @@ from bitatlas.data.rows import rows_sha256
 from bitatlas.measure.damage import Assignment, DamageMeter
 from bitatlas.measure.workers import Progress
 from bitatlas.model.decoder import Decoder
-from bitatlas.model.layerwise import Recorded, Shared, cut, is_chain, logits_of, record, run_layer
+from bitatlas.model.layerwise import Recorded, Shared, is_chain, logits_of, record, run_layer, slice_tokens
 from bitatlas.plan.expansion import Expansion
 from bitatlas.quantize.bank import Bank
 from bitatlas.quantize.hessian import input_of
@@ -206,14 +206,14 @@ def _at_the_end(meter: DamageMeter, batch: Tensor, final: Tensor, first_order: b
     """Gradients with respect to the last hidden state: of the KL (None at the reference, where it is 0), of each draw."""
     back = [torch.zeros_like(final) for _ in range(draws + 1)]
     for span in meter.spans(batch):
-        leaf = cut(meter.decoder, final, span).detach().requires_grad_(True)
+        leaf = slice_tokens(meter.decoder, final, span).detach().requires_grad_(True)
         with torch.enable_grad():
             logits = logits_of(meter.decoder, batch[:, span], leaf)
         q = torch.softmax(logits.detach().float(), dim=-1)
         for number in range(0 if first_order else 1, draws + 1):
             score = _score(meter, batch, span, q, seed, number).to(logits.dtype)
             (gradient,) = torch.autograd.grad(logits, leaf, score, retain_graph=number < draws)
-            cut(meter.decoder, back[number], span).copy_(gradient)
+            slice_tokens(meter.decoder, back[number], span).copy_(gradient)
     return [{HIDDEN: own} if number or first_order else None for number, own in enumerate(back)]
 
 

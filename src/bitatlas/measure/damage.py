@@ -26,7 +26,7 @@ from torch import Tensor
 from bitatlas.data.rows import rows_sha256
 from bitatlas.measure.workers import Progress, Share, Workers
 from bitatlas.model.decoder import Decoder
-from bitatlas.model.hidden_states import Shelf
+from bitatlas.model.hidden_states import StateCache
 from bitatlas.model.layerwise import (
     LOGIT_BYTES,
     Job,
@@ -34,14 +34,14 @@ from bitatlas.model.layerwise import (
     batch_rows,
     begin,
     check_range,
-    cut,
     follow,
     is_chain,
     logits_of,
     record,
+    slice_tokens,
     token_spans,
 )
-from bitatlas.model.streaming import Lookup, Stream
+from bitatlas.model.streaming import LazyMapping, Stream
 from bitatlas.quantize.bank import Bank
 from bitatlas.records.journal import Journal, content_key
 
@@ -103,12 +103,12 @@ class Reference:
 
     decoder: Decoder
     room: Room
-    states: Shelf = field(init=False)
+    states: StateCache = field(init=False)
     _log_p: dict[str, Tensor] = field(default_factory=dict)
     _kept: int = 0
 
     def __post_init__(self) -> None:
-        self.states = Shelf(self.room.state_bytes, self.room.folder, host=not self.room.whole)
+        self.states = StateCache(self.room.state_bytes, self.room.folder, host=not self.room.whole)
 
     def see(self, batches: Sequence[Tensor]) -> None:
         """Run the model over those of `batches` that it has not seen; call it outside any `swapped` block."""
@@ -130,7 +130,9 @@ class Reference:
         if key in self._log_p:
             return self._log_p[key]
         final = self.states.get(rows_sha256(batch))
-        found = torch.log_softmax(logits_of(self.decoder, batch[:, span], cut(self.decoder, final, span)).float(), dim=-1)
+        found = torch.log_softmax(
+            logits_of(self.decoder, batch[:, span], slice_tokens(self.decoder, final, span)).float(), dim=-1
+        )
         if self._kept + 4 * found.numel() <= self.room.reference_bytes:
             self._log_p[key] = found
             self._kept += 4 * found.numel()
@@ -221,11 +223,11 @@ class DamageMeter:
         names: dict[int, list[str]] = defaultdict(list)
         for name in plan:
             names[stream.layer_of(name)].append(name)
-        return lambda layer: self.decoder.swapped(Lookup(names[layer], lambda name: made.of(layer, name, plan[name])))
+        return lambda layer: self.decoder.swapped(LazyMapping(names[layer], lambda name: made.of(layer, name, plan[name])))
 
-    def shelf(self) -> Shelf:
+    def shelf(self) -> StateCache:
         """For the states of one pass."""
-        return Shelf(self.room.state_bytes, self.room.folder, host=not self.room.whole)
+        return StateCache(self.room.state_bytes, self.room.folder, host=not self.room.whole)
 
     def follow(self, recorded: Recorded, swaps: Sequence[Swap]) -> list[list[Tensor]]:
         """What comes out of the last layer with each swap made alone, by batch, in the block of the base that was recorded."""
@@ -261,7 +263,7 @@ class DamageMeter:
             reference = self.reference.log_p(batch, span)
             share = reference.shape[1] / batch.shape[1]
             for total, final in zip(sums, finals, strict=True):
-                logits = logits_of(self.decoder, batch[:, span], cut(self.decoder, final, span))
+                logits = logits_of(self.decoder, batch[:, span], slice_tokens(self.decoder, final, span))
                 total += share * kl_per_row(reference, logits).cpu()
         for total in sums:
             check_range(total, "a quantized model", finals[0].dtype)

@@ -28,7 +28,7 @@ from bitatlas.data.rows import rows_sha256
 from bitatlas.measure.curvature import label_points, labels_at
 from bitatlas.measure.damage import Assignment, DamageMeter, Swap
 from bitatlas.measure.workers import Progress, Share
-from bitatlas.model.layerwise import check_range, cut, logits_of, record
+from bitatlas.model.layerwise import check_range, logits_of, record, slice_tokens
 from bitatlas.records.journal import content_key
 
 LABELS = 2  # drawn at each token
@@ -158,12 +158,12 @@ def _against_base(meter: DamageMeter, batch: Tensor, base: Tensor, finals: Seque
     points = [label_points(batch, seed, draw) for draw in range(LABELS)]
     for span in meter.spans(batch):
         p = meter.reference.log_p(batch, span).exp()
-        logits = logits_of(meter.decoder, batch[:, span], cut(meter.decoder, base, span)).float()
+        logits = logits_of(meter.decoder, batch[:, span], slice_tokens(meter.decoder, base, span)).float()
         level = logits.logsumexp(-1)  # [rows, tokens]
         q = torch.softmax(logits, dim=-1)
         labels = torch.stack([labels_at(q, own[:, span]) for own in points], dim=-1)
         for place, final in enumerate(finals):
-            changed = logits_of(meter.decoder, batch[:, span], cut(meter.decoder, final, span)).float()
+            changed = logits_of(meter.decoder, batch[:, span], slice_tokens(meter.decoder, final, span)).float()
             moved = changed - logits
             added[place] += (changed.logsumexp(-1) - level - (p * moved).sum(-1)).double().sum(-1).cpu()
             scores[place].append(moved.gather(-1, labels) - (q * moved).sum(-1, keepdim=True))

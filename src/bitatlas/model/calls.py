@@ -25,77 +25,67 @@ TOKENS = 5  # that go through, of two rows
 
 @dataclass(frozen=True)
 class Calls:
-    """Names of linear modules. `idle` is empty where the model could not be run."""
+    """Names of linear modules. `uncalled` is empty where the model could not be run."""
 
-    idle: frozenset[str]  # never called: their weight is read by others, or by nobody
-    unlike: frozenset[
+    uncalled: frozenset[str]  # their weight is read by others, or by nobody
+    nonlinear: frozenset[
         str
-    ]  # that do something else with their weight than to multiply (groups of inputs, each with a part of the weight)
+    ]  # more is done with their weight than to multiply (groups of inputs, each with a part of the weight)
 
 
 @torch.no_grad()
 def calls_of(model: Any, layers_path: str, names: list[str]) -> Calls:
-    """How the linear modules `names` of `model` are used, a skeleton (see `streaming.without_weights`), which is of no other use after."""
+    """Return how the linear modules `names` of `model` are used, a skeleton (see `streaming.without_weights`) that is of no use afterwards."""
     called: set[str] = set()
     _placeholders(model)
-    own = [name for name in names if _own_forward(model.get_submodule(name))]
-    unlike = frozenset(name for name in own if not _multiplies(model.get_submodule(name)))
+    modules = {name: model.get_submodule(name) for name in names}
+    overridden = [n for n, m in modules.items() if isinstance(m, nn.Linear) and type(m).forward is not nn.Linear.forward]
+    nonlinear = frozenset(name for name in overridden if not _multiplies(modules[name]))
     model.set_experts_implementation("eager")  # fused kernels would need real weights
-    _answering(model, names, called)
+    _answering(model, {id(module): name for name, module in modules.items()}, called)
     try:
         model(input_ids=torch.ones(2, TOKENS, dtype=torch.int64), use_cache=False)
     except Exception:  # each family fails in its own way on numbers that mean nothing
-        return Calls(frozenset(), unlike)
+        return Calls(frozenset(), nonlinear)
     kinds = {_of_experts(name, layers_path) for name in called}
-    idle = frozenset(name for name in names if _of_experts(name, layers_path) not in kinds)
-    return Calls(idle, unlike)
+    return Calls(frozenset(name for name in names if _of_experts(name, layers_path) not in kinds), nonlinear)
 
 
 def _of_experts(name: str, layers_path: str) -> str:
-    """A module's name without the numbers behind its layer's: the same for all experts of a layer."""
+    """Return a module's name without the numbers behind its layer's, which all experts of a layer share."""
     layer, _, rest = name.removeprefix(f"{layers_path}.").partition(".")
     return f"{layer}." + re.sub(r"\.\d+(?=\.|$)", "", rest)
 
 
-def _own_forward(module: nn.Module) -> bool:
-    """Does it multiply by itself, so that nothing that takes nn.Linear's place would do the same?"""
-    return isinstance(module, nn.Linear) and type(module).forward is not nn.Linear.forward
-
-
 def _multiplies(module: Any) -> bool:
-    """Does a module with a forward of its own give what nn.Linear would, on some inputs?"""
+    """Return whether a module with a forward of its own gives what nn.Linear would, on some inputs."""
     x = torch.rand(2, 3, module.in_features, generator=torch.Generator().manual_seed(0)).to(module.weight.dtype)
     try:
-        given = module(x)
-        return given.shape == (2, 3, module.out_features) and torch.allclose(
-            given, nn.functional.linear(x, module.weight, module.bias), rtol=1e-2
-        )
+        result, expected = module(x), nn.functional.linear(x, module.weight, module.bias)
+        return result.shape == expected.shape and torch.allclose(result, expected, rtol=1e-2)
     except Exception:  # it wants its inputs in another form
         return False
 
 
 def _placeholders(model: nn.Module) -> None:
-    """Every parameter becomes one number seen through its shape."""
-    made: dict[int, nn.Parameter] = {}
+    """Replace every parameter by one number seen through its shape."""
+    placeholders: dict[int, nn.Parameter] = {}
     for module in model.modules():
         for name, parameter in module._parameters.items():
             if parameter is None:
                 continue
-            if id(parameter) not in made:
+            if id(parameter) not in placeholders:
                 number = torch.full((1,), 0.5).to(parameter.dtype)
-                made[id(parameter)] = nn.Parameter(number.expand(parameter.shape), requires_grad=False)
-            module._parameters[name] = made[id(parameter)]
+                placeholders[id(parameter)] = nn.Parameter(number.expand(parameter.shape), requires_grad=False)
+            module._parameters[name] = placeholders[id(parameter)]
 
 
-def _answering(model: nn.Module, names: list[str], called: set[str]) -> None:
-    """Every linear module answers with a constant from now on; `called` takes the names of those of `names`."""
-    wanted = {id(model.get_submodule(name)): name for name in names}
+def _answering(model: nn.Module, names: dict[int, str], called: set[str]) -> None:
+    """Let every linear module answer with a constant from now on; `called` takes the names of those that `names` has by their id."""
     for module in list(model.modules()):
-        if (
-            type(module).forward is nn.Linear.forward or id(module) in wanted
-        ):  # others may give more than a product (llama4's router)
-            name = wanted.get(id(module), "")
-            module.forward = _answer(shape_of(module)[0], name, called)  # type: ignore[method-assign]
+        # others may give more than a product (llama4's router)
+        if type(module).forward is nn.Linear.forward or id(module) in names:
+            module.forward = _answer(shape_of(module)[0], names.get(id(module), ""), called)  # type: ignore[method-assign]
 
 
 def _answer(width: int, name: str, called: set[str]) -> Any:

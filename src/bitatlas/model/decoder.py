@@ -23,7 +23,7 @@ from bitatlas.model.streaming import Stream
 PROBE_TOKENS = 8  # of a text on which a model is tried
 UNKNOWN_CONTEXT = 2048  # tokens, where the config sets no limit
 
-Answer = TypeVar("Answer")
+Result = TypeVar("Result")
 
 
 @dataclass(frozen=True, eq=False)
@@ -41,7 +41,7 @@ class Decoder:
     width: int
     context: int
     stream: Stream | None = None
-    _known: dict[Callable[..., Any], Any] = field(default_factory=dict, init=False, repr=False)  # see `once`
+    _results: dict[Callable[..., Any], Any] = field(default_factory=dict, init=False, repr=False)  # see `once`
 
     @property
     def device(self) -> torch.device:
@@ -109,16 +109,16 @@ def decoder_of(model: Any, layers_path: str | None = None, stream: Stream | None
     )
 
 
-def once(ask: Callable[[Decoder], Answer]) -> Callable[[Decoder], Answer]:
-    """Make of `ask`, which tries something out on a decoder, a function that does so once for each decoder."""
+def once(probe: Callable[[Decoder], Result]) -> Callable[[Decoder], Result]:
+    """Make of `probe`, which tries something out on a decoder, a function that does so once for each decoder."""
 
-    @wraps(ask)
-    def known(decoder: Decoder) -> Answer:
-        if ask not in decoder._known:
-            decoder._known[ask] = ask(decoder)
-        return decoder._known[ask]  # type: ignore[no-any-return]
+    @wraps(probe)
+    def cached(decoder: Decoder) -> Result:
+        if probe not in decoder._results:
+            decoder._results[probe] = probe(decoder)
+        return decoder._results[probe]  # type: ignore[no-any-return]
 
-    return known
+    return cached
 
 
 # --- what a config and a skeleton tell ---------------------------------------------------------------------------------
@@ -137,7 +137,7 @@ def context_length(config: Any) -> int:
 
 def find_layers(model: nn.Module, name: str) -> str:
     """Return the path of the decoder layers: the outermost list of blocks with linear modules that holds most weights, in the part that reads text."""
-    found: list[tuple[int, str]] = []
+    candidates: list[tuple[int, str]] = []
     lists: list[str] = []
     inside = _text_path(model)
     for path, module in model.named_modules():
@@ -147,14 +147,14 @@ def find_layers(model: nn.Module, name: str) -> str:
             continue
         lists.append(path)
         if any(any(map(is_linear, block.modules())) for block in module) and not any(map(is_linear, module)):
-            found.append((sum(p.numel() for p in module.parameters()), path))
-    if not found:
+            candidates.append((sum(p.numel() for p in module.parameters()), path))
+    if not candidates:
         raise UserError(f"{name}: no decoder layers with linear modules were found, so there is nothing to quantize")
-    return max(found)[1]
+    return max(candidates)[1]
 
 
 def _text_path(model: nn.Module) -> str:
-    """The path, with its dot, of the decoder of a model that also sees or hears; "" of a language model."""
+    """Return the path, with its dot, of the decoder of a model that also sees or hears; "" of a language model."""
     get = getattr(model, "get_decoder", None)
     decoder = get() if get else None
     return next((f"{path}." for path, module in model.named_modules() if path and module is decoder), "")

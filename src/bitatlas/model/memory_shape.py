@@ -26,7 +26,7 @@ SCORES_HELD = ("falcon",)  # called fused, but torch has no fused kernel for one
 
 
 def memory_shape(model: Any, modules: Sequence[Module], layers: int) -> MemoryShape | str:
-    """The shape of the memory of `model`, a skeleton on the meta device; or, in a few words, why it cannot be told."""
+    """Return the shape of the memory of `model`, a skeleton on the meta device; or, in a few words, why it cannot be told."""
     config = model.config
     text = config.get_text_config()
     if getattr(text, "kv_lora_rank", None):
@@ -35,19 +35,19 @@ def memory_shape(model: Any, modules: Sequence[Module], layers: int) -> MemorySh
         return "it routes tokens to experts, whose activations depend on the text"
     try:
         cache = _cache_of(model)
-        found = [_layer_of(layer) for layer in cache.layers]
+        kinds = [_layer_of(layer) for layer in cache.layers]
         hidden, heads, vocabulary = int(text.hidden_size), int(text.num_attention_heads), vocabulary_size(config)
     except UnknownStateError as error:
         return str(error)
     except Exception as error:  # each family fails in its own way without weights
         return f"its skeleton cannot be run ({reason_of(error)})"
-    if len(found) != layers:
-        return f"its cache has {len(found)} layers, the model {layers}"
+    if len(kinds) != layers:
+        return f"its cache has {len(kinds)} layers, the model {layers}"
     inner = max((module.shape[1] for module in modules), default=hidden)
     fused = getattr(text, "_attn_implementation", "eager") != "eager" and text.model_type not in SCORES_HELD
     return MemoryShape(
         hidden, max(inner, hidden), heads, vocabulary, fused,
-        [CacheLayers(count, *kind) for kind, count in Counter(found).items()],
+        [CacheLayers(count, *kind) for kind, count in Counter(kinds).items()],
     )  # fmt: skip
 
 
@@ -66,7 +66,7 @@ def _cache_of(model: Any) -> Any:
 
 
 def _layer_of(layer: Any) -> tuple[int, int, int | None]:
-    """(key/value heads, head width, window) of a layer of the cache."""
+    """Return (key/value heads, head width, window) of a layer of the cache."""
     if type(layer) not in (DynamicLayer, DynamicSlidingWindowLayer):
         raise UnknownStateError(f"a layer keeps more than keys and values by token ({type(layer).__name__})")
     if not layer.is_initialized:

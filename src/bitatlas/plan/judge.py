@@ -20,7 +20,7 @@ from bitatlas.records.formats import FORMATS, by_width
 from bitatlas.records.plan import Workload
 from bitatlas.records.sizes import assignment_of, size_of
 from bitatlas.records.text import byte_size, given, interval, listed, number, rows_of
-from bitatlas.stats.bootstrap import Blocks, independent, measured, percentile_interval, resample_means
+from bitatlas.stats.bootstrap import Blocks, effective_sample_size, measured, percentile_interval, resample_means
 
 NOT_A_CANDIDATE = "not in --formats"
 
@@ -185,7 +185,7 @@ def _standing(ours: np.ndarray, values: list[np.ndarray], rivals: list[Compared]
     if all(relation(difference) == "beats" for *_, difference in rivals):
         return BETTER
     resampled = resample_means(ours[:, None] - np.stack(values, axis=1), seed=seed, blocks=blocks)  # [resamples, rivals]
-    low, _ = percentile_interval(resampled, independent(len(ours), blocks), 1 - LEVEL / len(rivals))
+    low, _ = percentile_interval(resampled, effective_sample_size(len(ours), blocks), 1 - LEVEL / len(rivals))
     return WORSE if (low > 0).any() else NO_WORSE
 
 

@@ -25,7 +25,7 @@ from bitatlas.plan.knapsack import spent
 from bitatlas.plan.search import Found
 from bitatlas.records import Budget
 from bitatlas.records.text import given, number
-from bitatlas.stats.margin import ALPHA, least_items, least_margin, no_loss_p, tango, two_digits
+from bitatlas.stats.margin import ALPHA, least_items, least_margin, no_loss_p, round_up, tango_interval
 from bitatlas.stats.paired import above_chance_p, within
 
 STEPS = 6  # halvings of the range of sizes
@@ -107,7 +107,7 @@ def check_items(budget: Budget, counts: Mapping[str, int]) -> None:
         if judging < needed:
             shown = 100 * least_margin(judging) if judging else 100.0
             raise UserError(
-                f"{flag_of(task, points)}: {n} items ({judging} of them to judge) cannot show {within(points)}; about {two_digits(2 * needed)} would; "
+                f"{flag_of(task, points)}: {n} items ({judging} of them to judge) cannot show {within(points)}; about {round_up(2 * needed)} would; "
                 f"the smallest margin that these items can show is {np.ceil(10 * shown) / 10:g} points"
             )
 
@@ -193,6 +193,6 @@ def _walk(cost: Ints, widest: Found, smallest: Found, at: At) -> Iterator[Found]
 def _evidence(task: str, points: float, reference: Right, right: Right) -> Evidence:
     before, after = reference[task], right[task]
     lost, gained, n = int((before & ~after).sum()), int((~before & after).sum()), len(before)
-    low, high = tango(lost, gained, n, 1 - 2 * ALPHA)
+    low, high = tango_interval(lost, gained, n, 1 - 2 * ALPHA)
     p = no_loss_p(lost, gained, n, points / 100)
     return Evidence(task, points, n, lost, gained, (100 * low, 100 * high), p, p < ALPHA)

@@ -26,7 +26,7 @@ from torch import Tensor
 from bitatlas.data.rows import rows_sha256
 from bitatlas.errors import UserError
 from bitatlas.model.decoder import Decoder
-from bitatlas.model.streaming import Lookup
+from bitatlas.model.streaming import LazyMapping
 from bitatlas.quantize import get_quantizer
 from bitatlas.quantize.codes import Codes, pack, unpack
 from bitatlas.quantize.ggml import Blocks
@@ -73,7 +73,9 @@ class Bank:
         self.modules = list(modules)
         # The tensors themselves, not the parameters: a swap exchanges the parameter's storage and leaves these as they are.
         self._reference: Mapping[str, Tensor] = (
-            Lookup(self.modules, decoder.stream.stored) if decoder.stream else {name: decoder.weight(name) for name in modules}
+            LazyMapping(self.modules, decoder.stream.stored)
+            if decoder.stream
+            else {name: decoder.weight(name) for name in modules}
         )
         self._kept_limit = kept_bytes
         self.folder = folder / f"{quantizer}-{content_key(weights_sha256, self.identity)[:12]}" if folder else None
@@ -114,7 +116,7 @@ class Bank:
     def weights(self, assignment: Mapping[str, str]) -> Mapping[str, Tensor]:
         """Module name -> weight [out, in] in its assigned format, in the model's dtype and on its device; of a streamed model, when looked up."""
         if self.decoder.stream:
-            return Lookup(assignment, lambda module: self._weight(module, assignment[module]))
+            return LazyMapping(assignment, lambda module: self._weight(module, assignment[module]))
         self._make(list(assignment.items()))
         return {module: self._weight(module, name) for module, name in assignment.items()}
 

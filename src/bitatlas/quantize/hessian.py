@@ -19,7 +19,7 @@ import torch
 from torch import Tensor, nn
 
 from bitatlas.model.decoder import Decoder
-from bitatlas.model.layerwise import batch_rows, enter, is_chain, run_layer, whole_logits
+from bitatlas.model.layerwise import batch_rows, is_chain, layer_inputs, run_layer, whole_logits
 
 Run = Callable[[int, Callable[[], None]], None]  # (layer, called before each batch)
 
@@ -51,7 +51,7 @@ def input_moments(decoder: Decoder, modules: Sequence[str], rows: Tensor) -> Ite
 
 def _pieces(decoder: Decoder, batches: Sequence[Tensor]) -> Run:
     """Every batch through one layer after the other."""
-    starts = [enter(decoder, batch.to(decoder.device)) for batch in batches]
+    starts = [layer_inputs(decoder, batch.to(decoder.device)) for batch in batches]
     hidden, shared = [start.hidden for start in starts], [start.fresh() for start in starts]
 
     def run(layer: int, next_batch: Callable[[], None]) -> None:

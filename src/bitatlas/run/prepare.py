@@ -26,9 +26,9 @@ from bitatlas.measure.workers import Progress, Workers
 from bitatlas.model.checkpoint import Checkpoint, check_causal, check_finite, open_checkpoint
 from bitatlas.model.decoder import Decoder
 from bitatlas.model.folder import free_bytes
-from bitatlas.model.hidden_states import sweep
+from bitatlas.model.hidden_states import remove_leftovers
 from bitatlas.model.layerwise import check_chain
-from bitatlas.model.streaming import return_large
+from bitatlas.model.streaming import release_large_blocks
 from bitatlas.plan.budget import check_budget, own_context_text, settled
 from bitatlas.plan.protect import check_items
 from bitatlas.plan.search import Subject
@@ -36,9 +36,8 @@ from bitatlas.progress import Reporter
 from bitatlas.quantize import get_quantizer
 from bitatlas.quantize.bank import BANK, Bank, disk_bytes
 from bitatlas.records import Atlas, Budget
-from bitatlas.records.formats import check_rows
 from bitatlas.records.journal import Journal
-from bitatlas.records.sizes import size_of
+from bitatlas.records.sizes import check_rows, size_of
 from bitatlas.records.text import byte_size, number
 from bitatlas.run.options import SurveyOptions
 from bitatlas.run.settings import Settings, check_device
@@ -163,7 +162,7 @@ def peak_text(run: Run) -> str:
 def model_of(settings: Settings, checkpoint: Checkpoint, way: Way, device: str) -> Decoder:
     """The model, opened that way."""
     if way.streamed:
-        return_large()
+        release_large_blocks()
     opened = checkpoint.stream_model if way.streamed else checkpoint.load_model
     return opened(device, settings.torch_dtype(device))
 
@@ -267,7 +266,7 @@ def _open_journal(out: Path, checkpoint: Checkpoint) -> Journal:
     except UserError:
         journal.close()
         raise
-    sweep(out)
+    remove_leftovers(out)
     return journal
 
 

@@ -46,7 +46,8 @@ from bitatlas.model.tensor_files import Reader, read_header
 from bitatlas.quantize.ggml import Blocks, check_packages
 from bitatlas.records import Plan
 from bitatlas.records.files import to_json
-from bitatlas.records.formats import FORMATS, LLAMA_CPP, Format, check_rows, stored_bytes
+from bitatlas.records.formats import FORMATS, LLAMA_CPP, Format, stored_bytes
+from bitatlas.records.sizes import check_rows
 from bitatlas.records.text import byte_size
 
 PLAN_KEY = "bitatlas.plan"

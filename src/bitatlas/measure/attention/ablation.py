@@ -29,7 +29,7 @@ from bitatlas.data.rows import rows_sha256
 from bitatlas.measure.attention.capture import MIXED, heads_apart, output_projection
 from bitatlas.measure.attention.roles import ABLATION_PART, repeated_tokens
 from bitatlas.model.decoder import Decoder
-from bitatlas.model.hidden_states import Shelf
+from bitatlas.model.hidden_states import StateCache
 from bitatlas.model.layerwise import Job, batch_rows, follow, logits_of, record
 from bitatlas.model.linear import shape_of
 from bitatlas.records import AttentionHead
@@ -193,7 +193,7 @@ def _logits_without(
     decoder: Decoder, ids: Tensor, removals: Sequence[Heads], count: dict[int, int]
 ) -> Iterator[tuple[Heads, Tensor]]:
     """Logits [rows, tokens, vocabulary] without each set of heads."""
-    with Shelf(STATE_BYTES) as shelf:
+    with StateCache(STATE_BYTES) as shelf:
         recorded = record(decoder, [ids], shelf)
         ordered = sorted(removals)  # the empty set first, then by the first layer that is changed
         for start in range(0, len(ordered), GROUP):

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
 from bitatlas.model.decoder import Decoder
-from bitatlas.model.hidden_states import Shelf
+from bitatlas.model.hidden_states import StateCache
 from bitatlas.model.layerwise import is_chain, record, rows_and_tokens, run_layer
 from bitatlas.model.linear import shape_of
 
@@ -160,7 +160,7 @@ def heads_apart(decoder: Decoder, count: Mapping[int, int]) -> bool:
         return False
     layers = decoder.layers
     tried = {(type(layers[layer]), heads): layer for layer, heads in sorted(count.items(), reverse=True)}
-    with eager(decoder.model), Shelf(2**30) as shelf:
+    with eager(decoder.model), StateCache(2**30) as shelf:
         recorded = record(decoder, [decoder.probe_ids()], shelf)
         for (_, heads), index in tried.items():
             module = output_projection(layers[index], heads)

@@ -23,7 +23,7 @@ from torch import Tensor, nn
 
 from bitatlas.measure.attention.capture import capturing
 from bitatlas.model.decoder import Decoder
-from bitatlas.model.layerwise import Call, Shared, enter, forked, rows_and_tokens, run_layer
+from bitatlas.model.layerwise import Call, Shared, copy_shared, layer_inputs, rows_and_tokens, run_layer
 
 LEAST_KEYS = 8  # a query with fewer keys left says little about how spread its attention is
 LEAST_MASS = 1e-6  # attention left beside the sinks; below it the renormalized row would be rounding noise
@@ -170,7 +170,7 @@ def in_step(
 
     The model holds the reference weights; changed: layer -> module name -> weight [out, in].
     """
-    start = enter(decoder, input_ids)
+    start = layer_inputs(decoder, input_ids)
     other = torch.float32 if start.hidden.dtype != torch.float32 else torch.bfloat16
     reference = moved = start.hidden
     rounded = start.hidden.to(other)
@@ -180,7 +180,7 @@ def in_step(
         for index, (layer, _) in enumerate(zip(decoder.layers, start.calls, strict=False)):
             found.clear()
             before = rows_and_tokens(decoder, reference), rows_and_tokens(decoder, moved)
-            local = forked(of_reference)
+            local = copy_shared(of_reference)
             with decoder.held(index):
                 following = run_layer(layer, reference, start.call(index, of_reference))
                 with decoder.swapped(changed.get(index, {})):

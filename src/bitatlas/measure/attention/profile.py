@@ -49,7 +49,7 @@ from bitatlas.measure.attention.roles import (
 from bitatlas.measure.attention.scoring import score
 from bitatlas.model.decoder import Decoder
 from bitatlas.model.layerwise import is_chain
-from bitatlas.model.streaming import Lookup
+from bitatlas.model.streaming import LazyMapping
 from bitatlas.records import AttentionHead, AttentionLayer, HeadMap, Module
 
 REPEATED_SEQUENCES = 32
@@ -123,7 +123,7 @@ def _by_layer(modules: Sequence[Module], changed: Mapping[str, Tensor] | None) -
     grouped: dict[int, list[str]] = defaultdict(list)
     for name in changed:
         grouped[layer_of[name]].append(name)
-    return {layer: Lookup(names, changed.__getitem__) for layer, names in grouped.items()}
+    return {layer: LazyMapping(names, changed.__getitem__) for layer, names in grouped.items()}
 
 
 def _tokenized(problems: Sequence[Problem], tokenizer: Any, context: int) -> tuple[list[TokenProblem], list[str]]:

@@ -31,7 +31,7 @@ from bitatlas.measure.attention.roles import (
     recognized,
 )
 from bitatlas.records import AttentionHead, AttentionLayer, Measured
-from bitatlas.stats.bootstrap import benjamini_hochberg, independent, measured, percentile_interval, resample_means
+from bitatlas.stats.bootstrap import benjamini_hochberg, effective_sample_size, measured, percentile_interval, resample_means
 
 RESTING_SINK_MASS = 0.5  # a head whose sink mass is larger rests on the sinks; counted as "sink"
 
@@ -215,7 +215,7 @@ def specialization(layer: int, roles: list[RoleScores], heads: int, base: str, s
         passes = (kappa(means[:, 0], means[:, 1]) >= KAPPA_TYPED) & (s.p[layer] <= Q_TYPED)
         typed = passes if typed is None else typed | passes
         sequences[s.role in REPEATED_ROLES] = len(mass)
-        worth[s.role in REPEATED_ROLES] = independent(len(mass), s.blocks[layer])
+        worth[s.role in REPEATED_ROLES] = effective_sample_size(len(mass), s.blocks[layer])
     mean = 100 * share_typed(layer, roles, KAPPA_TYPED)
     ci95 = None
     if typed is not None and min(worth.values()) >= 2:
