@@ -13,7 +13,7 @@ from bitatlas.findings.reliability import GOOD_RANK, reliability_findings, shapl
 from bitatlas.findings.shares import CRITICAL, LIGHT, SAFE, LayerRows, layer_records, misfit, shares_of
 from bitatlas.findings.statements import GOOD_FIT, _fit_finding
 from bitatlas.findings.units import kind_records
-from bitatlas.findings.zones import joint_damage, within, zones
+from bitatlas.findings.zones import joint_damage, within_tolerance, zones
 from bitatlas.records import Module
 from simulations import Simulation
 
@@ -156,7 +156,7 @@ def together_at_the_tolerance(seed: int) -> bool:
     test, select = (additive(size, np.random.default_rng([seed, part])) for part in range(2))
     layers = layer_records(test, 0.08, seed=seed)
     joint = joint_damage(layers, lambda chosen: select.added[:, list(chosen)].sum(axis=1), 0.08, "uniform:high", None, seed)
-    return joint is not None and (len(joint.together) >= 4 or (len(joint.layers) >= 4 and within(joint.added, 0.08)))
+    return joint is not None and (len(joint.together) >= 4 or (len(joint.layers) >= 4 and within_tolerance(joint.added, 0.08)))
 
 
 def zone_called(seed: int) -> bool:

@@ -19,7 +19,7 @@ from bitatlas.findings.reliability import (
     with_rows_needed,
 )
 from bitatlas.findings.shares import LayerRows, layer_records, shares_of
-from bitatlas.findings.units import insides
+from bitatlas.findings.units import unit_records
 from bitatlas.findings.zones import border_intervals
 from bitatlas.records import Module, WeightProfile
 from games import LOW, flat, interactions, quadratic_rows, zones_of
@@ -190,7 +190,7 @@ def test_units_and_kinds_have_their_planted_shares():
         WeightProfile(m.name, m.layer, m.kind, m.weights, 2.0, 0.1 * m.layer, {}, float(first[i]), 5.0, 0.0, {LOW: 0.25})
         for i, m in enumerate(modules)
     ]
-    found = insides(modules, weights, units, of_kinds)
+    found = unit_records(modules, weights, units, of_kinds)
     assert [one.unit for one in found.units] == [m.unit for m in modules]
     assert sum(one.share.mean for one in found.units) == pytest.approx(1)
     critical = [one.unit for one in found.units if one.criticality.ci95[0] > 1 and one.q_value <= 0.05]

@@ -10,7 +10,7 @@ import pytest
 
 from bitatlas.errors import UserError
 from bitatlas.plan.protect import CHOOSING, JUDGING, check_items, check_reference, find_protected, halves
-from bitatlas.plan.search import Found
+from bitatlas.plan.search import Candidate
 from bitatlas.records import Atlas, Budget, Plan
 from bitatlas.records.files import read_record
 from bitatlas.run.options import BudgetOptions, SurveyOptions
@@ -21,15 +21,15 @@ COST = np.tile(np.array([2, 3, 4]), (UNITS, 1))  # the same for each unit
 LEAST, MOST = 2 * UNITS, 4 * UNITS
 
 
-def found_at(limit: int) -> Found:
+def found_at(limit: int) -> Candidate:
     """Units in order get one step more while there is room."""
     choice = np.zeros(UNITS, dtype=np.int64)
     for step in range(limit - LEAST):
         choice[step % UNITS] += 1
-    return Found(choice, 0.0, 0.0, limit)
+    return Candidate(choice, 0.0, 0.0, limit)
 
 
-def spent(found: Found) -> int:
+def spent(found: Candidate) -> int:
     return int(COST[np.arange(UNITS), found.choice].sum())
 
 
@@ -44,12 +44,12 @@ class Game:
         self.reference = {part: {"t": knows[place]} for part, place in self.places.items()}
         self.knows = knows
 
-    def loss(self, found: Found) -> float:
+    def loss(self, found: Candidate) -> float:
         """Share of the items truly lost."""
         return self.harm + self.steep * ((MOST - spent(found)) / (MOST - LEAST)) ** 2
 
     def score(self, choice: np.ndarray, part: str) -> dict[str, np.ndarray]:
-        found = Found(choice, 0.0, 0.0, 0)
+        found = Candidate(choice, 0.0, 0.0, 0)
         generator = np.random.default_rng([self.seed, spent(found)])
         lost = generator.random(self.n) < (self.flips / 2 + self.loss(found)) / 0.8
         gained = generator.random(self.n) < self.flips / 2 / 0.2

@@ -84,10 +84,10 @@ def _finding(one: Ablation) -> Finding:
         f"({one.as_harmful} of {one.draws} random {'sets do' if many else 'heads do'} at least as much). "
         f"Difference: {interval(one.effect, unit=True)}."
     )
-    return Finding("attention", claim, verdict_of(one), text, one.effect)
+    return Finding("attention", claim, ablation_verdict(one), text, one.effect)
 
 
-def verdict_of(one: Ablation) -> str:
+def ablation_verdict(one: Ablation) -> str:
     """Holds where the whole interval is above 0 and few random sets do as much, does not hold where the interval is below."""
     if one.effect is None or one.effect.ci95 is None:
         return OPEN

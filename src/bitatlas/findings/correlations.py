@@ -175,7 +175,7 @@ def layer_correlations(
     ]
 
 
-def side(one: Correlation) -> int:
+def significant_sign(one: Correlation) -> int:
     """1 or -1 where a measure is beyond chance over layers and its interval over rows excludes 0; else 0."""
     if one.ci95 is None or one.q_value is None or one.q_value > FALSE_DISCOVERIES:
         return 0
@@ -196,7 +196,7 @@ def side(one: Correlation) -> int:
 # Sources: chi-squared test of homogeneity, Pearson 1900; variance between groups by moments, DerSimonian & Laird 1986; equivalence by
 # interval, Schuirmann 1987.
 
-CLAIM = "more weights are near 0 than a Gaussian has"
+SPARSITY_CLAIM = "more weights are near 0 than a Gaussian has"
 BAND = 0.1  # of the Gaussian's share: less is no difference worth a word
 SPREAD = 0.05  # standard deviation between layers, of the mean: likewise
 MORE, AS_MANY, FEWER = "more", "as many", "fewer"
@@ -246,7 +246,7 @@ def _between(below: np.ndarray, sizes: np.ndarray) -> tuple[float, float]:
     return float(stats.chi2.sf(squares, free)), math.sqrt(excess) / mean
 
 
-def alike(found: Sparsity | None) -> Mapping[str, str]:
+def untested_sparsity(found: Sparsity | None) -> Mapping[str, str]:
     """The measure "sparsity" and why it is not tested, where layers do not differ."""
     return {} if found is None or found.differ else {"sparsity": f"the layers do not differ: {range_text(found)}"}
 
@@ -274,4 +274,4 @@ def sparsity_findings(found: Sparsity | None) -> list[Finding]:
     )
     text = f"Of all weights {curve}. Layers {'differ' if found.differ else 'do not differ'}: {range_text(found)}, "
     text += f"standard deviation between them {percent(found.spread)} of the mean beyond chance."
-    return [Finding("layers", CLAIM, verdict, text)]
+    return [Finding("layers", SPARSITY_CLAIM, verdict, text)]

@@ -17,7 +17,7 @@ from dataclasses import replace
 import numpy as np
 from numpy.typing import ArrayLike
 
-from bitatlas.findings.correlations import Floats, cannot_tell, side
+from bitatlas.findings.correlations import Floats, cannot_tell, significant_sign
 from bitatlas.findings.shares import FAILS, HOLDS, OPEN, LayerRows, Shares, shares_of
 from bitatlas.records import Correlation, Finding, Measured, Module, TaskScore
 from bitatlas.records.text import given, interval, listed, named_layers, number, p_is, percent
@@ -59,7 +59,7 @@ def _unfit(shares: Shares, least: int) -> str | None:
     return None if shares.defined else NO_DAMAGE
 
 
-def side_of(effect: Measured, wanted: int) -> str:
+def interval_verdict(effect: Measured, wanted: int) -> str:
     """Where an interval lies: on the `wanted` side of 0 (holds), on the other (fails) or on both (open)."""
     assert effect.ci95 is not None
     low, high = effect.ci95
@@ -71,7 +71,7 @@ def side_of(effect: Measured, wanted: int) -> str:
 # --- groups of layers --------------------------------------------------------------------------------------------------
 
 
-def between(shares: Shares, first: Sequence[int], second: Sequence[int]) -> tuple[Measured, Floats]:
+def criticality_difference(shares: Shares, first: Sequence[int], second: Sequence[int]) -> tuple[Measured, Floats]:
     """Pooled criticality of the `first` layers minus that of the `second`, and the same resampled."""
     (mean_1, resampled_1), (mean_2, resampled_2) = shares.criticality(first), shares.criticality(second)
     return shares.record(mean_1 - mean_2, resampled_1 - resampled_2, "ratio"), resampled_1 - resampled_2
@@ -82,11 +82,11 @@ def _leaning(shares: Shares, first: Sequence[int], second: Sequence[int], shown:
 
     A layer is what the difference rests on where without it none is shown, or another one. Each group needs two layers or more.
     """
-    whole = side_of(between(shares, first, second)[0], +1)
+    whole = interval_verdict(criticality_difference(shares, first, second)[0], +1)
     alone: dict[int, Measured] = {}  # layer -> the difference without it
     for layer in [*first, *second] if whole != OPEN else []:
-        effect, _ = between(shares, *([other for other in group if other != layer] for group in (first, second)))
-        if side_of(effect, +1) != whole:
+        effect, _ = criticality_difference(shares, *([other for other in group if other != layer] for group in (first, second)))
+        if interval_verdict(effect, +1) != whole:
             alone[layer] = effect
     if not shown or not alone:
         return bool(alone), " That holds without any one of the layers." if shown else ""
@@ -105,10 +105,10 @@ def early_is_safe(shares: Shares, tolerance: float) -> Finding:
         return _not_tested(EARLY, why)
     half = shares.rows.layers // 2
     first, second = list(range(half)), list(range(shares.rows.layers - half, shares.rows.layers))
-    effect, resampled = between(shares, first, second)
+    effect, resampled = criticality_difference(shares, first, second)
     damage = shares.damage(first)
     assert damage.ci95 is not None
-    which = side_of(effect, -1)
+    which = interval_verdict(effect, -1)
     single, leaning = _leaning(shares, first, second, which != OPEN)
     order = OPEN if single else which
     if order == FAILS or damage.ci95[0] > tolerance:
@@ -142,13 +142,13 @@ def late_is_critical(shares: Shares) -> Finding:
     last, others = list(range(layers - layers // 3, layers)), list(range(layers - layers // 3))
     mean, resampled = shares.criticality(last)
     criticality = shares.record(mean, resampled, "ratio")
-    which = side_of(shares.record(mean - 1, resampled - 1, "ratio"), +1)
+    which = interval_verdict(shares.record(mean - 1, resampled - 1, "ratio"), +1)
     single, leaning = _leaning(shares, last, others, which != OPEN)
     how = {HOLDS: "more than", FAILS: "less than", OPEN: "not shown to differ from"}[which]
     share, _ = shares.share(last)
     text = (
         f"The last third ({named_layers(last)}) does {percent(share)} of the damage with {percent(share / mean if mean else 0.0)} of the weights, "
-        f"{how} its size: criticality {interval(criticality, unit=True)}, {interval(between(shares, last, others)[0], unit=True)} more than "
+        f"{how} its size: criticality {interval(criticality, unit=True)}, {interval(criticality_difference(shares, last, others)[0], unit=True)} more than "
         f"that of the others.{leaning}"
     )
     p = two_sided_p(resampled, 1.0, shares.rows.independent)
@@ -168,7 +168,7 @@ def ends_matter_most(shares: Shares) -> Finding:
         f"Criticality of layer 0 is {number(first_mean)}, of layer {last} {number(last_mean)}, the greatest between "
         f"{number(shares.criticality([greatest])[0])} (layer {greatest}); the lesser end minus the greatest between: {interval(effect, unit=True)}."
     )
-    return _tested(shares, ENDS, side_of(effect, +1), text, effect, p)
+    return _tested(shares, ENDS, interval_verdict(effect, +1), text, effect, p)
 
 
 def least_minus_greatest(
@@ -218,9 +218,9 @@ def _marks(claim: str, name: str, wanted: int, family: Mapping[str, Correlation]
     assert result.q_value is not None
     where = (rows.both_bases, rows.split, rows.rows, block_count(rows.blocks))
     effect = Measured(result.rho, result.ci95, "rank correlation", *where)
-    verdict = {wanted: HOLDS, -wanted: FAILS, 0: OPEN}[side(result)]
+    verdict = {wanted: HOLDS, -wanted: FAILS, 0: OPEN}[significant_sign(result)]
     measures = sum(other.q_value is not None for other in family.values())
-    few = "" if side(result) else cannot_tell(list(family.values()))
+    few = "" if significant_sign(result) else cannot_tell(list(family.values()))
     text = (
         f"Rank correlation of {name} with criticality over {result.n} layers: {interval(effect)}, the interval over rows, for these layers. "
         f"Against measures as smooth over depth that have nothing to do with damage: {p_is(result.q_value, result.q_is_bound, 'q')} of "
@@ -264,7 +264,7 @@ def math_needs_more(
     ci95 = (float(ends[0]), float(ends[1])) if math.isfinite(ends[0]) else None
     where = "items:" + "+".join([*kinds[0], *kinds[1]])
     effect = Measured(float(math_mean - questions_mean), ci95, "points", high, where, sum(items))
-    verdict = side_of(effect, +1) if ci95 else OPEN
+    verdict = interval_verdict(effect, +1) if ci95 else OPEN
     text = (
         f"From {high} to {low}, of what is known beyond guessing, (accuracy − chance) / (1 − chance), word problems ({listed(kinds[0])}) lose "
         f"{number(math_mean, 1)} points and questions ({listed(kinds[1])}) {number(questions_mean, 1)}; word problems lose more by "
@@ -329,7 +329,7 @@ def value_and_down(modules: Sequence[Module], rows: LayerRows | None, seed: int 
         f"{interval(effect, unit=True)}. They do "
         f"{percent(shares.share(chosen)[0])} of the damage with {percent(float(rows.weights[chosen].sum() / rows.weights.sum()))} of the weights."
     )
-    verdict = side_of(effect, +1)
+    verdict = interval_verdict(effect, +1)
     if len(groups) == 1:
         fused = " Values share a module with queries and keys: not told apart."
         text += fused if "with value" in roles.values() else " The other of the two is not known here."

@@ -40,7 +40,7 @@ CUTS = 200  # into halves: the mean over them is then known to about a hundredth
 FEWEST_ROWS = 8  # four in a half
 GOOD = 0.9  # correlation from which a ranking is called stable
 MOST_ROWS = 10_000  # beyond, "more than that" is said
-CLAIM = "the ranking of the layers is stable"
+STABLE_CLAIM = "the ranking of the layers is stable"
 
 
 def reliability(rows: LayerRows, seed: int = 0) -> Measured | None:
@@ -90,7 +90,7 @@ def reliability_findings(rows: LayerRows, layers: Sequence[Layer], seed: int = 0
         f"Split in half at random, the {rows_of(found)} agree on the order of criticality; stepped up to all rows, rank correlation "
         f"{interval(found)}.{needed_text(layers)}"
     )
-    return [Finding("layers", CLAIM, verdict, text, found)]
+    return [Finding("layers", STABLE_CLAIM, verdict, text, found)]
 
 
 def needed_text(layers: Sequence[Layer]) -> str:
@@ -234,11 +234,17 @@ def calibration_findings(calibration: Calibration | None) -> list[Finding]:
     if calibration is None:
         return []
     return [
-        Finding("plan", PREDICTION_CLAIM, verdict_on(calibration), sentence(calibration), as_measured(calibration.prediction))
+        Finding(
+            "plan",
+            PREDICTION_CLAIM,
+            calibration_verdict(calibration),
+            calibration_text(calibration),
+            as_measured(calibration.prediction),
+        )
     ]
 
 
-def verdict_on(calibration: Calibration) -> str:
+def calibration_verdict(calibration: Calibration) -> str:
     """The word, from the rank correlation and its interval."""
     rho = calibration.prediction
     low, high = rho.ci95 or (-1.0, 1.0)
@@ -247,7 +253,7 @@ def verdict_on(calibration: Calibration) -> str:
     return FAILS if high < GOOD_PREDICTION else OPEN
 
 
-def sentence(calibration: Calibration) -> str:
+def calibration_text(calibration: Calibration) -> str:
     """What was compared, how well the ranks agree, the line, the error, and why the word is not "holds"."""
     changed = [point.changed for point in calibration.points]
     others = [f"{interval(as_measured(other))} for the {other.measure}" for other in calibration.others]
@@ -271,7 +277,7 @@ def _span(changed: list[int]) -> str:
 
 
 def _doubt(calibration: Calibration) -> str:
-    rho, word = calibration.prediction, verdict_on(calibration)
+    rho, word = calibration.prediction, calibration_verdict(calibration)
     if word == HOLDS:
         return ""
     if word == FAILS:

@@ -240,7 +240,7 @@ def misfit(rows: LayerRows, seed: int = 0) -> Measured:
     return Measured(value, ends, "share", rows.both_bases, rows.split, rows.rows, block_count(rows.blocks))
 
 
-def verdict_of(criticality: Measured, added_at_most: float, tolerance: float, q_value: float = 0.0) -> str:
+def layer_verdict(criticality: Measured, added_at_most: float, tolerance: float, q_value: float = 0.0) -> str:
     """ "critical", "safe", "light" or "uncertain". `added_at_most`: upper end of the interval of the damage added, nats/token."""
     if criticality.ci95 is None or q_value > FALSE_DISCOVERIES:
         return UNCERTAIN
@@ -263,7 +263,7 @@ class Part(NamedTuple):
     q_is_bound: bool  # resampling cannot give a smaller one
 
 
-def parts_of(rows: LayerRows, shares: Shares, seed: int = 0) -> list[Part]:
+def part_records(rows: LayerRows, shares: Shares, seed: int = 0) -> list[Part]:
     """One record a part, in order."""
     ratios = [shares.criticality([part]) for part in range(rows.layers)]
     p = [two_sided_p(resampled, 1.0, rows.independent) if shares.defined else 1.0 for _, resampled in ratios]
@@ -294,7 +294,7 @@ def layer_records(rows: LayerRows, tolerance: float, shares: Shares | None = Non
             layer,
             int(rows.weights[layer]),
             **part._asdict(),
-            verdict=verdict_of(part.criticality, float(added_high[layer]), tolerance, part.q_value),
+            verdict=layer_verdict(part.criticality, float(added_high[layer]), tolerance, part.q_value),
         )
-        for layer, part in enumerate(parts_of(rows, shares, seed))
+        for layer, part in enumerate(part_records(rows, shares, seed))
     ]

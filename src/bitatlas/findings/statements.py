@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Collection, Sequence
 
-from bitatlas.findings.correlations import ATTENTION_MEASURES, cannot_tell, side
+from bitatlas.findings.correlations import ATTENTION_MEASURES, cannot_tell, significant_sign
 from bitatlas.findings.shares import FAILS, FALSE_DISCOVERIES, HOLDS, OPEN, VERDICTS
 from bitatlas.plan.judge import BETTER, WORSE
 from bitatlas.records import AttentionLayer, Correlation, Finding, Layer, Measured, Plan, TaskPair, TaskScore, Zone
@@ -120,7 +120,7 @@ def measure_findings(found: Sequence[Correlation], told: Collection[str] = ()) -
         ]
         if not any(one.q_value is not None for one in about):
             continue
-        good = [one.measure for one in about if side(one)]
+        good = [one.measure for one in about if significant_sign(one)]
         seen = "; ".join(f"{one.measure} {number(one.rho, 2)}{_ends(one)}" for one in about)
         text = f"Rank correlation with criticality over {about[0].n} layers (intervals are over rows, for these layers): {seen}. "
         least = min((one for one in about if one.q_value is not None), key=lambda one: one.q_value or 0.0)

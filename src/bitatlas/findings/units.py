@@ -15,12 +15,12 @@ from dataclasses import dataclass
 import numpy as np
 
 from bitatlas.findings.correlations import Floats, correlations
-from bitatlas.findings.shares import LayerRows, parts_of, shares_of
+from bitatlas.findings.shares import LayerRows, part_records, shares_of
 from bitatlas.records import Correlation, KindDamage, Module, UnitDamage, WeightProfile
 
 
 @dataclass(frozen=True)
-class Insides:
+class UnitRecords:
     """Units and kinds of one model."""
 
     units: list[UnitDamage]
@@ -28,9 +28,9 @@ class Insides:
     kinds: list[KindDamage]
 
 
-def insides(
+def unit_records(
     modules: Sequence[Module], weights: Sequence[WeightProfile], units: LayerRows, kinds: LayerRows, seed: int = 0
-) -> Insides:
+) -> UnitRecords:
     """`units` and `kinds`: rows in the order in which they first come among the modules."""
     of_units = shares_of(units, seed)
     names = list(dict.fromkeys(module.unit for module in modules))
@@ -40,10 +40,10 @@ def insides(
             name, group[0].layer, list(dict.fromkeys(m.kind for m in group)), sum(m.weights for m in group),
             **part._asdict(),
         )
-        for (name, group), part in zip(groups.items(), parts_of(units, of_units, seed), strict=True)
+        for (name, group), part in zip(groups.items(), part_records(units, of_units, seed), strict=True)
     ]  # fmt: skip
     measures = unit_measures(groups, weights, units.low_name)
-    return Insides(found, correlations(measures, of_units) if of_units.defined else [], kind_records(modules, kinds, seed))
+    return UnitRecords(found, correlations(measures, of_units) if of_units.defined else [], kind_records(modules, kinds, seed))
 
 
 def kind_records(modules: Sequence[Module], rows: LayerRows, seed: int = 0) -> list[KindDamage]:
@@ -52,7 +52,7 @@ def kind_records(modules: Sequence[Module], rows: LayerRows, seed: int = 0) -> l
     count = [sum(module.kind == name for module in modules) for name in names]
     return [
         KindDamage(name, count[place], int(rows.weights[place]), **part._asdict())
-        for place, (name, part) in enumerate(zip(names, parts_of(rows, shares_of(rows, seed), seed), strict=True))
+        for place, (name, part) in enumerate(zip(names, part_records(rows, shares_of(rows, seed), seed), strict=True))
     ]
 
 

@@ -100,8 +100,8 @@ def number_of_zones(by_row: Floats, weights: Floats, most: int, seed: int = 0, b
             errors = (by_row[held_out] - zone_means(mean, weights, cuts)) ** 2  # [held out rows, layers]
             losses[zones, held_out] = errors @ weights
     excess = losses - losses[losses.mean(axis=1).argmin()]  # [zones, rows]; what all rows share cancels
-    within = excess.mean(axis=1) <= standard_errors(excess.T, blocks)
-    return int(np.flatnonzero(within)[0]) + 1
+    within_tolerance = excess.mean(axis=1) <= standard_errors(excess.T, blocks)
+    return int(np.flatnonzero(within_tolerance)[0]) + 1
 
 
 def border_intervals(
@@ -181,7 +181,7 @@ def with_low_share(found: Sequence[Zone], modules: Sequence[Module], assignment:
 # makes a wrong group hardly more likely than looking at one.
 # Left out: groups that are not the least harmful layers; they may be larger.
 
-CLAIM = "the safe layers are safe together"
+JOINT_CLAIM = "the safe layers are safe together"
 
 MeasureLowered = Callable[[Sequence[int]], np.ndarray]  # layers that are low -> damage added to uniform high, [rows]
 
@@ -205,14 +205,14 @@ def joint_damage(
         count = len(order) if fails > len(order) else (fits + fails) // 2
         if count not in known:
             known[count] = added(count)
-        if within(known[count], tolerance):
+        if within_tolerance(known[count], tolerance):
             fits = count
         else:
             fails = count
     return JointDamage(sorted(order), all_of_them, sorted(order[:fits]), known[fits] if fits else None)
 
 
-def within(added: Measured, tolerance: float) -> bool:
+def within_tolerance(added: Measured, tolerance: float) -> bool:
     """Whether the whole interval is within the tolerance."""
     return added.ci95 is not None and added.ci95[1] <= tolerance
 
@@ -222,7 +222,7 @@ def joint_findings(joint: JointDamage | None, tolerance: float) -> list[Finding]
     if joint is None:
         return []
     low = joint.added.ci95[0] if joint.added.ci95 else -np.inf
-    verdict = HOLDS if within(joint.added, tolerance) else FAILS if low > tolerance else OPEN
+    verdict = HOLDS if within_tolerance(joint.added, tolerance) else FAILS if low > tolerance else OPEN
     text = (
         f"{named_layers(joint.layers).capitalize()}, each safe alone, add {interval(joint.added, unit=True)} lowered together (on select rows); "
         f"the tolerance is {number(tolerance)}."
@@ -232,4 +232,4 @@ def joint_findings(joint: JointDamage | None, tolerance: float) -> list[Finding]
             text += f" Safe together: {named_layers(joint.together)}, adding {interval(joint.added_together)}."
         else:
             text += " No two of them, from the least harmful up, are shown to be safe together."
-    return [Finding("layers", CLAIM, verdict, text, joint.added)]
+    return [Finding("layers", JOINT_CLAIM, verdict, text, joint.added)]

@@ -39,7 +39,7 @@ class Costs:
 
 
 @dataclass(frozen=True)
-class Kind:
+class BudgetKind:
     """How one kind of budget is counted. `worth` turns a summed cost into the number the user gave, `allows` goes back."""
 
     flag: str
@@ -55,8 +55,8 @@ class Kind:
 
 # --- the kinds of budget -----------------------------------------------------------------------------------------------
 
-KINDS: dict[str, Kind] = {
-    "code_bits": Kind(
+KINDS: dict[str, BudgetKind] = {
+    "code_bits": BudgetKind(
         flag="--code-bits",
         what="bits",
         cost=lambda module, fmt: module.weights * fmt.bits,
@@ -64,7 +64,7 @@ KINDS: dict[str, Kind] = {
         allows=lambda value, weights, other: value * weights,
         show=rounded_up,
     ),
-    "stored_bits": Kind(
+    "stored_bits": BudgetKind(
         flag="--stored-bits",
         what="bytes",
         cost=lambda module, fmt: stored_bytes(module.shape, fmt),
@@ -72,7 +72,7 @@ KINDS: dict[str, Kind] = {
         allows=lambda value, weights, other: value * weights / 8,
         show=rounded_up,
     ),
-    "size": Kind(
+    "size": BudgetKind(
         flag="--size",
         what="bytes",
         cost=lambda module, fmt: stored_bytes(module.shape, fmt),
@@ -84,7 +84,7 @@ KINDS: dict[str, Kind] = {
 KINDS["vram"] = replace(KINDS["size"], flag="--vram")  # its other bytes hold the cache and the activations too
 
 
-def _kind(name: str) -> Kind:
+def _kind(name: str) -> BudgetKind:
     if name not in KINDS:
         raise ValueError(f"budget kind {name!r}: known are {', '.join(KINDS)} and max_damage")
     return KINDS[name]
@@ -100,7 +100,7 @@ def costs_of(budget: Budget, units: Sequence[Unit], formats: Sequence[str], info
         return Costs(_cost_table(KINDS["size"], units, formats), None, KINDS["size"].what)
     kind = _kind(budget.kind)
     weights = sum(unit.weights for unit in units)
-    other = info.other_bytes + beside_weights(budget)
+    other = info.other_bytes + runtime_bytes(budget)
     limit = math.floor(kind.allows(Fraction(budget.value), weights, other))
     # 2.9 as a float is a little below 29/10: the printed average of one more bit may still be 2.9
     if float(kind.worth(limit + 1, weights, other)) <= budget.value:
@@ -108,7 +108,7 @@ def costs_of(budget: Budget, units: Sequence[Unit], formats: Sequence[str], info
     return Costs(_cost_table(kind, units, formats), limit, kind.what)
 
 
-def _cost_table(kind: Kind, units: Sequence[Unit], formats: Sequence[str]) -> Ints:
+def _cost_table(kind: BudgetKind, units: Sequence[Unit], formats: Sequence[str]) -> Ints:
     table = [get_format(name) for name in formats]
     costs = [[sum(kind.cost(module, fmt) for module in unit.modules) for fmt in table] for unit in units]
     return np.array(costs, dtype=np.int64).reshape(len(units), len(table))  # [units, formats]
@@ -145,7 +145,7 @@ def check_budget(budget: Budget, modules: Sequence[Module], formats: Sequence[st
         raise UserError("the checkpoint has no linear weights that can be quantized")
     cost, weights = _cost_table(kind, units, formats), sum(unit.weights for unit in units)
     ends = _extremes(cost)
-    beside = beside_weights(budget)
+    beside = runtime_bytes(budget)
     least, most = (kind.worth(total, weights, info.other_bytes + beside) for total in ends)
     shown_least, shown_most = (kind.show(value, RANGE_DIGITS) for value in (least, most))
     possible = f"possible: {shown_least} to {shown_most}" if least < most else f"possible: {shown_least}"
@@ -166,7 +166,7 @@ def _named(totals: Ints, total: int, formats: Sequence[str]) -> str:
     return f"{reached[0]} gives" if reached else "these formats give"
 
 
-def _typed(kind: Kind, text: str) -> Fraction:
+def _typed(kind: BudgetKind, text: str) -> Fraction:
     return Fraction(parse_size(text)) if kind.show is show_bytes else Fraction(float(text))
 
 
@@ -233,7 +233,7 @@ def workload_of(context: int | None, cache_dtype: str | None, batch: int | None,
     return Workload(context, 1 if batch is None else batch, CHUNK if chunk is None else chunk, cache_dtype)
 
 
-def settled(budget: Budget, info: ModelInfo) -> Budget:
+def resolve_budget(budget: Budget, info: ModelInfo) -> Budget:
     """The budget with all that the model decides: context, dtypes, and the bytes of cache and activations. Others as they are.
 
     UserError where the context is longer than the model's, or where the shape of the model's memory is not known.
@@ -256,12 +256,12 @@ def settled(budget: Budget, info: ModelInfo) -> Budget:
     )
 
 
-def own_context_text(load: Workload) -> str:
+def default_context_text(load: Workload) -> str:
     """What is said where no context was asked for and the model's own was taken."""
     return f"--context is not given: planned for the model's own, {load.context:,} tokens"
 
 
-def beside_weights(budget: Budget) -> int:
+def runtime_bytes(budget: Budget) -> int:
     """Bytes that the budget must hold besides the weights: 0 unless it is a budget of memory. ValueError where not `settled`."""
     if budget.workload is None:
         return 0

@@ -29,8 +29,8 @@ import numpy as np
 from numpy.typing import NDArray
 from scipy.stats import rankdata
 
-from bitatlas.plan.expansion import quadratic
-from bitatlas.plan.refine import Change, Ints, Probe, Together
+from bitatlas.plan.expansion import quadratic_model
+from bitatlas.plan.refine import Change, Ints, MeasuredChanges, Probe
 from bitatlas.plan.search import Scores
 from bitatlas.records import Calibration, CalibrationPoint, Correlation, Measured
 from bitatlas.stats.bootstrap import RESAMPLES, Blocks, measured, percentile_interval
@@ -89,7 +89,7 @@ class Predictor:
         return max(0.0, alone + self.kept * between)  # a divergence is never negative
 
 
-def predictor(base: Ints, formats: int, level: float, changes: list[Change], found: Together) -> Predictor:
+def predictor(base: Ints, formats: int, level: float, changes: list[Change], found: MeasuredChanges) -> Predictor:
     """The prediction from all single changes, measured; with nothing kept of the curvature between them."""
     at = np.array([unit * formats + fmt for unit, fmt in changes])
     added, together = np.zeros(len(base) * formats), np.zeros((len(base) * formats,) * 2)
@@ -98,7 +98,7 @@ def predictor(base: Ints, formats: int, level: float, changes: list[Change], fou
     return Predictor(base, level, added, together)
 
 
-def kept_share(model: Predictor, plans: list[Ints], damage: Floats) -> float:
+def curvature_share(model: Predictor, plans: list[Ints], damage: Floats) -> float:
     """The share of the curvature between changes with the least squared error over `plans`, 0..1. damage: [plans], nats/token"""
     alone, between = np.array([model.parts(plan) for plan in plans]).T
     size = float(between @ between)
@@ -119,9 +119,9 @@ def calibrate(
     changes = [(u, f) for u in range(len(base)) for f in range(formats) if f != base[u]]
     on_fit = measure({"": base, **_named(training)}, "fit")
     model = predictor(base, formats, float(on_fit[""].mean()), changes, probe.swaps(base, changes, "fit"))
-    kept = kept_share(model, training, np.array([on_fit[str(i)].mean() for i in range(len(training))])) if training else 0.0
+    kept = curvature_share(model, training, np.array([on_fit[str(i)].mean() for i in range(len(training))])) if training else 0.0
     model = replace(model, kept=kept)
-    expanded = quadratic(probe.curvature(base))
+    expanded = quadratic_model(probe.curvature(base))
     table = scores.tables["mean of both"]
     predicted = {
         PREDICTION: np.array([model.of(plan) for plan in plans]),

@@ -47,20 +47,20 @@ class Quadratic:
         return float(self.first.ravel()[at].sum() + self.matrix[np.ix_(at, at)].sum())
 
 
-def quadratic(expansion: Expansion, keep: float | None = None) -> Quadratic:
+def quadratic_model(expansion: Expansion, keep: float | None = None) -> Quadratic:
     """The quadratic model; `keep` fixes the share of the off-diagonal that is kept instead of cross-validating it."""
     rows, draws, units, formats = expansion.scores.shape
     scores = expansion.scores.reshape(rows, draws, units * formats)
     flat = scores.reshape(rows * draws, units * formats)
     matrix = flat.T @ flat / (2 * expansion.tokens * rows * draws)
-    kept = kept_share(scores) if keep is None else keep
+    kept = shrinkage_factor(scores) if keep is None else keep
     diagonal = np.diag(matrix).copy()
     matrix *= kept
     np.fill_diagonal(matrix, diagonal)
     return Quadratic(expansion.first.mean(axis=0), matrix, kept)
 
 
-def kept_share(scores: Floats) -> float:
+def shrinkage_factor(scores: Floats) -> float:
     """The share of the off-diagonal correlations to keep: least squared error on rows left out. scores: [rows, draws, n] -> 0..1.
 
     With P_n = one row's mean of s s' (off-diagonal, s in standard deviations), the best factor is S / |mean P|^2, where S is the
@@ -98,7 +98,7 @@ SHARES = (0.25, 0.5, 0.75)  # k
 
 
 @dataclass(frozen=True)
-class Ends:
+class InterpolatedModel:
     """Added damage of single changes at both ends, 0 where nothing changes, and half the curvature at the wide end. nats/token"""
 
     wide: Floats  # [units, formats], around the last format everywhere

@@ -12,8 +12,8 @@ from numpy.typing import ArrayLike
 
 from bitatlas.errors import UserError
 from bitatlas.plan.baselines import RANDOM_PLANS, baselines, outside_uniform
-from bitatlas.plan.budget import check_budget, costs_of, settled
-from bitatlas.plan.search import Found, Scores, Subject, Tools, damage_tables, search
+from bitatlas.plan.budget import check_budget, costs_of, resolve_budget
+from bitatlas.plan.search import Candidate, PlannerHooks, PlanningProblem, Scores, damage_tables, search
 from bitatlas.records import Atlas, Baseline, Budget, CurvePoint, Measured, Plan, PlanDamage, PlanModel
 from bitatlas.records.files import read_record, to_json, write_text
 from bitatlas.records.formats import FORMATS, by_width
@@ -32,14 +32,14 @@ CURVE = "curve"  # kind of a point of the atlas's curve: a plan at another size
 
 
 @dataclass(frozen=True)
-class Judged:
+class JudgedPlan:
     """The plan with its verdict, and every plan that was measured on the test rows."""
 
     plan: Plan
     curve: list[CurvePoint]
 
 
-def unverified_plan(subject: Subject, budget: Budget, found: Found) -> Plan:
+def unverified_plan(subject: PlanningProblem, budget: Budget, found: Candidate) -> Plan:
     """A plan whose damage is predicted."""
     info, modules = subject.info, subject.modules
     assignment = assignment_of(subject.units, subject.formats, found.choice)
@@ -57,13 +57,13 @@ def unverified_plan(subject: Subject, budget: Budget, found: Found) -> Plan:
 
 
 def judge(
-    subject: Subject,
+    subject: PlanningProblem,
     budget: Budget,
-    found: Found,
+    found: Candidate,
     measure: MeasureRows,
     most_critical: Sequence[int] = (),
     random: int = RANDOM_PLANS,
-) -> Judged:
+) -> JudgedPlan:
     """Measure the plan and the baselines of at most its budget on the test rows. `most_critical`: layers, worst first; `random`: plans."""
     plan = unverified_plan(subject, budget, found)
     cost = costs_of(budget, subject.units, subject.formats, subject.info).cost
@@ -75,12 +75,12 @@ def judge(
     return _judged(subject, plan, others, measure({"plan": plan.modules, **others}, "test"))
 
 
-def curve_point(judged: Judged) -> CurvePoint:
+def curve_point(judged: JudgedPlan) -> CurvePoint:
     """The point of a plan that was found for another size than the survey's own."""
     return replace(judged.curve[0], name=f"plan of at most {byte_size(int(judged.plan.budget.value))}", kind=CURVE)
 
 
-def on_tolerance(damage: Measured, tolerated: float) -> str:
+def tolerance_text(damage: Measured, tolerated: float) -> str:
     """Whether the test rows bear out what the select rows promised; choosing among many plans on them flatters the chosen one."""
     low, high = damage.ci95 or (-np.inf, np.inf)
     if high <= tolerated:
@@ -89,7 +89,7 @@ def on_tolerance(damage: Measured, tolerated: float) -> str:
     return f"{shown} the tolerated {given(tolerated)} on test rows"
 
 
-def _judged(subject: Subject, plan: Plan, others: Mapping[str, Assignment], rows: Mapping[str, np.ndarray]) -> Judged:
+def _judged(subject: PlanningProblem, plan: Plan, others: Mapping[str, Assignment], rows: Mapping[str, np.ndarray]) -> JudgedPlan:
     """Add measured damage, baselines and the verdict."""
     sizes = {name: size_of(subject.modules, assignment, subject.info) for name, assignment in others.items()}
     bytes_of = {"plan": plan.size.quantized_bytes} | {name: size.quantized_bytes for name, size in sizes.items()}
@@ -100,7 +100,7 @@ def _judged(subject: Subject, plan: Plan, others: Mapping[str, Assignment], rows
     if NOT_A_CANDIDATE in verdict.winner:
         text += f"; add {verdict.winner.split()[1]} to --formats"
     if plan.budget.kind == "max_damage":
-        text += f"; {on_tolerance(damage, plan.budget.value)}"
+        text += f"; {tolerance_text(damage, plan.budget.value)}"
     lines = [
         Baseline(name, sizes[name].code_bits, sizes[name].quantized_bytes, one, difference)
         for name, one, difference in verdict.baselines
@@ -119,7 +119,7 @@ def _judged(subject: Subject, plan: Plan, others: Mapping[str, Assignment], rows
         own = sizes[line.name]
         kind = "random" if line.is_random else "baseline"
         curve.append(CurvePoint(line.name, kind, own.code_bits, own.stored_bits, own.total_bytes, line.damage))
-    return Judged(done, curve)
+    return JudgedPlan(done, curve)
 
 
 # --- verdict ---------------------------------------------------------------------------------------------------------------
@@ -259,26 +259,26 @@ def replan(folder: Path, budget: Budget) -> Plan:
 
 def replan_atlas(atlas: Atlas, budget: Budget) -> Plan:
     """The plan under `budget`; UserError where no plan can be that small, or the tolerated damage cannot be met."""
-    subject = subject_of(atlas)
-    budget = settled(budget, atlas.model)
+    subject = problem_of(atlas)
+    budget = resolve_budget(budget, atlas.model)
     check_budget(budget, atlas.modules, subject.formats, atlas.model)
     scores = _scores_used(atlas, scores_of(atlas))
-    tools = Tools(scores, lambda plans: predicted(scores, plans), where="are predicted to do")
+    tools = PlannerHooks(scores, lambda plans: predicted(scores, plans), where="are predicted to do")
     found = search(subject, budget, tools)
     only_predicted = {name: found.solver[name] for name in ("method", "scores", "gap")}
     return unverified_plan(subject, budget, replace(found, solver=only_predicted))
 
 
-def subject_of(atlas: Atlas) -> Subject:
+def problem_of(atlas: Atlas) -> PlanningProblem:
     """What the survey planned for."""
     codes = atlas.plan.codes if atlas.plan else ""
     seed = int(atlas.settings["seed"])
-    return Subject(atlas.model, atlas.modules, by_width(list(atlas.formats)), atlas.quantizer, codes, seed)
+    return PlanningProblem(atlas.model, atlas.modules, by_width(list(atlas.formats)), atlas.quantizer, codes, seed)
 
 
 def scores_of(atlas: Atlas) -> Scores:
     """The three score tables of the survey's screens."""
-    subject = subject_of(atlas)
+    subject = problem_of(atlas)
     return damage_tables([unit.name for unit in subject.units], subject.formats, atlas.unit_damage, atlas.base_damage)
 
 

@@ -38,7 +38,7 @@ ROUND_OFF = 1e-12  # of the magnitudes in a bound: many times the float error, s
 
 
 @dataclass(frozen=True)
-class Solution:
+class KnapsackSolution:
     """`value` is what was made small; no assignment is below `bound`; `gap` = value - bound, 0.0 where the optimum is proven."""
 
     choice: Ints  # [units], column of the format
@@ -56,7 +56,7 @@ class _Problem:
     limit: int
 
 
-def solve_knapsack(damage: NDArray, cost: NDArray, limit: int) -> Solution:
+def solve_knapsack(damage: NDArray, cost: NDArray, limit: int) -> KnapsackSolution:
     """The assignment of least total damage whose cost is at most `limit`, never above it by one.
 
     damage: [units, formats], finite, may be negative, any unit (nats/token); cost: [units, formats], whole numbers.
@@ -71,12 +71,12 @@ def solve_knapsack(damage: NDArray, cost: NDArray, limit: int) -> Solution:
     choice, bound = _solve(problem)
     value = math.fsum(_picked(damage, choice))
     if bound is None:
-        return Solution(choice, value, value, 0.0)
+        return KnapsackSolution(choice, value, value, 0.0)
     lowest = min(value, math.ldexp(bound + int(whole.min(axis=1).sum()), -shift))
-    return Solution(choice, value, lowest, value - lowest)
+    return KnapsackSolution(choice, value, lowest, value - lowest)
 
 
-def spent(cost: NDArray, choice: Ints | Sequence[int]) -> int:
+def total_cost(cost: NDArray, choice: Ints | Sequence[int]) -> int:
     """What a choice costs in all. cost: [units, formats], choice: [units]."""
     return int(_picked(cost, choice).sum())
 
@@ -114,16 +114,16 @@ def _picked(table: NDArray, choice: Ints | Sequence[int]) -> NDArray:
 def _solve(problem: _Problem) -> tuple[Ints, float | None]:
     """(choice [units], lower bound on the value; None: the choice is proven optimal)."""
     best = _least_each(problem.value, problem.weight)
-    if spent(problem.weight, best) <= problem.limit:
+    if total_cost(problem.weight, best) <= problem.limit:
         return best, None
     price, low, high = _multiplier(problem)
     best = _rounded(problem, low, high)
     bound = 0.0
     for width in WIDTHS:
-        known = spent(problem.value, best)
+        known = total_cost(problem.value, best)
         width = max(WIDTHS[1], min(width, STATES_IN_ALL // len(best))) if width > WIDTHS[1] else width
         found, dropped = _programme(problem, price, known, width)
-        if found is not None and spent(problem.value, found) <= known:  # as good: first by the rule for ties
+        if found is not None and total_cost(problem.value, found) <= known:  # as good: first by the rule for ties
             best = found
         if dropped is None:
             return best, None
@@ -147,11 +147,11 @@ def _multiplier(problem: _Problem) -> tuple[float, Ints, Ints]:
     value, weight = problem.value, problem.weight
     fits, over = _least_each(weight, value), _least_each(value, weight)
     while True:
-        value_low, weight_low = (spent(table, fits) for table in (value, weight))
-        value_high, weight_high = (spent(table, over) for table in (value, weight))
+        value_low, weight_low = (total_cost(table, fits) for table in (value, weight))
+        value_high, weight_high = (total_cost(table, over) for table in (value, weight))
         price = (value_low - value_high) / (weight_high - weight_low)
         between = (value + price * weight).argmin(axis=1)
-        new_value, new_weight = (spent(table, between) for table in (value, weight))
+        new_value, new_weight = (total_cost(table, between) for table in (value, weight))
         line = value_low + price * weight_low
         if new_value + price * new_weight >= line * (1 - ROUND_OFF) or not weight_low < new_weight < weight_high:
             return price, fits, over
@@ -165,7 +165,7 @@ def _rounded(problem: _Problem, fits: Ints, over: Ints) -> Ints:
     """A good plan: from `fits` towards `over`, largest steps first, then whatever still fits. [units]"""
     units = np.arange(len(fits))
     choice = fits.copy()
-    slack = problem.limit - spent(problem.weight, choice)
+    slack = problem.limit - total_cost(problem.weight, choice)
     steps = problem.weight[units, over] - problem.weight[units, fits]
     for unit in np.argsort(-steps, kind="stable"):
         if problem.value[unit, over[unit]] < problem.value[unit, fits[unit]] and steps[unit] <= slack:

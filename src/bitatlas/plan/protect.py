@@ -21,8 +21,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from bitatlas.errors import UserError
-from bitatlas.plan.knapsack import spent
-from bitatlas.plan.search import Found
+from bitatlas.plan.knapsack import total_cost
+from bitatlas.plan.search import Candidate
 from bitatlas.records import Budget
 from bitatlas.records.text import given, number
 from bitatlas.stats.margin import ALPHA, least_items, least_margin, no_loss_p, tango, two_digits
@@ -33,14 +33,14 @@ WALK = 5  # sizes between the widest format and the smallest candidate that are 
 SPENT_ON_CHOOSING = 0.5  # of the margin: what a candidate may lose on the items that choose
 
 Ints = NDArray[np.int64]
-Right = Mapping[str, np.ndarray]  # task -> right or wrong, bool [items]
-At = Callable[[int, Found], Found]  # (most that a plan may cost, the last plan) -> the best plan found
-Score = Callable[[Ints, str], Right]  # (choice, "choosing" or "judging") -> outcomes on those items
+Outcomes = Mapping[str, np.ndarray]  # task -> right or wrong, bool [items]
+FindPlan = Callable[[int, Candidate], Candidate]  # (most that a plan may cost, the last plan) -> the best plan found
+ScoreTasks = Callable[[Ints, str], Outcomes]  # (choice, "choosing" or "judging") -> outcomes on those items
 CHOOSING, JUDGING = "choosing", "judging"
 
 
 @dataclass(frozen=True)
-class Evidence:
+class MarginTest:
     """One task on the items that judge. `ci90`: of the difference, points."""
 
     task: str
@@ -54,12 +54,12 @@ class Evidence:
 
 
 @dataclass(frozen=True)
-class Protected:
+class ProtectedPlan:
     """`found`: the plan. `next`: what the plan that ended the walk showed, None if all were held; `judged`: how many were."""
 
-    found: Found
-    evidence: list[Evidence]
-    next: list[Evidence] | None
+    found: Candidate
+    evidence: list[MarginTest]
+    next: list[MarginTest] | None
     judged: int
 
     @property
@@ -73,12 +73,12 @@ class Protected:
         return {"held": [_plain(one) for one in self.evidence], "next_smaller": failed, "judged": self.judged}
 
 
-def _plain(one: Evidence) -> dict[str, Any]:
+def _plain(one: MarginTest) -> dict[str, Any]:
     """As JSON gives it back."""
     return {**asdict(one), "ci90": list(one.ci90)}
 
 
-def told(one: Evidence) -> str:
+def told(one: MarginTest) -> str:
     low, high = (number(end, 1) for end in one.ci90)
     said = within(one.margin_points) if one.held else f"{within(one.margin_points)} is not shown"
     return f"{one.task}: {said}, {one.lost} of {one.n} lost, {one.gained} gained, 90% interval [{low}, {high}] points"
@@ -92,7 +92,7 @@ def halves(n: int) -> tuple[slice, slice]:
     return slice(0, n // 2), slice(n // 2, n)
 
 
-def flag_of(task: str, points: float) -> str:
+def protect_flag(task: str, points: float) -> str:
     return f"--protect {task}={given(points)}pp"
 
 
@@ -100,43 +100,50 @@ def check_items(budget: Budget, counts: Mapping[str, int]) -> None:
     """Refuse what so few items could never show. counts: task -> items that are scored."""
     for task, points in (budget.protect or {}).items():
         if task not in counts:
-            raise UserError(f"{flag_of(task, points)}: {task} is not among --tasks ({', '.join(counts) or 'none'})")
+            raise UserError(f"{protect_flag(task, points)}: {task} is not among --tasks ({', '.join(counts) or 'none'})")
         n = counts[task]
         judging = n - n // 2
         needed = least_items(points / 100)
         if judging < needed:
             shown = 100 * least_margin(judging) if judging else 100.0
             raise UserError(
-                f"{flag_of(task, points)}: {n} items ({judging} of them to judge) cannot show {within(points)}; about {two_digits(2 * needed)} would; "
+                f"{protect_flag(task, points)}: {n} items ({judging} of them to judge) cannot show {within(points)}; about {two_digits(2 * needed)} would; "
                 f"the smallest margin that these items can show is {np.ceil(10 * shown) / 10:g} points"
             )
 
 
-def check_reference(budget: Budget, right: Right, chance: Mapping[str, float]) -> None:
+def check_reference(budget: Budget, right: Outcomes, chance: Mapping[str, float]) -> None:
     """Refuse a task that the unquantized model does not do, or a margin that allows losing all of it."""
     for task, points in (budget.protect or {}).items():
         k, n = int(np.sum(right[task])), len(right[task])
         guessing = f"guessing gets {number(chance[task] * n, 0)}"
         if above_chance_p(k, n, chance[task]) >= ALPHA:
             raise UserError(
-                f"{flag_of(task, points)}: the reference gets {k} of {n} right where {guessing}: at chance, so there is nothing to protect"
+                f"{protect_flag(task, points)}: the reference gets {k} of {n} right where {guessing}: at chance, so there is nothing to protect"
             )
         room = 100 * (k / n - chance[task])
         if room <= points:
-            raise UserError(f"{flag_of(task, points)}: the reference is {room:.1f} points above chance; give a margin below that")
+            raise UserError(
+                f"{protect_flag(task, points)}: the reference is {room:.1f} points above chance; give a margin below that"
+            )
 
 
 # --- the search --------------------------------------------------------------------------------------------------------
 
 
 def find_protected(
-    cost: Ints, margins: Mapping[str, float], widest: Found, at: At, score: Score, reference: Mapping[str, Right]
-) -> Protected:
+    cost: Ints,
+    margins: Mapping[str, float],
+    widest: Candidate,
+    at: FindPlan,
+    score: ScoreTasks,
+    reference: Mapping[str, Outcomes],
+) -> ProtectedPlan:
     """The smallest plan found that holds every task. cost: [units, formats]; `margins`: task -> points; `widest`: the widest format
     everywhere; `reference`: part -> task -> outcomes. UserError where not even the widest is shown to hold them."""
     smallest = _smallest(cost, margins, widest, at, score, reference[CHOOSING])
-    held: tuple[Found, list[Evidence]] | None = None
-    failed: list[Evidence] | None = None
+    held: tuple[Candidate, list[MarginTest]] | None = None
+    failed: list[MarginTest] | None = None
     judged = 0
     for found in _walk(cost, widest, smallest, at):
         evidence = [_evidence(task, points, reference[JUDGING], score(found.choice, JUDGING)) for task, points in margins.items()]
@@ -149,26 +156,28 @@ def find_protected(
         assert failed is not None
         first = next(one for one in failed if not one.held)
         raise UserError(
-            f"{flag_of(first.task, first.margin_points)}: not even the widest of --formats everywhere is shown to hold it ({told(first)}); "
+            f"{protect_flag(first.task, first.margin_points)}: not even the widest of --formats everywhere is shown to hold it ({told(first)}); "
             "add a wider format, give more items (--limit), or a larger margin"
         )
-    return Protected(*held, failed, judged)
+    return ProtectedPlan(*held, failed, judged)
 
 
-def _smallest(cost: Ints, margins: Mapping[str, float], widest: Found, at: At, score: Score, reference: Right) -> Found:
+def _smallest(
+    cost: Ints, margins: Mapping[str, float], widest: Candidate, at: FindPlan, score: ScoreTasks, reference: Outcomes
+) -> Candidate:
     """The smallest plan found that loses little on the items that choose; the widest format where none does."""
 
-    def promising(found: Found) -> bool:
+    def promising(found: Candidate) -> bool:
         right = score(found.choice, CHOOSING)
         loss = {task: 100 * float(np.mean(reference[task]) - np.mean(right[task])) for task in margins}
         return all(loss[task] <= SPENT_ON_CHOOSING * points for task, points in margins.items())
 
-    least, most = int(cost.min(axis=1).sum()), spent(cost, widest.choice)
+    least, most = int(cost.min(axis=1).sum()), total_cost(cost, widest.choice)
     best, limit = widest, least  # the narrowest format everywhere may do
     for _ in range(STEPS + 1):
         found = at(limit, best)
         if promising(found):
-            best, most = found, spent(cost, found.choice)
+            best, most = found, total_cost(cost, found.choice)
         else:
             least = limit
         limit = (least + most) // 2
@@ -177,22 +186,22 @@ def _smallest(cost: Ints, margins: Mapping[str, float], widest: Found, at: At, s
     return best
 
 
-def _walk(cost: Ints, widest: Found, smallest: Found, at: At) -> Iterator[Found]:
+def _walk(cost: Ints, widest: Candidate, smallest: Candidate, at: FindPlan) -> Iterator[Candidate]:
     """From the widest to the smallest, each found when it is its turn."""
     yield widest
     last = widest
-    for size in np.linspace(spent(cost, widest.choice), spent(cost, smallest.choice), WALK + 2)[1:-1]:
+    for size in np.linspace(total_cost(cost, widest.choice), total_cost(cost, smallest.choice), WALK + 2)[1:-1]:
         found = at(int(size), last)
-        if spent(cost, smallest.choice) < spent(cost, found.choice) < spent(cost, last.choice):
+        if total_cost(cost, smallest.choice) < total_cost(cost, found.choice) < total_cost(cost, last.choice):
             yield found
             last = found
-    if spent(cost, smallest.choice) < spent(cost, last.choice):
+    if total_cost(cost, smallest.choice) < total_cost(cost, last.choice):
         yield smallest
 
 
-def _evidence(task: str, points: float, reference: Right, right: Right) -> Evidence:
+def _evidence(task: str, points: float, reference: Outcomes, right: Outcomes) -> MarginTest:
     before, after = reference[task], right[task]
     lost, gained, n = int((before & ~after).sum()), int((~before & after).sum()), len(before)
     low, high = tango(lost, gained, n, 1 - 2 * ALPHA)
     p = no_loss_p(lost, gained, n, points / 100)
-    return Evidence(task, points, n, lost, gained, (100 * low, 100 * high), p, p < ALPHA)
+    return MarginTest(task, points, n, lost, gained, (100 * low, 100 * high), p, p < ALPHA)

@@ -24,7 +24,7 @@ from numpy.typing import NDArray
 
 from bitatlas.errors import UserError
 from bitatlas.plan.expansion import Floats, Quadratic
-from bitatlas.plan.knapsack import solve_knapsack, spent
+from bitatlas.plan.knapsack import solve_knapsack, total_cost
 
 Ints = NDArray[np.int64]
 Move = tuple[float, list[tuple[int, int]]]  # damage added; (unit, its new format) once or twice
@@ -67,7 +67,7 @@ def solve_quadratic(
     cost = np.asarray(cost, dtype=np.int64)
     units, formats = problem.first.shape
     linear = problem.first + np.diag(problem.matrix).reshape(units, formats)
-    if centre is not None and spent(cost, centre) > limit:
+    if centre is not None and total_cost(cost, centre) > limit:
         raise ValueError("centre: does not fit the budget")
     if int(cost.min(axis=1).sum()) > limit:
         raise UserError(f"the budget of {limit} is below {cost.min(axis=1).sum()}, the least that these formats give")
@@ -81,7 +81,7 @@ def solve_quadratic(
     generator = np.random.default_rng(units)
     for _ in range(min(RESTARTS, RESTART_SIZE // (units * formats))):
         found.append(search.run(search.shaken(min(found, key=problem.value), generator)))
-    choice = min(found, key=lambda plan: (problem.value(plan), spent(cost, plan), tuple(plan)))
+    choice = min(found, key=lambda plan: (problem.value(plan), total_cost(cost, plan), tuple(plan)))
     value = problem.value(choice)
     bound = min(value, lower_bound(problem, cost, limit)) if bounded else -np.inf
     return QuadraticSolution(choice, value, bound, value - bound)
@@ -137,7 +137,7 @@ class _Search:
         for unit in generator.permutation(self.units)[: max(2, round(SHAKEN * self.units))].tolist():
             old, plan[unit] = plan[unit], generator.integers(self.formats)
             far = self._distance(plan) > self.radius
-            if far or spent(self.cost, plan) > self.limit:
+            if far or total_cost(self.cost, plan) > self.limit:
                 plan[unit] = old
         return plan
 
@@ -167,7 +167,7 @@ class _Search:
     def _best_move(self, choice: Ints, field: Floats, free: NDArray[np.bool_], aspired: float) -> Move | None:
         """The move that adds least; units that are not free only where the result is the best so far."""
         moves = self.moves(choice, field)
-        slack = self.limit - spent(self.cost, choice)
+        slack = self.limit - total_cost(self.cost, choice)
         reach = self.radius - self._distance(choice)
         return min(self._offers(choice, moves, slack, reach, free, aspired), key=lambda move: move[0], default=None)
 
@@ -237,7 +237,7 @@ def nearest_plans(problem: Quadratic, cost: NDArray, limit: int, choice: NDArray
     cost, choice = np.asarray(cost, dtype=np.int64), np.asarray(choice, dtype=np.int64)
     search = _Search(problem, cost, limit, None, None)
     moves = search.moves(choice, search._field(choice))
-    slack = limit - spent(cost, choice)
+    slack = limit - total_cost(cost, choice)
     kept = promising(moves, slack)
     unit, damage, extra = moves.unit[kept], moves.damage[kept], moves.cost[kept]
     pairs = np.add.outer(damage, damage) + search._together(choice, moves, kept)
@@ -292,18 +292,18 @@ def relaxed_knapsack(damage: Floats, cost: Ints, limit: int) -> Floats:
         return (damage + price * cost).argmin(axis=1)
 
     over = at(0.0)
-    if spent(cost, over) <= limit:
+    if total_cost(cost, over) <= limit:
         return _one_hot(over, damage.shape[1])
     low, high = 0.0, float(np.ptp(damage) + 1e-300)  # one unit of cost is dearer than any damage: the cheapest plan
     fits = np.where(cost == cost.min(axis=1, keepdims=True), damage, np.inf).argmin(axis=1)
     for _ in range(BISECTIONS):
         price = (low + high) / 2
         choice = at(price)
-        if spent(cost, choice) <= limit:
+        if total_cost(cost, choice) <= limit:
             high, fits = price, choice
         else:
             low, over = price, choice
-    low_cost, high_cost = spent(cost, fits), spent(cost, over)
+    low_cost, high_cost = total_cost(cost, fits), total_cost(cost, over)
     share = (limit - low_cost) / (high_cost - low_cost) if high_cost > low_cost else 0.0
     return (1 - share) * _one_hot(fits, damage.shape[1]) + share * _one_hot(over, damage.shape[1])
 

@@ -20,7 +20,7 @@ from typing import Any, Protocol
 import numpy as np
 from numpy.typing import NDArray
 
-from bitatlas.plan.expansion import SHARES, Ends, Expansion, Quadratic
+from bitatlas.plan.expansion import SHARES, Expansion, InterpolatedModel, Quadratic
 from bitatlas.plan.quadratic import nearest_plans, recentred, single_changes, solve_quadratic
 
 Ints = NDArray[np.int64]
@@ -45,7 +45,7 @@ EFFORTS = {"full": Effort(8, 48, 20, 6), "short": Effort(2, 16, 16, 2), "draft":
 MEASURED_SWAPS = "measured swaps"
 
 
-class Together(Protocol):
+class MeasuredChanges(Protocol):
     """Changes around a base: true damage added [changes], and half the curvature between them [changes, changes]."""
 
     @property
@@ -59,7 +59,7 @@ class Probe:
     """The ways to the model. Choices are [units]; None is the reference. Columns of formats go from the narrowest to the widest."""
 
     curvature: Callable[[Ints | None], Expansion]
-    swaps: Callable[[Ints, Sequence[Change], str], Together]  # on the rows of that split
+    swaps: Callable[[Ints, Sequence[Change], str], MeasuredChanges]  # on the rows of that split
     damage: Callable[[Mapping[str, Ints]], Mapping[str, float]]  # on fit and select rows together, nats/token
     rounds_of: str = MEASURED_SWAPS  # what `swaps` gives, for the record
 
@@ -178,7 +178,7 @@ def _between_ends(search: _Search) -> tuple[dict[str, Quadratic], float]:
         table[at] = found.added
         tables.append(table.reshape(units, formats))
     together[np.ix_(at, at)] = found.together  # of the wide end
-    ends = Ends(tables[1], tables[0], together)
+    ends = InterpolatedModel(tables[1], tables[0], together)
     level = search.measure({"": np.full(units, formats - 1)})[""]
     return {f"{share:g} of the interactions at the wide end": ends.model(share) for share in SHARES}, level
 

@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 
 from bitatlas.errors import UserError
 from bitatlas.plan.budget import costs_of
-from bitatlas.plan.knapsack import solve_knapsack, spent
+from bitatlas.plan.knapsack import solve_knapsack, total_cost
 from bitatlas.plan.refine import Probe, Refined, Step, refine
 from bitatlas.records import Budget, ModelInfo, Module
 from bitatlas.records.sizes import Unit, units_of
@@ -30,7 +30,7 @@ Ints = NDArray[np.int64]
 
 
 @dataclass(frozen=True)
-class Subject:
+class PlanningProblem:
     """What a plan is for. `formats`: the candidates, narrowest first; `codes`: whose quantized weights they are (`Bank.identity`).
 
     `test_blocks`: of the rows that it is judged on (see `evaluation.bootstrap`).
@@ -50,11 +50,11 @@ class Subject:
 
 
 @dataclass(frozen=True)
-class Tools:
+class PlannerHooks:
     """`on_select`: choices by name -> mean damage on the select rows. Without `probe` the knapsack plans stand as they are."""
 
     scores: Scores
-    on_select: Measure
+    on_select: MeasureDamage
     probe: Probe | None = None
     told: Callable[[Step], None] | None = None
     where: str = "did on the select rows"  # what the damages are, to end the sentence of a refusal
@@ -62,7 +62,7 @@ class Tools:
 
 
 @dataclass(frozen=True)
-class Found:
+class Candidate:
     """`selected`: damage on the select rows; `predicted`: nats/token; `limit`: the cost it was found under; `solver`: for the record."""
 
     choice: Ints
@@ -73,24 +73,26 @@ class Found:
     near: Refined | None = None  # what the refinement knew at its end: a start for a budget near this one
 
 
-def search(subject: Subject, budget: Budget, tools: Tools, starts: Mapping[str, Ints] | None = None) -> Found:
+def search(subject: PlanningProblem, budget: Budget, tools: PlannerHooks, starts: Mapping[str, Ints] | None = None) -> Candidate:
     """The best plan found under `budget`. `starts`: further plans to begin from; those that do not fit are left out."""
     costs = costs_of(budget, subject.units, subject.formats, subject.info)
     if costs.limit is not None:
-        return under(costs.cost, costs.limit, tools, starts)
-    best, selected, tried, _limit = choose_smallest(tools.scores, costs.cost, budget.value, tools.on_select, tools.where)
-    found = _found(tools.scores, best, selected, spent(costs.cost, best.choice), tried)
+        return search_within(costs.cost, costs.limit, tools, starts)
+    best, selected, tried, _limit = smallest_knapsack(tools.scores, costs.cost, budget.value, tools.on_select, tools.where)
+    found = _found(tools.scores, best, selected, total_cost(costs.cost, best.choice), tried)
     return _smaller(costs.cost, budget.value, tools, found) if tools.probe else found
 
 
-def under(cost: Ints, limit: int, tools: Tools, starts: Mapping[str, Ints] | None = None, near: Refined | None = None) -> Found:
+def search_within(
+    cost: Ints, limit: int, tools: PlannerHooks, starts: Mapping[str, Ints] | None = None, near: Refined | None = None
+) -> Candidate:
     """The best plan of cost at most `limit`. cost: [units, formats]; `near`: of a budget near this one, for a shorter search."""
     if tools.probe is None:
-        best, selected, tried = choose(tools.scores, cost, limit, tools.on_select)
+        best, selected, tried = best_knapsack(tools.scores, cost, limit, tools.on_select)
         return _found(tools.scores, best, selected, limit, tried)
-    knapsacks = {candidate.scores: candidate for candidate in candidates(tools.scores, cost, limit)}
+    knapsacks = {candidate.scores: candidate for candidate in knapsack_plans(tools.scores, cost, limit)}
     plans = {name: candidate.choice for name, candidate in knapsacks.items()}
-    plans |= {name: choice for name, choice in (starts or {}).items() if spent(cost, choice) <= limit}
+    plans |= {name: choice for name, choice in (starts or {}).items() if total_cost(cost, choice) <= limit}
     refined = refine(tools.probe, cost, limit, plans, tools.told, near, "short" if near else tools.effort)
     damage = tools.on_select({"refined": refined.choice, **{name: known.choice for name, known in knapsacks.items()}})
     best = knapsacks[min(knapsacks, key=lambda name: damage[name])]
@@ -108,7 +110,7 @@ def under(cost: Ints, limit: int, tools: Tools, starts: Mapping[str, Ints] | Non
     return replace(found, choice=refined.choice, predicted=predicted, selected=damage["refined"], solver=solver)
 
 
-def _smaller(cost: Ints, tolerated: float, tools: Tools, found: Found) -> Found:
+def _smaller(cost: Ints, tolerated: float, tools: PlannerHooks, found: Candidate) -> Candidate:
     """Refined plans below `found`'s size, while they are within `tolerated`."""
     least = int(cost.min(axis=1).sum())
     failed, step = least - 1, max(1, round(FIRST_STEP * (int(cost.max(axis=1).sum()) - least)))
@@ -117,15 +119,15 @@ def _smaller(cost: Ints, tolerated: float, tools: Tools, found: Found) -> Found:
         limit = best.limit - step if failed < least else (best.limit + failed) // 2
         if limit <= failed or limit < least or limit >= best.limit:
             break
-        tried = under(cost, limit, tools, near=best.near)
+        tried = search_within(cost, limit, tools, near=best.near)
         if tried.selected <= tolerated:
-            best, step = replace(tried, limit=spent(cost, tried.choice)), 2 * step
+            best, step = replace(tried, limit=total_cost(cost, tried.choice)), 2 * step
         else:
             failed = limit
     return best
 
 
-def _found(scores: Scores, best: Candidate, selected: float, limit: int, tried: Mapping[str, float], **more: Any) -> Found:
+def _found(scores: Scores, best: KnapsackPlan, selected: float, limit: int, tried: Mapping[str, float], **more: Any) -> Candidate:
     solver = {
         "method": KNAPSACK.format(scores.source),
         "scores": best.scores,
@@ -134,7 +136,7 @@ def _found(scores: Scores, best: Candidate, selected: float, limit: int, tried: 
         "select_damage_by_scores": dict(tried),
         **more,
     }
-    return Found(best.choice, best.predicted, selected, limit, solver)
+    return Candidate(best.choice, best.predicted, selected, limit, solver)
 
 
 # --- choose ----------------------------------------------------------------------------------------------------------------
@@ -149,7 +151,9 @@ def _found(scores: Scores, best: Candidate, selected: float, limit: int, tried: 
 # For `--max-damage` the size is bisected: the smallest limit whose best plan, *measured* on the select rows, is within the tolerance.
 # These plans are where the search with interactions starts (`refine`), and what it has to beat.
 
-Measure = Callable[[Mapping[str, np.ndarray]], dict[str, float]]  # plans by name -> mean damage on the select rows, nats/token
+MeasureDamage = Callable[
+    [Mapping[str, np.ndarray]], dict[str, float]
+]  # plans by name -> mean damage on the select rows, nats/token
 BISECTIONS = 12
 
 
@@ -170,7 +174,7 @@ class Scores:
 
 
 @dataclass(frozen=True)
-class Candidate:
+class KnapsackPlan:
     """`choice[u]` = index of unit u's format. `gap` is the solver's proven distance to the optimum of `scores`."""
 
     scores: str
@@ -194,38 +198,40 @@ def damage_tables(
         rows = [[own[unit][f] - base[f"uniform:{name}"] if f != name else 0.0 for f in formats] for unit in units]
         return np.asarray(rows)
 
-    return scores_of_ends(around(high), around(low), base[f"uniform:{high}"])
+    return scores_of_bases(around(high), around(low), base[f"uniform:{high}"])
 
 
-def scores_of_ends(wide: np.ndarray, narrow: np.ndarray, at_high: float, source: str = Scores.source) -> Scores:
+def scores_of_bases(wide: np.ndarray, narrow: np.ndarray, at_high: float, source: str = Scores.source) -> Scores:
     """Tables from what each unit adds in each format around uniform high (`wide`) and around uniform low (`narrow`), 0 for the base's own."""
     low = narrow - narrow[:, -1:]
     return Scores({"high": wide, "low": low, "mean of both": (wide + low) / 2}, at_high, source)
 
 
-def candidates(scores: Scores, cost: np.ndarray, limit: int) -> list[Candidate]:
+def knapsack_plans(scores: Scores, cost: np.ndarray, limit: int) -> list[KnapsackPlan]:
     """The proven optimum of each table under `limit`; equal plans once."""
-    found: list[Candidate] = []
+    found: list[KnapsackPlan] = []
     for name, table in scores.tables.items():
         solution = solve_knapsack(table, cost, limit)
         if any(np.array_equal(solution.choice, other.choice) for other in found):
             continue
         reference = scores.tables.get("mean of both", table)
-        found.append(Candidate(name, solution.choice, scores.predicted(reference, solution.choice), solution.gap))
+        found.append(KnapsackPlan(name, solution.choice, scores.predicted(reference, solution.choice), solution.gap))
     return found
 
 
-def choose(scores: Scores, cost: np.ndarray, limit: int, measure: Measure) -> tuple[Candidate, float, dict[str, float]]:
+def best_knapsack(
+    scores: Scores, cost: np.ndarray, limit: int, measure: MeasureDamage
+) -> tuple[KnapsackPlan, float, dict[str, float]]:
     """The candidate with the least measured damage, that damage, and everybody's, by name."""
-    found = candidates(scores, cost, limit)
+    found = knapsack_plans(scores, cost, limit)
     measured = measure({candidate.scores: candidate.choice for candidate in found})
     best = min(found, key=lambda candidate: measured[candidate.scores])  # ties: the first
     return best, measured[best.scores], measured
 
 
-def choose_smallest(
-    scores: Scores, cost: np.ndarray, tolerated: float, measure: Measure, where: str = "did on the select rows"
-) -> tuple[Candidate, float, dict[str, float], int]:
+def smallest_knapsack(
+    scores: Scores, cost: np.ndarray, tolerated: float, measure: MeasureDamage, where: str = "did on the select rows"
+) -> tuple[KnapsackPlan, float, dict[str, float], int]:
     """The smallest plan whose measured damage is within `tolerated` (nats/token), and the limit it was found under.
 
     `where` ends the sentence of a refusal: what the damages are.
@@ -233,21 +239,21 @@ def choose_smallest(
     Raises UserError where even the widest format does more.
     """
     least, most = int(cost.min(1).sum()), int(cost.max(1).sum())
-    best = (*choose(scores, cost, most, measure), most)
+    best = (*best_knapsack(scores, cost, most, measure), most)
     if best[1] > tolerated:
         least_damage = f"{best[1]:.3g}" if float(f"{best[1]:.3g}") > tolerated else given(best[1])
         raise UserError(
             f"--max-damage {given(tolerated)} is below {least_damage} nats/token, the least that these formats {where}; "
             "possible: more than that, or a wider format in --formats"
         )
-    cheapest = (*choose(scores, cost, least, measure), least)
+    cheapest = (*best_knapsack(scores, cost, least, measure), least)
     if cheapest[1] <= tolerated:
         return cheapest
     for _ in range(BISECTIONS):
         middle = (least + most) // 2
         if middle in (least, most):
             break
-        found = (*choose(scores, cost, middle, measure), middle)
+        found = (*best_knapsack(scores, cost, middle, measure), middle)
         if found[1] <= tolerated:
             best, most = found, middle
         else:
