@@ -8,7 +8,6 @@ import numpy as np
 import pytest
 from scipy import stats
 
-from bitatlas.findings.correlations import spearman_by_row
 from bitatlas.findings.folk import role_of, value_and_down
 from bitatlas.findings.reliability import (
     needed_text,
@@ -22,6 +21,7 @@ from bitatlas.findings.shares import LayerRows, layer_records, shares_of
 from bitatlas.findings.units import unit_records
 from bitatlas.findings.zones import border_intervals
 from bitatlas.records import Module, WeightProfile
+from bitatlas.stats.bootstrap import rank_correlation
 from games import LOW, flat, interactions, quadratic_rows, zones_of
 
 GENEROUS = 100.0  # nats/token: nothing is unsafe for its damage
@@ -94,7 +94,7 @@ def test_an_interaction_of_three_layers_is_seen_by_orders_and_missed_by_the_quad
 def test_rows_of_two_tables_are_correlated_as_scipy_does():
     rng = np.random.default_rng(0)
     x, y = rng.integers(0, 5, (2, 20, 7)).astype(float)
-    np.testing.assert_allclose(spearman_by_row(x, y), [stats.spearmanr(a, b).statistic for a, b in zip(x, y, strict=True)])
+    np.testing.assert_allclose(rank_correlation(x, y), [stats.spearmanr(a, b).statistic for a, b in zip(x, y, strict=True)])
 
 
 # --- reliability and rows needed ---------------------------------------------------------------------------------------

@@ -26,7 +26,6 @@ from bitatlas.plan.calibration import (
     curvature_share,
     draw_plans,
     line,
-    rank_correlation,
 )
 from bitatlas.plan.expansion import Expansion
 from bitatlas.plan.refine import Change, Probe
@@ -36,6 +35,7 @@ from bitatlas.records.files import read_record, to_json
 from bitatlas.records.text import interval, number
 from bitatlas.report.html import html
 from bitatlas.report.markdown import markdown
+from bitatlas.stats.bootstrap import rank_correlation
 from report_cases import RECIPES, emptied
 
 ROWS = 12

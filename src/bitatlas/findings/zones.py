@@ -20,14 +20,12 @@ from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import replace
 
 import numpy as np
-from numpy.typing import NDArray
 
-from bitatlas.findings.shares import CRITICAL, FAILS, HOLDS, LIGHT, OPEN, SAFE, UNCERTAIN, LayerRows, Shares, shares_of
+from bitatlas.findings.shares import CRITICAL, FAILS, HOLDS, LIGHT, OPEN, SAFE, UNCERTAIN, Floats, LayerRows, Shares, shares_of
 from bitatlas.records import Finding, JointDamage, Layer, Measured, Module, Zone
 from bitatlas.records.text import interval, named_layers, number
 from bitatlas.stats.bootstrap import Blocks, independent, measured, percentile_interval, resample_means, standard_errors
 
-Floats = NDArray[np.float64]
 Cuts = list[tuple[int, int]]  # (first layer, last layer) of every zone
 
 MOST_ZONES = 5  # more than a reader keeps apart

@@ -16,11 +16,10 @@ from numpy.typing import NDArray
 
 from bitatlas.errors import UserError
 from bitatlas.plan.budget import costs_of
+from bitatlas.plan.knapsack import Ints
 from bitatlas.records import Budget, ModelInfo, Module
 from bitatlas.records.formats import FORMATS, Format, by_width, get_format
 from bitatlas.records.sizes import Unit
-
-Ints = NDArray[np.int64]
 
 RANDOM_PLANS = 20
 UNIFORM, FIRST_HIGH, LAST_HIGH, RANDOM = "uniform", "first layers high", "last layers high", "random"

@@ -14,16 +14,14 @@ from dataclasses import dataclass, replace
 from fractions import Fraction
 
 import numpy as np
-from numpy.typing import NDArray
 
 from bitatlas.errors import UserError
+from bitatlas.plan.knapsack import Ints
 from bitatlas.records import Budget, ModelInfo, Module
 from bitatlas.records.formats import Format, get_format, stored_bytes
 from bitatlas.records.plan import CacheLayers, MemoryShape, Workload
 from bitatlas.records.sizes import RANGE_DIGITS, Unit, dtype_bytes, parse_size, rounded_up, show_bytes, units_of
 from bitatlas.records.text import given
-
-Ints = NDArray[np.int64]
 
 EXACT_DIGITS = 20  # significant digits that show a number as it was given
 MEASURED = {"max_damage": "--max-damage", "protect": "--protect"}  # kinds whose size is sought, not given

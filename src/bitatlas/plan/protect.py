@@ -18,10 +18,9 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 import numpy as np
-from numpy.typing import NDArray
 
 from bitatlas.errors import UserError
-from bitatlas.plan.knapsack import total_cost
+from bitatlas.plan.knapsack import Ints, total_cost
 from bitatlas.plan.search import Candidate
 from bitatlas.records import Budget
 from bitatlas.records.text import given, number
@@ -32,7 +31,6 @@ STEPS = 6  # halvings of the range of sizes
 WALK = 5  # sizes between the widest format and the smallest candidate that are judged
 SPENT_ON_CHOOSING = 0.5  # of the margin: what a candidate may lose on the items that choose
 
-Ints = NDArray[np.int64]
 Outcomes = Mapping[str, np.ndarray]  # task -> right or wrong, bool [items]
 FindPlan = Callable[[int, Candidate], Candidate]  # (most that a plan may cost, the last plan) -> the best plan found
 ScoreTasks = Callable[[Ints, str], Outcomes]  # (choice, "choosing" or "judging") -> outcomes on those items

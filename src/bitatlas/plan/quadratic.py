@@ -24,9 +24,8 @@ from numpy.typing import NDArray
 
 from bitatlas.errors import UserError
 from bitatlas.plan.expansion import Floats, Quadratic
-from bitatlas.plan.knapsack import solve_knapsack, total_cost
+from bitatlas.plan.knapsack import Ints, solve_knapsack, total_cost
 
-Ints = NDArray[np.int64]
 Move = tuple[float, list[tuple[int, int]]]  # damage added; (unit, its new format) once or twice
 
 PAIRED = 100  # changes that are tried in pairs, at most: 100 x 100 pairs a step

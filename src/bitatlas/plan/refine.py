@@ -21,9 +21,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from bitatlas.plan.expansion import SHARES, Expansion, InterpolatedModel, Quadratic
+from bitatlas.plan.knapsack import Ints
 from bitatlas.plan.quadratic import nearest_plans, recentred, single_changes, solve_quadratic
 
-Ints = NDArray[np.int64]
 Change = tuple[int, int]  # unit, format
 Step = dict[str, Any]
 

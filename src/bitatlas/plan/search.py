@@ -11,11 +11,10 @@ from dataclasses import dataclass, field, replace
 from typing import Any
 
 import numpy as np
-from numpy.typing import NDArray
 
 from bitatlas.errors import UserError
 from bitatlas.plan.budget import costs_of
-from bitatlas.plan.knapsack import solve_knapsack, total_cost
+from bitatlas.plan.knapsack import Ints, solve_knapsack, total_cost
 from bitatlas.plan.refine import Probe, Refined, Step, refine
 from bitatlas.records import Budget, ModelInfo, Module
 from bitatlas.records.sizes import Unit, units_of
@@ -25,8 +24,6 @@ KNAPSACK = "certified knapsack on {}"
 REFINED = "quadratic models between the uniform ends, then rounds of {}"
 FIRST_STEP = 0.01  # of the range of sizes, below the smallest knapsack plan that is good enough
 SMALLER = 5  # limits that are tried below it, at most
-
-Ints = NDArray[np.int64]
 
 
 @dataclass(frozen=True)
