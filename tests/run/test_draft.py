@@ -30,7 +30,7 @@ def unmeasured(game: Planted) -> Probe:
     """The game's probe with the curvature in the place of swaps, as `sensitivity.probe.drafted` makes it."""
 
     def swaps(base: np.ndarray, changes: list[Change], split: str) -> Expanded:
-        return expanded(quadratic_model(game.curvature(base), keep=1.0), changes)
+        return expanded(quadratic_model(game.curvature(base), shrinkage=1.0), changes)
 
     return replace(game.probe(), swaps=swaps, rounds_of=CURVATURE)
 

@@ -53,40 +53,35 @@ class MarginTest:
 
 @dataclass(frozen=True)
 class ProtectedPlan:
-    """`found`: the plan. `next`: what the plan that ended the walk showed, None if all were held; `judged`: how many were."""
+    """`candidate`: the plan. `next`: what the plan that ended the walk showed, None if all were held; `judged`: how many were."""
 
-    found: Candidate
-    evidence: list[MarginTest]
+    candidate: Candidate
+    tests: list[MarginTest]
     next: list[MarginTest] | None
     judged: int
 
     @property
     def text(self) -> str:
-        """The sentence for the plan's verdict."""
-        return "; ".join(told(one) for one in self.evidence) + f" ({self.evidence[0].n} items that did not choose the plan)"
+        """Return the sentence for the plan's verdict."""
+        return "; ".join(map(margin_text, self.tests)) + f" ({self.tests[0].n} items that did not choose the plan)"
 
     def recorded(self) -> dict[str, Any]:
-        """For the plan's record."""
-        failed = None if self.next is None else [_plain(one) for one in self.next]
-        return {"held": [_plain(one) for one in self.evidence], "next_smaller": failed, "judged": self.judged}
+        """Return what the plan's record says, as JSON gives it back."""
+        held, failed = ([{**asdict(t), "ci90": list(t.ci90)} for t in tests] for tests in (self.tests, self.next or []))
+        return {"held": held, "next_smaller": None if self.next is None else failed, "judged": self.judged}
 
 
-def _plain(one: MarginTest) -> dict[str, Any]:
-    """As JSON gives it back."""
-    return {**asdict(one), "ci90": list(one.ci90)}
-
-
-def told(one: MarginTest) -> str:
-    low, high = (number(end, 1) for end in one.ci90)
-    said = within(one.margin_points) if one.held else f"{within(one.margin_points)} is not shown"
-    return f"{one.task}: {said}, {one.lost} of {one.n} lost, {one.gained} gained, 90% interval [{low}, {high}] points"
+def margin_text(test: MarginTest) -> str:
+    low, high = (number(end, 1) for end in test.ci90)
+    shown = within(test.margin_points) if test.held else f"{within(test.margin_points)} is not shown"
+    return f"{test.task}: {shown}, {test.lost} of {test.n} lost, {test.gained} gained, 90% interval [{low}, {high}] points"
 
 
 # --- refusals ----------------------------------------------------------------------------------------------------------
 
 
 def halves(n: int) -> tuple[slice, slice]:
-    """Of n items in order: those that choose, those that judge."""
+    """Return, of n items in order, those that choose and those that judge."""
     return slice(0, n // 2), slice(n // 2, n)
 
 
@@ -133,49 +128,53 @@ def find_protected(
     cost: Ints,
     margins: Mapping[str, float],
     widest: Candidate,
-    at: FindPlan,
+    find: FindPlan,
     score: ScoreTasks,
     reference: Mapping[str, Outcomes],
 ) -> ProtectedPlan:
-    """The smallest plan found that holds every task. cost: [units, formats]; `margins`: task -> points; `widest`: the widest format
-    everywhere; `reference`: part -> task -> outcomes. UserError where not even the widest is shown to hold them."""
-    smallest = _smallest(cost, margins, widest, at, score, reference[CHOOSING])
+    """Return the smallest plan found that holds every task.
+
+    cost: [units, formats]; `margins`: task -> points; `widest`: the widest format everywhere; `reference`: part -> task -> outcomes.
+    Raises UserError where not even the widest is shown to hold them.
+    """
+    smallest = _smallest(cost, margins, widest, find, score, reference[CHOOSING])
     held: tuple[Candidate, list[MarginTest]] | None = None
     failed: list[MarginTest] | None = None
     judged = 0
-    for found in _walk(cost, widest, smallest, at):
-        evidence = [_evidence(task, points, reference[JUDGING], score(found.choice, JUDGING)) for task, points in margins.items()]
+    for candidate in _walk(cost, widest, smallest, find):
+        right = score(candidate.choice, JUDGING)
+        tests = [_margin_test(task, points, reference[JUDGING][task], right[task]) for task, points in margins.items()]
         judged += 1
-        if not all(one.held for one in evidence):
-            failed = evidence
+        if not all(test.held for test in tests):
+            failed = tests
             break
-        held = found, evidence
+        held = candidate, tests
     if held is None:
         assert failed is not None
-        first = next(one for one in failed if not one.held)
+        first = next(test for test in failed if not test.held)
         raise UserError(
-            f"{protect_flag(first.task, first.margin_points)}: not even the widest of --formats everywhere is shown to hold it ({told(first)}); "
-            "add a wider format, give more items (--limit), or a larger margin"
+            f"{protect_flag(first.task, first.margin_points)}: not even the widest of --formats everywhere is shown to hold it "
+            f"({margin_text(first)}); add a wider format, give more items (--limit), or a larger margin"
         )
     return ProtectedPlan(*held, failed, judged)
 
 
 def _smallest(
-    cost: Ints, margins: Mapping[str, float], widest: Candidate, at: FindPlan, score: ScoreTasks, reference: Outcomes
+    cost: Ints, margins: Mapping[str, float], widest: Candidate, find: FindPlan, score: ScoreTasks, reference: Outcomes
 ) -> Candidate:
-    """The smallest plan found that loses little on the items that choose; the widest format where none does."""
+    """Return the smallest plan found that loses little on the items that choose; the widest format where none does."""
 
-    def promising(found: Candidate) -> bool:
-        right = score(found.choice, CHOOSING)
+    def promising(candidate: Candidate) -> bool:
+        right = score(candidate.choice, CHOOSING)
         loss = {task: 100 * float(np.mean(reference[task]) - np.mean(right[task])) for task in margins}
         return all(loss[task] <= SPENT_ON_CHOOSING * points for task, points in margins.items())
 
     least, most = int(cost.min(axis=1).sum()), total_cost(cost, widest.choice)
     best, limit = widest, least  # the narrowest format everywhere may do
     for _ in range(STEPS + 1):
-        found = at(limit, best)
-        if promising(found):
-            best, most = found, total_cost(cost, found.choice)
+        candidate = find(limit, best)
+        if promising(candidate):
+            best, most = candidate, total_cost(cost, candidate.choice)
         else:
             least = limit
         limit = (least + most) // 2
@@ -184,21 +183,21 @@ def _smallest(
     return best
 
 
-def _walk(cost: Ints, widest: Candidate, smallest: Candidate, at: FindPlan) -> Iterator[Candidate]:
-    """From the widest to the smallest, each found when it is its turn."""
+def _walk(cost: Ints, widest: Candidate, smallest: Candidate, find: FindPlan) -> Iterator[Candidate]:
+    """Yield plans from the widest to the smallest, each found when it is its turn."""
     yield widest
     last = widest
     for size in np.linspace(total_cost(cost, widest.choice), total_cost(cost, smallest.choice), WALK + 2)[1:-1]:
-        found = at(int(size), last)
-        if total_cost(cost, smallest.choice) < total_cost(cost, found.choice) < total_cost(cost, last.choice):
-            yield found
-            last = found
+        candidate = find(int(size), last)
+        if total_cost(cost, smallest.choice) < total_cost(cost, candidate.choice) < total_cost(cost, last.choice):
+            yield candidate
+            last = candidate
     if total_cost(cost, smallest.choice) < total_cost(cost, last.choice):
         yield smallest
 
 
-def _evidence(task: str, points: float, reference: Outcomes, right: Outcomes) -> MarginTest:
-    before, after = reference[task], right[task]
+def _margin_test(task: str, points: float, before: np.ndarray, after: np.ndarray) -> MarginTest:
+    """Return the test of "no loss within so many points". before, after: bool [items]"""
     lost, gained, n = int((before & ~after).sum()), int((~before & after).sum()), len(before)
     low, high = tango(lost, gained, n, 1 - 2 * ALPHA)
     p = no_loss_p(lost, gained, n, points / 100)

@@ -70,7 +70,7 @@ def _write(folder: Path, atlas: Atlas) -> None:
 
 def short_curve(run: Run, tools: PlannerHooks, most_critical: list[int], own: Plan) -> list[JudgedPlan]:
     """A few judged plans beside the survey's own, from small to large: knapsacks on the screens' scores, no random plans beside them."""
-    quick = replace(tools, probe=None, told=None)
+    quick = replace(tools, probe=None, on_step=None)
     judged = []
     for size in sizes_beside(own.size.total_bytes, *ends_of(run.subject)):
         run.reporter.say(f"also at {byte_size(size)}")

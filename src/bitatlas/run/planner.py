@@ -1,4 +1,4 @@
-"""The ways by which `planning.refine` reaches the model: curvature, measured swaps and measured plans, journaled and shown.
+"""The ways by which `plan.refine` reaches the model: curvature, measured swaps and measured plans, journaled and shown.
 
 `drafted` puts the curvature in the place of measured swaps: one pass with a few backwards for all changes, instead of a pass for each.
 """

@@ -1,4 +1,4 @@
-"""Plans that protect named tasks (`--protect svamp=1pp`), in a survey or from a finished one: the search of `planning.protect`, with a model.
+"""Plans that protect named tasks (`--protect svamp=1pp`), in a survey or from a finished one: the search of `plan.protect`, with a model.
 
 Candidates of a size are found like any plan. Where a protected task has items that are not scored, the one is taken that does the least
 damage on their text, else the one of the least damage on the select rows.
@@ -63,7 +63,7 @@ def protect_plan(run: Run, tools: PlannerHooks, most_critical: Sequence[int]) ->
 
     reference = {part: score(None, part) for part in (CHOOSING, JUDGING)}
     done = find_protected(cost, margins, _widest(cost, tools), at, score, reference)
-    judged = judge(subject, budget, done.found, run.measure, most_critical)
+    judged = judge(subject, budget, done.candidate, run.measure, most_critical)
     plan = judged.plan
     solver = {**plan.solver, "protect": {**done.recorded(), "chosen_on": chosen_on}}
     return replace(judged, plan=replace(plan, verdict=f"{plan.verdict}; {done.text}", solver=solver))
