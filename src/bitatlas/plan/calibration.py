@@ -6,9 +6,9 @@ from one swap to about as far as one step of the refinement goes.
 
 *The prediction.* With every single change measured on the fit rows around the base, and the curvature between each two of them,
 
-    damage(plan) = damage(base) + sum of the changes' own damages + kept x sum over pairs of changes of their curvature,
+    damage(plan) = damage(base) + sum of the changes' own damages + share x sum over pairs of changes of their curvature,
 
-`kept` being the share, 0..1, that explains `TRAINING` other random plans best, measured on the fit rows too. The curvature is that of the
+the share, 0..1, being the one that explains `TRAINING` other random plans best, measured on the fit rows too. The curvature is that of the
 base model's own predictions (Gauss-Newton); at a base that is far from the reference, and for steps this long, it overstates how changes add
 to each other, because damage saturates. Neither the select rows nor the plans that judge it are seen by the prediction.
 

@@ -13,7 +13,7 @@ ones is a lower bound all the same: the gap is reported, never assumed.
 Ties: of the plans of least damage the one of least cost; of those the first in lexicographic order of `choice`, that is the
 narrower format (lower column) for the earlier unit.
 
-Left out: interactions between units and trust regions (`refine`).
+Left out: interactions between units and trust regions (`plan.refine`).
 Sources: Kellerer, Pferschy & Pisinger, Knapsack Problems (2004), chapter 11; Dudzinski & Walukiewicz 1987 (bounds and dominance).
 """
 
@@ -57,7 +57,7 @@ class _Problem:
 
 
 def solve_knapsack(damage: NDArray, cost: NDArray, limit: int) -> KnapsackSolution:
-    """The assignment of least total damage whose cost is at most `limit`, never above it by one.
+    """Return the assignment of least total damage whose cost is at most `limit`, never above it by one.
 
     damage: [units, formats], finite, may be negative, any unit (nats/token); cost: [units, formats], whole numbers.
     Raises UserError where nothing is that small, ValueError for wrong shapes or numbers that are not finite.
@@ -77,7 +77,7 @@ def solve_knapsack(damage: NDArray, cost: NDArray, limit: int) -> KnapsackSoluti
 
 
 def total_cost(cost: NDArray, choice: Ints | Sequence[int]) -> int:
-    """What a choice costs in all. cost: [units, formats], choice: [units]."""
+    """Return what a choice costs in all. cost: [units, formats], choice: [units]."""
     return int(_picked(cost, choice).sum())
 
 
@@ -98,7 +98,7 @@ def _checked(damage: NDArray, cost: NDArray) -> tuple[Floats, Ints]:
 
 
 def _whole(damage: Floats) -> tuple[Ints, int]:
-    """damage times 2**shift, rounded: the finest power of two at which no sum overflows. A power of two changes no digit."""
+    """Return damage times 2**shift, rounded: the finest power of two at which no sum overflows. A power of two changes no digit."""
     largest = float(np.abs(damage).max(axis=1).sum())
     shift = DAMAGE_BITS - 1 - math.frexp(largest)[1] if largest > 0 else 0
     return np.rint(np.ldexp(damage, shift)).astype(np.int64), shift
@@ -122,9 +122,9 @@ def _solve(problem: _Problem) -> tuple[Ints, float | None]:
     for width in WIDTHS:
         known = total_cost(problem.value, best)
         width = max(WIDTHS[1], min(width, STATES_IN_ALL // len(best))) if width > WIDTHS[1] else width
-        found, dropped = _programme(problem, price, known, width)
-        if found is not None and total_cost(problem.value, found) <= known:  # as good: first by the rule for ties
-            best = found
+        choice, dropped = _programme(problem, price, known, width)
+        if choice is not None and total_cost(problem.value, choice) <= known:  # as good: first by the rule for ties
+            best = choice
         if dropped is None:
             return best, None
         bound = dropped
@@ -132,14 +132,14 @@ def _solve(problem: _Problem) -> tuple[Ints, float | None]:
 
 
 def _least_each(first: NDArray, second: NDArray) -> Ints:
-    """Per unit the column of least `first`, among equals of least `second`, among equals the lowest. [units]"""
+    """Return per unit the column of least `first`, among equals of least `second`, among equals the lowest. [units]"""
     tied = first == first.min(axis=1, keepdims=True)
     worst = second.max(axis=1, keepdims=True) + 1
     return np.where(tied, second, worst).argmin(axis=1)
 
 
 def _multiplier(problem: _Problem) -> tuple[float, Ints, Ints]:
-    """The price of weight at which the relaxation is tightest, and the two plans on either side of the limit there.
+    """Return the price of weight at which the relaxation is tightest, and the two plans on either side of the limit there.
 
     Secant steps on the lower hull of all (weight, value) sums: each step finds the plan lowest in the direction of the line
     through the present two, until there is none below it.
@@ -162,7 +162,7 @@ def _multiplier(problem: _Problem) -> tuple[float, Ints, Ints]:
 
 
 def _rounded(problem: _Problem, fits: Ints, over: Ints) -> Ints:
-    """A good plan: from `fits` towards `over`, largest steps first, then whatever still fits. [units]"""
+    """Return a good plan: from `fits` towards `over`, largest steps first, then whatever still fits. [units]"""
     units = np.arange(len(fits))
     choice = fits.copy()
     slack = problem.limit - total_cost(problem.weight, choice)
@@ -211,7 +211,7 @@ def _programme(problem: _Problem, price: float, known: int, width: int) -> tuple
 
 
 def _undominated(keep: Ints, weight: Ints, value: Ints, order: Ints) -> Ints:
-    """The states (indices `keep`) that are not matched by a lighter and better one, by weight; of equal ones the first by `order`."""
+    """Return the states (indices `keep`) that are not matched by a lighter and better one, by weight; of equal ones the first by `order`."""
     ranked = keep[np.lexsort((order[keep], value[keep], weight[keep]))]
     values = value[ranked]
     lowest = np.minimum.accumulate(values)
@@ -219,7 +219,7 @@ def _undominated(keep: Ints, weight: Ints, value: Ints, order: Ints) -> Ints:
 
 
 def _for_room(keep: Ints, bound: Floats, width: int) -> tuple[Ints, float]:
-    """Half the room for the least bounds, half spread over the weights: closely tied bounds must not crowd out either end."""
+    """Choose half the room for the least bounds, half spread over the weights: closely tied bounds must not crowd out either end."""
     chosen = np.zeros(len(keep), dtype=bool)
     chosen[np.argsort(bound, kind="stable")[: width // 2]] = True
     chosen[np.linspace(0, len(keep) - 1, width // 2).astype(np.int64)] = True
