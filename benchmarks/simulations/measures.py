@@ -62,16 +62,16 @@ def sentences(curve: Curve, layers: int, seed: int) -> list[Finding]:
     mean, resampled = whole.mean(axis=0), resample_means(whole, 200)  # fewer than in a survey: only signs of intervals count
     shares = Shares(rows, mean[:-1], resampled[:, :-1], float(mean[-1]), resampled[:, -1])
     measures = {name: curve(layers, rng) for name in MEASURES[:-1]} | {"depth": np.arange(layers, dtype=float)}
-    found = layer_correlations(measures, shares)
-    return [*marking_rules(found, shares), *measure_findings(found, RULED)]
+    correlated = layer_correlations(measures, shares)
+    return [*marking_rules(correlated, shares), *measure_findings(correlated, RULED)]
 
 
 def _said(curve: Curve, layers: int, claim: str) -> Callable[[int], bool]:
-    return lambda seed: any(one.verdict == HOLDS for one in sentences(curve, layers, seed) if claim in one.claim)
+    return lambda seed: any(finding.verdict == HOLDS for finding in sentences(curve, layers, seed) if claim in finding.claim)
 
 
 def _any(curve: Curve, layers: int) -> Callable[[int], bool]:
-    return lambda seed: any(one.verdict in (HOLDS, FAILS) for one in sentences(curve, layers, seed))
+    return lambda seed: any(finding.verdict in (HOLDS, FAILS) for finding in sentences(curve, layers, seed))
 
 
 # --- weights near 0 ----------------------------------------------------------------------------------------------------
@@ -80,15 +80,15 @@ def _any(curve: Curve, layers: int) -> Callable[[int], bool]:
 def _gaussian_layers(seed: int) -> list[WeightProfile]:
     generator = torch.Generator().manual_seed(seed)
     modules = [Module(f"m{layer}", layer, "m", (64, 256), f"m{layer}") for layer in range(8)]
-    return [weight_profile(one, torch.randn(one.shape, generator=generator), {}) for one in modules]
+    return [weight_profile(module, torch.randn(module.shape, generator=generator), {}) for module in modules]
 
 
 def _sparse_rule(seed: int) -> bool:
     profiles = _gaussian_layers(seed)
     shares: Shares = shares_of(rows_of(np.ones(8), 32, seed))
-    measures = {"sparsity": np.array([one.sparsity for one in profiles])}
-    found = layer_correlations(measures, shares, untested_sparsity(sparsity_of(profiles, 8)))
-    return any(one.verdict in (HOLDS, FAILS) for one in marking_rules(found, shares))
+    measures = {"sparsity": np.array([profile.sparsity for profile in profiles])}
+    correlated = layer_correlations(measures, shares, untested_sparsity(sparsity_of(profiles, 8)))
+    return any(finding.verdict in (HOLDS, FAILS) for finding in marking_rules(correlated, shares))
 
 
 def _sparse_claim(times: float, verdict: str) -> Callable[[int], bool]:

@@ -130,7 +130,7 @@ def kind_missed(make: Callable[[np.random.Generator], Game], seed: int) -> bool:
 def called(words: set[str], seed: int) -> bool:
     """Is any layer called one of `words`, where all are as harmful as their size?"""
     rows, _ = play(equal_saturating, seed)
-    return any(one.verdict in words for one in layer_records(rows, GENEROUS, seed=seed))
+    return any(layer.verdict in words for layer in layer_records(rows, GENEROUS, seed=seed))
 
 
 def safe_at_the_tolerance(seed: int) -> bool:
@@ -172,8 +172,8 @@ def adds_up(seed: int) -> bool:
     rng = np.random.default_rng(seed)
     rows = additive(np.full(LAYERS, 0.02), rng)
     extra = rows.whole * (GOOD_FIT + 0.2 * rng.standard_normal(ROWS)) / LAYERS  # [rows], of each layer
-    told = LayerRows(rows.high, rows.low, rows.lowered + 2 * extra, rows.raised, rows.weights)
-    return _fit_finding(misfit(told, seed)).verdict == "holds"
+    misfitting = LayerRows(rows.high, rows.low, rows.lowered + 2 * extra, rows.raised, rows.weights)
+    return _fit_finding(misfit(misfitting, seed)).verdict == "holds"
 
 
 def ranks_agree(seed: int) -> bool:
@@ -193,8 +193,8 @@ def order_is_stable(seed: int) -> bool:
     """Layers differ by less than what another survey of as many rows would move them."""
     rng = np.random.default_rng(seed)
     rows = additive(0.02 * (1 + 0.05 * rng.standard_normal(LAYERS)), rng)
-    (told,) = reliability_findings(rows, layer_records(rows, GENEROUS, seed=seed), seed)
-    return told.verdict == "holds"
+    (finding,) = reliability_findings(rows, layer_records(rows, GENEROUS, seed=seed), seed)
+    return finding.verdict == "holds"
 
 
 SHARE, CRITICALITY = "share of the damage of a layer [95 % interval]", "criticality of a kind of module [95 % interval]"

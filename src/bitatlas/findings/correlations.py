@@ -73,7 +73,7 @@ def layer_measures(
 
 @lru_cache(maxsize=8)
 def _shapes(layers: int) -> Floats:
-    """[layers - 1, layers], orthonormal and each of mean 0: a line, an arc, then cosines of growing frequency."""
+    """Return [layers - 1, layers], orthonormal and each of mean 0: a line, an arc, then cosines of growing frequency."""
     depth = np.linspace(-1, 1, layers)
     polynomials = [depth**degree for degree in range(min(3, layers))]
     waves = dct(np.eye(layers), norm="ortho", axis=0)[3:]
@@ -82,7 +82,7 @@ def _shapes(layers: int) -> Floats:
 
 @lru_cache(maxsize=8)
 def _signs(layers: int, seed: int) -> Floats:
-    """[draws, layers - 1] of 1 and -1; all choices of few. The first is never turned: turning all of them changes no size."""
+    """Return [draws, layers - 1] of 1 and -1; all choices of few. The first is never turned: turning all of them changes no size."""
     if layers <= MOST_EXACT:
         choices = np.arange(2 ** (layers - 2))
         turned = (choices[:, None] >> np.arange(layers - 2)) & 1
@@ -213,7 +213,7 @@ def _point(threshold: float, below: float, weights: int) -> SparsityPoint:
 
 
 def _between(below: np.ndarray, sizes: np.ndarray) -> tuple[float, float]:
-    """(chi-squared p, spread relative to the mean) of shares of layers; below, sizes: weights, [layers]."""
+    """Return (chi-squared p, spread relative to the mean) of shares of layers; below, sizes: weights, [layers]."""
     whole = float(sizes.sum())
     mean = float(below.sum()) / whole
     if len(sizes) < 2 or not 0 < mean < 1:

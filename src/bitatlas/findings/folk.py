@@ -41,8 +41,8 @@ def folk_findings(shares: Shares, tolerance: float) -> list[Finding]:
     return [early_is_safe(shares, tolerance), late_is_critical(shares), ends_matter_most(shares)]
 
 
-def _not_tested(claim: str, why: str, topic: str = "folk") -> Finding:
-    return Finding(topic, claim, OPEN, f"Not tested: {why}.")
+def _not_tested(claim: str, reason: str, topic: str = "folk") -> Finding:
+    return Finding(topic, claim, OPEN, f"Not tested: {reason}.")
 
 
 def _tested(shares: Shares, claim: str, verdict: str, text: str, effect: Measured, p: float) -> Finding:
@@ -101,8 +101,8 @@ def early_is_safe(shares: Shares, tolerance: float) -> Finding:
     one layer), and lowering the whole first half adds no more than the tolerance (sum of its Shapley values). Fails where either is on
     the other side. An odd middle layer belongs to neither half.
     """
-    if why := _unfit(shares, 4):
-        return _not_tested(EARLY, why)
+    if reason := _unfit(shares, 4):
+        return _not_tested(EARLY, reason)
     half = shares.rows.layers // 2
     first, second = list(range(half)), list(range(shares.rows.layers - half, shares.rows.layers))
     effect, resampled = criticality_difference(shares, first, second)
@@ -136,8 +136,8 @@ def _worst(shares: Shares, layers: Sequence[int]) -> str:
 
 def late_is_critical(shares: Shares) -> Finding:
     """Test that pooled criticality of the last third of the layers is above 1; of all others then below 1, also without any one layer."""
-    if why := _unfit(shares, 6):
-        return _not_tested(LATE, why)
+    if reason := _unfit(shares, 6):
+        return _not_tested(LATE, reason)
     layers = shares.rows.layers
     last, others = list(range(layers - layers // 3, layers)), list(range(layers - layers // 3))
     mean, resampled = shares.criticality(last)
@@ -157,8 +157,8 @@ def late_is_critical(shares: Shares) -> Finding:
 
 def ends_matter_most(shares: Shares) -> Finding:
     """Test the less critical one of the first and the last layer minus the most critical one between: above 0."""
-    if why := _unfit(shares, 3):
-        return _not_tested(ENDS, why)
+    if reason := _unfit(shares, 3):
+        return _not_tested(ENDS, reason)
     last = shares.rows.layers - 1
     inner = list(range(1, last))
     effect, p = least_minus_greatest(shares, [[0], [last]], [[layer] for layer in inner])
@@ -213,8 +213,8 @@ def _marks(claim: str, name: str, wanted: int, family: Mapping[str, Correlation]
     if name not in family:
         return _not_tested(claim, f"{name} was not measured or is the same everywhere")
     result = family[name]
-    if why := _unfit(shares, 4) or result.not_tested:
-        return _not_tested(claim, why)
+    if reason := _unfit(shares, 4) or result.not_tested:
+        return _not_tested(claim, reason)
     assert result.q_value is not None
     effect = shares.rows.record(result.rho, result.ci95, "rank correlation")
     sign = significant_sign(result)

@@ -143,7 +143,7 @@ def _screen_factor(p: float, q: float) -> float:
 
 
 # --- shapley check ---------------------------------------------------------------------------------------------------------
-
+#
 # Are the quadratic shares right? Those of the quadratic model against sampled orders of the layers, on the same rows.
 #
 # Every pair of an order and its reverse gives one estimate of each layer's Shapley value without any model of the damage; their mean is
@@ -215,7 +215,7 @@ def shapley_findings(check: ShapleyCheck | None) -> list[Finding]:
 
 
 # --- prediction ------------------------------------------------------------------------------------------------------------
-
+#
 # Does the prediction of damage hold around the plan? A word, and the sentence that carries the numbers.
 #
 # *Holds*: rank correlation of at least 0.95 whose interval stays above 0.90. *Does not hold*: the whole interval is below 0.95.

@@ -97,7 +97,7 @@ class LayerRows:
 
     @cached_property
     def independent(self) -> float:
-        """How many independent rows or blocks of rows there are; less than 2 tell nothing of spread."""
+        """Return how many independent rows or blocks of rows there are; less than 2 tell nothing of spread."""
         return independent(self.rows, self.blocks)
 
     @property
@@ -147,7 +147,7 @@ class Shares:
 
     @cached_property
     def defined(self) -> bool:
-        """Whether there is a damage to share: its interval lies above 0."""
+        """Return whether there is a damage to share: its interval lies above 0."""
         low, _ = percentile_interval(self.whole_resampled, self.rows.independent)
         return bool(low > 0)
 

@@ -42,21 +42,21 @@ def task_damages(texts: Mapping[str, TaskRows], general: LayerRows | None, seed:
     """
     of_tasks = {task: shares_of(rows, seed + 1) for task, (_, rows) in texts.items()}  # other draws than the general text's
     of_general = None if general is None else shares_of(general, seed)
-    p = [_welch_p(own, of_general, layer) for own in of_tasks.values() for layer in range(own.rows.layers)]
+    p = [_welch_p(on_task, of_general, layer) for on_task in of_tasks.values() for layer in range(on_task.rows.layers)]
     q = iter(benjamini_hochberg(p)) if p else iter(())
     return [
         TaskDamage(
             task=task,
             uniform={
-                name: measured(values, "nats/token", f"uniform:{name}", own.rows.split, seed)
+                name: measured(values, "nats/token", f"uniform:{name}", on_task.rows.split, seed)
                 for name, values in texts[task][0].items()
             },
-            criticality=_criticality(own),
-            q_values=[float(next(q)) for _ in range(own.rows.layers)],
-            agreement=_agreement(own, of_general) if of_general and _comparable(own, of_general) else None,
+            criticality=_criticality(on_task),
+            q_values=[float(next(q)) for _ in range(on_task.rows.layers)],
+            agreement=_agreement(on_task, of_general) if of_general and _comparable(on_task, of_general) else None,
             general=_criticality(of_general) if of_general else [],
         )
-        for task, own in of_tasks.items()
+        for task, on_task in of_tasks.items()
     ]
 
 
@@ -64,16 +64,16 @@ def _criticality(shares: Shares) -> list[Measured]:
     return [shares.record(*shares.criticality([layer]), "ratio") for layer in range(shares.rows.layers)]
 
 
-def _comparable(own: Shares, general: Shares) -> bool:
-    return own.defined and general.defined and own.rows.layers > 2
+def _comparable(on_task: Shares, general: Shares) -> bool:
+    return on_task.defined and general.defined and on_task.rows.layers > 2
 
 
-def _welch_p(own: Shares, general: Shares | None, layer: int) -> float:
+def _welch_p(on_task: Shares, general: Shares | None, layer: int) -> float:
     """Return the two-sided p of "the layer is as critical on both texts"."""
-    if general is None or not own.defined or not general.defined:
+    if general is None or not on_task.defined or not general.defined:
         return 1.0
     means, variances, free = [], [], []
-    for shares in (own, general):
+    for shares in (on_task, general):
         mean, resampled = shares.criticality([layer])
         rows = shares.rows.independent
         means.append(mean)
@@ -86,13 +86,13 @@ def _welch_p(own: Shares, general: Shares | None, layer: int) -> float:
     return float(2 * stats.t.sf(abs(means[0] - means[1]) / math.sqrt(total), degrees))
 
 
-def _agreement(own: Shares, general: Shares) -> Correlation:
+def _agreement(on_task: Shares, general: Shares) -> Correlation:
     """Return Spearman's rank correlation of damage per weight on both texts."""
-    weights = own.rows.weights
-    rho = rank_correlation(own.mean / weights, general.mean / weights)
-    resampled = rank_correlation(own.resampled / weights, general.resampled / weights)
-    ends = interval_ends(resampled, min(own.rows.independent, general.rows.independent))
-    return Correlation(AGREEMENT, float(rho), ends, own.rows.layers)
+    weights = on_task.rows.weights
+    rho = rank_correlation(on_task.mean / weights, general.mean / weights)
+    resampled = rank_correlation(on_task.resampled / weights, general.resampled / weights)
+    ends = interval_ends(resampled, min(on_task.rows.independent, general.rows.independent))
+    return Correlation(AGREEMENT, float(rho), ends, on_task.rows.layers)
 
 
 def differing(record: TaskDamage) -> list[int]:

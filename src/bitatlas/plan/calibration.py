@@ -165,10 +165,10 @@ def calibration(
     true = np.array([point.measured.mean for point in points])
     n = len(true)
     draws = np.random.default_rng(seed).integers(n, size=(RESAMPLES, n))  # [resamples, plans], drawn with replacement
-    ours = predicted[PREDICTION]
-    slope, intercept = line(ours, true)
-    slopes, intercepts = line(ours[draws], true[draws])
-    errors = np.abs(ours - true) / np.maximum(np.abs(true), LEAST)
+    values = predicted[PREDICTION]
+    slope, intercept = line(values, true)
+    slopes, intercepts = line(values[draws], true[draws])
+    errors = np.abs(values - true) / np.maximum(np.abs(true), LEAST)
 
     def number(value: float, resampled: Floats, unit: str) -> Measured:
         return Measured(float(value), interval_ends(resampled, n), unit, "plan", "plans around it", n)

@@ -167,30 +167,30 @@ def verdict_on_plan(
     sizes: Mapping[str, int] | None = None,
 ) -> PlanVerdict:
     """Compare damage on the same test rows, nats/token. plan: [rows]; others: name -> [rows]; blocks: [rows]; sizes: bytes by name, "plan" among them."""
-    ours = np.asarray(plan, dtype=np.float64)
+    plan_rows = np.asarray(plan, dtype=np.float64)
     rows = {name: np.asarray(values, dtype=np.float64) for name, values in others.items()}
 
     def record(values: np.ndarray, base: str) -> Measured:
         return measured(values, UNIT, base, "test", seed, blocks)
 
-    damage = record(ours, PLAN)
-    compared = [Comparison(name, record(values, name), record(ours - values, PLAN)) for name, values in rows.items()]
-    rivals = [rival for rival in compared if not np.array_equal(rows[rival.name], ours)]
+    damage = record(plan_rows, PLAN)
+    compared = [Comparison(name, record(values, name), record(plan_rows - values, PLAN)) for name, values in rows.items()]
+    rivals = [rival for rival in compared if not np.array_equal(rows[rival.name], plan_rows)]
     least = min(rivals, key=lambda rival: rival.damage.mean, default=None)
     winner = least.name if least is not None and least.difference.mean > 0 else PLAN
-    standing = _standing(ours, [rows[rival.name] for rival in rivals], rivals, seed, blocks)
+    standing = _standing(plan_rows, [rows[rival.name] for rival in rivals], rivals, seed, blocks)
     recommended = standing == BETTER or (standing == NO_WORSE and _smallest(rivals, sizes))
     text = _worse_text(damage, rivals, winner) if standing == WORSE else _text(damage, compared, rivals, standing, recommended)
     return PlanVerdict(damage, compared, standing, recommended, winner, text)
 
 
-def _standing(ours: np.ndarray, values: list[np.ndarray], rivals: list[Comparison], seed: int, blocks: Blocks) -> str:
+def _standing(plan_rows: np.ndarray, values: list[np.ndarray], rivals: list[Comparison], seed: int, blocks: Blocks) -> str:
     if not rivals:
         return NO_WORSE
     if all(rival.relation == "beats" for rival in rivals):
         return BETTER
-    resampled = resample_means(ours[:, None] - np.stack(values, axis=1), seed=seed, blocks=blocks)  # [resamples, rivals]
-    low, _ = percentile_interval(resampled, independent(len(ours), blocks), 1 - LEVEL / len(rivals))
+    resampled = resample_means(plan_rows[:, None] - np.stack(values, axis=1), seed=seed, blocks=blocks)  # [resamples, rivals]
+    low, _ = percentile_interval(resampled, independent(len(plan_rows), blocks), 1 - LEVEL / len(rivals))
     return WORSE if (low > 0).any() else NO_WORSE
 
 

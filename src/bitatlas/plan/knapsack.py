@@ -112,7 +112,7 @@ def _picked(table: NDArray, choice: Ints | Sequence[int]) -> NDArray:
 
 
 def _solve(problem: _Problem) -> tuple[Ints, float | None]:
-    """(choice [units], lower bound on the value; None: the choice is proven optimal)."""
+    """Return (choice [units], lower bound on the value; None: the choice is proven optimal)."""
     best = _least_each(problem.value, problem.weight)
     if total_cost(problem.weight, best) <= problem.limit:
         return best, None
@@ -179,7 +179,7 @@ def _rounded(problem: _Problem, fits: Ints, over: Ints) -> Ints:
 
 
 def _programme(problem: _Problem, price: float, known: int, width: int) -> tuple[Ints | None, float | None]:
-    """One pass over the units with at most `width` states.
+    """Make one pass over the units with at most `width` states.
 
     Returns (best choice [units], None where no state is left; least bound among the states dropped for room, None where none was). States are in order of weight, so their values fall.
     """

@@ -111,6 +111,7 @@ class _Search:
         self.tenure = TENURE + min(self.units // 10, 10)
 
     def run(self, start: Ints) -> Ints:
+        """Return the best plan on the way from `start`."""
         choice, best = start.copy(), start.copy()
         field = _field(self.problem, choice)
         value = lowest = self.problem.value(choice)
