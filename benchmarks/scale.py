@@ -84,7 +84,7 @@ def measure(folder: Path, point: dict[str, Any]) -> dict[str, Any]:
     from bitatlas.measure.damage import DamageMeter
     from bitatlas.measure.memory_need import peak_bytes
     from bitatlas.model.checkpoint import open_checkpoint
-    from bitatlas.plan.expansion import quadratic
+    from bitatlas.plan.expansion import quadratic_model
     from bitatlas.plan.quadratic import solve_quadratic
     from bitatlas.quantize.bank import Bank
     from bitatlas.records.formats import FORMATS as TABLE
@@ -117,7 +117,7 @@ def measure(folder: Path, point: dict[str, Any]) -> dict[str, Any]:
     cost = np.array(
         [[sum(stored_bytes(m.shape, TABLE[f]) for m in checkpoint.modules if m.unit == u) for f in formats] for u in units]
     )
-    solve_quadratic(quadratic(found), cost, int(cost.mean(1).sum()), bounded=False)
+    solve_quadratic(quadratic_model(found), cost, int(cost.mean(1).sum()), bounded=False)
     seconds["plan"] = clock.lap()
     shapes = [list(m.shape) for m in checkpoint.modules if m.layer == 0]
     return {

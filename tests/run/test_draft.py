@@ -11,9 +11,9 @@ import numpy as np
 import pytest
 
 from bitatlas.errors import UserError
-from bitatlas.plan.expansion import quadratic
+from bitatlas.plan.expansion import quadratic_model
 from bitatlas.plan.refine import Change, Probe, refine
-from bitatlas.plan.search import Tools, search
+from bitatlas.plan.search import PlannerHooks, search
 from bitatlas.records import Budget, Plan
 from bitatlas.records.files import read_record
 from bitatlas.run.options import VerifyOptions
@@ -30,7 +30,7 @@ def unmeasured(game: Planted) -> Probe:
     """The game's probe with the curvature in the place of swaps, as `sensitivity.probe.drafted` makes it."""
 
     def swaps(base: np.ndarray, changes: list[Change], split: str) -> Expanded:
-        return expanded(quadratic(game.curvature(base), keep=1.0), changes)
+        return expanded(quadratic_model(game.curvature(base), shrinkage=1.0), changes)
 
     return replace(game.probe(), swaps=swaps, rounds_of=CURVATURE)
 
@@ -46,7 +46,7 @@ def test_where_damage_is_quadratic_a_draft_is_the_plan_of_measured_swaps(seed: i
 @pytest.mark.parametrize("budget", [Budget("code_bits", 2.5), Budget("code_bits", 3.6), Budget("max_damage", 1.0)])
 def test_budgets_are_kept_and_the_record_says_what_it_is(budget: Budget):
     game = Planted(UNITS, seed=5, cubic=0.02)
-    tools = Tools(replace(scores_of(game), source=SOURCE), game.damage, unmeasured(game), effort="draft")
+    tools = PlannerHooks(replace(scores_of(game), source=SOURCE), game.damage, unmeasured(game), effort="draft")
     found = search(SUBJECT, budget, tools)
     assert found.selected == game.of(found.choice)
     if budget.kind == "code_bits":

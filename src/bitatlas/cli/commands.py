@@ -17,7 +17,7 @@ def plan(options: PlanOptions, as_json: Json = False) -> None:
     Or the whole --curve, measured.
     """
     from bitatlas.cli.show import print_plan, show_plan
-    from bitatlas.plan.budget import own_context_text
+    from bitatlas.plan.budget import default_context_text
     from bitatlas.plan.judge import replan, write_plan
     from bitatlas.progress import Reporter
     from bitatlas.run.protect import protect_folder
@@ -41,7 +41,7 @@ def plan(options: PlanOptions, as_json: Json = False) -> None:
         print_plan(result, file)
         return
     if result.budget.workload and options.context is None:
-        print(own_context_text(result.budget.workload))
+        print(default_context_text(result.budget.workload))
     show_plan(result)
     print(file)
 

@@ -12,14 +12,13 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 import numpy as np
-from numpy.typing import NDArray
 
-from bitatlas.findings.shares import FAILS, HOLDS, OPEN
+from bitatlas.findings.shares import FAILS, HOLDS, OPEN, Floats
 from bitatlas.records import Ablation, Finding, Measured
 from bitatlas.records.text import interval, number
-from bitatlas.stats.bootstrap import RESAMPLES, percentile_interval
+from bitatlas.stats.bootstrap import RESAMPLES, interval_ends
 
-if TYPE_CHECKING:
+if TYPE_CHECKING:  # the module itself needs torch, which this package does without
     from bitatlas.measure.attention.ablation import Removal
 
 ROWS = "repeated random tokens"
@@ -27,77 +26,73 @@ RARE = 0.05  # a random set that does as much, counted with the named heads as o
 NAMED = 6  # heads in a sentence
 SECOND = 1  # half of a sequence, on the last axis of the losses
 
-Floats = NDArray[np.float64]
 
-
-def ablation_record(found: Removal, seed: int = 0) -> Ablation:
-    """From losses by sequence to the record; where nothing was tested, only the heads and the reason."""
-    heads = [list(head) for head in found.heads]
-    if found.not_tested:
-        return Ablation(found.role, heads, not_tested=found.not_tested)
-    second = found.intact[:, SECOND]
-    own = found.removed[:, SECOND] - second  # [sequences]
-    others = found.random[..., SECOND] - second  # [draws, sequences]
+def ablation_record(removal: Removal, seed: int = 0) -> Ablation:
+    """Return the record of losses by sequence; where nothing was tested, only the heads and the reason."""
+    heads = [list(head) for head in removal.heads]
+    if removal.not_tested:
+        return Ablation(removal.role, heads, not_tested=removal.not_tested)
+    second = removal.intact[:, SECOND]
+    named = removal.removed[:, SECOND] - second  # [sequences]
+    others = removal.random[..., SECOND] - second  # [draws, sequences]
     draws, sequences = others.shape
     rng = np.random.default_rng(seed)
     of_rows = rng.multinomial(sequences, np.full(sequences, 1 / sequences), RESAMPLES) / sequences  # [resamples, sequences]
     of_draws = rng.multinomial(draws, np.full(draws, 1 / draws), RESAMPLES) / draws
-    if found.every_draw:
+    if removal.every_draw:
         of_draws = np.full_like(of_draws, 1 / draws)
-    added = of_rows @ own
+    added = of_rows @ named
     by_chance = ((of_draws @ others) * of_rows).sum(axis=1)
-    n = sequences if found.every_draw else min(sequences, draws)
+    n = sequences if removal.every_draw else min(sequences, draws)
 
     def record(value: float, resampled: Floats, count: int) -> Measured:
-        low, high = percentile_interval(resampled, count)
-        ends = (float(low), float(high)) if count > 1 else None
-        return Measured(float(value), ends, "nats/token", "reference", ROWS, sequences)
+        return Measured(float(value), interval_ends(resampled, count), "nats/token", "reference", ROWS, sequences)
 
     return Ablation(
-        role=found.role,
+        role=removal.role,
         heads=heads,
         draws=draws,
-        as_harmful=int((others.mean(axis=1) >= own.mean()).sum()),
-        first_half=record(found.intact[:, 0].mean(), of_rows @ found.intact[:, 0], sequences),
+        as_harmful=int((others.mean(axis=1) >= named.mean()).sum()),
+        first_half=record(removal.intact[:, 0].mean(), of_rows @ removal.intact[:, 0], sequences),
         second_half=record(second.mean(), of_rows @ second, sequences),
-        added=record(own.mean(), added, sequences),
+        added=record(named.mean(), added, sequences),
         added_by_chance=record(others.mean(), by_chance, n),
-        effect=record(own.mean() - others.mean(), added - by_chance, n),
+        effect=record(named.mean() - others.mean(), added - by_chance, n),
     )
 
 
-def ablation_findings(found: Sequence[Ablation]) -> list[Finding]:
-    """One statement a role; none where no attention was read."""
-    return [_finding(one) for one in found]
+def ablation_findings(ablations: Sequence[Ablation]) -> list[Finding]:
+    """Return one statement a role; none where no attention was read."""
+    return [_finding(ablation) for ablation in ablations]
 
 
-def _finding(one: Ablation) -> Finding:
-    claim = f"removing the heads called {one.role} hurts repetition more than removing random heads"
-    if one.effect is None or one.added is None:
-        return Finding("attention", claim, OPEN, f"Not tested: {one.not_tested}.")
-    many = len(one.heads) > 1
-    heads = f"{len(one.heads)} heads" if many else "1 head"
+def _finding(ablation: Ablation) -> Finding:
+    claim = f"removing the heads called {ablation.role} hurts repetition more than removing random heads"
+    if ablation.effect is None or ablation.added is None:
+        return Finding("attention", claim, OPEN, f"Not tested: {ablation.not_tested}.")
+    many = len(ablation.heads) > 1
+    heads = f"{len(ablation.heads)} heads" if many else "1 head"
     text = (
-        f"Predicting the second half of a random block of tokens twice costs {interval(one.second_half, unit=True)} (the first half: "
-        f"{interval(one.first_half)}). Without the {heads} called {one.role} ({head_names(one.heads)}) it costs "
-        f"{interval(one.added, unit=True)} more, without {len(one.heads)} random other{'s' if many else ''} {interval(one.added_by_chance)} "
-        f"({one.as_harmful} of {one.draws} random {'sets do' if many else 'heads do'} at least as much). "
-        f"Difference: {interval(one.effect, unit=True)}."
+        f"Predicting the second half of a random block of tokens twice costs {interval(ablation.second_half, unit=True)} (the first half: "
+        f"{interval(ablation.first_half)}). Without the {heads} called {ablation.role} ({head_names(ablation.heads)}) it costs "
+        f"{interval(ablation.added, unit=True)} more, without {len(ablation.heads)} random other{'s' if many else ''} {interval(ablation.added_by_chance)} "
+        f"({ablation.as_harmful} of {ablation.draws} random {'sets do' if many else 'heads do'} at least as much). "
+        f"Difference: {interval(ablation.effect, unit=True)}."
     )
-    return Finding("attention", claim, verdict_of(one), text, one.effect)
+    return Finding("attention", claim, ablation_verdict(ablation), text, ablation.effect)
 
 
-def verdict_of(one: Ablation) -> str:
-    """Holds where the whole interval is above 0 and few random sets do as much, does not hold where the interval is below."""
-    if one.effect is None or one.effect.ci95 is None:
+def ablation_verdict(ablation: Ablation) -> str:
+    """Return the word: holds where the whole interval is above 0 and few random sets do as much, does not hold where the interval is below."""
+    if ablation.effect is None or ablation.effect.ci95 is None:
         return OPEN
-    low, high = one.effect.ci95
-    rare = (one.as_harmful + 1) / (one.draws + 1) <= RARE
+    low, high = ablation.effect.ci95
+    rare = (ablation.as_harmful + 1) / (ablation.draws + 1) <= RARE
     return HOLDS if low > 0 and rare else FAILS if high < 0 else OPEN
 
 
 def head_names(heads: Sequence[Sequence[int]]) -> str:
-    """`3.1, 5.0`: layer and head, the first of them."""
+    """Return `3.1, 5.0`: layer and head, the first of them."""
     names = [f"{layer}.{head}" for layer, head in heads]
     more = f" and {number(len(names) - NAMED, 0)} more" if len(names) > NAMED else ""
     return ", ".join(names[:NAMED]) + more

@@ -12,7 +12,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 
 from bitatlas.findings.shares import VERDICTS
-from bitatlas.plan.judge import relation, scores_of, subject_of
+from bitatlas.plan.judge import problem_of, relation, scores_of
 from bitatlas.records import Atlas, Finding, Plan
 from bitatlas.records.text import MINUS, NOT_MEASURED, byte_size, interval, named_layers, number, percent
 from bitatlas.report.facts import (
@@ -281,7 +281,7 @@ def steps_of(atlas: Atlas) -> Steps | None:
         for name in (atlas.low, atlas.high)
     ):
         return None
-    subject = subject_of(atlas)
+    subject = problem_of(atlas)
     formats, units = list(subject.formats), subject.units
     table = scores_of(atlas).tables["mean of both"]  # [units, formats], nats/token
     sizes = {unit.name: [sum(atlas.module_bytes[m.name][name] for m in unit.modules) for name in formats] for unit in units}

@@ -6,7 +6,7 @@ problems), so the notes say the basis measure by measure. Left out: a row a head
 
 from __future__ import annotations
 
-from bitatlas.findings.ablation import head_names, verdict_of
+from bitatlas.findings.ablation import ablation_verdict, head_names
 from bitatlas.records import Atlas, AttentionLayer, Measured
 from bitatlas.records.text import NOT_MEASURED, interval, listed, number
 from bitatlas.report import facts
@@ -117,7 +117,7 @@ def ablation_table(atlas: Atlas) -> Table:
             interval(one.added_by_chance),
             f"{one.as_harmful} of {one.draws}" if one.draws else NOT_MEASURED,
             interval(one.effect),
-            verdict_of(one) if one.effect else f"not tested: {one.not_tested}",
+            ablation_verdict(one) if one.effect else f"not tested: {one.not_tested}",
         ]
         for one in atlas.ablations
     ]

@@ -19,8 +19,8 @@ import numpy as np
 
 from bitatlas.errors import UserError
 from bitatlas.plan.budget import size_range
-from bitatlas.plan.judge import CURVE, Judged, curve_point, judge, scores_of, subject_of
-from bitatlas.plan.search import Subject, Tools, search
+from bitatlas.plan.judge import CURVE, JudgedPlan, curve_point, judge, problem_of, scores_of
+from bitatlas.plan.search import PlannerHooks, PlanningProblem, search
 from bitatlas.progress import Reporter
 from bitatlas.records import Atlas, Budget, Plan
 from bitatlas.records.files import all_or_none, drop_other_plans, plan_place, read_record, to_json, write_plans, write_text
@@ -68,9 +68,9 @@ def _write(folder: Path, atlas: Atlas) -> None:
     drop_other_plans(folder, atlas.plans)
 
 
-def short_curve(run: Run, tools: Tools, most_critical: list[int], own: Plan) -> list[Judged]:
+def short_curve(run: Run, tools: PlannerHooks, most_critical: list[int], own: Plan) -> list[JudgedPlan]:
     """A few judged plans beside the survey's own, from small to large: knapsacks on the screens' scores, no random plans beside them."""
-    quick = replace(tools, probe=None, told=None)
+    quick = replace(tools, probe=None, on_step=None)
     judged = []
     for size in sizes_beside(own.size.total_bytes, *ends_of(run.subject)):
         run.reporter.say(f"also at {byte_size(size)}")
@@ -90,21 +90,21 @@ def sizes_beside(own: int, least: int, most: int, points: int = SHORT_POINTS) ->
 
 def sizes_between(atlas: Atlas, points: int) -> list[int]:
     """`points` sizes of the whole model in bytes, evenly spaced, the two ends left out; fewer where they are not a byte apart."""
-    sizes = np.linspace(*ends_of(subject_of(atlas)), points + 2)[1:-1]
+    sizes = np.linspace(*ends_of(problem_of(atlas)), points + 2)[1:-1]
     return sorted({int(size) for size in sizes})
 
 
-def ends_of(subject: Subject) -> tuple[int, int]:
+def ends_of(subject: PlanningProblem) -> tuple[int, int]:
     """Bytes of the whole model at the narrowest and at the widest format everywhere."""
     least, most = size_range("size", subject.modules, subject.formats, subject.info)
     return int(least), int(most)
 
 
-def _judged_plans(run: Run, atlas: Atlas, points: int) -> list[Judged]:
+def _judged_plans(run: Run, atlas: Atlas, points: int) -> list[JudgedPlan]:
     critical = [layer.layer for layer in sorted(atlas.layers, key=lambda layer: -layer.criticality.mean)]
     subject = run.subject
     starts: dict[str, np.ndarray] = {}
-    judged: list[Judged] = []
+    judged: list[JudgedPlan] = []
     tools = tools_of(run, scores_of(atlas))
     for size in sizes_between(atlas, points):
         run.reporter.say(f"size {byte_size(size)}")

@@ -1,4 +1,4 @@
-"""The ways by which `planning.refine` reaches the model: curvature, measured swaps and measured plans, journaled and shown.
+"""The ways by which `plan.refine` reaches the model: curvature, measured swaps and measured plans, journaled and shown.
 
 `drafted` puts the curvature in the place of measured swaps: one pass with a few backwards for all changes, instead of a pass for each.
 """
@@ -14,9 +14,9 @@ from bitatlas.data.rows import Rows
 from bitatlas.measure.curvature import expand
 from bitatlas.measure.damage import DamageMeter, Swap
 from bitatlas.measure.interactions import Interactions, swap_interactions
-from bitatlas.plan.expansion import Expansion, Floats, Quadratic, quadratic
+from bitatlas.plan.expansion import Expansion, Floats, Quadratic, quadratic_model
 from bitatlas.plan.refine import Change, Ints, Probe, step_text
-from bitatlas.plan.search import Measure, Scores, Tools
+from bitatlas.plan.search import MeasureDamage, PlannerHooks, Scores
 from bitatlas.progress import Reporter
 from bitatlas.records import Module
 from bitatlas.records.sizes import assignment_of, units_of
@@ -76,19 +76,19 @@ def drafted(
         with reporter.stage(f"curvature around a plan ({split} rows)") as progress:
             own = assignment_of(units, formats, base)
             found = expand(meter, modules, formats, own, getattr(rows, split), seed, progress=progress)
-        return expanded(quadratic(found), changes)
+        return expanded(quadratic_model(found), changes)
 
     return replace(probe, swaps=swaps, rounds_of=CURVATURE)
 
 
-def tools_of(run: Run, scores: Scores) -> Tools:
+def tools_of(run: Run, scores: Scores) -> PlannerHooks:
     """The planner's ways to the model: fit and select rows, never the test rows."""
     if not run.settings.refine:
-        return Tools(scores, on_select(run))
-    return Tools(scores, on_select(run), probe(run), lambda step: run.reporter.say(step_text(step)))
+        return PlannerHooks(scores, on_select(run))
+    return PlannerHooks(scores, on_select(run), probe(run), lambda step: run.reporter.say(step_text(step)))
 
 
-def on_select(run: Run) -> Measure:
+def on_select(run: Run) -> MeasureDamage:
     """Damage of choices on the select rows."""
     subject, units = run.subject, run.subject.units
 

@@ -29,9 +29,9 @@ from bitatlas.model.folder import free_bytes
 from bitatlas.model.hidden_states import remove_leftovers
 from bitatlas.model.layerwise import check_chain
 from bitatlas.model.streaming import release_large_blocks
-from bitatlas.plan.budget import check_budget, own_context_text, settled
+from bitatlas.plan.budget import check_budget, default_context_text, resolve_budget
 from bitatlas.plan.protect import check_items
-from bitatlas.plan.search import Subject
+from bitatlas.plan.search import PlanningProblem
 from bitatlas.progress import Reporter
 from bitatlas.quantize import get_quantizer
 from bitatlas.quantize.bank import BANK, Bank, disk_bytes
@@ -77,10 +77,10 @@ class Run:
     workers: Workers | None = None
 
     @property
-    def subject(self) -> Subject:
+    def subject(self) -> PlanningProblem:
         """What plans are for."""
         settings, checkpoint = self.settings, self.checkpoint
-        return Subject(
+        return PlanningProblem(
             checkpoint.info, checkpoint.modules, settings.formats, settings.quantizer, self.bank.identity, settings.seed,
             self.rows.blocks("test"),
         )  # fmt: skip
@@ -103,10 +103,10 @@ def prepare(settings: Settings, out: Path, resume: bool, reporter: Reporter, cre
         checkpoint = open_checkpoint(settings.model, settings.revision, settings.fuse)
         check_rows(checkpoint.modules, settings.formats)
         asked = settings.budget.workload
-        settings = replace(settings, budget=settled(settings.budget, checkpoint.info))
+        settings = replace(settings, budget=resolve_budget(settings.budget, checkpoint.info))
         check_budget(settings.budget, checkpoint.modules, settings.formats, checkpoint.info)
         if asked and asked.context is None and settings.budget.workload:
-            reporter.say(own_context_text(settings.budget.workload))
+            reporter.say(default_context_text(settings.budget.workload))
         reporter.say(sizes_text(checkpoint, settings.formats))
         for note in checkpoint.notes:
             reporter.say(note)

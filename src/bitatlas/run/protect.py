@@ -1,4 +1,4 @@
-"""Plans that protect named tasks (`--protect svamp=1pp`), in a survey or from a finished one: the search of `planning.protect`, with a model.
+"""Plans that protect named tasks (`--protect svamp=1pp`), in a survey or from a finished one: the search of `plan.protect`, with a model.
 
 Candidates of a size are found like any plan. Where a protected task has items that are not scored, the one is taken that does the least
 damage on their text, else the one of the least damage on the select rows.
@@ -18,10 +18,10 @@ from bitatlas.data.tasks import chance_level, split_items, task_text
 from bitatlas.measure.screens import ROW_LENGTH, TASK_ROWS
 from bitatlas.measure.tasks import right_of
 from bitatlas.plan.budget import costs_of
-from bitatlas.plan.judge import Judged, judge, scores_of
-from bitatlas.plan.knapsack import spent
+from bitatlas.plan.judge import JudgedPlan, judge, scores_of
+from bitatlas.plan.knapsack import total_cost
 from bitatlas.plan.protect import CHOOSING, JUDGING, check_items, check_reference, find_protected, halves
-from bitatlas.plan.search import KNAPSACK, Found, Tools, under
+from bitatlas.plan.search import KNAPSACK, Candidate, PlannerHooks, search_within
 from bitatlas.progress import Reporter
 from bitatlas.records import Atlas, Budget, Plan
 from bitatlas.records.files import read_record
@@ -40,7 +40,7 @@ def check_protected(run: Run) -> None:
         check_reference(run.settings.budget, right, {task: chance_level(run.items[task]) for task in protect})
 
 
-def protect_plan(run: Run, tools: Tools, most_critical: Sequence[int]) -> Judged:
+def protect_plan(run: Run, tools: PlannerHooks, most_critical: Sequence[int]) -> JudgedPlan:
     """The smallest plan found that holds the budget's tasks, judged on the test rows as well."""
     budget, subject = run.settings.budget, run.subject
     margins = budget.protect
@@ -57,27 +57,27 @@ def protect_plan(run: Run, tools: Tools, most_critical: Sequence[int]) -> Judged
             found[task] = right_of(run.answers(task, items, assignment, f"{part} items"))
         return found
 
-    def at(limit: int, last: Found) -> Found:
-        found = under(cost, limit, tools, near=last.near)
-        return replace(found, limit=spent(cost, found.choice))
+    def at(limit: int, last: Candidate) -> Candidate:
+        found = search_within(cost, limit, tools, near=last.near)
+        return replace(found, limit=total_cost(cost, found.choice))
 
     reference = {part: score(None, part) for part in (CHOOSING, JUDGING)}
     done = find_protected(cost, margins, _widest(cost, tools), at, score, reference)
-    judged = judge(subject, budget, done.found, run.measure, most_critical)
+    judged = judge(subject, budget, done.candidate, run.measure, most_critical)
     plan = judged.plan
     solver = {**plan.solver, "protect": {**done.recorded(), "chosen_on": chosen_on}}
     return replace(judged, plan=replace(plan, verdict=f"{plan.verdict}; {done.text}", solver=solver))
 
 
-def _widest(cost: np.ndarray, tools: Tools) -> Found:
+def _widest(cost: np.ndarray, tools: PlannerHooks) -> Candidate:
     """The widest format everywhere, as a plan."""
     choice = np.full(len(cost), cost.shape[1] - 1, dtype=np.int64)
     selected = tools.on_select({"widest": choice})["widest"]
     solver = {"method": KNAPSACK.format(tools.scores.source), "scores": "high", "gap": 0.0, "select_damage": selected}
-    return Found(choice, tools.scores.at_high, selected, int(cost[:, -1].sum()), solver)
+    return Candidate(choice, tools.scores.at_high, selected, int(cost[:, -1].sum()), solver)
 
 
-def _by_task_text(run: Run, tools: Tools) -> tuple[Tools, str]:
+def _by_task_text(run: Run, tools: PlannerHooks) -> tuple[PlannerHooks, str]:
     """Tools that choose on the protected tasks' text that is not scored, where each has enough of it; and what they choose on."""
     settings, subject = run.settings, run.subject
     data = Path(settings.task_data) if settings.task_data else None

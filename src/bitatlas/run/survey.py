@@ -50,7 +50,7 @@ from bitatlas.plan.baselines import most_critical_first
 from bitatlas.plan.calibration import calibrate
 from bitatlas.plan.expansion import Floats
 from bitatlas.plan.judge import curve_point, judge
-from bitatlas.plan.search import Scores, Tools, damage_tables, scores_of_ends, search
+from bitatlas.plan.search import PlannerHooks, Scores, damage_tables, scores_of_bases, search
 from bitatlas.progress import Reporter
 from bitatlas.records import Atlas, Calibration, CurvePoint, JointDamage, Plan, WeightProfile
 from bitatlas.records.files import to_json, write_text
@@ -273,7 +273,7 @@ def find_plan(run: Run, screens: Screens) -> PlanEvidence:
     )
 
 
-def check_prediction(run: Run, tools: Tools, assignment: Mapping[str, str]) -> Calibration | None:
+def check_prediction(run: Run, tools: PlannerHooks, assignment: Mapping[str, str]) -> Calibration | None:
     """Compare predicted with measured damage of random plans around a refined plan; None where the units are too few for that."""
     units, formats = run.subject.units, run.settings.formats
     if tools.probe is None:
@@ -363,7 +363,7 @@ def run_draft(settings: Settings, out: Path, resume: bool, reporter: Reporter, r
         return judged.plan
 
 
-def draft_tools(run: Run) -> Tools:
+def draft_tools(run: Run) -> PlannerHooks:
     """The planner's ways to the model without measured swaps; the curvature at both ends is measured here."""
     subject = run.subject
     units, formats = len(subject.units), len(subject.formats)
@@ -376,7 +376,7 @@ def draft_tools(run: Run) -> Tools:
         return found
 
     widest = on_select(run)({"widest": np.full(units, formats - 1)})["widest"]
-    scores = scores_of_ends(table(formats - 1), table(0), widest, SOURCE)
+    scores = scores_of_bases(table(formats - 1), table(0), widest, SOURCE)
     tools = tools_of(run, scores)
     return replace(tools, probe=around, effort="draft") if tools.probe else tools
 

@@ -134,6 +134,20 @@ def percentile_interval(resampled: ArrayLike, n: float, level: float = 0.95) -> 
     return low, high
 
 
+def interval_ends(resampled: ArrayLike, n: float) -> tuple[float, float] | None:
+    """Return the 95 % interval of one statistic, for a record; None of a single row or block. resampled: [resamples]."""
+    low, high = percentile_interval(resampled, n)
+    return None if n < 2 else (float(low), float(high))
+
+
+def rank_correlation(x: ArrayLike, y: ArrayLike) -> Floats:
+    """Return Spearman's rho along the last axis: [..., n] and [..., n], broadcast -> [...]; ties get their mean rank, 0 where either is constant."""
+    ranks = [stats.rankdata(values, axis=-1) for values in (x, y)]
+    a, b = (values - values.mean(axis=-1, keepdims=True) for values in ranks)
+    spread = np.sqrt((a**2).sum(axis=-1) * (b**2).sum(axis=-1))
+    return np.divide((a * b).sum(axis=-1), spread, out=np.zeros_like(spread), where=spread > 0)
+
+
 def mean_interval(values: ArrayLike, seed: int = 0, blocks: Blocks = None) -> tuple[float, float, float]:
     """Return (mean, low, high) of values [rows], a 95 % interval in their unit; (mean, -inf, inf) of one row or block."""
     array = _finite(values)

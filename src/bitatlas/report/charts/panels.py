@@ -12,7 +12,7 @@ from dataclasses import dataclass, field
 from markupsafe import Markup
 
 from bitatlas.findings.correlations import gaussian_share
-from bitatlas.findings.reliability import as_measured, line_text, verdict_on
+from bitatlas.findings.reliability import as_measured, calibration_verdict, line_text
 from bitatlas.records import Atlas, CalibrationPoint, Measured, WeightProfile
 from bitatlas.records.text import interval, number, percent, shown
 from bitatlas.report import facts
@@ -195,7 +195,7 @@ def prediction_caption(atlas: Atlas) -> str:
     found = atlas.calibration
     if found is None:
         return ""
-    word = {"holds": "It does", "does not hold": "It does not"}.get(verdict_on(found), "Inconclusive")
+    word = {"holds": "It does", "does not hold": "It does not"}.get(calibration_verdict(found), "Inconclusive")
     return (
         f"{word}: rank correlation {interval(as_measured(found.prediction))} over {len(found.points)} random plans around the plan, "
         f"predicted from fit rows, measured on {found.centre.measured.rows} rows. Solid line: {line_text(found)}; dashed: equal. Bars: 95% intervals over rows."
