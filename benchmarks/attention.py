@@ -30,7 +30,7 @@ from bitatlas.data.tasks import load_items
 from bitatlas.measure.attention.capture import eager
 from bitatlas.measure.attention.focus import problems_of, tokenize
 from bitatlas.measure.attention.maps import in_dtype
-from bitatlas.measure.attention.profile import REPEATED_SEQUENCES, attention_profile
+from bitatlas.measure.attention.profile import REPEATED_SEQUENCES, AttentionTexts, attention_profile
 from bitatlas.measure.attention.roles import repeated_tokens
 from bitatlas.measure.screens import uniform
 from bitatlas.model.checkpoint import open_checkpoint
@@ -71,7 +71,9 @@ class Subject:
     def stage(self, changed: bool) -> None:
         base = f"uniform:{FORMAT}" if changed else "reference"
         weights = self.changed if changed else None
-        attention_profile(self.decoder, self.tokenizer, self.modules, self.rows, self.problems, base, changed=weights)
+        attention_profile(
+            self.decoder, self.tokenizer, self.modules, AttentionTexts(self.rows, self.problems), base, changed=weights
+        )
 
     @torch.no_grad()
     def forward(self, batches: Sequence[Tensor], logits: bool = True) -> None:

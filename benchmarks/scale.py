@@ -108,7 +108,7 @@ def measure(folder: Path, point: dict[str, Any]) -> dict[str, Any]:
     rows = torch.randint(point["vocabulary"], (point["rows"], point["row_length"]), generator=torch.Generator().manual_seed(1))
     passes = []
     for _ in range(1 if device != "cpu" else 2):  # the first of a process also allocates
-        meter = DamageMeter(decoder, bank, checkpoint.info.weights_sha256, bank.identity, Journal(None), way.room)
+        meter = DamageMeter(decoder, bank, checkpoint.info.weights_sha256, bank.identity, Journal(None), way.state_budget)
         clock.lap()
         found = expand(meter, checkpoint.modules, formats, {}, rows, draws=DRAWS)
         passes.append(clock.lap())
@@ -131,16 +131,16 @@ def measure(folder: Path, point: dict[str, Any]) -> dict[str, Any]:
 
 def way_of(checkpoint: Any, point: dict[str, Any], dtype: Any, folder: Path) -> Any:
     """As a survey would go, on a GPU with what is free there or with `STREAMED_BYTES`; on a CPU as it is asked for, however small the model."""
-    from bitatlas.measure.damage import Room
-    from bitatlas.measure.memory_need import Way, choose_way, need
+    from bitatlas.measure.damage import StateBudget
+    from bitatlas.measure.memory_need import LoadMode, choose_load_mode, estimate_memory
 
     sizes = [point[name] for name in ("vocabulary", "rows", "row_length", "formats")]
-    needed = need(checkpoint.info, checkpoint.modules, *sizes, dtype, point["device"])
+    needed = estimate_memory(checkpoint.info, checkpoint.modules, *sizes, dtype, point["device"])
     if point["device"] != "cpu":
-        return choose_way(needed, STREAMED_BYTES if point["streamed"] else None, point["device"], folder)
+        return choose_load_mode(needed, STREAMED_BYTES if point["streamed"] else None, point["device"], folder)
     if point["streamed"]:
-        return Way(True, Room(2**28, 2**28, whole=False, folder=folder), 2**31, needed.streamed)
-    return choose_way(needed, None, "cpu", folder)
+        return LoadMode(True, StateBudget(2**28, 2**28, whole=False, folder=folder), 2**31, needed.streamed)
+    return choose_load_mode(needed, None, "cpu", folder)
 
 
 class Clock:

@@ -8,7 +8,7 @@ import torch
 from bitatlas.findings.ablation import ablation_findings, ablation_record
 from bitatlas.findings.statements import drift_finding
 from bitatlas.measure.attention.ablation import Removal
-from bitatlas.measure.attention.roles import TEXT_ROLES, kappa, permutation_p, recognized, role_masses
+from bitatlas.measure.attention.roles import TEXT_ROLES, kappa, permutation_p, recognized, role_mass
 from bitatlas.records import AttentionLayer, Measured
 from bitatlas.stats.bootstrap import benjamini_hochberg, measured
 from simulations import Simulation
@@ -25,7 +25,7 @@ def named(seed: int, wanted: str) -> bool:
     weight = counts**2 if wanted == "frequent" else rng.lognormal(0, 1, counts.shape)
     maps = np.tril(np.repeat(weight[:, None, :], TOKENS, axis=1))
     maps /= maps.sum(axis=-1, keepdims=True)
-    masses = role_masses(TEXT_ROLES, torch.tensor(ids), 0, seed).read(torch.tensor(maps)[:, None])  # [rows, roles, draws, heads]
+    masses = role_mass(TEXT_ROLES, torch.tensor(ids), 0, seed).read(torch.tensor(maps)[:, None])  # [rows, roles, draws, heads]
     means = {role: masses[:, index] for index, role in enumerate(TEXT_ROLES)}
     q = benjamini_hochberg([float(permutation_p(np.moveaxis(m, 1, 0), 200, seed)[0]) for m in means.values()])
     scores = {role: float(kappa(m[:, 0].mean(0), m[:, 1:].mean((0, 1)))[0]) for role, m in means.items()}

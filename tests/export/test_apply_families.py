@@ -175,7 +175,7 @@ def refusal(model: Path, place: Path) -> str:
 def test_a_folder_that_does_not_load_gets_no_name(tiny_llama: Path, tmp_path: Path, monkeypatch, short: bool):
     """Of a model that is too large to be run here the tensors' places are still checked."""
     if short:
-        monkeypatch.setattr(packed, "at_hand", lambda device: 0)
+        monkeypatch.setattr(packed, "available_bytes", lambda device: 0)
     real = stage.draw
 
     def without(part: str):
@@ -223,7 +223,7 @@ def test_a_folder_that_computes_something_else_gets_no_name(tiny_llama: Path, tm
 def test_where_memory_is_short_the_output_says_so(tiny_llama: Path, tmp_path: Path, monkeypatch):
     plan = make_plan(tiny_llama, PLAN)
     assert "loaded in transformers and run" in applied(tiny_llama, plan, tmp_path / "run").tried
-    monkeypatch.setattr(packed, "at_hand", lambda device: 0)
+    monkeypatch.setattr(packed, "available_bytes", lambda device: 0)
     found = applied(tiny_llama, plan, tmp_path / "short")
     assert "not run before it was named" in found.tried and found.notes[-1].endswith(found.tried)
     for file in found.out.iterdir():  # and the bytes are those of the other run

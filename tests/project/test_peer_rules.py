@@ -188,7 +188,8 @@ def test_mlx_sensitivity_is_the_slope_of_kl_at_the_low_model(problem: Problem) -
         values = []
         for share in (step, -step):
             weights = {**meter.bank.weights(low), name: start + share * (end - start)}
-            reference = meter.reference.whole(problem.rows)
+            meter.reference.see([problem.rows])
+            reference = meter.reference.log_p(problem.rows, slice(0, problem.rows.shape[1]))
             with torch.no_grad(), meter.decoder.swapped(weights):
                 changed = torch.log_softmax(meter.decoder.model(problem.rows).logits.double(), -1)
             values.append(float((reference.double().exp() * (reference - changed)).sum(-1).mean()))

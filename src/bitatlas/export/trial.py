@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from transformers import AutoModelForCausalLM
 
 from bitatlas.errors import UserError
-from bitatlas.measure.memory_need import at_hand
+from bitatlas.measure.memory_need import available_bytes
 from bitatlas.model.checkpoint import Checkpoint, open_model, quiet_transformers
 from bitatlas.model.streaming import release_free_memory
 from bitatlas.model.tensor_files import reason_of
@@ -54,7 +54,7 @@ def check_folder(
     weights = sum(parameter.numel() for parameter in skeleton.parameters())
     disk = sum(file.stat().st_size for file in folder.glob("*.safetensors"))
     needed = disk + int(4 * HELD * weights)
-    free = at_hand("cpu") - psutil.Process().memory_info().rss
+    free = available_bytes("cpu") - psutil.Process().memory_info().rss
     named = named_class(checkpoint.config)
     kinds: list[Any] = [named] if named is type(skeleton) else [kind for kind in (named, AutoModelForCausalLM) if kind]
     if needed > free:

@@ -20,7 +20,7 @@ from bitatlas.data.tasks import Item, load_items, split_items, task_text
 from bitatlas.data.texts import read_documents
 from bitatlas.errors import FULL, UserError
 from bitatlas.measure.damage import DamageMeter
-from bitatlas.measure.memory_need import Way, choose_way, need, peak_bytes
+from bitatlas.measure.memory_need import LoadMode, choose_load_mode, estimate_memory, peak_bytes
 from bitatlas.measure.tasks import score_shards
 from bitatlas.measure.workers import Progress, Workers
 from bitatlas.model.checkpoint import Checkpoint, check_causal, check_finite, open_checkpoint
@@ -65,7 +65,7 @@ class Run:
     settings: Settings
     out: Path
     checkpoint: Checkpoint
-    way: Way
+    way: LoadMode
     decoder: Decoder
     tokenizer: Any
     bank: Bank
@@ -131,14 +131,14 @@ def prepare(settings: Settings, out: Path, resume: bool, reporter: Reporter, cre
     return run
 
 
-def way_of(settings: Settings, checkpoint: Checkpoint, device: str, out: Path) -> Way:
+def way_of(settings: Settings, checkpoint: Checkpoint, device: str, out: Path) -> LoadMode:
     """In memory or layer by layer, by what was asked for and what is there; UserError where neither is possible."""
     vocabulary = checkpoint.vocabulary
     dtype, formats = settings.torch_dtype(device), len(settings.formats)
-    needed = need(
+    needed = estimate_memory(
         checkpoint.info, checkpoint.modules, vocabulary, sum(settings.rows), settings.row_length, formats, dtype, device
     )
-    way = choose_way(needed, settings.memory_bytes, device, out)
+    way = choose_load_mode(needed, settings.memory_bytes, device, out)
     if way.streamed and get_quantizer(settings.quantizer).needs_all:
         raise UserError(
             f"--quantizer {settings.quantizer}: needs all weights in memory, {byte_size(needed.whole)}; rtn and gptq go layer by layer"
@@ -146,7 +146,7 @@ def way_of(settings: Settings, checkpoint: Checkpoint, device: str, out: Path) -
     return way
 
 
-def way_text(way: Way, device: str) -> str:
+def way_text(way: LoadMode, device: str) -> str:
     where = "" if device == "cpu" else f" of {device}"
     how = "one decoder layer's weights at a time" if way.streamed else "all weights in memory"
     return f"{how}; at most about {byte_size(way.predicted_bytes)}{where}"
@@ -159,7 +159,7 @@ def peak_text(run: Run) -> str:
     )
 
 
-def model_of(settings: Settings, checkpoint: Checkpoint, way: Way, device: str) -> Decoder:
+def model_of(settings: Settings, checkpoint: Checkpoint, way: LoadMode, device: str) -> Decoder:
     """The model, opened that way."""
     if way.streamed:
         release_large_blocks()
@@ -168,14 +168,13 @@ def model_of(settings: Settings, checkpoint: Checkpoint, way: Way, device: str) 
 
 
 def run_of(
-    settings: Settings, out: Path, checkpoint: Checkpoint, way: Way, decoder: Decoder, tokenizer: Any, rows: Rows, items: dict[str, list[Item]], journal: Journal, reporter: Reporter,
+    settings: Settings, out: Path, checkpoint: Checkpoint, way: LoadMode, decoder: Decoder, tokenizer: Any, rows: Rows, items: dict[str, list[Item]], journal: Journal, reporter: Reporter,
 ) -> Run:  # fmt: skip
     """A run with its bank and its meter."""
     names, sha = [module.name for module in checkpoint.modules], checkpoint.info.weights_sha256
-    bank = Bank(
-        decoder, names, settings.quantizer, rows=rows.fit, folder=out / BANK, weights_sha256=sha, kept_bytes=way.kept_bytes
-    )
-    meter = DamageMeter(decoder, bank, sha, bank.identity, journal, way.room)
+    bank = Bank(decoder, names, settings.quantizer, rows=rows.fit, folder=out / BANK, weights_sha256=sha)
+    bank.cache_bytes = way.cache_bytes
+    meter = DamageMeter(decoder, bank, sha, bank.identity, journal, way.state_budget)
     return Run(settings, out, checkpoint, way, decoder, tokenizer, bank, rows, items, journal, meter, reporter)
 
 

@@ -25,20 +25,18 @@ from bitatlas.findings.tasks import TaskRows
 from bitatlas.findings.zones import joint_damage
 from bitatlas.measure.attention.ablation import ABLATION_SEQUENCES, SHORT_SEQUENCES, ablate
 from bitatlas.measure.attention.focus import Problem, problems_of
-from bitatlas.measure.attention.profile import AttentionResult, attention_profile, example_maps
+from bitatlas.measure.attention.profile import AttentionResult, AttentionTexts, attention_profile, example_maps
 from bitatlas.measure.screens import (
     ROW_LENGTH,
     TASK_ROWS,
     KindScreen,
     LayerScreen,
-    TaskScreen,
+    TextScreen,
     UnitScreen,
-    general_places,
     general_rows,
     screen_kinds,
     screen_layers,
     screen_orders,
-    screen_tasks,
     screen_text,
     screen_uniform,
     screen_units,
@@ -230,8 +228,8 @@ def profile_attention(run: Run, base: str, assignment: Mapping[str, str]) -> Att
         value = run.journal.get(key)
         if value is None:
             result = attention_profile(
-                run.decoder, run.tokenizer, run.checkpoint.modules, rows, problems, base=base,
-                changed=run.bank.weights(assignment) if assignment else None, seed=seed, progress=progress, blocks=blocks,
+                run.decoder, run.tokenizer, run.checkpoint.modules, AttentionTexts(rows, problems, blocks), base=base,
+                changed=run.bank.weights(assignment) if assignment else None, seed=seed, progress=progress,
             )  # fmt: skip
             value = asdict(result)
             run.journal.put(key, "attention", value)
@@ -325,14 +323,16 @@ def screen_texts(run: Run) -> tuple[dict[str, TaskRows], LayerRows | None]:
     if not texts:
         return {}, None
 
-    def rows_of(screen: TaskScreen, split: str, blocks: Sequence[int] | None = None) -> LayerRows:
+    def rows_of(screen: TextScreen, split: str, blocks: Sequence[int] | None = None) -> LayerRows:
         return part_rows(run, "layer", screen.widths, screen.layers, split, blocks)
 
-    screens = screen_tasks(meter, modules, settings.formats, texts, run.reporter)
-    test, blocks = run.rows.test, run.rows.blocks("test")
-    beside = general_rows(test, length)
+    screens = {
+        task: screen_text(meter, modules, settings.formats, rows, f"{task}: its own text", run.reporter)
+        for task, rows in texts.items()
+    }
+    beside, indices = general_rows(run.rows.test, length)
     general = screen_text(meter, modules, settings.formats, beside, "the general text beside them", run.reporter)
-    blocks = blocks if beside is test else [blocks[index] for index in general_places(len(test))]
+    blocks = [run.rows.blocks("test")[index] for index in indices]
     return (
         {task: (screen.widths, rows_of(screen, f"text:{task}")) for task, screen in screens.items()},
         rows_of(general, "test, cut to the tasks' length", blocks),

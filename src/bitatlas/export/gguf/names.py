@@ -8,6 +8,7 @@ Source: llama.cpp's conversion/llama.py and qwen.py; the permutation is theirs.
 
 from __future__ import annotations
 
+import importlib.util
 import json
 import re
 from collections.abc import Iterator, Sequence
@@ -21,7 +22,6 @@ from torch import Tensor
 
 from bitatlas.errors import UserError
 from bitatlas.export.gguf.run import tokenize
-from bitatlas.quantize.ggml import has_library
 
 CONVERT = "convert it with llama.cpp's convert_hf_to_gguf.py and llama-quantize (commands.txt)"
 OUTER = {"model.embed_tokens": "token_embd", "model.norm": "output_norm", "lm_head": "output"}
@@ -246,7 +246,7 @@ def _scored(found: Vocabulary, merges: list[str], content: dict[str, Any]) -> Vo
 
 
 def _tried(found: Vocabulary, tokenizer: Any) -> tuple[Vocabulary, str]:
-    if not has_library():
+    if importlib.util.find_spec("llama_cpp") is None:
         return found, "llama.cpp is not here, so its tokens of a text were not compared with the tokenizer's"
     texts = _known_texts(found, tokenizer)
     wanted = [tokenizer(text, add_special_tokens=False).input_ids for text in texts]

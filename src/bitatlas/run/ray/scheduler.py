@@ -199,7 +199,7 @@ def threads_of(device: str) -> int:
 
 def worker_bytes(run: Run, device: str) -> int:
     """Host memory of one worker, at most: what the survey itself was predicted to need, or on a GPU codes at hand."""
-    return run.way.predicted_bytes if device == "cpu" else WORKER_BYTES + run.way.kept_bytes
+    return run.way.predicted_bytes if device == "cpu" else WORKER_BYTES + run.way.cache_bytes
 
 
 def _line(error: BaseException) -> str:

@@ -24,7 +24,7 @@ from bitatlas.errors import UserError
 from bitatlas.measure.curvature import expand
 from bitatlas.measure.damage import Assignment, Swap
 from bitatlas.measure.interactions import swap_interactions
-from bitatlas.measure.memory_need import Way
+from bitatlas.measure.memory_need import LoadMode
 from bitatlas.model.checkpoint import open_checkpoint
 from bitatlas.progress import Reporter
 from bitatlas.records import Module
@@ -43,7 +43,7 @@ class Brief:
     place: Place
     settings: Settings  # with the checkpoint's folder and the device in full
     rows: Rows
-    way: Way
+    way: LoadMode
     weights_sha256: str
     identity: tuple[str, ...]  # of the meter: everything that makes its measurements what they are
     threads: int
