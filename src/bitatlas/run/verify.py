@@ -19,11 +19,11 @@ from bitatlas.data.rows import Rows, make_rows
 from bitatlas.data.tasks import chance_level
 from bitatlas.data.texts import read_documents
 from bitatlas.errors import UserError
-from bitatlas.export.card import VERIFIED, atlas_beside, story_beside
+from bitatlas.export.card import VERIFIED, atlas_beside, evidence_beside
 from bitatlas.export.gguf.names import weight_names
-from bitatlas.export.gguf.run import Session, opened
+from bitatlas.export.gguf.run import LlamaSession, open_gguf
 from bitatlas.export.gguf.write import PLAN_KEY
-from bitatlas.export.packed import card_of, check_fits, check_package, draw, promised_disk_bytes
+from bitatlas.export.packed import blueprint_of, card_of, check_fits, check_package, promised_disk_bytes
 from bitatlas.export.trial import open_packed
 from bitatlas.measure.damage import DamageMeter, kl_per_row
 from bitatlas.measure.tasks import score_items
@@ -122,7 +122,7 @@ def verify_plan(options: VerifyOptions) -> Verification:
             nats = meter.plans({"plan": plan.modules}, test, progress)["plan"]
     else:
         packed, tokenizer = open_packed(folder, check_device(options.device))
-        promised = promised_disk_bytes(plan, draw(plan, checkpoint, checkpoint.skeleton()))
+        promised = promised_disk_bytes(plan, blueprint_of(plan, checkpoint, checkpoint.skeleton()))
         disk = promised, sum(file.stat().st_size for file in weight_files(folder))
         with reporter.stage("damage of the checkpoint") as progress:
             nats = between(decoder, packed, test, progress)
@@ -175,7 +175,7 @@ def _items(plan_file: Path, plan: Plan, checkpoint: Checkpoint, names: Sequence[
     if not names or list(names) == ["none"]:
         return []
     atlas = atlas_beside(plan_file.absolute())
-    promised = {score.task: score for score in story_beside(plan_file, plan).tasks}
+    promised = {score.task: score for score in evidence_beside(plan_file, plan).tasks}
     missing = [name for name in names if name not in promised]
     if atlas is None or missing:
         told = f"it promised {', '.join(promised)}" if promised else "no survey of this plan with tasks lies beside it"
@@ -194,11 +194,13 @@ def _check_task(model: Any, tokenizer: Any, promised: TaskScore, items: list[Any
 
 def _write_card(folder: Path, plan: Plan, checkpoint: Checkpoint, found: Verification, tokens: Place | None) -> None:
     """The card again, with what was found here in the place of what the survey measured."""
-    story = story_beside(folder / "plan.json", plan)
-    text = Path(tokens).name if tokens else story.text
-    story = replace(story, text=text, damage=found.damage, tasks=tuple(check.found for check in found.tasks), source=VERIFIED)
+    evidence = evidence_beside(folder / "plan.json", plan)
+    text = Path(tokens).name if tokens else evidence.text
+    evidence = replace(
+        evidence, text=text, damage=found.damage, tasks=tuple(check.found for check in found.tasks), source=VERIFIED
+    )
     size = sum(file.stat().st_size for file in weight_files(folder))
-    write_text(folder / "README.md", card_of(plan, checkpoint, story, size))
+    write_text(folder / "README.md", card_of(plan, checkpoint, evidence, size))
 
 
 # --- verify ----------------------------------------------------------------------------------------------------------------
@@ -226,7 +228,7 @@ def verify_gguf(options: VerifyOptions) -> Verification:
         raise UserError(f"--row-length {test.shape[1]}: the GGUF's context is {context.contents()} tokens; give at most that")
     check_finite(checkpoint)
     decoder = checkpoint.load_model(check_device(options.device))
-    with opened(file, test.shape[1]) as session, reporter.stage("damage in llama.cpp") as progress:
+    with open_gguf(file, test.shape[1]) as session, reporter.stage("damage in llama.cpp") as progress:
         nats = damage_in_llama_cpp(decoder, session, test, progress)
     damage = measured(nats, "nats/token", "plan", "test", options.seed, chosen.blocks("test"))
     found, held = _held(reader, plan, checkpoint)
@@ -237,7 +239,9 @@ def verify_gguf(options: VerifyOptions) -> Verification:
 
 
 @torch.no_grad()
-def damage_in_llama_cpp(decoder: Decoder, session: Session, rows: Tensor, progress: Callable[[int, int], None]) -> np.ndarray:
+def damage_in_llama_cpp(
+    decoder: Decoder, session: LlamaSession, rows: Tensor, progress: Callable[[int, int], None]
+) -> np.ndarray:
     """KL(reference || the GGUF), rows int64 [rows, tokens] -> float64 [rows], nats/token."""
     if session.vocabulary != decoder.vocabulary:
         raise UserError(f"the GGUF has {session.vocabulary} tokens, the model {decoder.vocabulary}")
