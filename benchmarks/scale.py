@@ -97,9 +97,9 @@ def measure(folder: Path, point: dict[str, Any]) -> dict[str, Any]:
     clock, seconds = Clock(device), {}
     checkpoint = open_checkpoint(str(folder))
     dtype = torch.float32 if device == "cpu" else torch.bfloat16
-    way = way_of(checkpoint, point, dtype, folder)
+    load_mode = load_mode_of(checkpoint, point, dtype, folder)
     seconds["open"] = clock.lap()
-    decoder = checkpoint.stream_model(device, dtype) if way.streamed else checkpoint.load_model(device, dtype)
+    decoder = checkpoint.stream_model(device, dtype) if load_mode.streamed else checkpoint.load_model(device, dtype)
     seconds["load"] = clock.lap()
     names = [module.name for module in checkpoint.modules]
     bank = Bank(decoder, names, "rtn", folder=folder / "bank")
@@ -108,7 +108,7 @@ def measure(folder: Path, point: dict[str, Any]) -> dict[str, Any]:
     rows = torch.randint(point["vocabulary"], (point["rows"], point["row_length"]), generator=torch.Generator().manual_seed(1))
     passes = []
     for _ in range(1 if device != "cpu" else 2):  # the first of a process also allocates
-        meter = DamageMeter(decoder, bank, checkpoint.info.weights_sha256, bank.identity, Journal(None), way.room)
+        meter = DamageMeter(decoder, bank, checkpoint.info.weights_sha256, bank.identity, Journal(None), load_mode.state_budget)
         clock.lap()
         found = expand(meter, checkpoint.modules, formats, {}, rows, draws=DRAWS)
         passes.append(clock.lap())
@@ -121,7 +121,7 @@ def measure(folder: Path, point: dict[str, Any]) -> dict[str, Any]:
     seconds["plan"] = clock.lap()
     shapes = [list(m.shape) for m in checkpoint.modules if m.layer == 0]
     return {
-        "streamed": way.streamed, "predicted_bytes": way.predicted_bytes,
+        "streamed": load_mode.streamed, "predicted_bytes": load_mode.predicted_bytes,
         "modules": len(names), "weights": checkpoint.info.quantizable_weights, "bytes": checkpoint.info.total_bytes, "seconds": seconds,
         "floor": floor(shapes, point, checkpoint.info.quantizable_weights),
         "host_peak_bytes": peak_bytes("cpu"), "host_added_bytes": peak_bytes("cpu") - before,
@@ -129,18 +129,18 @@ def measure(folder: Path, point: dict[str, Any]) -> dict[str, Any]:
     }  # fmt: skip
 
 
-def way_of(checkpoint: Any, point: dict[str, Any], dtype: Any, folder: Path) -> Any:
+def load_mode_of(checkpoint: Any, point: dict[str, Any], dtype: Any, folder: Path) -> Any:
     """As a survey would go, on a GPU with what is free there or with `STREAMED_BYTES`; on a CPU as it is asked for, however small the model."""
-    from bitatlas.measure.damage import Room
-    from bitatlas.measure.memory_need import Way, choose_way, need
+    from bitatlas.measure.damage import StateBudget
+    from bitatlas.measure.memory_need import LoadMode, choose_load_mode, memory_need
 
     sizes = [point[name] for name in ("vocabulary", "rows", "row_length", "formats")]
-    needed = need(checkpoint.info, checkpoint.modules, *sizes, dtype, point["device"])
+    needed = memory_need(checkpoint.info, checkpoint.modules, *sizes, dtype, point["device"])
     if point["device"] != "cpu":
-        return choose_way(needed, STREAMED_BYTES if point["streamed"] else None, point["device"], folder)
+        return choose_load_mode(needed, STREAMED_BYTES if point["streamed"] else None, point["device"], folder)
     if point["streamed"]:
-        return Way(True, Room(2**28, 2**28, whole=False, folder=folder), 2**31, needed.streamed)
-    return choose_way(needed, None, "cpu", folder)
+        return LoadMode(True, StateBudget(2**28, 2**28, whole=False, folder=folder), 2**31, needed.streamed)
+    return choose_load_mode(needed, None, "cpu", folder)
 
 
 class Clock:

@@ -17,7 +17,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForImageText
 
 from bitatlas.errors import UserError
 from bitatlas.measure.curvature import expand, label_points, labels_at
-from bitatlas.measure.damage import DamageMeter, Room, Swap
+from bitatlas.measure.damage import DamageMeter, StateBudget, Swap
 from bitatlas.measure.interactions import swap_interactions
 from bitatlas.model.checkpoint import Checkpoint, check_causal, open_checkpoint
 from bitatlas.model.decoder import Decoder
@@ -118,9 +118,9 @@ def setup(folder: Path) -> tuple[Checkpoint, DamageMeter, Tensor]:
     return checkpoint, meter_of(checkpoint, decoder), rows
 
 
-def meter_of(checkpoint: Checkpoint, decoder: Decoder, room: Room | None = None) -> DamageMeter:
+def meter_of(checkpoint: Checkpoint, decoder: Decoder, state_budget: StateBudget | None = None) -> DamageMeter:
     bank = Bank(decoder, [module.name for module in checkpoint.modules], "rtn")
-    return DamageMeter(decoder, bank, checkpoint.info.weights_sha256, "rtn", Journal(None), room)
+    return DamageMeter(decoder, bank, checkpoint.info.weights_sha256, "rtn", Journal(None), state_budget)
 
 
 def swaps_of(units: list[Unit]) -> dict[str, Swap]:
@@ -179,7 +179,7 @@ def check_curvature(
 def test_streamed_is_in_memory(shape: str, tmp_path: Path):
     """Left out: experts that the file stores one by one, which are fused while they are loaded."""
     checkpoint, meter, rows = setup(build(tmp_path / "model", *SHAPES[shape]))
-    streamed = meter_of(checkpoint, checkpoint.stream_model(), Room(2**16, 2**12, whole=False, folder=tmp_path))
+    streamed = meter_of(checkpoint, checkpoint.stream_model(), StateBudget(2**16, 2**12, whole=False, folder=tmp_path))
     check_chain(streamed.decoder, "model")
     swaps, base = swaps_of(units_of(checkpoint.modules)), {module.name: "int4_g32" for module in checkpoint.modules}
     mine, theirs = (one.swaps(base, swaps, rows) for one in (streamed, meter))

@@ -9,7 +9,7 @@ import torch
 from bitatlas.data.rows import make_rows
 from bitatlas.errors import UserError
 from bitatlas.measure.curvature import expand
-from bitatlas.measure.damage import DamageMeter, Room, Swap
+from bitatlas.measure.damage import DamageMeter, StateBudget, Swap
 from bitatlas.measure.interactions import swap_interactions
 from bitatlas.model.checkpoint import Checkpoint, open_checkpoint
 from bitatlas.model.hidden_states import Shelf, sweep
@@ -26,12 +26,12 @@ def opened(folder: Path, tmp_path: Path, quantizer: str = "rtn") -> tuple[Checkp
     rows = make_rows([TEXT], checkpoint.load_tokenizer(), "text", (20, 2, 2), 16, 128, 0).fit
     names = [module.name for module in checkpoint.modules]
     meters = []
-    for decoder, room in (
-        (checkpoint.load_model(), Room()),
-        (checkpoint.stream_model(), Room(2**16, 2**12, whole=False, folder=tmp_path)),
+    for decoder, state_budget in (
+        (checkpoint.load_model(), StateBudget()),
+        (checkpoint.stream_model(), StateBudget(2**16, 2**12, whole=False, folder=tmp_path)),
     ):
         bank = Bank(decoder, names, quantizer, rows=rows[:8])
-        meters.append(DamageMeter(decoder, bank, checkpoint.info.weights_sha256, bank.identity, Journal(None), room))
+        meters.append(DamageMeter(decoder, bank, checkpoint.info.weights_sha256, bank.identity, Journal(None), state_budget))
     return checkpoint, *meters, rows
 
 
@@ -99,7 +99,7 @@ def test_measurements_equal_those_in_memory_and_layers_are_read_once_a_pass(tiny
 def test_a_pass_reads_each_layer_once_however_many_batches(tiny_llama: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     checkpoint, _, streamed, rows = opened(tiny_llama, tmp_path)
     monkeypatch.setattr("bitatlas.measure.damage.batch_rows", lambda *_: 2)
-    object.__setattr__(streamed.room, "state_bytes", 2**24)
+    object.__setattr__(streamed.state_budget, "state_bytes", 2**24)
     streamed.reference.see(streamed.chunks(rows)[0])
     before = streamed.decoder.stream.reads
     assert len(streamed.chunks(rows)) == 1 and len(streamed.chunks(rows)[0]) == 10

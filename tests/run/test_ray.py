@@ -17,8 +17,8 @@ import pytest
 
 from bitatlas.cli.main import main
 from bitatlas.errors import UserError
-from bitatlas.measure.damage import Room
-from bitatlas.measure.memory_need import Way
+from bitatlas.measure.damage import StateBudget
+from bitatlas.measure.memory_need import LoadMode
 from bitatlas.model.checkpoint import open_checkpoint
 from bitatlas.progress import Reporter
 from bitatlas.run.options import SurveyOptions
@@ -168,7 +168,7 @@ def test_other_weights_on_a_host_are_refused(tiny_llama: Path, text: Path, tmp_p
     rows, _ = rows_and_items(settings, checkpoint, checkpoint.load_tokenizer())
     place = Place(str(tmp_path), "abc", str(tiny_llama), versions())
     with pytest.raises(UserError, match=r"--ray: \S+ has other weights in "):
-        work(Brief(place, settings, rows, Way(False, Room(), 0, 0), "another hash", (), 1), "plans", ({}, rows.fit))
+        work(Brief(place, settings, rows, LoadMode(False, StateBudget(), 0, 0), "another hash", (), 1), "plans", ({}, rows.fit))
 
 
 def test_pieces_run_where_they_fit():

@@ -54,7 +54,7 @@ GROUP = 8  # models that go through a layer together: what is measured of them i
 
 
 @dataclass(frozen=True)
-class Room:
+class StateBudget:
     """What hidden states may take. `state_bytes` in memory, the rest in files below `folder`; `whole`: all weights are in memory.
 
     As many batches as have room go through a layer together, since a changed weight is made of its codes once for all of them. Where the
@@ -102,13 +102,13 @@ class Reference:
     """The unquantized model on batches that it has seen: last hidden states, and log-probabilities as far as there is room."""
 
     decoder: Decoder
-    room: Room
+    state_budget: StateBudget
     states: Shelf = field(init=False)
     _log_p: dict[str, Tensor] = field(default_factory=dict)
     _kept: int = 0
 
     def __post_init__(self) -> None:
-        self.states = Shelf(self.room.state_bytes, self.room.folder, host=not self.room.whole)
+        self.states = Shelf(self.state_budget.state_bytes, self.state_budget.folder, host=not self.state_budget.whole)
 
     def see(self, batches: Sequence[Tensor]) -> None:
         """Run the model over those of `batches` that it has not seen; call it outside any `swapped` block."""
@@ -131,7 +131,7 @@ class Reference:
             return self._log_p[key]
         final = self.states.get(rows_sha256(batch))
         found = torch.log_softmax(logits_of(self.decoder, batch[:, span], cut(self.decoder, final, span)).float(), dim=-1)
-        if self._kept + 4 * found.numel() <= self.room.reference_bytes:
+        if self._kept + 4 * found.numel() <= self.state_budget.reference_bytes:
             self._log_p[key] = found
             self._kept += 4 * found.numel()
         return found
@@ -164,19 +164,19 @@ class DamageMeter:
         weights_sha256: str,
         quantizer: str,
         journal: Journal,
-        room: Room | None = None,
+        state_budget: StateBudget | None = None,
     ):
         self.decoder = decoder
         self.bank = bank
         self.journal = journal
-        self.room = room or Room()
+        self.state_budget = state_budget or StateBudget()
         self.workers: Workers | None = None
         weight = next(decoder.model.parameters())
         self.identity = (weights_sha256, quantizer, str(weight.dtype), weight.device.type)
         self.row_by_row = False  # the rows of a module's inputs cannot be told apart (see `curvature`)
         # what is kept of a model that is run whole is its logits
         self._width = decoder.width if is_chain(decoder) else decoder.vocabulary
-        self.reference = Reference(decoder, self.room)
+        self.reference = Reference(decoder, self.state_budget)
 
     def plans(self, plans: Mapping[str, Assignment], rows: Tensor, progress: Progress | None = None) -> dict[str, np.ndarray]:
         """Damage of whole assignments, by name: float64 [rows] each, nats/token."""
@@ -225,7 +225,7 @@ class DamageMeter:
 
     def shelf(self) -> Shelf:
         """For the states of one pass."""
-        return Shelf(self.room.state_bytes, self.room.folder, host=not self.room.whole)
+        return Shelf(self.state_budget.state_bytes, self.state_budget.folder, host=not self.state_budget.whole)
 
     def follow(self, recorded: Recorded, swaps: Sequence[Swap]) -> list[list[Tensor]]:
         """What comes out of the last layer with each swap made alone, by batch, in the block of the base that was recorded."""
@@ -238,12 +238,12 @@ class DamageMeter:
     def chunks(self, rows: Tensor) -> list[list[Tensor]]:
         """The rows' batches [rows, tokens], in runs of as many as go through a layer together."""
         batches = list(rows.split(batch_rows(rows.shape[1], self.decoder.vocabulary)))
-        step = self.room.batches(len(batches), self._state_bytes(batches[0]), len(self.decoder.layers)) if batches else 1
+        step = self.state_budget.batches(len(batches), self._state_bytes(batches[0]), len(self.decoder.layers)) if batches else 1
         return [batches[start : start + step] for start in range(0, len(batches), step)]
 
     def groups(self, names: Sequence[Any], batches: Sequence[Tensor]) -> Iterator[Sequence[Any]]:
         """`names` in runs of as many models as go through a layer together."""
-        step = self.room.models(len(batches), self._state_bytes(batches[0]))
+        step = self.state_budget.models(len(batches), self._state_bytes(batches[0]))
         return (names[start : start + step] for start in range(0, len(names), step))
 
     def _state_bytes(self, batch: Tensor) -> int:
@@ -251,7 +251,7 @@ class DamageMeter:
 
     def spans(self, batch: Tensor) -> list[slice]:
         """The runs of tokens in which a batch's logits are made."""
-        return token_spans(len(batch), batch.shape[1], self.decoder.vocabulary, self.room.logit_bytes)
+        return token_spans(len(batch), batch.shape[1], self.decoder.vocabulary, self.state_budget.logit_bytes)
 
     @torch.no_grad()
     def _kl(self, batch: Tensor, finals: Sequence[Tensor]) -> list[Tensor]:

@@ -20,7 +20,7 @@ import psutil
 import torch
 
 from bitatlas.errors import UserError
-from bitatlas.measure.damage import REFERENCE_BYTES, STATE_BYTES, Room, states_of
+from bitatlas.measure.damage import REFERENCE_BYTES, STATE_BYTES, StateBudget, states_of
 from bitatlas.model.layerwise import LOGIT_BYTES, batch_rows
 from bitatlas.quantize.bank import KEPT_BYTES
 from bitatlas.records import ModelInfo, Module
@@ -36,7 +36,7 @@ LEAST_STATES = 2**24  # bytes of hidden states without which nothing can be meas
 
 
 @dataclass(frozen=True)
-class Need:
+class MemoryNeed:
     """Bytes at the peak, with the least room for hidden states (layer by layer, for codes too)."""
 
     whole: int
@@ -46,16 +46,16 @@ class Need:
 
 
 @dataclass(frozen=True)
-class Way:
+class LoadMode:
     """How a survey will run. `predicted_bytes`: at the peak, of the host on a CPU, else of the device."""
 
     streamed: bool
-    room: Room
+    state_budget: StateBudget
     kept_bytes: int  # of unpacked codes in memory
     predicted_bytes: int
 
 
-def need(
+def memory_need(
     info: ModelInfo,
     modules: Sequence[Module],
     vocabulary: int,
@@ -64,7 +64,7 @@ def need(
     formats: int,
     dtype: torch.dtype,
     device: str,
-) -> Need:
+) -> MemoryNeed:
     """What a survey needs with so many rows of `row_length` tokens and so many formats."""
     size = dtype.itemsize
     outside = (info.other_bytes // dtype_bytes(info.dtype) if info.other_numbers is None else info.other_numbers) * size
@@ -92,7 +92,7 @@ def need(
         REFERENCE_BYTES, 4 * rows * row_length * vocabulary
     )
     codes = min(KEPT_BYTES, formats * info.quantizable_weights) if device == "cpu" else 0
-    return Need(
+    return MemoryNeed(
         fixed + max(loading, activations + logits + changes) + info.quantizable_weights * size + kept + states + codes,
         fixed + max(loading, activations + least_logits + changes) + layer * size + max(stored.values()) + 4 * LEAST_STATES,
         states,
@@ -100,12 +100,12 @@ def need(
     )
 
 
-def choose_way(needed: Need, memory_bytes: int | None, device: str, folder: Path) -> Way:
+def choose_load_mode(needed: MemoryNeed, memory_bytes: int | None, device: str, folder: Path) -> LoadMode:
     """In memory where that fits into what was asked for, or into what is there; else layer by layer; UserError where neither does."""
     limit = memory_bytes if memory_bytes is not None else at_hand(device)
     if needed.whole <= limit:
         more = min(needed.most_states - needed.states, (limit - needed.whole) // 4)
-        return Way(False, Room(needed.states + more), KEPT_BYTES, needed.whole + more)
+        return LoadMode(False, StateBudget(needed.states + more), KEPT_BYTES, needed.whole + more)
     if needed.streamed > limit:
         asked = f"--memory {given_size(limit)}" if memory_bytes is not None else f"{byte_size(limit)} of memory are free here"
         shown = given_size if byte_size(limit) == byte_size(needed.streamed) else byte_size  # never "1.07 GB, 1.07 GB are needed"
@@ -114,8 +114,8 @@ def choose_way(needed: Need, memory_bytes: int | None, device: str, folder: Path
             f"(all weights in memory: {byte_size(needed.whole)}); shorter rows (--row-length) or fewer formats need less"
         )
     spare = min(limit - needed.streamed, 4 * 2**30) + 4 * LEAST_STATES
-    room = Room(spare // 5, spare // 5, LEAST_LOGITS, whole=False, folder=folder)
-    return Way(True, room, spare // 5, needed.streamed + spare - 4 * LEAST_STATES)
+    state_budget = StateBudget(spare // 5, spare // 5, LEAST_LOGITS, whole=False, folder=folder)
+    return LoadMode(True, state_budget, spare // 5, needed.streamed + spare - 4 * LEAST_STATES)
 
 
 def at_hand(device: str) -> int:

@@ -20,7 +20,7 @@ from bitatlas.data.tasks import Item, load_items, split_items, task_text
 from bitatlas.data.texts import read_documents
 from bitatlas.errors import FULL, UserError
 from bitatlas.measure.damage import DamageMeter
-from bitatlas.measure.memory_need import Way, choose_way, need, peak_bytes
+from bitatlas.measure.memory_need import LoadMode, choose_load_mode, memory_need, peak_bytes
 from bitatlas.measure.tasks import score_shards
 from bitatlas.measure.workers import Progress, Workers
 from bitatlas.model.checkpoint import Checkpoint, check_causal, check_finite, open_checkpoint
@@ -66,7 +66,7 @@ class Run:
     settings: Settings
     out: Path
     checkpoint: Checkpoint
-    way: Way
+    load_mode: LoadMode
     decoder: Decoder
     tokenizer: Any
     bank: Bank
@@ -117,14 +117,14 @@ def prepare(settings: Settings, out: Path, resume: bool, reporter: Reporter, cre
         check_items(settings.budget, {task: len(of_task) for task, of_task in items.items()})
     with reporter.stage("reading every weight once") as progress:
         check_finite(checkpoint, progress)
-    way = way_of(settings, checkpoint, device, out)
-    reporter.say(way_text(way, device))
-    decoder = model_of(settings, checkpoint, way, device)
+    load_mode = load_mode_of(settings, checkpoint, device, out)
+    reporter.say(load_mode_text(load_mode, device))
+    decoder = model_of(settings, checkpoint, load_mode, device)
     check_causal(decoder, checkpoint.info.name)
     check_chain(decoder, checkpoint.info.name)
     if crew:
         crew.join(out, checkpoint)
-    run = run_of(settings, out, checkpoint, way, decoder, tokenizer, rows, items, _open_journal(out, checkpoint), reporter)
+    run = run_of(settings, out, checkpoint, load_mode, decoder, tokenizer, rows, items, _open_journal(out, checkpoint), reporter)
     if crew:
         crew.brief(run)
         run.workers = run.meter.workers = crew
@@ -132,52 +132,52 @@ def prepare(settings: Settings, out: Path, resume: bool, reporter: Reporter, cre
     return run
 
 
-def way_of(settings: Settings, checkpoint: Checkpoint, device: str, out: Path) -> Way:
+def load_mode_of(settings: Settings, checkpoint: Checkpoint, device: str, out: Path) -> LoadMode:
     """In memory or layer by layer, by what was asked for and what is there; UserError where neither is possible."""
     vocabulary = checkpoint.vocabulary
     dtype, formats = settings.torch_dtype(device), len(settings.formats)
-    needed = need(
+    needed = memory_need(
         checkpoint.info, checkpoint.modules, vocabulary, sum(settings.rows), settings.row_length, formats, dtype, device
     )
-    way = choose_way(needed, settings.memory_bytes, device, out)
-    if way.streamed and get_quantizer(settings.quantizer).needs_all:
+    load_mode = choose_load_mode(needed, settings.memory_bytes, device, out)
+    if load_mode.streamed and get_quantizer(settings.quantizer).needs_all:
         raise UserError(
             f"--quantizer {settings.quantizer}: needs all weights in memory, {byte_size(needed.whole)}; rtn and gptq go layer by layer"
         )
     return way
 
 
-def way_text(way: Way, device: str) -> str:
+def load_mode_text(load_mode: LoadMode, device: str) -> str:
     where = "" if device == "cpu" else f" of {device}"
-    how = "one decoder layer's weights at a time" if way.streamed else "all weights in memory"
-    return f"{how}; at most about {byte_size(way.predicted_bytes)}{where}"
+    how = "one decoder layer's weights at a time" if load_mode.streamed else "all weights in memory"
+    return f"{how}; at most about {byte_size(load_mode.predicted_bytes)}{where}"
 
 
 def peak_text(run: Run) -> str:
     """What the run took at its peak, beside what it was to take."""
     return (
-        f"peak memory: {byte_size(peak_bytes(str(run.decoder.device)))}, at most {byte_size(run.way.predicted_bytes)} predicted"
+        f"peak memory: {byte_size(peak_bytes(str(run.decoder.device)))}, at most {byte_size(run.load_mode.predicted_bytes)} predicted"
     )
 
 
-def model_of(settings: Settings, checkpoint: Checkpoint, way: Way, device: str) -> Decoder:
-    """The model, opened that way."""
-    if way.streamed:
+def model_of(settings: Settings, checkpoint: Checkpoint, load_mode: LoadMode, device: str) -> Decoder:
+    """The model, opened that load_mode."""
+    if load_mode.streamed:
         return_large()
-    opened = checkpoint.stream_model if way.streamed else checkpoint.load_model
+    opened = checkpoint.stream_model if load_mode.streamed else checkpoint.load_model
     return opened(device, settings.torch_dtype(device))
 
 
 def run_of(
-    settings: Settings, out: Path, checkpoint: Checkpoint, way: Way, decoder: Decoder, tokenizer: Any, rows: Rows, items: dict[str, list[Item]], journal: Journal, reporter: Reporter,
+    settings: Settings, out: Path, checkpoint: Checkpoint, load_mode: LoadMode, decoder: Decoder, tokenizer: Any, rows: Rows, items: dict[str, list[Item]], journal: Journal, reporter: Reporter,
 ) -> Run:  # fmt: skip
     """A run with its bank and its meter."""
     names, sha = [module.name for module in checkpoint.modules], checkpoint.info.weights_sha256
     bank = Bank(
-        decoder, names, settings.quantizer, rows=rows.fit, folder=out / BANK, weights_sha256=sha, kept_bytes=way.kept_bytes
+        decoder, names, settings.quantizer, rows=rows.fit, folder=out / BANK, weights_sha256=sha, kept_bytes=load_mode.kept_bytes
     )
-    meter = DamageMeter(decoder, bank, sha, bank.identity, journal, way.room)
-    return Run(settings, out, checkpoint, way, decoder, tokenizer, bank, rows, items, journal, meter, reporter)
+    meter = DamageMeter(decoder, bank, sha, bank.identity, journal, load_mode.state_budget)
+    return Run(settings, out, checkpoint, load_mode, decoder, tokenizer, bank, rows, items, journal, meter, reporter)
 
 
 def rows_and_items(settings: Settings, checkpoint: Checkpoint, tokenizer: Any) -> tuple[Rows, dict[str, list[Item]]]:
@@ -309,7 +309,7 @@ def reopen(folder: Path, atlas: Atlas, model_name: str | None, device: str | Non
             raise UserError(f"{settings.model}: these are not the weights that {folder} is a survey of ({atlas.model.name})")
         rows = rows_of_survey(atlas, checkpoint)
         check_finite(checkpoint)
-        way = way_of(settings, checkpoint, place, folder)
-        decoder = model_of(settings, checkpoint, way, place)
+        load_mode = load_mode_of(settings, checkpoint, place, folder)
+        decoder = model_of(settings, checkpoint, load_mode, place)
     tokenizer = checkpoint.load_tokenizer()
-    return run_of(settings, folder, checkpoint, way, decoder, tokenizer, rows, {}, _open_journal(folder, checkpoint), reporter)
+    return run_of(settings, folder, checkpoint, load_mode, decoder, tokenizer, rows, {}, _open_journal(folder, checkpoint), reporter)

@@ -4,7 +4,7 @@ Afterwards the caller goes on as it would without Ray, and finds everything in i
 cut or on who did it, as long as one piece alone gives the same numbers everywhere: same weights (hashed by every worker), same
 versions, same device, and on a CPU as many threads (OMP_NUM_THREADS, else one).
 
-A worker that dies, or a host that goes away: Ray gives its piece to another. A piece that fails in any other way ends the run with one line.
+A worker that dies, or a host that goes away: Ray gives its piece to another. A piece that fails in any other load_mode ends the run with one line.
 """
 
 from __future__ import annotations
@@ -92,7 +92,7 @@ class Crew:
         hosts = self._here.hosts()
         self.slots = slots(hosts, needs)
         self._run = run
-        brief = Brief(self._place, settings, run.rows, run.way, run.checkpoint.info.weights_sha256, run.meter.identity, threads)
+        brief = Brief(self._place, settings, run.rows, run.load_mode, run.checkpoint.info.weights_sha256, run.meter.identity, threads)
         self._brief = self._here.ray.put(brief)
         # max_calls=0: also with a GPU, a worker's process and its model stay for the next piece
         placed = {"num_cpus": needs.processors, "memory": needs.memory, "num_gpus": needs.gpus}
@@ -199,7 +199,7 @@ def threads_of(device: str) -> int:
 
 def worker_bytes(run: Run, device: str) -> int:
     """Host memory of one worker, at most: what the survey itself was predicted to need, or on a GPU codes at hand."""
-    return run.way.predicted_bytes if device == "cpu" else WORKER_BYTES + run.way.kept_bytes
+    return run.load_mode.predicted_bytes if device == "cpu" else WORKER_BYTES + run.load_mode.kept_bytes
 
 
 def _line(error: BaseException) -> str:

@@ -24,7 +24,7 @@ from bitatlas.errors import UserError
 from bitatlas.measure.curvature import expand
 from bitatlas.measure.damage import Assignment, Swap
 from bitatlas.measure.interactions import swap_interactions
-from bitatlas.measure.memory_need import Way
+from bitatlas.measure.memory_need import LoadMode
 from bitatlas.model.checkpoint import open_checkpoint
 from bitatlas.progress import Reporter
 from bitatlas.records import Module
@@ -43,7 +43,7 @@ class Brief:
     place: Place
     settings: Settings  # with the checkpoint's folder and the device in full
     rows: Rows
-    way: Way
+    load_mode: LoadMode
     weights_sha256: str
     identity: tuple[str, ...]  # of the meter: everything that makes its measurements what they are
     threads: int
@@ -82,9 +82,9 @@ def _open_run(brief: Brief, device: str) -> Run:
     checkpoint = open_checkpoint(settings.model, settings.revision, settings.fuse)
     if checkpoint.info.weights_sha256 != brief.weights_sha256:
         raise UserError(f"has other weights in {settings.model}; they must be the same on all hosts")
-    decoder, tokenizer = model_of(settings, checkpoint, brief.way, device), checkpoint.load_tokenizer()
+    decoder, tokenizer = model_of(settings, checkpoint, brief.load_mode, device), checkpoint.load_tokenizer()
     out, quiet = Path(brief.place.out), Reporter(quiet=True)
-    run = run_of(settings, out, checkpoint, brief.way, decoder, tokenizer, brief.rows, {}, Journal(None), quiet)
+    run = run_of(settings, out, checkpoint, brief.load_mode, decoder, tokenizer, brief.rows, {}, Journal(None), quiet)
     if run.meter.identity != brief.identity:
         raise UserError(f"would measure another model: {run.meter.identity}, not {brief.identity}")
     return run
