@@ -29,7 +29,7 @@ from bitatlas.progress import Reporter
 from bitatlas.quantize import QUANTIZERS
 from bitatlas.records import Atlas, Budget
 from bitatlas.run.options import SurveyOptions, parse_rows, split_names
-from bitatlas.run.prepare import Run, reopen
+from bitatlas.run.prepare import Session, reopen
 from bitatlas.run.settings import Settings
 from bitatlas.run.survey import run_survey
 from bitatlas.stats.bootstrap import measured
@@ -68,8 +68,8 @@ class Bench:
         start = time.monotonic()
         return run_survey(settings, out, False, self.reporter), out, time.monotonic() - start
 
-    def damage(self, run: Run, plan: dict[str, str]) -> np.ndarray:
-        return run.meter.plans({"plan": plan}, run.rows.test)["plan"]
+    def damage(self, session: Session, plan: dict[str, str]) -> np.ndarray:
+        return session.meter.plans({"plan": plan}, session.rows.test)["plan"]
 
 
 def told(name: str, rows: np.ndarray, other: np.ndarray | None, **more: Any) -> dict[str, Any]:
@@ -117,14 +117,14 @@ def compare_quantizers(bench: Bench) -> list[dict[str, Any]]:
                 print(f"  {name}: not run: {error}")
                 continue
             assert atlas.plan is not None
-            run = reopen(out, atlas, None, None, bench.reporter)
-            rows = bench.damage(run, atlas.plan.modules)
+            session = reopen(out, atlas, None, None, bench.reporter)
+            rows = bench.damage(session, atlas.plan.modules)
             bits = {"code_bits": atlas.plan.size.code_bits, "quantized_bytes": atlas.plan.size.quantized_bytes}
             lines.append(told(name, rows, first, **bits, seconds=round(seconds, 1)))
             if first is None:
                 first, rtn_plan = rows, atlas.plan.modules
             else:
-                lines.append(told(f"{name} codes in rtn's plan", bench.damage(run, rtn_plan), first))
+                lines.append(told(f"{name} codes in rtn's plan", bench.damage(session, rtn_plan), first))
         found.append({"code_bits": limit, "formats": QUANTIZED_FORMATS, "plans": lines})
     return found
 

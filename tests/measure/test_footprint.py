@@ -36,7 +36,11 @@ def test_the_way_is_chosen_by_what_is_needed(tmp_path: Path):
     assert not choose_load_mode(needed, 11 * 2**30, "cpu", tmp_path).streamed
     load_mode = choose_load_mode(needed, 2 * 2**30, "cpu", tmp_path)
     assert load_mode.streamed and not load_mode.state_budget.whole and load_mode.predicted_bytes <= 2 * 2**30
-    assert load_mode.state_budget.state_bytes > choose_load_mode(needed, needed.streamed, "cpu", tmp_path).state_budget.state_bytes > 0
+    assert (
+        load_mode.state_budget.state_bytes
+        > choose_load_mode(needed, needed.streamed, "cpu", tmp_path).state_budget.state_bytes
+        > 0
+    )
     with pytest.raises(UserError, match=r"--memory 500 MB: too little; layer by layer this survey needs 1.07 GB"):
         choose_load_mode(needed, 500_000_000, "cpu", tmp_path)
 
@@ -46,7 +50,9 @@ def test_in_memory_states_take_what_is_spare_up_to_what_pays(tmp_path: Path):
     modes = [choose_load_mode(needed, needed.whole + spare, "cuda", tmp_path) for spare in (0, 2**30, 2**40)]
     assert [load_mode.state_budget.state_bytes for load_mode in modes] == [2**28, 2**29, 2**30]
     assert [load_mode.predicted_bytes - needed.whole for load_mode in modes] == [0, 2**28, 2**30 - 2**28]
-    assert all(load_mode.predicted_bytes <= limit for load_mode, limit in zip(modes, (10 * 2**30, 11 * 2**30, 2**40), strict=True))
+    assert all(
+        load_mode.predicted_bytes <= limit for load_mode, limit in zip(modes, (10 * 2**30, 11 * 2**30, 2**40), strict=True)
+    )
 
 
 def test_what_is_needed_grows_with_what_makes_it_grow(tiny_llama: Path):
