@@ -22,7 +22,6 @@ except KeyboardInterrupt:  # most of the time before main() goes by here
 
 from bitatlas.cli import commands  # noqa: E402  (they import typer)
 from bitatlas.cli.options import command  # noqa: E402
-from bitatlas.cli.survey import survey  # noqa: E402
 
 app = typer.Typer(
     help="What low-bit weights do to a language model: measured, planned, verified.",
@@ -49,7 +48,7 @@ def version(show: Annotated[bool, typer.Option("--version", help="Print the vers
 COMMANDS: dict[str, Callable[..., None]] = {
     function.__name__: command(function)
     for function in (
-        survey,
+        commands.survey,
         commands.plan,
         commands.apply,
         commands.export,
@@ -67,7 +66,7 @@ def main() -> None:
     try:
         code = app(standalone_mode=False) or 0
     except (UserError, WrongUse) as error:
-        _end(f"bitatlas: {_told(error)}", 2)
+        _end(f"bitatlas: {_message(error)}", 2)
     except (KeyboardInterrupt, typer.Abort):
         code = TYPER_INTERRUPTED
     except OSError as error:
@@ -83,8 +82,8 @@ def main() -> None:
     raise SystemExit(code)
 
 
-def _told(error: Any) -> str:
-    """What is wrong; for wrong words on the command line, also where the right ones are listed."""
+def _message(error: Any) -> str:
+    """Return what is wrong; for wrong words on the command line, also where the right ones are listed."""
     if isinstance(error, UserError):
         return str(error)
     context = getattr(error, "ctx", None)
