@@ -88,15 +88,15 @@ def seconds(work: Callable[[], None]) -> float:
 
 def once(subject: Subject) -> dict[str, float]:
     """One turn of everything: seconds by name."""
-    found = {"stage, reference": seconds(lambda: subject.stage(False))}
+    times = {"stage, reference": seconds(lambda: subject.stage(False))}
     with eager(subject.decoder.model):
-        found["text"] = seconds(lambda: subject.forward(subject.text))
-        found["rest"] = seconds(lambda: subject.forward(subject.rest))
-        found["without logits"] = seconds(lambda: subject.forward([*subject.text, *subject.rest], logits=False))
+        times["text"] = seconds(lambda: subject.forward(subject.text))
+        times["rest"] = seconds(lambda: subject.forward(subject.rest))
+        times["without logits"] = seconds(lambda: subject.forward([*subject.text, *subject.rest], logits=False))
         with in_dtype(subject.decoder.model, torch.bfloat16):
-            found["text, bfloat16"] = seconds(lambda: subject.forward(subject.text))
-    found["stage, plan"] = seconds(lambda: subject.stage(True))
-    return found
+            times["text, bfloat16"] = seconds(lambda: subject.forward(subject.text))
+    times["stage, plan"] = seconds(lambda: subject.stage(True))
+    return times
 
 
 def measure(folder: str, repeats: int) -> dict[str, Any]:

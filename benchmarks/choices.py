@@ -72,7 +72,7 @@ class Bench:
         return session.meter.plans({"plan": plan}, session.rows.test)["plan"]
 
 
-def told(name: str, rows: np.ndarray, other: np.ndarray | None, **more: Any) -> dict[str, Any]:
+def summary(name: str, rows: np.ndarray, other: np.ndarray | None, **more: Any) -> dict[str, Any]:
     """One line: damage, and its paired difference and ratio to `other` [rows]."""
     line: dict[str, Any] = {"name": name, "damage": asdict(measured(rows, "nats/token", "plan", "test", 0)), **more}
     if other is not None:
@@ -84,7 +84,7 @@ def told(name: str, rows: np.ndarray, other: np.ndarray | None, **more: Any) -> 
 
 
 def compare_formats(bench: Bench) -> list[dict[str, Any]]:
-    found = []
+    results = []
     for limit in STORED_BITS:
         print(f"stored bits <= {limit}")
         lines: list[dict[str, Any]] = []
@@ -97,14 +97,14 @@ def compare_formats(bench: Bench) -> list[dict[str, Any]]:
                 continue
             assert atlas.plan is not None
             rows = bench.damage(reopen(out, atlas, None, None, bench.reporter), atlas.plan.modules)
-            lines.append(told(name, rows, first, stored_bits=atlas.plan.size.stored_bits, seconds=round(seconds, 1)))
+            lines.append(summary(name, rows, first, stored_bits=atlas.plan.size.stored_bits, seconds=round(seconds, 1)))
             first = rows if first is None else first
-        found.append({"stored_bits": limit, "plans": lines})
-    return found
+        results.append({"stored_bits": limit, "plans": lines})
+    return results
 
 
 def compare_quantizers(bench: Bench) -> list[dict[str, Any]]:
-    found = []
+    results = []
     for limit in CODE_BITS:
         print(f"code bits <= {limit}, {QUANTIZED_FORMATS}")
         lines: list[dict[str, Any]] = []
@@ -120,23 +120,23 @@ def compare_quantizers(bench: Bench) -> list[dict[str, Any]]:
             session = reopen(out, atlas, None, None, bench.reporter)
             rows = bench.damage(session, atlas.plan.modules)
             bits = {"code_bits": atlas.plan.size.code_bits, "quantized_bytes": atlas.plan.size.quantized_bytes}
-            lines.append(told(name, rows, first, **bits, seconds=round(seconds, 1)))
+            lines.append(summary(name, rows, first, **bits, seconds=round(seconds, 1)))
             if first is None:
                 first, rtn_plan = rows, atlas.plan.modules
             else:
-                lines.append(told(f"{name} codes in rtn's plan", bench.damage(session, rtn_plan), first))
-        found.append({"code_bits": limit, "formats": QUANTIZED_FORMATS, "plans": lines})
-    return found
+                lines.append(summary(f"{name} codes in rtn's plan", bench.damage(session, rtn_plan), first))
+        results.append({"code_bits": limit, "formats": QUANTIZED_FORMATS, "plans": lines})
+    return results
 
 
 def page(content: dict[str, Any]) -> str:
     """docs/choices.md."""
-    made = content["made"]
+    origin = content["made"]
     lines = [
         "# What the candidates are worth",
         "",
         "Made by `benchmarks/choices.py` from `benchmarks/results/choices.json`; do not edit. Whole surveys at the same limit; damage on 64 test rows that",
-        f"found nothing, nats/token, with 95 % intervals over rows. {made['date']}, torch {made['versions']['torch']}, CPU.",
+        f"found nothing, nats/token, with 95 % intervals over rows. {origin['date']}, torch {origin['versions']['torch']}, CPU.",
         "",
         "Ratio: to the first plan of its group.",
     ]
@@ -151,8 +151,8 @@ def page(content: dict[str, Any]) -> str:
             f"| checkpoint | {limit.replace('_', ' ')} ≤ | plan | damage | ratio |",
             "|---|---|---|---|---|",
         ]
-        for model, own in content.items():
-            for group in own.get(comparison, []):
+        for model, results in content.items():
+            for group in results.get(comparison, []):
                 lines += [f"| {model} | {group[limit]} | {_cells(plan)} |" for plan in group["plans"]]
     return "\n".join(lines) + "\n"
 
@@ -185,14 +185,14 @@ def main() -> None:
         return
     if not args.model or not args.text:
         parser.error("give a model and a text")
-    own = content.setdefault(Path(args.model).name, {})
+    results = content.setdefault(Path(args.model).name, {})
     with tempfile.TemporaryDirectory() as folder:
         bench = Bench(args.model, args.text, args.rows, Path(folder))
         if args.formats or both:
-            own["formats"] = compare_formats(bench)
+            results["formats"] = compare_formats(bench)
         if args.quantizers or both:
-            own["quantizers"] = compare_quantizers(bench)
-    own["text"], own["rows"] = Path(args.text).name, args.rows
+            results["quantizers"] = compare_quantizers(bench)
+    results["text"], results["rows"] = Path(args.text).name, args.rows
     content["made"] = {
         "date": date.today().isoformat(),
         "versions": {name: version(name) for name in ("bitatlas", "torch", "transformers")},

@@ -62,8 +62,8 @@ def measured(session: Session, swaps: dict[str, Swap], scheduler: Scheduler | No
     session.journal = session.meter.journal = Journal(None)
     session.meter.workers = scheduler
     start = time.perf_counter()
-    found = session.meter.swaps(uniform(session.checkpoint.modules, HIGH), swaps, session.rows.fit)
-    return time.perf_counter() - start, np.stack([found[name] for name in swaps])
+    damage = session.meter.swaps(uniform(session.checkpoint.modules, HIGH), swaps, session.rows.fit)
+    return time.perf_counter() - start, np.stack([damage[name] for name in swaps])
 
 
 def timed(session: Session, scheduler: Scheduler, swaps: dict[str, Swap], repeats: int) -> dict[str, list[float]]:
@@ -98,7 +98,7 @@ def main() -> None:
             swaps = {unit.name: Swap(unit.layer, {m.name: LOW for m in unit.modules}) for unit in units}
             times = timed(session, scheduler, swaps, args.repeats)
     medians = {name: statistics.median(values) for name, values in times.items()}
-    ratios = [one / two for one, two in zip(times["1 worker"], times["2 workers"], strict=True)]
+    ratios = [first / second for first, second in zip(times["1 worker"], times["2 workers"], strict=True)]
     report = {
         "benchmark": "swap measurements on one and two Ray workers, one thread each",
         "model": session.checkpoint.info.name,
@@ -112,7 +112,7 @@ def main() -> None:
         "median_speedup_2_workers_over_1": statistics.median(ratios),
         "speedups_2_workers_over_1": ratios,
         "median_speedup_2_workers_over_none": statistics.median(
-            none / two for none, two in zip(times["without Ray"], times["2 workers"], strict=True)
+            none / second for none, second in zip(times["without Ray"], times["2 workers"], strict=True)
         ),
         "equal_to_the_last_bit": True,
     }

@@ -100,15 +100,15 @@ def main() -> None:
     parser.add_argument("--seed", type=int, default=0)
     args = parser.parse_args()
     chance = random.Random(args.seed)
-    with tempfile.TemporaryDirectory() as place:
-        undisturbed, out = Path(place) / "undisturbed", Path(place) / "killed"
+    with tempfile.TemporaryDirectory() as folder:
+        undisturbed, out = Path(folder) / "undisturbed", Path(folder) / "killed"
         seconds = whole(args.model, undisturbed)
-        kills, finished, kept = 0, 0, []
+        kills, finished, counts = 0, 0, []
         while kills < args.kills:
             if killed(args.model, out, chance.uniform(0, seconds)):
                 kills += 1
-                kept.append(len(entries(out)) if (out / "run.sqlite").exists() else 0)
-                print(f"kill {kills}: {kept[-1]} measurements kept", flush=True)
+                counts.append(len(entries(out)) if (out / "run.sqlite").exists() else 0)
+                print(f"kill {kills}: {counts[-1]} measurements kept", flush=True)
             else:
                 finished += 1
                 shutil.rmtree(out)
@@ -118,7 +118,7 @@ def main() -> None:
         same_entries = entries(out) == entries(undisturbed)
         result = {
             "date": time.strftime("%Y-%m-%d"), "kills": kills, "finished_between": finished, "seconds_undisturbed": round(seconds, 1),
-            "seconds_last_resume": round(last, 1), "kept_after_each_kill": kept, "files": len(other), "files_that_differ": differing,
+            "seconds_last_resume": round(last, 1), "kept_after_each_kill": counts, "files": len(other), "files_that_differ": differing,
             "measurements": len(entries(undisturbed)), "same_measurements": same_entries, "measured_again": measured_again(out),
         }  # fmt: skip
     RESULTS.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")

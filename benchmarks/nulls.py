@@ -39,7 +39,7 @@ def orders(x: np.ndarray, y: np.ndarray, rng: np.random.Generator) -> float:
 
 
 def shifts(x: np.ndarray, y: np.ndarray, rng: np.random.Generator) -> float:
-    return tail(np.array([np.roll(one, by) for one in (y, y[::-1]) for by in range(len(y))]), x, y)
+    return tail(np.array([np.roll(values, by) for values in (y, y[::-1]) for by in range(len(y))]), x, y)
 
 
 def phases(x: np.ndarray, y: np.ndarray, rng: np.random.Generator) -> float:
@@ -93,7 +93,7 @@ def row(name: str, runs: int) -> str:
         called = 0
         for seed in range(runs):
             rng = np.random.default_rng(seed)
-            x, y = (ranks(one) for one in draw(rng))
+            x, y = (ranks(values) for values in draw(rng))
             called += NULLS[name](x, y, rng) <= 0.05
         return f"{100 * called / runs:.0f}"
 

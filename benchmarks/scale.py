@@ -24,6 +24,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Sequence
 from datetime import date
 from pathlib import Path
 from typing import Any
@@ -77,7 +78,6 @@ def make(folder: Path, point: dict[str, Any]) -> None:
 
 def measure(folder: Path, point: dict[str, Any]) -> dict[str, Any]:
     """Seconds of each stage, and the peaks."""
-    import numpy as np
     import torch
 
     from bitatlas.measure.curvature import expand
@@ -87,8 +87,7 @@ def measure(folder: Path, point: dict[str, Any]) -> dict[str, Any]:
     from bitatlas.plan.expansion import quadratic
     from bitatlas.plan.quadratic import solve_quadratic
     from bitatlas.quantize.bank import Bank
-    from bitatlas.records.formats import FORMATS as TABLE
-    from bitatlas.records.formats import by_width, stored_bytes
+    from bitatlas.records.formats import by_width
     from bitatlas.records.journal import Journal
 
     device = point["device"]
@@ -110,14 +109,11 @@ def measure(folder: Path, point: dict[str, Any]) -> dict[str, Any]:
     for _ in range(1 if device != "cpu" else 2):  # the first of a process also allocates
         meter = DamageMeter(decoder, bank, checkpoint.info.weights_sha256, bank.identity, Journal(None), load_mode.state_budget)
         clock.lap()
-        found = expand(meter, checkpoint.modules, formats, {}, rows, draws=DRAWS)
+        result = expand(meter, checkpoint.modules, formats, {}, rows, draws=DRAWS)
         passes.append(clock.lap())
     seconds["curvature"] = min(passes)
-    units = list(dict.fromkeys(module.unit for module in checkpoint.modules))
-    cost = np.array(
-        [[sum(stored_bytes(m.shape, TABLE[f]) for m in checkpoint.modules if m.unit == u) for f in formats] for u in units]
-    )
-    solve_quadratic(quadratic(found), cost, int(cost.mean(1).sum()), bounded=False)
+    cost = unit_costs(checkpoint.modules, formats)
+    solve_quadratic(quadratic(result), cost, int(cost.mean(1).sum()), bounded=False)
     seconds["plan"] = clock.lap()
     shapes = [list(m.shape) for m in checkpoint.modules if m.layer == 0]
     return {
@@ -127,6 +123,16 @@ def measure(folder: Path, point: dict[str, Any]) -> dict[str, Any]:
         "host_peak_bytes": peak_bytes("cpu"), "host_added_bytes": peak_bytes("cpu") - before,
         "device_peak_bytes": None if device == "cpu" else peak_bytes(device),
     }  # fmt: skip
+
+
+def unit_costs(modules: Sequence[Any], formats: Sequence[str]) -> Any:
+    """Return the bytes of each unit in each format: [units, formats]."""
+    import numpy as np
+
+    from bitatlas.records.formats import get_format, stored_bytes
+    from bitatlas.records.sizes import units_of
+
+    return np.array([[sum(stored_bytes(m.shape, get_format(f)) for m in u.modules) for f in formats] for u in units_of(modules)])
 
 
 def load_mode_of(checkpoint: Any, point: dict[str, Any], dtype: Any, folder: Path) -> Any:
@@ -189,35 +195,35 @@ def floor(shapes: list[list[int]], point: dict[str, Any], weights: int) -> dict[
 
 
 def best(run: Any, device: str, repeats: int = 5) -> float:
-    clock, found = Clock(device), []
+    clock, result = Clock(device), []
     for _ in range(repeats + 1):
         clock.lap()
         run()
-        found.append(clock.lap())
-    return max(min(found[1:]), 1e-9)
+        result.append(clock.lap())
+    return max(min(result[1:]), 1e-9)
 
 
 # --- all points ----------------------------------------------------------------------------------------------------------
 
 
-def run_point(point: dict[str, Any], place: Path | None) -> dict[str, Any]:
+def run_point(point: dict[str, Any], parent: Path | None) -> dict[str, Any]:
     """Make the checkpoint and measure on it, each in its own process, so that neither's memory is the other's."""
-    with tempfile.TemporaryDirectory(dir=place) as folder:
+    with tempfile.TemporaryDirectory(dir=parent) as folder:
         for task in ("make", "measure"):
             words = [sys.executable, __file__, "--task", task, "--point", json.dumps(point), "--folder", folder]
             done = subprocess.run(words, stdout=subprocess.PIPE, text=True, check=True, env={**os.environ, "HF_HUB_OFFLINE": "1"})
     return {**point, **json.loads(done.stdout.strip().splitlines()[-1])}
 
 
-def on_cpu(place: Path | None) -> dict[str, Any]:
+def on_cpu(parent: Path | None) -> dict[str, Any]:
     points: dict[str, list[dict[str, Any]]] = {}
     for name, values in SERIES.items():
         points[name] = []
         for value in values:
             for streamed in (False, True):
-                found = run_point({**BASE, name: value, "streamed": streamed, "device": "cpu"}, place)
-                points[name].append(found)
-                print(told(found), flush=True)
+                result = run_point({**BASE, name: value, "streamed": streamed, "device": "cpu"}, parent)
+                points[name].append(result)
+                print(point_line(result), flush=True)
     per_module = [p["seconds"]["curvature"] / p["modules"] for p in points["layers"] if not p["streamed"]]
     return {
         "points": points,
@@ -226,16 +232,16 @@ def on_cpu(place: Path | None) -> dict[str, Any]:
     }
 
 
-def on_gpu(place: Path | None) -> dict[str, Any]:
+def on_gpu(parent: Path | None) -> dict[str, Any]:
     points = []
     for name, shape in GPU_SHAPES.items():
         for streamed in (False, True):
-            points.append({"shape": name, **run_point({**GPU_ROWS, **shape, "streamed": streamed, "device": "cuda"}, place)})
-            print(told(points[-1]), flush=True)
+            points.append({"shape": name, **run_point({**GPU_ROWS, **shape, "streamed": streamed, "device": "cuda"}, parent)})
+            print(point_line(points[-1]), flush=True)
     return {"points": {"shapes": points}}
 
 
-def told(p: dict[str, Any]) -> str:
+def point_line(p: dict[str, Any]) -> str:
     way = "streamed" if p["streamed"] else "in memory"
     seconds = ", ".join(f"{name} {value:.2f} s" for name, value in p["seconds"].items())
     peak = p["device_peak_bytes"] or p["host_added_bytes"]
@@ -261,8 +267,8 @@ def main() -> None:
         do = {"make": make, "measure": measure}[args.task]
         print(json.dumps(do(args.folder, json.loads(args.point))))
         return
-    found = on_gpu(args.folder) if args.gpu else on_cpu(args.folder)
-    report = {"benchmark": "time and memory by size", "machine": machine(args.gpu), "date": date.today().isoformat(), **found}
+    result = on_gpu(args.folder) if args.gpu else on_cpu(args.folder)
+    report = {"benchmark": "time and memory by size", "machine": machine(args.gpu), "date": date.today().isoformat(), **result}
     RESULTS.mkdir(exist_ok=True)
     (RESULTS / ("scale-gpu.json" if args.gpu else "scale.json")).write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
     if not args.gpu:

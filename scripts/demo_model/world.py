@@ -216,11 +216,11 @@ def documents(rng: random.Random, split: str) -> Iterator[str]:
 def task_problems(seed: int) -> list[Record]:
     """`TASK_ITEMS` test problems with different stories or numbers, in SVAMP's form."""
     rng = random.Random(f"problems {seed}")
-    found: dict[tuple[int, int, int, int], Record] = {}
-    while len(found) < TASK_ITEMS:
+    records: dict[tuple[int, int, int, int], Record] = {}
+    while len(records) < TASK_ITEMS:
         key, record = draw_problem(rng, "test")
-        found.setdefault(key, record)
-    return [{"ID": f"demo-{number}", **record} for number, record in enumerate(found.values(), 1)]
+        records.setdefault(key, record)
+    return [{"ID": f"demo-{number}", **record} for number, record in enumerate(records.values(), 1)]
 
 
 def task_questions(seed: int) -> list[Record]:
@@ -228,24 +228,24 @@ def task_questions(seed: int) -> list[Record]:
     rng = random.Random(f"questions {seed}")
     groups = all_questions("test")
     kinds = [[asked for asked in rng.sample(groups, len(groups)) if asked[0][0][0] == kind] for kind in PHRASES]
-    found: dict[str, Asked] = {}
+    records: dict[str, Asked] = {}
     for questions in itertools.chain.from_iterable(itertools.zip_longest(*kinds, fillvalue=[])):
         if questions:
             asked = rng.choice(questions)
-            found.setdefault(asked[1], asked)
-    drawn = list(found.values())[:TASK_ITEMS]
+            records.setdefault(asked[1], asked)
+    drawn = list(records.values())[:TASK_ITEMS]
     return [{"id": f"demo-{number}", **with_choices(rng, *asked[1:])} for number, asked in enumerate(drawn, 1)]
 
 
 def held_out_text(seed: int) -> str:
     """About `TEXT_BYTES` of different documents that are neither trained on nor test items."""
     rng = random.Random(f"text {seed}")
-    kept: dict[str, int] = {}  # document -> its size; a dict keeps the order
+    texts: dict[str, int] = {}  # document -> its size; a dict keeps the order
     stream = documents(rng, "text")
-    while sum(kept.values()) < TEXT_BYTES:
+    while sum(texts.values()) < TEXT_BYTES:
         document = next(stream)
-        kept[document] = len(document)
-    return "".join(kept)
+        texts[document] = len(document)
+    return "".join(texts)
 
 
 def write_data(folder: str | Path, seed: int) -> None:

@@ -252,14 +252,14 @@ def test_run_resumes_and_writes_the_table(tiny_llama: Path, tmp_path: Path) -> N
 @pytest.mark.slow
 def test_the_judge_agrees_with_the_independent_checker(babyllama: Path, tmp_path: Path) -> None:
     """Another implementation of codes and KL, on the rows that this one draws: within 1 %, as its scales are not rounded to float16."""
-    place = peers.places(["babyllama-105"], tmp_path, None, None)[0]
-    checkpoint = peers.open_checkpoint(place.model, fuse=False)
-    rows = peers.judging_rows(checkpoint, place.test, 96, 192)
-    problem = Problem(Question(place.model, ("int2_g32", "int4_g32"), "rtn", 3.0, 0, [[0]]))
+    case = peers.read_cases(["babyllama-105"], tmp_path, None, None)[0]
+    checkpoint = peers.open_checkpoint(case.model, fuse=False)
+    rows = peers.judging_rows(checkpoint, case.test, 96, 192)
+    problem = Problem(Question(case.model, ("int2_g32", "int4_g32"), "rtn", 3.0, 0, [[0]]))
     plan = problem.assignment([index % 3 == 0 for index in range(len(problem.units))])
     damage = judge(problem, {"": plan}, rows)[""]["damage_nats"]
     formats = {name: {"bits": bits, "group_size": 32, "symmetric": False} for name, bits in (("int2_g32", 2), ("int4_g32", 4))}
     (tmp_path / "plan.json").write_text(json.dumps({"formats": formats, "modules": plan}))
-    command = [sys.executable, str(SHARED / "check_plan.py"), place.model, str(tmp_path / "plan.json"), str(place.test)]
+    command = [sys.executable, str(SHARED / "check_plan.py"), case.model, str(tmp_path / "plan.json"), str(case.test)]
     other = json.loads(subprocess.run(command, capture_output=True, text=True, check=True).stdout)
     assert damage == pytest.approx(other["damage_nats"], rel=0.01)

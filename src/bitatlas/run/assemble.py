@@ -1,4 +1,4 @@
-"""From the evidence to the atlas, and from the atlas to files. Nothing is measured here: numbers in, records and files out."""
+"""Assemble the atlas of the evidence, and write its files. Nothing is measured here: numbers in, records and files out."""
 
 from __future__ import annotations
 
@@ -104,8 +104,7 @@ def uniform_records(session: Session, widths: Mapping[str, np.ndarray]) -> list[
 
 
 def write_outputs(out: Path, atlas: Atlas, tables: Mapping[str, Lines]) -> None:
-    """All files of a finished survey, together: where one cannot be written, those of an earlier run stay as they were."""
-
+    """Write all files of a finished survey, together: where one cannot be written, those of an earlier run stay as they were."""
     with all_or_none(out) as folder:
         write_tables(folder / "tables", tables)
         write_text(folder / "atlas.json", to_json(atlas))

@@ -1,4 +1,4 @@
-"""What the commands and the Python functions take: name, type, default, help text and completion of every option, told once.
+"""Declare what the commands and the Python functions take: name, type, default, help text and completion of every option, once.
 
 One record a command. The command line is made of it by `cli.options`, the parameters of a Python function by `api.taking`,
 and what a survey does by `Settings.of`. Imports nothing slow: `--help` waits for this file.
@@ -17,7 +17,7 @@ from bitatlas.errors import UserError
 QUANTIZER_NAMES = ("rtn", "gptq", "hqq", "autoround", "llama.cpp")
 RUNTIME_NAMES = ("vllm", "mlx", "torchao", "llm-compressor", "gptqmodel", "autoround", "exllamav3", "llama.cpp")
 
-Place = str | PathLike[str]
+StrPath = str | PathLike[str]
 RowCounts = tuple[int, int, int]
 DEFAULT_ROWS = (24, 24, 64)
 
@@ -60,12 +60,12 @@ def task_names() -> tuple[str, ...]:
 
 
 def split_names(text: str) -> tuple[str, ...]:
-    """`a, b` -> ("a", "b")."""
+    """Split `a, b` -> ("a", "b")."""
     return tuple(name.strip() for name in text.split(",") if name.strip())
 
 
 def parse_rows(text: str) -> RowCounts:
-    """`24,24,64` -> (fit, select, test)."""
+    """Parse `24,24,64` -> (fit, select, test)."""
     if not re.fullmatch(r"[0-9]{1,9}(,[0-9]{1,9}){2}", text.replace(" ", "")):
         default = ",".join(map(str, DEFAULT_ROWS))
         raise UserError(f"--rows {text}: give three numbers, fit,select,test, like {default}")
@@ -74,7 +74,7 @@ def parse_rows(text: str) -> RowCounts:
 
 
 def check_seed(seed: int) -> None:
-    """UserError for a seed that the random generators do not take."""
+    """Refuse a seed that the random generators do not take."""
     if seed < 0:
         raise UserError(f"--seed {seed}: must be 0 or more")
 
@@ -87,9 +87,9 @@ Rows = Annotated[
     RowCounts, Option("Rows to find, choose and judge a plan on: fit,select,test.", parse=parse_rows, may_be_empty=True)
 ]
 Device = Annotated[str, Option("cpu, cuda, mps or auto.")]
-Folder = Annotated[Place, Argument("Folder of a finished survey.", parse=Path)]
-PlannedModel = Annotated[Place, Argument("The checkpoint that the plan was made for.")]
-PlanFile = Annotated[Place, Argument("A plan.json.", parse=Path, metavar="PLAN")]
+Folder = Annotated[StrPath, Argument("Folder of a finished survey.", parse=Path)]
+PlannedModel = Annotated[StrPath, Argument("The checkpoint that the plan was made for.")]
+PlanFile = Annotated[StrPath, Argument("A plan.json.", parse=Path, metavar="PLAN")]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -127,7 +127,7 @@ class RowOptions:
     """What text is measured on."""
 
     tokens: Annotated[
-        Place | None,
+        StrPath | None,
         Option("Text to measure on: a text file, JSON lines or a JSON list (field text), or hub:owner/name[:config[:split]]."),
     ] = None
     rows: Rows = DEFAULT_ROWS
@@ -147,7 +147,7 @@ class TaskOptions:
         ),
     ] = None
     task_data: Annotated[
-        Place | None, Option("Folder with the tasks' files (SVAMP.json, ARC-Easy-test.jsonl, ...), instead of the hub.")
+        StrPath | None, Option("Folder with the tasks' files (SVAMP.json, ARC-Easy-test.jsonl, ...), instead of the hub.")
     ] = None
     limit: Annotated[int | None, Option("At most so many items a task.")] = 300
     few_shot: Annotated[
@@ -186,8 +186,8 @@ class Candidates:
 class SurveyOptions(TaskOptions, RowOptions, BudgetOptions, Candidates):  # a record's last base comes first
     """Of `survey`."""
 
-    model: Annotated[Place | None, Argument("Checkpoint folder or hub name. Default: the bundled demo model.")] = None
-    out: Annotated[Place, Option("Folder for the run's files.", parse=Path)] = "bitatlas-out"
+    model: Annotated[StrPath | None, Argument("Checkpoint folder or hub name. Default: the bundled demo model.")] = None
+    out: Annotated[StrPath, Option("Folder for the run's files.", parse=Path)] = "bitatlas-out"
     _: KW_ONLY
     tolerance: Annotated[float, Option("A layer is safe only if lowering it adds at most this, nats/token.")] = 0.05
     fuse: Annotated[
@@ -227,7 +227,7 @@ class PlanOptions(BudgetOptions):
 
     folder: Folder
     _: KW_ONLY
-    out: Annotated[Place | None, Option("File for the plan. Default: FOLDER/plan-<budget>.json.", parse=Path)] = None
+    out: Annotated[StrPath | None, Option("File for the plan. Default: FOLDER/plan-<budget>.json.", parse=Path)] = None
     curve: Annotated[bool, Option("Verified plans at sizes from the smallest to the largest; needs the model.")] = False
     points: Annotated[int | None, Option("Plans on the curve. Default: 7.")] = None
     model: Annotated[str | None, Option("Where the model is now, for --curve and --protect.")] = None
@@ -241,7 +241,7 @@ class VerifyOptions(RowOptions):
 
     model: PlannedModel
     plan_or_checkpoint: Annotated[
-        Place, Argument("A plan.json, a folder that apply wrote, or a GGUF.", parse=Path, metavar="PLAN_OR_CHECKPOINT")
+        StrPath, Argument("A plan.json, a folder that apply wrote, or a GGUF.", parse=Path, metavar="PLAN_OR_CHECKPOINT")
     ]
     _: KW_ONLY
     tasks: Annotated[
@@ -258,9 +258,9 @@ class CompareOptions(TaskOptions, RowOptions):
     """Of `compare`."""
 
     first: Annotated[
-        Place, Argument("A checkpoint, quantized or not, a plan.json, or a survey's folder (its plan).", metavar="MODEL_A")
+        StrPath, Argument("A checkpoint, quantized or not, a plan.json, or a survey's folder (its plan).", metavar="MODEL_A")
     ]
-    second: Annotated[Place, Argument("Another one, or another plan.", metavar="MODEL_B")]
+    second: Annotated[StrPath, Argument("Another one, or another plan.", metavar="MODEL_B")]
     _: KW_ONLY
     rows: Rows = (2, 2, 64)
     device: Device = "cpu"
@@ -274,7 +274,7 @@ class ApplyOptions:
 
     model: PlannedModel
     plan: PlanFile
-    out: Annotated[Place, Option("A new folder for the packed checkpoint.", parse=Path)]
+    out: Annotated[StrPath, Option("A new folder for the packed checkpoint.", parse=Path)]
     _: KW_ONLY
     quiet: Quiet = False
 
@@ -289,7 +289,7 @@ class ExportOptions:
         str,
         Option("The runtime: mlx, vllm, torchao, gptqmodel, ...; docs/runtimes.md has them all.", values=lambda: RUNTIME_NAMES),
     ]
-    out: Annotated[Place, Option("A new folder for what the runtime reads.", parse=Path)]
+    out: Annotated[StrPath, Option("A new folder for what the runtime reads.", parse=Path)]
     model: Annotated[str | None, Option("The checkpoint that the plan was made for; needed where weights are written.")] = None
     quiet: Quiet = False
 

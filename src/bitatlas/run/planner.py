@@ -52,11 +52,9 @@ def planner_hooks(session: Session, scores: Scores) -> Tools:
 
 def on_select(session: Session) -> Measure:
     """Return a function that measures choices by name on the select rows: mean damage, nats/token."""
-    subject = session.subject
-    units, formats = subject.units, subject.formats
 
     def measure(plans: Mapping[str, np.ndarray]) -> dict[str, float]:
-        by_row = session.measure({name: assignment_of(units, formats, choice) for name, choice in plans.items()}, "select")
+        by_row = session.measure(session.assignments(plans), "select")
         damage = {name: float(rows.mean()) for name, rows in by_row.items()}
         session.reporter.found("best of the last plans, select rows", f"{number(min(damage.values()))} nats/token")
         return damage
@@ -82,7 +80,7 @@ def probe(session: Session) -> Probe:
             return swap_interactions(meter, assignment(base), single, getattr(rows, split), seed, progress)
 
     def damage(plans: Mapping[str, Ints]) -> dict[str, float]:
-        named = {name: assignment(choice) for name, choice in plans.items()}
+        named = session.assignments(plans)
         fit, select = (meter.plans(named, part) for part in (rows.fit, rows.select))
         return {name: float(np.concatenate([fit[name], select[name]]).mean()) for name in plans}
 

@@ -37,7 +37,7 @@ from bitatlas.quantize.bank import BANK, Bank, disk_bytes
 from bitatlas.records import Atlas, Budget
 from bitatlas.records.formats import check_rows
 from bitatlas.records.journal import Journal
-from bitatlas.records.sizes import size_of
+from bitatlas.records.sizes import assignment_of, size_of
 from bitatlas.records.text import byte_size, number
 from bitatlas.run.options import SurveyOptions
 from bitatlas.run.settings import Settings, check_device
@@ -80,6 +80,11 @@ class Session:
             checkpoint.info, checkpoint.modules, settings.formats, settings.quantizer, self.bank.identity, settings.seed,
             self.rows.blocks("test"),
         )  # fmt: skip
+
+    def assignments(self, choices: Mapping[str, np.ndarray]) -> dict[str, dict[str, str]]:
+        """Return the plans, module -> format, of choices by name: int64 [units] each, the index of a unit's format."""
+        subject = self.subject
+        return {name: assignment_of(subject.units, subject.formats, choice) for name, choice in choices.items()}
 
     def answers(self, task: str, items: list[Item], assignment: Mapping[str, str], precision: str) -> list[dict[str, Any]]:
         """Score items of a task with `assignment`, journaled: one record an item. `precision`: its name."""

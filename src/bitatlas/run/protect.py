@@ -79,7 +79,7 @@ def _widest(cost: np.ndarray, hooks: Tools) -> Found:
 
 def _choosing_by_task_text(session: Session, hooks: Tools) -> tuple[Tools, str]:
     """Hooks that choose on the protected tasks' text that is not scored, where each has enough of it; and what they choose on."""
-    settings, subject = session.settings, session.subject
+    settings = session.settings
     length = min(ROW_LENGTH, settings.row_length)
     texts = []  # of each task: int64 [rows, tokens]
     for task, (_, spare) in split_tasks(settings, settings.budget.protect or ()).items():
@@ -89,8 +89,7 @@ def _choosing_by_task_text(session: Session, hooks: Tools) -> tuple[Tools, str]:
             return hooks, "select rows"
 
     def on_text(plans: Mapping[str, np.ndarray]) -> dict[str, float]:
-        named = {name: assignment_of(subject.units, subject.formats, choice) for name, choice in plans.items()}
-        damage = [session.meter.plans(named, rows) for rows in texts]
+        damage = [session.meter.plans(session.assignments(plans), rows) for rows in texts]
         return {name: float(np.mean([of_task[name].mean() for of_task in damage])) for name in plans}
 
     return replace(hooks, on_select=on_text), "text of items that are not scored"

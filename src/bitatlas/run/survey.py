@@ -1,4 +1,4 @@
-"""The main job: every stage in order, from an opened checkpoint to a report.
+"""Run a survey, the main job: every stage in order, from an opened checkpoint to a report.
 
 Each stage measures, journals and returns its record of evidence; stages know nothing of each other, and what one hands to the next stands
 in `_survey`. An interrupted run goes on where it stopped; the files are written at the end, from the finished atlas.
@@ -55,7 +55,6 @@ from bitatlas.progress import Reporter
 from bitatlas.records import Atlas, Calibration, CurvePoint, JointDamage, Plan, WeightProfile
 from bitatlas.records.files import to_json, write_text
 from bitatlas.records.journal import content_key
-from bitatlas.records.sizes import assignment_of
 from bitatlas.records.text import interval
 from bitatlas.run.assemble import Screens, assemble, tables_of, uniform_records, write_outputs
 from bitatlas.run.curve import short_curve
@@ -251,14 +250,14 @@ def find_plan(session: Session, screens: Screens) -> PlanEvidence:
     """Find the plan under the budget, judge it on the test rows, and verify a few plans at other sizes and its prediction."""
     settings, subject, units = session.settings, session.subject, screens.units
     names = [unit.name for unit in subject.units]
-    tools = planner_hooks(session, damage_tables(names, settings.formats, units.damage, units.base))
+    hooks = planner_hooks(session, damage_tables(names, settings.formats, units.damage, units.base))
     most_critical = most_critical_first(subject.modules, screens.damage.layers.values.mean(axis=0))
     if settings.budget.protect:
-        judged = protect_plan(session, tools, most_critical)
+        judged = protect_plan(session, hooks, most_critical)
     else:
-        judged = judge(subject, settings.budget, search(subject, settings.budget, tools), session.measure, most_critical)
+        judged = judge(subject, settings.budget, search(subject, settings.budget, hooks), session.measure, most_critical)
     session.reporter.found("plan", f"{interval(judged.plan.damage.measured, unit=True)} on test rows")
-    others = short_curve(session, tools, most_critical, judged.plan) if settings.curve else []
+    others = short_curve(session, hooks, most_critical, judged.plan) if settings.curve else []
     points = [
         CurvePoint(f"uniform {u.format}", "uniform", u.size.code_bits, u.size.stored_bits, u.size.total_bytes, u.damage)
         for u in screens.uniform
@@ -267,21 +266,21 @@ def find_plan(session: Session, screens: Screens) -> PlanEvidence:
         plan=judged.plan,
         curve=[*points, *judged.curve, *map(curve_point, others)],
         plans=[other.plan for other in others],
-        calibration=check_prediction(session, tools, judged.plan.modules),
+        calibration=check_prediction(session, hooks, judged.plan.modules),
     )
 
 
-def check_prediction(session: Session, tools: Tools, assignment: Mapping[str, str]) -> Calibration | None:
+def check_prediction(session: Session, hooks: Tools, assignment: Mapping[str, str]) -> Calibration | None:
     """Compare predicted with measured damage of random plans around a refined plan; None where the units are too few for that."""
-    units, formats = session.subject.units, session.settings.formats
-    if tools.probe is None:
+    units, formats, probe = session.subject.units, session.settings.formats, hooks.probe
+    if probe is None:
         return None
 
-    def measure(plans: Mapping[str, np.ndarray], split: str) -> dict[str, np.ndarray]:
-        return session.measure({name: assignment_of(units, formats, choice) for name, choice in plans.items()}, split)
+    def measure(choices: Mapping[str, np.ndarray], split: str) -> dict[str, np.ndarray]:
+        return session.measure(session.assignments(choices), split)
 
     base = np.array([formats.index(assignment[unit.modules[0].name]) for unit in units])
-    return calibrate(base, len(formats), tools.probe, tools.scores, measure, session.settings.seed, session.rows.blocks("select"))
+    return calibrate(base, len(formats), probe, hooks.scores, measure, session.settings.seed, session.rows.blocks("select"))
 
 
 # --- tasks -----------------------------------------------------------------------------------------------------------------
@@ -339,7 +338,7 @@ def screen_texts(session: Session) -> tuple[dict[str, TaskRows], LayerRows | Non
 
 # --- draft -----------------------------------------------------------------------------------------------------------------
 
-# `survey --draft`: a first plan, judged like any other, from the curvature instead of a measured swap for every unit and format.
+# `survey --draft` finds a first plan, judged like any other, from the curvature instead of a measured swap for every unit and format.
 #
 # Passes over the fit rows: one forwards and a few backwards at each uniform end and around each better plan, and those of the plans
 # that are measured; a survey needs several for each unit. What it finds is often worse than what a survey finds (docs/method.md

@@ -41,7 +41,7 @@ from bitatlas.records.files import parse_record, read_record, write_text
 from bitatlas.records.formats import FORMATS
 from bitatlas.records.journal import Journal
 from bitatlas.records.sizes import size_of
-from bitatlas.run.options import Place, VerifyOptions, check_seed
+from bitatlas.run.options import StrPath, VerifyOptions, check_seed
 from bitatlas.run.prepare import rows_and_items, rows_of_survey, settings_of
 from bitatlas.run.settings import check_device
 from bitatlas.stats.bootstrap import measured
@@ -202,7 +202,7 @@ def _check_task(model: Any, tokenizer: Any, promised: TaskScore, items: list[Any
     return TaskCheck(promised.task, promised.correct, promised.n, scores[0])
 
 
-def _write_card(folder: Path, checkpoint: Checkpoint, result: Verification, tokens: Place | None) -> None:
+def _write_card(folder: Path, checkpoint: Checkpoint, result: Verification, tokens: StrPath | None) -> None:
     """Write the card again, with what was found here in the place of what the survey measured."""
     story = story_beside(folder / "plan.json", result.plan)
     text = Path(tokens).name if tokens else story.text
