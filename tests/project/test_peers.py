@@ -101,10 +101,10 @@ def test_measure_counts_the_command_and_not_who_started_it(tmp_path: Path) -> No
         script = f"x = bytearray({megabytes} << 20); x[::4096] = b'x' * len(x[::4096]); raise SystemExit({code})"
         answer = tmp_path / "answer.json"
         done = subprocess.run([sys.executable, measure.__file__, str(answer), sys.executable, "-c", script])
-        found = json.loads(answer.read_text())
-        assert (done.returncode, found["code"]) == (int(code != 0), code)
-        assert megabytes * 2**20 < found["peak_bytes"] < (megabytes + 150) * 2**20
-        assert found["seconds"] > 0
+        result = json.loads(answer.read_text())
+        assert (done.returncode, result["code"]) == (int(code != 0), code)
+        assert megabytes * 2**20 < result["peak_bytes"] < (megabytes + 150) * 2**20
+        assert result["seconds"] > 0
 
 
 # --- judge, file, table ------------------------------------------------------------------------------------------------
@@ -136,12 +136,12 @@ def test_random_plans_are_summed_up() -> None:
         }
 
     judged = {"uniform": one(3.0, 5), "random 1": one(2.0, 9), "random 2": one(1.0, 8)}
-    found = entries_of("thumb", ("uniform", MEAN, BEST), outside.Answer({}, 0.1, 1.0, 10), judged)
-    assert found[MEAN]["damage_nats"] == 1.5
-    assert found[MEAN]["quantized_bytes"] == 9
-    assert found[MEAN]["each_damage_nats"] == [2.0, 1.0]
-    assert (found[BEST]["damage_nats"], found[BEST]["quantized_bytes"]) == (1.0, 8)
-    assert found["uniform"]["damage_nats"] == 3.0
+    result = entries_of("thumb", ("uniform", MEAN, BEST), outside.Answer({}, 0.1, 1.0, 10), judged)
+    assert result[MEAN]["damage_nats"] == 1.5
+    assert result[MEAN]["quantized_bytes"] == 9
+    assert result[MEAN]["each_damage_nats"] == [2.0, 1.0]
+    assert (result[BEST]["damage_nats"], result[BEST]["quantized_bytes"]) == (1.0, 8)
+    assert result["uniform"]["damage_nats"] == 3.0
 
 
 SETTINGS = {

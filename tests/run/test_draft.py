@@ -47,13 +47,13 @@ def test_where_damage_is_quadratic_a_draft_is_the_plan_of_measured_swaps(seed: i
 def test_budgets_are_kept_and_the_record_says_what_it_is(budget: Budget):
     game = Planted(UNITS, seed=5, cubic=0.02)
     hooks = Tools(replace(scores_of(game), source=SOURCE), game.damage, unmeasured(game), effort="draft")
-    found = search(SUBJECT, budget, hooks)
-    assert found.selected == game.of(found.choice)
+    candidate = search(SUBJECT, budget, hooks)
+    assert candidate.selected == game.of(candidate.choice)
     if budget.kind == "code_bits":
-        assert (2 + 2 * found.choice).mean() <= budget.value
+        assert (2 + 2 * candidate.choice).mean() <= budget.value
     else:
-        assert found.selected <= budget.value
-    assert "measured" not in found.solver["method"]
+        assert candidate.selected <= budget.value
+    assert "measured" not in candidate.solver["method"]
 
 
 @pytest.fixture(scope="module")

@@ -118,9 +118,9 @@ def refused(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str],
     monkeypatch.setattr(sys, "argv", ["bitatlas", "survey", "--out", str(out), "--quiet", *words])
     with pytest.raises(SystemExit) as ended:
         main()
-    told = capsys.readouterr().err
-    assert (ended.value.code, len(told.splitlines()), out.exists()) == (2, 1, False), told
-    return told
+    message = capsys.readouterr().err
+    assert (ended.value.code, len(message.splitlines()), out.exists()) == (2, 1, False), message
+    return message
 
 
 @needs_ray
@@ -142,8 +142,8 @@ def test_a_wrong_address_is_one_line(
 def test_without_ray_the_extra_is_named(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path):
     there = importlib.util.find_spec
     monkeypatch.setattr(importlib.util, "find_spec", lambda name, *rest: None if name == "ray" else there(name, *rest))
-    told = refused(monkeypatch, capsys, tmp_path / "out", "--ray", "auto")
-    assert "pip install 'bitatlas[ray]'" in told
+    message = refused(monkeypatch, capsys, tmp_path / "out", "--ray", "auto")
+    assert "pip install 'bitatlas[ray]'" in message
 
 
 def test_addresses():

@@ -161,10 +161,10 @@ def report(options: ReportOptions, as_json: Json = False) -> None:
 
     folder = Path(options.folder)
     atlas = read_record(folder / "atlas.json", Atlas)
-    with all_or_none(folder) as place:
-        figures = write_figures(atlas, place) if options.figures else []
-        write_reports(atlas, place)
-    files = [folder / "report.html", folder / "report.md", *(folder / file.relative_to(place) for file in figures)]
+    with all_or_none(folder) as target:
+        figures = write_figures(atlas, target) if options.figures else []
+        write_reports(atlas, target)
+    files = [folder / "report.html", folder / "report.md", *(folder / file.relative_to(target) for file in figures)]
     if as_json:
         print_files(files)
         return

@@ -62,7 +62,7 @@ for name, function in COMMANDS.items():
 
 
 def main() -> None:
-    """The entry point: a user's mistake is one line and exit code 2, never a traceback."""
+    """Run the command line: a user's mistake is one line and exit code 2, never a traceback."""
     try:
         code = app(standalone_mode=False) or 0
     except (UserError, WrongUse) as error:

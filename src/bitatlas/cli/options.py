@@ -40,7 +40,7 @@ def _option(field: inspect.Parameter) -> Option:
 
 
 def _value(field: inspect.Parameter, word: Any) -> Any:
-    """What the record has for a word; its own default where there is none."""
+    """Return what the record has for a word; its own default where there is none."""
     if word is None:
         return field.default
     parse = _option(field).parse
@@ -48,7 +48,7 @@ def _value(field: inspect.Parameter, word: Any) -> Any:
 
 
 def _parameter(field: inspect.Parameter) -> inspect.Parameter:
-    """A record's field, `Annotated[type, Option]`, with typer's own type, default and description."""
+    """Return a record's field, `Annotated[type, Option]`, with typer's own type, default and description."""
     option, kind, default = _option(field), field.annotation.__origin__, field.default
     kinds = set(get_args(kind) if isinstance(kind, UnionType) else [kind])
     if not kinds <= PLAIN:
@@ -73,7 +73,7 @@ def _not_empty(text: str | None) -> str | None:
 
 
 def _completing(option: Option) -> Callable[[str], list[str]]:
-    """What a shell offers for the value that was begun; of a list with commas, for its last name."""
+    """Return what a shell offers for the value that was begun; of a list with commas, for its last name."""
 
     def complete(incomplete: str) -> list[str]:  # typer asks for that name
         before, comma, last = incomplete.rpartition(",") if option.parse is split_names else ("", "", incomplete)

@@ -228,5 +228,5 @@ def _print(schema: str, **parts: Any) -> None:
 
 
 def _plain(value: Any) -> Any:
-    """A path or a record, as JSON has it."""
+    """Return a path or a record as JSON has it."""
     return str(value) if isinstance(value, Path) else asdict(value)

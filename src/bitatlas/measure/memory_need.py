@@ -1,4 +1,4 @@
-"""How much memory a survey will need at its peak, with all weights in memory or with one decoder layer at a time; and which of both it will be.
+"""Predict how much memory a survey needs at its peak, with all weights in memory or with one decoder layer at a time, and choose between both.
 
 The sum has a term for each thing that is alive at the same time: this process as it is, what is outside the layers, the weights (of all
 layers, or of the largest), its changes of weights in every format, the activations of one layer, a few arrays of logits, codes and hidden
@@ -65,7 +65,7 @@ def memory_need(
     dtype: torch.dtype,
     device: str,
 ) -> MemoryNeed:
-    """What a survey needs with so many rows of `row_length` tokens and so many formats."""
+    """Return the bytes that a survey needs with so many rows of `row_length` tokens and so many formats."""
     size = dtype.itemsize
     outside = (info.other_bytes // dtype_bytes(info.dtype) if info.other_numbers is None else info.other_numbers) * size
     layers, stored = Counter[int](), Counter[int]()
@@ -76,9 +76,8 @@ def memory_need(
     batch = batch_rows(row_length, vocabulary)
     tokens = batch * row_length
     wide = sum(out + inputs for out, inputs in (m.shape for m in modules if m.layer == modules[0].layer))
-    activations = (
-        8 * tokens * wide + 24 * max(batch, 8) * info.heads * row_length**2
-    )  # forwards and backwards; attention maps, eager
+    # forwards and backwards; attention maps [rows, heads, tokens, tokens], eager
+    activations = 8 * tokens * wide + 24 * max(batch, 8) * info.heads * row_length**2
     logits, least_logits = (
         LOGIT_ARRAYS * min(4 * tokens * vocabulary, most + 4 * batch * vocabulary) for most in (LOGIT_BYTES, LEAST_LOGITS)
     )
@@ -88,47 +87,47 @@ def memory_need(
     fixed = base + outside
     state = tokens * modules[0].shape[1] * size
     states, every = (n * states_of(info.layers, state) for n in (1, -(-rows // batch)))
-    kept = min(STATE_BYTES, rows * row_length * modules[0].shape[1] * size) + min(
-        REFERENCE_BYTES, 4 * rows * row_length * vocabulary
-    )
+    # the reference's last hidden states [rows, tokens, width] and log-probabilities [rows, tokens, vocabulary], as far as they are cached
+    reference = min(STATE_BYTES, rows * row_length * modules[0].shape[1] * size)
+    reference += min(REFERENCE_BYTES, 4 * rows * row_length * vocabulary)
     codes = min(KEPT_BYTES, formats * info.quantizable_weights) if device == "cpu" else 0
     return MemoryNeed(
-        fixed + max(loading, activations + logits + changes) + info.quantizable_weights * size + kept + states + codes,
+        fixed + max(loading, activations + logits + changes) + info.quantizable_weights * size + reference + states + codes,
         fixed + max(loading, activations + least_logits + changes) + layer * size + max(stored.values()) + 4 * LEAST_STATES,
         states,
         max(states, min(every, STATE_BYTES if device == "cpu" else DEVICE_STATE_BYTES)),
     )
 
 
-def choose_load_mode(needed: MemoryNeed, memory_bytes: int | None, device: str, folder: Path) -> LoadMode:
-    """In memory where that fits into what was asked for, or into what is there; else layer by layer; UserError where neither does."""
+def choose_load_mode(need: MemoryNeed, memory_bytes: int | None, device: str, folder: Path) -> LoadMode:
+    """Choose: in memory where that fits into what was asked for, or into what is there; else layer by layer; UserError where neither does."""
     limit = memory_bytes if memory_bytes is not None else at_hand(device)
-    if needed.whole <= limit:
-        more = min(needed.most_states - needed.states, (limit - needed.whole) // 4)
-        return LoadMode(False, StateBudget(needed.states + more), KEPT_BYTES, needed.whole + more)
-    if needed.streamed > limit:
+    if need.whole <= limit:
+        more = min(need.most_states - need.states, (limit - need.whole) // 4)
+        return LoadMode(False, StateBudget(need.states + more), KEPT_BYTES, need.whole + more)
+    if need.streamed > limit:
         asked = f"--memory {given_size(limit)}" if memory_bytes is not None else f"{byte_size(limit)} of memory are free here"
-        shown = given_size if byte_size(limit) == byte_size(needed.streamed) else byte_size  # never "1.07 GB, 1.07 GB are needed"
+        shown = given_size if byte_size(limit) == byte_size(need.streamed) else byte_size  # never "1.07 GB, 1.07 GB are needed"
         raise UserError(
-            f"{asked}: too little; layer by layer this survey needs {shown(needed.streamed)} "
-            f"(all weights in memory: {byte_size(needed.whole)}); shorter rows (--row-length) or fewer formats need less"
+            f"{asked}: too little; layer by layer this survey needs {shown(need.streamed)} "
+            f"(all weights in memory: {byte_size(need.whole)}); shorter rows (--row-length) or fewer formats need less"
         )
-    spare = min(limit - needed.streamed, 4 * 2**30) + 4 * LEAST_STATES
+    spare = min(limit - need.streamed, 4 * 2**30) + 4 * LEAST_STATES
     state_budget = StateBudget(spare // 5, spare // 5, LEAST_LOGITS, whole=False, folder=folder)
-    return LoadMode(True, state_budget, spare // 5, needed.streamed + spare - 4 * LEAST_STATES)
+    return LoadMode(True, state_budget, spare // 5, need.streamed + spare - 4 * LEAST_STATES)
 
 
 def at_hand(device: str) -> int:
-    """Bytes that this process may reach: what it has and most of what is free, of the device or of the host (its control group's limit included)."""
+    """Return the bytes that this process may reach: what it has and most of what is free, of the device or of the host (its control group's limit included)."""
     if device.startswith("cuda"):
         free, _ = torch.cuda.mem_get_info(device)
         return int(SHARE * free)
-    own = psutil.Process().memory_info().rss
-    return own + int(SHARE * min(psutil.virtual_memory().available, _group_free()))
+    resident = psutil.Process().memory_info().rss
+    return resident + int(SHARE * min(psutil.virtual_memory().available, _group_free()))
 
 
 def _group_free() -> int:
-    """What the control group that this process is in still allows; no limit where there is none."""
+    """Return what the control group that this process is in still allows; no limit where there is none."""
     folder = Path("/sys/fs/cgroup")
     try:
         limit = (folder / "memory.max").read_text().strip()
@@ -138,7 +137,7 @@ def _group_free() -> int:
 
 
 def peak_bytes(device: str) -> int:
-    """The most that this process has had, of the device or of the host."""
+    """Return the most bytes that this process has had, of the device or of the host."""
     if device.startswith("cuda"):
         return int(torch.cuda.max_memory_reserved(device))
     unit = 1 if sys.platform == "darwin" else 1024

@@ -86,7 +86,7 @@ def compare_models(options: CompareOptions) -> Comparison:
 
 
 def _open(name: str, other: str, device: str) -> tuple[Any, Any]:
-    """(model, tokenizer) of a checkpoint, or of a plan's checkpoint with the plan's weights in it. `other`: what it is compared with."""
+    """Open (model, tokenizer) of a checkpoint, or of a plan's checkpoint with the plan's weights in it. `other`: what it is compared with."""
     plan_file = _plan_file(name)
     if plan_file is not None:
         return _open_plan(plan_file, other, device)
@@ -99,7 +99,7 @@ def _open(name: str, other: str, device: str) -> tuple[Any, Any]:
 
 
 def _plan_file(name: str) -> Path | None:
-    """The plan that an argument means: a file, or a survey's folder; a folder that is a checkpoint is one."""
+    """Return the plan that an argument means: a file, or a survey's folder; a folder that is a checkpoint is one."""
     path = Path(name).expanduser()
     if path.is_dir() and (path / "plan.json").is_file() and not (path / "config.json").exists():
         return path / "plan.json"
@@ -107,7 +107,7 @@ def _plan_file(name: str) -> Path | None:
 
 
 def _open_plan(plan_file: Path, other: str, device: str) -> tuple[Any, Any]:
-    """The checkpoint is what it is compared with, where that is what the plan was made for; else the one that its survey names."""
+    """Open a plan. Its checkpoint is what it is compared with, where that is what the plan was made for; else the one that its survey names."""
     plan = read_record(plan_file, Plan)
     checkpoint = None
     if _plan_file(other) is None:
@@ -132,7 +132,7 @@ def _open_plan(plan_file: Path, other: str, device: str) -> tuple[Any, Any]:
 
 
 def _labels(first: str, second: str) -> tuple[str, str]:
-    """The folders' names, or the whole words where these are equal."""
+    """Return the folders' names, or the whole words where these are equal."""
     short = Path(first).name, Path(second).name
     return short if short[0] != short[1] else (first, second) if first != second else (f"{first} (A)", f"{second} (B)")
 
@@ -141,7 +141,7 @@ def _labels(first: str, second: str) -> tuple[str, str]:
 def _on_rows(
     models: list[tuple[Any, Any]], options: CompareOptions, progress: Any
 ) -> tuple[Measured, tuple[Measured, Measured], Measured]:
-    """(KL(A || B), cross-entropy of each, B minus A) on the test rows, nats/token."""
+    """Measure (KL(A || B), cross-entropy of each, B minus A) on the test rows, nats/token."""
     tokens, length = str(options.tokens), options.row_length
     (model_a, tokenizer), (model_b, other) = models
     if tokenizer.get_vocab() != other.get_vocab():

@@ -101,6 +101,6 @@ def sizes_between(least: int, most: int, points: int) -> list[int]:
 
 
 def _end_sizes(subject: Subject) -> tuple[int, int]:
-    """Bytes of the whole model at the narrowest and at the widest format everywhere."""
+    """Return the bytes of the whole model at the narrowest and at the widest format everywhere."""
     least, most = size_range("size", subject.modules, subject.formats, subject.info)
     return int(least), int(most)

@@ -39,7 +39,7 @@ class Option:
 
 @dataclass(frozen=True)
 class Argument(Option):
-    """A field that the command line takes by its place."""
+    """A field that the command line takes by its position."""
 
     may_be_empty: bool = True
     metavar: str | None = None
@@ -94,7 +94,7 @@ PlanFile = Annotated[StrPath, Argument("A plan.json.", parse=Path, metavar="PLAN
 
 @dataclass(frozen=True, kw_only=True)
 class BudgetOptions:
-    """A budget: at most one of them, but that context, cache dtype, batch and chunk belong to `vram`."""
+    """Options of a budget: at most one of them, but that context, cache dtype, batch and chunk belong to `vram`."""
 
     code_bits: Annotated[float | None, Option("Budget: bits of the codes alone, per weight (the usual '3-bit').")] = None
     stored_bits: Annotated[float | None, Option("Budget: all stored bits of the quantized modules, per weight.")] = None
@@ -124,7 +124,7 @@ class BudgetOptions:
 
 @dataclass(frozen=True, kw_only=True)
 class RowOptions:
-    """What text is measured on."""
+    """Options of the text that is measured on."""
 
     tokens: Annotated[
         StrPath | None,
@@ -136,7 +136,7 @@ class RowOptions:
 
 @dataclass(frozen=True, kw_only=True)
 class TaskOptions:
-    """What tasks are scored, and when one is held."""
+    """Options of the tasks that are scored, and when one is held."""
 
     tasks: Annotated[
         Sequence[str] | None,
@@ -161,7 +161,7 @@ class TaskOptions:
 
 @dataclass(frozen=True, kw_only=True)
 class Candidates:
-    """Which codes there are to choose from."""
+    """Options of the codes that there are to choose from."""
 
     formats: Annotated[
         Sequence[str] | None,
@@ -184,7 +184,7 @@ class Candidates:
 
 @dataclass(frozen=True)
 class SurveyOptions(TaskOptions, RowOptions, BudgetOptions, Candidates):  # a record's last base comes first
-    """Of `survey`."""
+    """Options of `survey`."""
 
     model: Annotated[StrPath | None, Argument("Checkpoint folder or hub name. Default: the bundled demo model.")] = None
     out: Annotated[StrPath, Option("Folder for the run's files.", parse=Path)] = "bitatlas-out"
@@ -223,7 +223,7 @@ class SurveyOptions(TaskOptions, RowOptions, BudgetOptions, Candidates):  # a re
 
 @dataclass(frozen=True)
 class PlanOptions(BudgetOptions):
-    """Of `plan`."""
+    """Options of `plan`."""
 
     folder: Folder
     _: KW_ONLY
@@ -237,7 +237,7 @@ class PlanOptions(BudgetOptions):
 
 @dataclass(frozen=True)
 class VerifyOptions(RowOptions):
-    """Of `verify`."""
+    """Options of `verify`."""
 
     model: PlannedModel
     plan_or_checkpoint: Annotated[
@@ -255,7 +255,7 @@ class VerifyOptions(RowOptions):
 
 @dataclass(frozen=True)
 class CompareOptions(TaskOptions, RowOptions):
-    """Of `compare`."""
+    """Options of `compare`."""
 
     first: Annotated[
         StrPath, Argument("A checkpoint, quantized or not, a plan.json, or a survey's folder (its plan).", metavar="MODEL_A")
@@ -270,7 +270,7 @@ class CompareOptions(TaskOptions, RowOptions):
 
 @dataclass(frozen=True)
 class ApplyOptions:
-    """Of `apply`."""
+    """Options of `apply`."""
 
     model: PlannedModel
     plan: PlanFile
@@ -281,7 +281,7 @@ class ApplyOptions:
 
 @dataclass(frozen=True)
 class ExportOptions:
-    """Of `export`."""
+    """Options of `export`."""
 
     plan: PlanFile
     _: KW_ONLY
@@ -296,7 +296,7 @@ class ExportOptions:
 
 @dataclass(frozen=True)
 class ReportOptions:
-    """Of `report`."""
+    """Options of `report`."""
 
     folder: Folder
     _: KW_ONLY

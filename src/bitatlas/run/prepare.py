@@ -198,7 +198,7 @@ def sizes_text(checkpoint: Checkpoint, formats: Sequence[str]) -> str:
 
 
 def _documents(settings: Settings, spare: TaskItems) -> tuple[str, list[str]]:
-    """(source, documents) to measure on: what was given, else the text of the chosen tasks' items that are not scored."""
+    """Return (source, documents) to measure on: what was given, else the text of the chosen tasks' items that are not scored."""
     if settings.tokens:
         name = Path(settings.tokens).name if Path(settings.tokens).is_file() else settings.tokens
         return name, read_documents(settings.tokens)
@@ -229,7 +229,7 @@ def _check_folder(out: Path, resume: bool, checkpoint: Checkpoint, formats: Sequ
 
 @contextmanager
 def _folder_errors(out: Path) -> Iterator[None]:
-    """Whatever the system says against the folder, as one line."""
+    """Say whatever the system has against the folder in one line."""
     try:
         yield
     except OSError as error:

@@ -70,7 +70,7 @@ def protect_plan(session: Session, hooks: Tools, most_critical: Sequence[int]) -
 
 
 def _widest(cost: np.ndarray, hooks: Tools) -> Found:
-    """The widest format everywhere, as a plan."""
+    """Measure the widest format everywhere, as a plan."""
     choice = np.full(len(cost), cost.shape[1] - 1, dtype=np.int64)
     selected = hooks.on_select({"widest": choice})["widest"]
     solver = {"method": KNAPSACK.format(hooks.scores.source), "scores": "high", "gap": 0.0, "select_damage": selected}
@@ -78,7 +78,7 @@ def _widest(cost: np.ndarray, hooks: Tools) -> Found:
 
 
 def _choosing_by_task_text(session: Session, hooks: Tools) -> tuple[Tools, str]:
-    """Hooks that choose on the protected tasks' text that is not scored, where each has enough of it; and what they choose on."""
+    """Return hooks that choose on the protected tasks' text that is not scored, where each has enough of it; and what they choose on."""
     settings = session.settings
     length = min(ROW_LENGTH, settings.row_length)
     texts = []  # of each task: int64 [rows, tokens]

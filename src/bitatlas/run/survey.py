@@ -77,7 +77,7 @@ def run_survey(settings: Settings, out: Path, resume: bool, reporter: Reporter, 
 
 @contextmanager
 def _opened(settings: Settings, out: Path, resume: bool, reporter: Reporter, ray: str | None) -> Iterator[Session]:
-    """An opened survey with every module in every format at hand."""
+    """Open a survey, with every module in every format at hand."""
     with ExitStack() as stack:
         scheduler = stack.enter_context(closing(Scheduler(ray, reporter))) if ray is not None else None
         session = prepare(settings, out, resume, reporter, scheduler.connect if scheduler else None)

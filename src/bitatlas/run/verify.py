@@ -181,7 +181,7 @@ def rows_for(plan_file: Path, checkpoint: Checkpoint, options: VerifyOptions) ->
 
 
 def _items(plan_file: Path, plan: Plan, checkpoint: Checkpoint, names: Sequence[str]) -> list[tuple[TaskScore, list[Any]]]:
-    """What each task promised, and its items; UserError for a task that promised nothing."""
+    """Return what each task promised, and its items; UserError for a task that promised nothing."""
     if not names or list(names) == ["none"]:
         return []
     atlas = atlas_beside(plan_file.absolute())
@@ -274,7 +274,7 @@ def _plan_of(file: Path, reader: Any) -> Plan:
 
 
 def _formats_and_bytes(reader: Any, checkpoint: Checkpoint) -> tuple[dict[str, str], int]:
-    """(module -> format, bytes of these modules) as the file's own tensors have it."""
+    """Return (module -> format, bytes of these modules) as the file's own tensors have it."""
     tensors = {tensor.name: tensor for tensor in reader.tensors}
     names = weight_names([m.name for m in checkpoint.modules], checkpoint.config.model_type, checkpoint.info.layers)
     formats, count = {}, 0

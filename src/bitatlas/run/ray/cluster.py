@@ -81,7 +81,7 @@ class Cluster:
 
 @contextmanager
 def _silent() -> Iterator[None]:
-    """Without what Ray's core writes to stderr as it tries: what matters is raised."""
+    """Drop what Ray's core writes to stderr as it tries: what matters is raised."""
     sys.stderr.flush()
     stderr, null = os.dup(2), os.open(os.devnull, os.O_WRONLY)
     os.dup2(null, 2)
@@ -109,7 +109,7 @@ def check_ray(address: str) -> None:
 
 
 def parse_address(address: str) -> tuple[str, int] | None:
-    """`host:port` or `ray://host:port` -> (host, port), else None."""
+    """Parse `host:port` or `ray://host:port` -> (host, port), else None."""
     match = re.fullmatch(r"(?:ray://)?(\[[0-9a-fA-F:]+\]|[^:/\s]+):([0-9]{1,5})", address)
     return (match[1].strip("[]"), int(match[2])) if match and int(match[2]) < 65536 else None
 

@@ -70,7 +70,7 @@ def _session(config: WorkerConfig) -> Session:
 
 
 def _open_session(config: WorkerConfig, device: str) -> Session:
-    """UserError where this host has other weights, or measures what the survey's own process would not."""
+    """Open the survey; UserError where this host has other weights, or measures what the survey's own process would not."""
     torch.set_num_threads(config.threads)
     if wrong := check_host(config.required):
         raise UserError(wrong)
@@ -87,7 +87,7 @@ def _open_session(config: WorkerConfig, device: str) -> Session:
 
 
 def _own_device(device: str) -> str:
-    """The GPU that Ray gave this task, by its number on the host.
+    """Return the GPU that Ray gave this task, by its number on the host.
 
     Ray hides the others by CUDA_VISIBLE_DEVICES, which a process reads once; the next task in it may be given another.
     """
