@@ -28,7 +28,7 @@ from bitatlas.export.gguf.write import PLAN_KEY
 from bitatlas.export.packed import card_of, check_fits, check_package, draw, promised_disk_bytes
 from bitatlas.export.trial import open_packed
 from bitatlas.measure.damage import DamageMeter, kl_per_row
-from bitatlas.measure.tasks import score_items
+from bitatlas.measure.tasks import right_of, score_items
 from bitatlas.model.checkpoint import Checkpoint, check_finite, open_checkpoint
 from bitatlas.model.decoder import Decoder
 from bitatlas.model.folder import weight_files
@@ -42,7 +42,7 @@ from bitatlas.records.formats import FORMATS
 from bitatlas.records.journal import Journal
 from bitatlas.records.sizes import size_of
 from bitatlas.run.options import StrPath, VerifyOptions, check_seed
-from bitatlas.run.prepare import rows_and_items, rows_of_survey, settings_of
+from bitatlas.run.prepare import rows_of_survey, settings_of, split_tasks
 from bitatlas.run.settings import check_device
 from bitatlas.stats.bootstrap import measured
 from bitatlas.stats.paired import compare_all
@@ -111,7 +111,7 @@ def verify_plan(options: VerifyOptions) -> Verification:
     plan = read_record(plan_file, Plan)
     checkpoint, rows = _open_planned(plan, plan_file, options)
     test = rows.test
-    items = _items(plan_file, plan, checkpoint, options.tasks or ())
+    items = _items(plan_file, plan, options.tasks or ())
     decoder = _load(checkpoint, options)
     disk: tuple[int, int] | None = None
     checks: tuple[TaskCheck, ...] = ()
@@ -180,7 +180,7 @@ def rows_for(plan_file: Path, checkpoint: Checkpoint, options: VerifyOptions) ->
 # --- tasks and the card ------------------------------------------------------------------------------------------------
 
 
-def _items(plan_file: Path, plan: Plan, checkpoint: Checkpoint, names: Sequence[str]) -> list[tuple[TaskScore, list[Any]]]:
+def _items(plan_file: Path, plan: Plan, names: Sequence[str]) -> list[tuple[TaskScore, list[Any]]]:
     """Return what each task promised, and its items; UserError for a task that promised nothing."""
     if not names or list(names) == ["none"]:
         return []
@@ -190,14 +190,13 @@ def _items(plan_file: Path, plan: Plan, checkpoint: Checkpoint, names: Sequence[
     if atlas is None or missing:
         known = f"it promised {', '.join(promised)}" if promised else "no survey of this plan with tasks lies beside it"
         raise UserError(f"--tasks {','.join(names)}: nothing was promised about {(missing or names)[0]}: {known}")
-    _, items = rows_and_items(replace(settings_of(atlas), tasks=tuple(names)), checkpoint, checkpoint.load_tokenizer())
-    return [(promised[name], items[name]) for name in names]
+    split = split_tasks(settings_of(atlas), names)
+    return [(promised[name], split[name][0]) for name in names]
 
 
 def _check_task(model: Any, tokenizer: Any, promised: TaskScore, items: list[Any], reporter: Reporter) -> TaskCheck:
-
     with reporter.stage(promised.task):
-        right = np.array([answer["correct"] for answer in score_items(model, tokenizer, promised.task, items)])
+        right = right_of(score_items(model, tokenizer, promised.task, items))
     scores, _ = compare_all({promised.task: {"plan": right}}, {promised.task: chance_level(items)})
     return TaskCheck(promised.task, promised.correct, promised.n, scores[0])
 
