@@ -1,4 +1,4 @@
-"""What reading attention costs: the survey's stage against plain eager forward passes over the same sequences, taken in turns.
+"""Time what reading attention costs: the survey's stage against plain eager forward passes over the same sequences, taken in turns.
 
     python benchmarks/attention.py [MODEL ...] [--repeats 5]
 
@@ -62,7 +62,7 @@ class Subject:
         self.rest = [part for group in repeated for part in group.split(BATCH)] + self._padded(context)
 
     def _padded(self, context: int) -> list[Tensor]:
-        """The problems in the batches in which the stage reads them."""
+        """Return the problems in the batches in which the stage reads them."""
         tokenized = [tokenize(problem, self.tokenizer).ids for problem in self.problems]
         ordered = sorted((ids for ids in tokenized if len(ids) <= context), key=len)
         batches = [ordered[start : start + BATCH] for start in range(0, len(ordered), BATCH)]
@@ -87,7 +87,7 @@ def seconds(work: Callable[[], None]) -> float:
 
 
 def once(subject: Subject) -> dict[str, float]:
-    """One turn of everything: seconds by name."""
+    """Time one turn of everything: seconds by name."""
     times = {"stage, reference": seconds(lambda: subject.stage(False))}
     with eager(subject.decoder.model):
         times["text"] = seconds(lambda: subject.forward(subject.text))
@@ -100,7 +100,7 @@ def once(subject: Subject) -> dict[str, float]:
 
 
 def measure(folder: str, repeats: int) -> dict[str, Any]:
-    """Ratios of one checkpoint, a list a turn, and their medians."""
+    """Measure the ratios of one checkpoint, a list a turn, and their medians."""
     subject = Subject(folder)
     once(subject)  # caches and pages warm up
     turns = [once(subject) for _ in range(repeats)]

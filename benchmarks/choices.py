@@ -1,4 +1,4 @@
-"""What the candidates are worth: more formats at equal stored bits, and better quantizers at equal code bits, each as a whole survey.
+"""Measure what the candidates are worth: more formats at equal stored bits, and better quantizers at equal code bits, each as a whole survey.
 
     python benchmarks/choices.py MODEL TEXT [--formats | --quantizers] [--rows 24,24,64]
 
@@ -52,7 +52,7 @@ class Bench:
         self.reporter = Reporter(quiet=True)
 
     def survey(self, name: str, formats: str, budget: Budget, quantizer: str = "rtn") -> tuple[Atlas, Path, float]:
-        """The finished survey, its folder, and the seconds it took."""
+        """Return the finished survey, its folder, and the seconds it took."""
         out = self.folder / name.replace(" ", "_").replace(",", "")
         options = SurveyOptions(
             self.model,
@@ -73,7 +73,7 @@ class Bench:
 
 
 def summary(name: str, rows: np.ndarray, other: np.ndarray | None, **more: Any) -> dict[str, Any]:
-    """One line: damage, and its paired difference and ratio to `other` [rows]."""
+    """Return one line: damage, and its paired difference and ratio to `other` [rows]."""
     line: dict[str, Any] = {"name": name, "damage": asdict(measured(rows, "nats/token", "plan", "test", 0)), **more}
     if other is not None:
         line["difference"] = asdict(measured(rows - other, "nats/token", "plan", "test", 0))
@@ -130,7 +130,7 @@ def compare_quantizers(bench: Bench) -> list[dict[str, Any]]:
 
 
 def page(content: dict[str, Any]) -> str:
-    """docs/choices.md."""
+    """Return docs/choices.md."""
     origin = content["made"]
     lines = [
         "# What the candidates are worth",

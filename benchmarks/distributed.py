@@ -1,4 +1,4 @@
-"""Swap measurements on one and on two Ray workers of this machine, one thread each, and without Ray, in one run.
+"""Time swap measurements on one and on two Ray workers of this machine, one thread each, and without Ray, in one run.
 
     python benchmarks/distributed.py [MODEL] [--rows 16] [--repeats 5]
 
@@ -52,13 +52,13 @@ def opened(model: str, rows: int, out: Path, scheduler: Scheduler) -> Session:
 
 
 def only(scheduler: Scheduler, task: Any, workers: int) -> None:
-    """As many pieces at once: each takes its share of the processors. `task`: the scheduler's own."""
+    """Run so many pieces at once: each takes its share of the processors. `task`: the scheduler's own."""
     scheduler.slots = workers
     scheduler._work = task.options(num_cpus=WORKERS // workers)
 
 
 def measured(session: Session, swaps: dict[str, Swap], scheduler: Scheduler | None) -> tuple[float, np.ndarray]:
-    """Seconds, and the damage of every swap on every row."""
+    """Return seconds, and the damage of every swap on every row."""
     session.journal = session.meter.journal = Journal(None)
     session.meter.workers = scheduler
     start = time.perf_counter()

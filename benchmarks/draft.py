@@ -1,4 +1,4 @@
-"""What a draft costs and what it is worth: `survey --draft` and the survey beside it, on given checkpoints and sizes.
+"""Measure what a draft costs and what it is worth: `survey --draft` and the survey beside it, on given checkpoints and sizes.
 
     python benchmarks/draft.py MODEL:TEXT [MODEL:TEXT ...]
 
@@ -47,7 +47,7 @@ def compare(model: str, text: str, bits: float) -> dict[str, Any]:
 
 
 def run(words: list[str]) -> dict[str, Any]:
-    """Seconds of the processor, the plan's damage, and that of the best plan anybody could have made."""
+    """Return seconds of the processor, the plan's damage, and that of the best plan anybody could have made."""
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
     with tempfile.TemporaryDirectory() as out:
         before = resource.getrusage(resource.RUSAGE_CHILDREN).ru_utime

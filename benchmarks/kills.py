@@ -1,4 +1,4 @@
-"""Killed without warning (SIGKILL) at random moments, resumed each time: the same files, and nothing measured twice?
+"""Check that a survey killed without warning (SIGKILL) at random moments and resumed each time writes the same files, and measures nothing twice.
 
     python benchmarks/kills.py [MODEL] [--kills 20] [--seed 0]
 
@@ -76,7 +76,7 @@ def killed(model: str, out: Path, after: float) -> bool:
 
 
 def files(out: Path) -> dict[str, bytes]:
-    """What a survey wrote, the journal left out."""
+    """Return what a survey wrote, the journal left out."""
     return {str(f.relative_to(out)): f.read_bytes() for f in sorted(out.rglob("*")) if f.is_file() and "run.sqlite" not in f.name}
 
 
@@ -86,14 +86,14 @@ def entries(out: Path) -> list[tuple[str, str]]:
 
 
 def measured_again(out: Path) -> int:
-    """Entries that were written a second time: each took a new row number."""
+    """Count entries that were written a second time: each took a new row number."""
     with closing(sqlite3.connect(out / "run.sqlite")) as database:
         last, count = database.execute("SELECT MAX(rowid), COUNT(*) FROM measured").fetchone()
     return int(last - count)
 
 
 def main() -> None:
-    """The command line."""
+    """Run the command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("model", nargs="?", default=str(demo.MODEL_DIR))
     parser.add_argument("--kills", type=int, default=20)

@@ -1,4 +1,4 @@
-"""Who finds the better plan at equal bytes: bitatlas, its peers' own tools, their rules re-implemented, and plans anybody would make.
+"""Compare who finds the better plan at equal bytes: bitatlas, its peers' own tools, their rules re-implemented, and plans anybody would make.
 
     python benchmarks/peers.py [--methods ...] [--checkpoints ...] [--code-bits 2.5,3] [--search-seconds 600] [--table-only]
 
@@ -83,7 +83,7 @@ def say(text: str) -> None:
 
 
 def read_cases(names: list[str] | None, work: Path, fit: str | None, test: str | None) -> list[Case]:
-    """The checkpoints asked for: "demo", a name in the shared models, or a folder. UserError where there is none."""
+    """Return the checkpoints asked for: "demo", a name in the shared models, or a folder. UserError where there is none."""
     models, data = SHARED / "models", SHARED / "data"
     if names is None:
         names = [name for name in ("babyllama-105", "stories260K") if (models / name).is_dir()] + ["demo"]
@@ -103,7 +103,7 @@ def read_cases(names: list[str] | None, work: Path, fit: str | None, test: str |
 
 
 def halves(text: Path, work: Path) -> tuple[Path, Path]:
-    """One text cut in two at the end of a line, so that nobody is judged on what was fitted on."""
+    """Return one text cut in two at the end of a line, so that nobody is judged on what was fitted on."""
     content = text.read_text(encoding="utf-8")
     cut = content.index("\n", int(len(content) * DEMO_FIT_SHARE)) + 1
     fit, test = work / f"{text.stem}-fit.txt", work / f"{text.stem}-test.txt"
@@ -112,7 +112,7 @@ def halves(text: Path, work: Path) -> tuple[Path, Path]:
 
 
 def measure(method: str, cell: Cell, args: argparse.Namespace) -> Answer:
-    """One method's plans for one cell. NotRunError where it gives none."""
+    """Run one method: its plans for one cell. NotRunError where it gives none."""
     question = cell.problem.question
     if method in OWN:
         return run_own(OWN[method], question, cell.work)
@@ -126,7 +126,7 @@ def measure(method: str, cell: Cell, args: argparse.Namespace) -> Answer:
 
 
 def best_so_far(cell: Cell) -> dict[str, str]:
-    """The finished plan of least damage on the rows that everybody may fit on. NotRunError where there is none."""
+    """Return the finished plan of least damage on the rows that everybody may fit on. NotRunError where there is none."""
     problem = cell.problem
     plans = {
         label: {m.name: problem.high if m.name in set(entry["high"]) else problem.low for m in problem.modules}
@@ -140,7 +140,7 @@ def best_so_far(cell: Cell) -> dict[str, str]:
 
 
 def run_cell(cell: Cell, args: argparse.Namespace, save: Callable[[], None]) -> None:
-    """Every method asked for that is not finished."""
+    """Run every method asked for that is not finished."""
     for method in args.methods:
         labels = METHODS[method]
         if method == "search" and not args.search_seconds:
@@ -158,7 +158,7 @@ def run_cell(cell: Cell, args: argparse.Namespace, save: Callable[[], None]) -> 
 
 
 def run_case(case: Case, args: argparse.Namespace, content: dict, work: Path) -> None:
-    """All budgets of one checkpoint; its model is read once."""
+    """Run all budgets of one checkpoint; its model is read once."""
     checkpoint = open_checkpoint(case.model, fuse=False)
     fit = fit_rows(checkpoint, case.fit, (args.fit_rows, args.select_rows), args.row_length, args.seed)
     test = judging_rows(checkpoint, case.test, args.test_rows, args.row_length)

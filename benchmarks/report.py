@@ -1,4 +1,4 @@
-"""How large report.html is, how long writing it takes, and how long a browser needs to open it, for made-up atlases of more and more layers.
+"""Measure how large report.html is, how long writing it takes, and how long a browser needs to open it, for made-up atlases of more and more layers.
 
     PYTHONPATH=tests/support python benchmarks/report.py
 

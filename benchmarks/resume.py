@@ -36,7 +36,7 @@ RESULTS = Path(__file__).parent / "results"
 
 
 def matrix_rate(rows: int, inner: int, columns: int) -> float:
-    """Multiply-adds a second of a float32 product of this shape: the median of 20."""
+    """Return multiply-adds a second of a float32 product of this shape: the median of 20."""
     a, b = torch.randn(rows, inner), torch.randn(inner, columns)
     times = []
     for _ in range(20):

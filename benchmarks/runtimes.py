@@ -1,4 +1,4 @@
-"""Exports a plan to every runtime, quantizes and loads there what was exported, and writes docs/runtimes.md's table.
+"""Export a plan to every runtime, quantize and load there what was exported, and write docs/runtimes.md's table.
 
     python benchmarks/runtimes.py [TARGET ...] [--model FOLDER] [--text FILE] [--envs .venv-runtimes]
 
@@ -80,7 +80,7 @@ ROWS = (*LIBRARIES, *NOT_RUN, "llama.cpp")  # of the table; llama.cpp has a page
 
 
 def plan_for(checkpoint: Checkpoint, formats: tuple[str, ...]) -> Plan:
-    """Formats in turn, unit by unit (vLLM needs that, the others do not mind); one unit stays as it is."""
+    """Return a plan of formats in turn, unit by unit (vLLM needs that, the others do not mind); one unit stays as it is."""
     units = list(dict.fromkeys(module.unit for module in checkpoint.modules))
     chosen = {unit: formats[k % len(formats)] for k, unit in enumerate(units) if k != KEPT}
     modules = {m.name: chosen[m.unit] for m in checkpoint.modules if m.unit in chosen}
@@ -91,7 +91,7 @@ def plan_for(checkpoint: Checkpoint, formats: tuple[str, ...]) -> Plan:
 
 
 def job_for(checkpoint: Checkpoint, plan: Plan, tokens: torch.Tensor) -> dict[str, Any]:
-    """What a check is told: the modules, the tokens, our logits on them."""
+    """Return what a check is told: the modules, the tokens, our logits on them."""
     names = [module.name for module in checkpoint.modules]
     decoder = checkpoint.load_model()
     with torch.no_grad():
@@ -110,7 +110,7 @@ def job_for(checkpoint: Checkpoint, plan: Plan, tokens: torch.Tensor) -> dict[st
 
 
 def environment(folder: Path, packages: tuple[str, ...], torch_first: bool = True) -> Path:
-    """The environment's python; made where it is not there."""
+    """Return the environment's python; made where it is not there."""
     python = folder / "bin" / "python"
     if not python.exists():
         subprocess.run([sys.executable, "-m", "venv", folder], check=True)
@@ -120,7 +120,7 @@ def environment(folder: Path, packages: tuple[str, ...], torch_first: bool = Tru
 
 
 def run(command: list[Any], folder: Path) -> str:
-    """The program's last line, or a RuntimeError with what it said. Libraries write logs to the working folder: a temporary one."""
+    """Run a program and return its last line, or raise a RuntimeError with what it said. Libraries write logs to the working folder: a temporary one."""
     variables = {key: value for key, value in os.environ.items() if key != "PYTHONPATH"}
     variables |= {"HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false", "GPTQMODEL_CPU_WORKERS": "2"}
     try:
@@ -161,7 +161,7 @@ def check(name: str, library: Library, checkpoint: Checkpoint, tokens: torch.Ten
 
 
 def export_alone(name: str, checkpoint: Checkpoint, tokens: torch.Tensor, envs: Path) -> dict[str, Any]:
-    """For a runtime that cannot run here: what is written, and whether the library's own parser takes it, where that can be had."""
+    """Return, for a runtime that cannot run here, what is written, and whether the library's own parser takes it, where that can be had."""
     reason, formats, package = NOT_RUN[name]
     plan = plan_for(checkpoint, formats)
     with tempfile.TemporaryDirectory() as temporary:
@@ -180,7 +180,7 @@ def export_alone(name: str, checkpoint: Checkpoint, tokens: torch.Tensor, envs: 
 
 
 def families(envs: Path) -> dict[str, Any]:
-    """mlx, whose names of modules are its own, on the demo and on tiny random checkpoints of the families that are called checked."""
+    """Check mlx, whose names of modules are its own, on the demo and on tiny random checkpoints of the families that are called checked."""
     from bitatlas.data.demo import MODEL_DIR
 
     sys.path.insert(0, str(ROOT / "tests" / "support"))
@@ -201,7 +201,7 @@ def families(envs: Path) -> dict[str, Any]:
 
 
 def judge(job: dict[str, Any], result: dict[str, Any]) -> dict[str, str]:
-    """Width -> "ok", or what the first wrong module is instead."""
+    """Return width -> "ok", or what the first wrong module is instead."""
     verdicts = {str(width): "ok" for width in WIDTHS}
     for name, expected in job["modules"].items():
         here = result["modules"][name]
@@ -217,7 +217,7 @@ def judge(job: dict[str, Any], result: dict[str, Any]) -> dict[str, str]:
 
 
 def table(results: dict[str, Any]) -> str:
-    """Markdown: a line a runtime and width."""
+    """Return Markdown: a line a runtime and width."""
     lines = [
         "| runtime | width | exported | loads, bits as planned | logits checked | tokens/s (unquantized) |",
         "|---|---|---|---|---|---|",
@@ -230,7 +230,7 @@ def table(results: dict[str, Any]) -> str:
 
 
 def family_table(result: dict[str, Any]) -> list[str]:
-    """mlx on more checkpoints: the largest difference of logits, of what was exported and of the checkpoint as mlx-lm itself reads it."""
+    """Return the table of mlx on more checkpoints: the largest difference of logits, of what was exported and of the checkpoint as mlx-lm itself reads it."""
     lines = ["| in `mlx` | bits as planned | exported, against our reconstruction | the checkpoint itself, against transformers |", "|---|---|---|---|"]  # fmt: skip
     for name, here in result.items():
         if "error" in here:

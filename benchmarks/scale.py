@@ -1,4 +1,4 @@
-"""How time and memory grow with layers, width, tokens and formats, in memory and layer by layer, beside the least that they could be.
+"""Measure how time and memory grow with layers, width, tokens and formats, in memory and layer by layer, beside the least that they could be.
 
     python benchmarks/scale.py                       # random Llama-shaped checkpoints on the CPU; about ten minutes
     python benchmarks/scale.py --gpu [--folder DIR]  # Llama-3-8B and Qwen3-32B shapes: the first plan from 128 x 2048 tokens
@@ -50,7 +50,7 @@ RANDOM = 2**24  # numbers that are drawn; larger tensors repeat them
 
 
 def make(folder: Path, point: dict[str, Any]) -> None:
-    """A Llama-shaped checkpoint of random weights: float32 for the CPU, bfloat16 for a GPU."""
+    """Write a Llama-shaped checkpoint of random weights: float32 for the CPU, bfloat16 for a GPU."""
     import torch
     from transformers import AutoModelForCausalLM, LlamaConfig
     from transformers.initialization import no_init_weights
@@ -77,7 +77,7 @@ def make(folder: Path, point: dict[str, Any]) -> None:
 
 
 def measure(folder: Path, point: dict[str, Any]) -> dict[str, Any]:
-    """Seconds of each stage, and the peaks."""
+    """Measure the seconds of each stage, and the peaks."""
     import torch
 
     from bitatlas.measure.curvature import expand
@@ -136,7 +136,7 @@ def unit_costs(modules: Sequence[Any], formats: Sequence[str]) -> Any:
 
 
 def load_mode_of(checkpoint: Any, point: dict[str, Any], dtype: Any, folder: Path) -> Any:
-    """As a survey would go, on a GPU with what is free there or with `STREAMED_BYTES`; on a CPU as it is asked for, however small the model."""
+    """Choose as a survey would, on a GPU with what is free there or with `STREAMED_BYTES`; on a CPU as it is asked for, however small the model."""
     from bitatlas.measure.damage import StateBudget
     from bitatlas.measure.memory_need import LoadMode, choose_load_mode, memory_need
 
@@ -169,7 +169,7 @@ class Clock:
 
 
 def floor(shapes: list[list[int]], point: dict[str, Any], weights: int) -> dict[str, float]:
-    """The curvature pass's least seconds by operations and by bytes, at rates measured here. shapes: of one layer's weights [out, in]."""
+    """Return the curvature pass's least seconds by operations and by bytes, at rates measured here. shapes: of one layer's weights [out, in]."""
     import torch
 
     device, size = point["device"], 4 if point["device"] == "cpu" else 2

@@ -1,4 +1,4 @@
-"""The plots of `scale.py`: seconds and memory against each size, in memory and streamed, the floor beside them. SVG, without a library."""
+"""Draw the plots of `scale.py`: seconds and memory against each size, in memory and streamed, the floor beside them. SVG, without a library."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ TITLES = {"layers": "modules", "width": "width of the model", "rows": "rows of 1
 
 
 def write_plots(points: dict[str, list[dict[str, Any]]], folder: Path) -> None:
-    """`scale-NAME.svg` for each series: seconds of the curvature pass on the left, memory on the right."""
+    """Write `scale-NAME.svg` for each series: seconds of the curvature pass on the left, memory on the right."""
     folder.mkdir(exist_ok=True)
     for name, measured in points.items():
         key = "modules" if name == "layers" else name

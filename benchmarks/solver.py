@@ -1,4 +1,4 @@
-"""How long the solvers take on 500 units x 6 formats, in one run, on one thread.
+"""Time the solvers on 500 units x 6 formats, in one run, on one thread.
 
     python benchmarks/solver.py [--units 500] [--repeats 5]
 
@@ -43,7 +43,7 @@ HIGHS_SECONDS = 60.0
 
 
 def instance(kind: str, units: int, seed: int) -> tuple[np.ndarray, np.ndarray, int]:
-    """(damage [units, 6], bytes [units, 6], limit): 40 % of the way from the least to the most."""
+    """Return (damage [units, 6], bytes [units, 6], limit): 40 % of the way from the least to the most."""
     generator = np.random.default_rng(seed)
     weights = np.resize(SHAPES, units) if kind == "tied" else 256 * generator.integers(4_000, 170_000, units)
     cost = (weights[:, None] * (BITS + EXTRA_BITS) / 8).astype(np.int64)
@@ -64,7 +64,7 @@ def interactions(damage: np.ndarray, seed: int) -> Quadratic:
 
 
 def highs(damage: np.ndarray, cost: np.ndarray, limit: int) -> float | None:
-    """The value that HiGHS reaches, None where it reaches none."""
+    """Return the value that HiGHS reaches, None where it reaches none."""
     units, formats = damage.shape
     rows = [LinearConstraint(kron(csr_matrix(np.eye(units)), np.ones((1, formats))), 1, 1)]
     rows.append(LinearConstraint(cost.reshape(1, -1) / limit, -np.inf, 1))
