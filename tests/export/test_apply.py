@@ -33,7 +33,7 @@ from bitatlas.records import Plan, PlanDamage
 from bitatlas.records.files import to_json
 from bitatlas.records.formats import Format
 from bitatlas.run.options import VerifyOptions
-from bitatlas.run.verify import between, verify_plan
+from bitatlas.run.verify import kl_between, verify_plan
 from live_bytes import LiveBytes
 from packing import LOGITS, QUIET, applied, check_bytes, largest_difference, make_plan
 from tiny import SHARED, make_checkpoint
@@ -298,7 +298,7 @@ def test_verify_measures_the_folder(tiny_llama: Path, tmp_path: Path, text: Path
 def test_two_copies_of_a_model_do_no_damage(tiny_llama: Path):
     decoder = open_checkpoint(str(tiny_llama), None, False).load_model()
     rows = torch.randint(300, (3, 16), generator=torch.Generator().manual_seed(0))
-    assert between(decoder, decoder.model, rows, lambda done, total: None) == pytest.approx(0, abs=1e-12)
+    assert kl_between(decoder, decoder.model, rows, lambda done, total: None) == pytest.approx(0, abs=1e-12)
 
 
 # --- wrong use ---------------------------------------------------------------------------------------------------------

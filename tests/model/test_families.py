@@ -118,9 +118,9 @@ def setup(folder: Path) -> tuple[Checkpoint, DamageMeter, Tensor]:
     return checkpoint, meter_of(checkpoint, decoder), rows
 
 
-def meter_of(checkpoint: Checkpoint, decoder: Decoder, room: StateBudget | None = None) -> DamageMeter:
+def meter_of(checkpoint: Checkpoint, decoder: Decoder, budget: StateBudget | None = None) -> DamageMeter:
     bank = Bank(decoder, [module.name for module in checkpoint.modules], "rtn")
-    return DamageMeter(decoder, bank, checkpoint.info.weights_sha256, "rtn", Journal(None), room)
+    return DamageMeter(decoder, bank, checkpoint.info.weights_sha256, "rtn", Journal(None), budget)
 
 
 def swaps_of(units: list[Unit]) -> dict[str, Swap]:

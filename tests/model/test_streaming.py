@@ -26,12 +26,12 @@ def opened(folder: Path, tmp_path: Path, quantizer: str = "rtn") -> tuple[Checkp
     rows = make_rows([TEXT], checkpoint.load_tokenizer(), "text", (20, 2, 2), 16, 128, 0).fit
     names = [module.name for module in checkpoint.modules]
     meters = []
-    for decoder, room in (
+    for decoder, budget in (
         (checkpoint.load_model(), StateBudget()),
         (checkpoint.stream_model(), StateBudget(2**16, 2**12, whole=False, folder=tmp_path)),
     ):
         bank = Bank(decoder, names, quantizer, rows=rows[:8])
-        meters.append(DamageMeter(decoder, bank, checkpoint.info.weights_sha256, bank.identity, Journal(None), room))
+        meters.append(DamageMeter(decoder, bank, checkpoint.info.weights_sha256, bank.identity, Journal(None), budget))
     return checkpoint, *meters, rows
 
 
