@@ -25,7 +25,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-import bitatlas.data.demo as demo
+import bitatlas.data as demo
 from bitatlas.data.tasks import load_items
 from bitatlas.measure.attention.capture import eager
 from bitatlas.measure.attention.focus import problems_of, tokenize

@@ -26,7 +26,7 @@ from typing import Any
 import numpy as np
 import torch
 
-import bitatlas.data.demo as demo
+import bitatlas.data as demo
 from bitatlas.measure.damage import Swap
 from bitatlas.measure.screens import uniform
 from bitatlas.progress import Reporter

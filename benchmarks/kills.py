@@ -23,7 +23,7 @@ import time
 from contextlib import closing
 from pathlib import Path
 
-import bitatlas.data.demo as demo
+import bitatlas.data as demo
 
 OPTIONS = (
     "--formats",

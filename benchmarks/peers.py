@@ -19,7 +19,7 @@ from pathlib import Path
 
 import torch
 
-import bitatlas.data.demo as demo
+import bitatlas.data as demo
 from bitatlas.data.rows import rows_sha256
 from bitatlas.errors import UserError
 from bitatlas.model.checkpoint import open_checkpoint

@@ -21,7 +21,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
-import bitatlas.data.demo as demo
+import bitatlas.data as demo
 from bitatlas.measure.damage import DamageMeter, Swap
 from bitatlas.measure.screens import uniform
 from bitatlas.model.checkpoint import open_checkpoint

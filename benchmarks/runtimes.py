@@ -181,7 +181,7 @@ def export_alone(name: str, checkpoint: Checkpoint, tokens: torch.Tensor, envs: 
 
 def families(envs: Path) -> dict[str, Any]:
     """Check mlx, whose names of modules are its own, on the demo and on tiny random checkpoints of the families that are called checked."""
-    from bitatlas.data.demo import MODEL_DIR
+    from bitatlas.data import MODEL_DIR
 
     sys.path.insert(0, str(ROOT / "tests" / "support"))
     from tiny import make_checkpoint

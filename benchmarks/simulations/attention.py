@@ -5,8 +5,7 @@ from __future__ import annotations
 import numpy as np
 import torch
 
-from bitatlas.findings.ablation import ablation_findings, ablation_record
-from bitatlas.findings.statements import drift_finding
+from bitatlas.findings.statements import ablation_findings, ablation_record, drift_finding
 from bitatlas.measure.attention.ablation import Removal
 from bitatlas.measure.attention.roles import TEXT_ROLES, kappa, permutation_p, recognized, role_mass
 from bitatlas.records import AttentionLayer, Measured

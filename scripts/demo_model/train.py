@@ -28,7 +28,7 @@ from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 import card
 import world
-from bitatlas.data.demo import MODEL_DIR
+from bitatlas.data import MODEL_DIR
 from muon import Muon
 
 VOCABULARY = 1536

@@ -18,7 +18,7 @@ from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 from transformers import AutoTokenizer
 
-import bitatlas.data.demo as demo
+import bitatlas.data as demo
 import tiny
 from bitatlas.cli.main import main
 from bitatlas.errors import UserError

@@ -13,7 +13,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-import bitatlas.data.demo as demo
+import bitatlas.data as demo
 from bitatlas.cli.main import main
 from bitatlas.errors import UserError
 from bitatlas.export.gguf.write import COMMANDS, TYPES

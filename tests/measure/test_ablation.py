@@ -11,8 +11,8 @@ import pytest
 import torch
 
 import tiny
-from bitatlas.data import demo
-from bitatlas.findings.ablation import ablation_findings, ablation_record, head_names
+from bitatlas import data as demo
+from bitatlas.findings.statements import ablation_findings, ablation_record, head_names
 from bitatlas.measure.attention import ablation
 from bitatlas.measure.attention.ablation import (
     ABLATION_DRAWS,

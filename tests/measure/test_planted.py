@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 import tiny
-from bitatlas.findings.ablation import ablation_record
+from bitatlas.findings.statements import ablation_record
 from bitatlas.measure.attention.ablation import Removal, ablate
 from bitatlas.measure.attention.capture import eager, run_captured
 from bitatlas.measure.attention.maps import LEAST_KEYS, Sinks, allowed_keys, count_keys, spread, strip_sinks

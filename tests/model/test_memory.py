@@ -15,8 +15,8 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from transformers import AutoConfig, AutoModelForCausalLM, DynamicCache, StaticCache
 
 from bitatlas.errors import UserError
-from bitatlas.model.checkpoint import find_layers, linear_modules, open_checkpoint
-from bitatlas.model.memory_shape import memory_shape
+from bitatlas.model.checkpoint import linear_modules, open_checkpoint
+from bitatlas.model.decoder import find_layers, memory_shape
 from bitatlas.plan.budget import (
     activation_bytes,
     cache_bytes,

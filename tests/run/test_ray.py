@@ -23,8 +23,7 @@ from bitatlas.model.checkpoint import open_checkpoint
 from bitatlas.progress import Reporter
 from bitatlas.run.options import SurveyOptions
 from bitatlas.run.prepare import rows_and_items
-from bitatlas.run.ray.cluster import parse_address
-from bitatlas.run.ray.hosts import TOKEN, Host, Requirements, Resources, check_host, slots, versions
+from bitatlas.run.ray.cluster import TOKEN, Host, Requirements, Resources, check_host, parse_address, slots, versions
 from bitatlas.run.ray.scheduler import pieces_per_batch
 from bitatlas.run.ray.worker import WorkerConfig, work
 from bitatlas.run.settings import Settings

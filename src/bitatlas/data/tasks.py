@@ -35,7 +35,7 @@ from typing import Any
 
 import numpy as np
 
-from bitatlas.data.demo import PROBLEMS_FILE, QUESTIONS_FILE
+from bitatlas.data import PROBLEMS_FILE, QUESTIONS_FILE
 from bitatlas.data.numbers import plain_number
 from bitatlas.data.texts import json_records, read_text
 from bitatlas.errors import UserError

@@ -13,7 +13,6 @@ from typing import Any
 
 from numpy.typing import ArrayLike
 
-from bitatlas.findings.ablation import ablation_findings
 from bitatlas.findings.correlations import layer_correlations, layer_measures, sparsity_findings, sparsity_of, untested_sparsity
 from bitatlas.findings.folk import RULED, folk_findings, marking_rules, math_needs_more, value_and_down
 from bitatlas.findings.reliability import (
@@ -25,6 +24,7 @@ from bitatlas.findings.reliability import (
 )
 from bitatlas.findings.shares import LayerRows, Shares, layer_records, misfit, shares_of
 from bitatlas.findings.statements import (
+    ablation_findings,
     attention_findings,
     layer_findings,
     measure_findings,

@@ -13,8 +13,8 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from bitatlas.findings.correlations import Floats, correlations, weight_measures
-from bitatlas.findings.shares import LayerRows, part_records, shares_of
+from bitatlas.findings.correlations import correlations, weight_measures
+from bitatlas.findings.shares import Floats, LayerRows, part_records, shares_of
 from bitatlas.records import Correlation, KindDamage, Module, UnitDamage, WeightProfile
 
 

@@ -23,8 +23,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from bitatlas.errors import UserError
-from bitatlas.plan.expansion import Floats, Quadratic
-from bitatlas.plan.knapsack import Ints, solve_knapsack, total_cost
+from bitatlas.plan.expansion import Quadratic
+from bitatlas.plan.knapsack import Floats, Ints, solve_knapsack, total_cost
 
 Move = tuple[float, list[tuple[int, int]]]  # damage added; (unit, its new format) once or twice
 

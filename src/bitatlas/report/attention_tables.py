@@ -6,7 +6,7 @@ problems), so the notes say the basis measure by measure. Left out: a row a head
 
 from __future__ import annotations
 
-from bitatlas.findings.ablation import ablation_verdict, head_names
+from bitatlas.findings.statements import ablation_verdict, head_names
 from bitatlas.records import Atlas, AttentionLayer
 from bitatlas.records.text import NOT_MEASURED, interval, listed, number
 from bitatlas.report import facts

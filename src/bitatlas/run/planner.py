@@ -13,8 +13,9 @@ import numpy as np
 from bitatlas.measure.curvature import expand
 from bitatlas.measure.damage import Swap
 from bitatlas.measure.interactions import Interactions, swap_interactions
-from bitatlas.plan.expansion import Expansion, Floats, Quadratic, quadratic_model
-from bitatlas.plan.refine import Change, Ints, Probe, step_text
+from bitatlas.plan.expansion import Expansion, Quadratic, quadratic_model
+from bitatlas.plan.knapsack import Floats, Ints
+from bitatlas.plan.refine import Change, Probe, step_text
 from bitatlas.plan.search import MeasureDamage, PlannerHooks, Scores
 from bitatlas.records import Atlas
 from bitatlas.records.sizes import assignment_of

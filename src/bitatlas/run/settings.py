@@ -10,7 +10,7 @@ from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 from typing import Any
 
-import bitatlas.data.demo as demo
+import bitatlas.data as demo
 from bitatlas.data.tasks import check_task_names
 from bitatlas.errors import UserError
 from bitatlas.plan.budget import workload_of

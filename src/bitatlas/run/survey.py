@@ -18,9 +18,9 @@ from pydantic import TypeAdapter
 from bitatlas.data.rows import cut_rows
 from bitatlas.data.tasks import TASKS, chance_level, load_items, task_text
 from bitatlas.errors import UserError
-from bitatlas.findings.ablation import ablation_record
 from bitatlas.findings.conclude import AttentionEvidence, DamageEvidence, Evidence, PlanEvidence, TaskEvidence
 from bitatlas.findings.shares import LayerRows, layer_records
+from bitatlas.findings.statements import ablation_record
 from bitatlas.findings.tasks import TaskRows
 from bitatlas.findings.zones import joint_damage
 from bitatlas.measure.attention.ablation import ABLATION_SEQUENCES, SHORT_SEQUENCES, ablate
@@ -46,8 +46,8 @@ from bitatlas.measure.tasks import right_of, with_norms
 from bitatlas.measure.weights import weight_profile
 from bitatlas.plan.baselines import most_critical_first
 from bitatlas.plan.calibration import calibrate
-from bitatlas.plan.expansion import Floats
 from bitatlas.plan.judge import curve_point, judge
+from bitatlas.plan.knapsack import Floats
 from bitatlas.plan.search import PlannerHooks, Scores, damage_tables, scores_of_bases, search
 from bitatlas.progress import Reporter
 from bitatlas.records import Atlas, Calibration, CurvePoint, JointDamage, Plan, WeightProfile

@@ -26,8 +26,7 @@ from bitatlas.model.checkpoint import Checkpoint
 from bitatlas.progress import Reporter
 from bitatlas.records.text import byte_size
 from bitatlas.run.prepare import Session
-from bitatlas.run.ray.cluster import Cluster, check_ray
-from bitatlas.run.ray.hosts import TOKEN, Requirements, Resources, check_host, slots, versions
+from bitatlas.run.ray.cluster import TOKEN, Cluster, Requirements, Resources, check_host, check_ray, slots, versions
 from bitatlas.run.ray.worker import WorkerConfig, work
 
 RETRIES = 5  # of a piece whose worker or host was lost

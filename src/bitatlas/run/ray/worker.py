@@ -26,7 +26,7 @@ from bitatlas.model.checkpoint import open_checkpoint
 from bitatlas.progress import Reporter
 from bitatlas.records.journal import Journal
 from bitatlas.run.prepare import Session, load_decoder
-from bitatlas.run.ray.hosts import Requirements, check_host
+from bitatlas.run.ray.cluster import Requirements, check_host
 from bitatlas.run.settings import Settings
 
 Entry = tuple[str, str, Any]  # of the journal: key, stage, value
