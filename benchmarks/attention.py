@@ -1,4 +1,4 @@
-"""What reading attention costs: the survey's stage against plain eager forward passes over the same sequences, taken in turns.
+"""Time what reading attention costs: the survey's stage against plain eager forward passes over the same sequences, taken in turns.
 
     python benchmarks/attention.py [MODEL ...] [--repeats 5]
 
@@ -25,12 +25,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-import bitatlas.data.demo as demo
+import bitatlas.data as demo
 from bitatlas.data.tasks import load_items
 from bitatlas.measure.attention.capture import eager
 from bitatlas.measure.attention.focus import problems_of, tokenize
 from bitatlas.measure.attention.maps import in_dtype
-from bitatlas.measure.attention.profile import REPEATED_SEQUENCES, attention_profile
+from bitatlas.measure.attention.profile import REPEATED_SEQUENCES, AttentionTexts, attention_profile
 from bitatlas.measure.attention.roles import repeated_tokens
 from bitatlas.measure.screens import uniform
 from bitatlas.model.checkpoint import open_checkpoint
@@ -62,7 +62,7 @@ class Subject:
         self.rest = [part for group in repeated for part in group.split(BATCH)] + self._padded(context)
 
     def _padded(self, context: int) -> list[Tensor]:
-        """The problems in the batches in which the stage reads them."""
+        """Return the problems in the batches in which the stage reads them."""
         tokenized = [tokenize(problem, self.tokenizer).ids for problem in self.problems]
         ordered = sorted((ids for ids in tokenized if len(ids) <= context), key=len)
         batches = [ordered[start : start + BATCH] for start in range(0, len(ordered), BATCH)]
@@ -71,7 +71,9 @@ class Subject:
     def stage(self, changed: bool) -> None:
         base = f"uniform:{FORMAT}" if changed else "reference"
         weights = self.changed if changed else None
-        attention_profile(self.decoder, self.tokenizer, self.modules, self.rows, self.problems, base, changed=weights)
+        attention_profile(
+            self.decoder, self.tokenizer, self.modules, AttentionTexts(self.rows, self.problems), base, changed=weights
+        )
 
     @torch.no_grad()
     def forward(self, batches: Sequence[Tensor], logits: bool = True) -> None:
@@ -87,20 +89,20 @@ def seconds(work: Callable[[], None]) -> float:
 
 
 def once(subject: Subject) -> dict[str, float]:
-    """One turn of everything: seconds by name."""
-    found = {"stage, reference": seconds(lambda: subject.stage(False))}
+    """Time one turn of everything: seconds by name."""
+    times = {"stage, reference": seconds(lambda: subject.stage(False))}
     with eager(subject.decoder.model):
-        found["text"] = seconds(lambda: subject.forward(subject.text))
-        found["rest"] = seconds(lambda: subject.forward(subject.rest))
-        found["without logits"] = seconds(lambda: subject.forward([*subject.text, *subject.rest], logits=False))
+        times["text"] = seconds(lambda: subject.forward(subject.text))
+        times["rest"] = seconds(lambda: subject.forward(subject.rest))
+        times["without logits"] = seconds(lambda: subject.forward([*subject.text, *subject.rest], logits=False))
         with in_dtype(subject.decoder.model, torch.bfloat16):
-            found["text, bfloat16"] = seconds(lambda: subject.forward(subject.text))
-    found["stage, plan"] = seconds(lambda: subject.stage(True))
-    return found
+            times["text, bfloat16"] = seconds(lambda: subject.forward(subject.text))
+    times["stage, plan"] = seconds(lambda: subject.stage(True))
+    return times
 
 
 def measure(folder: str, repeats: int) -> dict[str, Any]:
-    """Ratios of one checkpoint, a list a turn, and their medians."""
+    """Measure the ratios of one checkpoint, a list a turn, and their medians."""
     subject = Subject(folder)
     once(subject)  # caches and pages warm up
     turns = [once(subject) for _ in range(repeats)]

@@ -1,4 +1,4 @@
-"""What the candidates are worth: more formats at equal stored bits, and better quantizers at equal code bits, each as a whole survey.
+"""Measure what the candidates are worth: more formats at equal stored bits, and better quantizers at equal code bits, each as a whole survey.
 
     python benchmarks/choices.py MODEL TEXT [--formats | --quantizers] [--rows 24,24,64]
 
@@ -29,7 +29,7 @@ from bitatlas.progress import Reporter
 from bitatlas.quantize import QUANTIZERS
 from bitatlas.records import Atlas, Budget
 from bitatlas.run.options import SurveyOptions, parse_rows, split_names
-from bitatlas.run.prepare import Run, reopen
+from bitatlas.run.prepare import Session, reopen
 from bitatlas.run.settings import Settings
 from bitatlas.run.survey import run_survey
 from bitatlas.stats.bootstrap import measured
@@ -52,7 +52,7 @@ class Bench:
         self.reporter = Reporter(quiet=True)
 
     def survey(self, name: str, formats: str, budget: Budget, quantizer: str = "rtn") -> tuple[Atlas, Path, float]:
-        """The finished survey, its folder, and the seconds it took."""
+        """Return the finished survey, its folder, and the seconds it took."""
         out = self.folder / name.replace(" ", "_").replace(",", "")
         options = SurveyOptions(
             self.model,
@@ -68,12 +68,12 @@ class Bench:
         start = time.monotonic()
         return run_survey(settings, out, False, self.reporter), out, time.monotonic() - start
 
-    def damage(self, run: Run, plan: dict[str, str]) -> np.ndarray:
-        return run.meter.plans({"plan": plan}, run.rows.test)["plan"]
+    def damage(self, session: Session, plan: dict[str, str]) -> np.ndarray:
+        return session.meter.plans({"plan": plan}, session.rows.test)["plan"]
 
 
-def told(name: str, rows: np.ndarray, other: np.ndarray | None, **more: Any) -> dict[str, Any]:
-    """One line: damage, and its paired difference and ratio to `other` [rows]."""
+def summary(name: str, rows: np.ndarray, other: np.ndarray | None, **more: Any) -> dict[str, Any]:
+    """Return one line: damage, and its paired difference and ratio to `other` [rows]."""
     line: dict[str, Any] = {"name": name, "damage": asdict(measured(rows, "nats/token", "plan", "test", 0)), **more}
     if other is not None:
         line["difference"] = asdict(measured(rows - other, "nats/token", "plan", "test", 0))
@@ -84,7 +84,7 @@ def told(name: str, rows: np.ndarray, other: np.ndarray | None, **more: Any) -> 
 
 
 def compare_formats(bench: Bench) -> list[dict[str, Any]]:
-    found = []
+    results = []
     for limit in STORED_BITS:
         print(f"stored bits <= {limit}")
         lines: list[dict[str, Any]] = []
@@ -97,14 +97,14 @@ def compare_formats(bench: Bench) -> list[dict[str, Any]]:
                 continue
             assert atlas.plan is not None
             rows = bench.damage(reopen(out, atlas, None, None, bench.reporter), atlas.plan.modules)
-            lines.append(told(name, rows, first, stored_bits=atlas.plan.size.stored_bits, seconds=round(seconds, 1)))
+            lines.append(summary(name, rows, first, stored_bits=atlas.plan.size.stored_bits, seconds=round(seconds, 1)))
             first = rows if first is None else first
-        found.append({"stored_bits": limit, "plans": lines})
-    return found
+        results.append({"stored_bits": limit, "plans": lines})
+    return results
 
 
 def compare_quantizers(bench: Bench) -> list[dict[str, Any]]:
-    found = []
+    results = []
     for limit in CODE_BITS:
         print(f"code bits <= {limit}, {QUANTIZED_FORMATS}")
         lines: list[dict[str, Any]] = []
@@ -117,26 +117,26 @@ def compare_quantizers(bench: Bench) -> list[dict[str, Any]]:
                 print(f"  {name}: not run: {error}")
                 continue
             assert atlas.plan is not None
-            run = reopen(out, atlas, None, None, bench.reporter)
-            rows = bench.damage(run, atlas.plan.modules)
+            session = reopen(out, atlas, None, None, bench.reporter)
+            rows = bench.damage(session, atlas.plan.modules)
             bits = {"code_bits": atlas.plan.size.code_bits, "quantized_bytes": atlas.plan.size.quantized_bytes}
-            lines.append(told(name, rows, first, **bits, seconds=round(seconds, 1)))
+            lines.append(summary(name, rows, first, **bits, seconds=round(seconds, 1)))
             if first is None:
                 first, rtn_plan = rows, atlas.plan.modules
             else:
-                lines.append(told(f"{name} codes in rtn's plan", bench.damage(run, rtn_plan), first))
-        found.append({"code_bits": limit, "formats": QUANTIZED_FORMATS, "plans": lines})
-    return found
+                lines.append(summary(f"{name} codes in rtn's plan", bench.damage(session, rtn_plan), first))
+        results.append({"code_bits": limit, "formats": QUANTIZED_FORMATS, "plans": lines})
+    return results
 
 
 def page(content: dict[str, Any]) -> str:
-    """docs/choices.md."""
-    made = content["made"]
+    """Return docs/choices.md."""
+    origin = content["made"]
     lines = [
         "# What the candidates are worth",
         "",
         "Made by `benchmarks/choices.py` from `benchmarks/results/choices.json`; do not edit. Whole surveys at the same limit; damage on 64 test rows that",
-        f"found nothing, nats/token, with 95 % intervals over rows. {made['date']}, torch {made['versions']['torch']}, CPU.",
+        f"found nothing, nats/token, with 95 % intervals over rows. {origin['date']}, torch {origin['versions']['torch']}, CPU.",
         "",
         "Ratio: to the first plan of its group.",
     ]
@@ -151,8 +151,8 @@ def page(content: dict[str, Any]) -> str:
             f"| checkpoint | {limit.replace('_', ' ')} ≤ | plan | damage | ratio |",
             "|---|---|---|---|---|",
         ]
-        for model, own in content.items():
-            for group in own.get(comparison, []):
+        for model, results in content.items():
+            for group in results.get(comparison, []):
                 lines += [f"| {model} | {group[limit]} | {_cells(plan)} |" for plan in group["plans"]]
     return "\n".join(lines) + "\n"
 
@@ -185,14 +185,14 @@ def main() -> None:
         return
     if not args.model or not args.text:
         parser.error("give a model and a text")
-    own = content.setdefault(Path(args.model).name, {})
+    results = content.setdefault(Path(args.model).name, {})
     with tempfile.TemporaryDirectory() as folder:
         bench = Bench(args.model, args.text, args.rows, Path(folder))
         if args.formats or both:
-            own["formats"] = compare_formats(bench)
+            results["formats"] = compare_formats(bench)
         if args.quantizers or both:
-            own["quantizers"] = compare_quantizers(bench)
-    own["text"], own["rows"] = Path(args.text).name, args.rows
+            results["quantizers"] = compare_quantizers(bench)
+    results["text"], results["rows"] = Path(args.text).name, args.rows
     content["made"] = {
         "date": date.today().isoformat(),
         "versions": {name: version(name) for name in ("bitatlas", "torch", "transformers")},

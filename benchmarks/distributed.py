@@ -1,4 +1,4 @@
-"""Swap measurements on one and on two Ray workers of this machine, one thread each, and without Ray, in one run.
+"""Time swap measurements on one and on two Ray workers of this machine, one thread each, and without Ray, in one run.
 
     python benchmarks/distributed.py [MODEL] [--rows 16] [--repeats 5]
 
@@ -26,15 +26,15 @@ from typing import Any
 import numpy as np
 import torch
 
-import bitatlas.data.demo as demo
+import bitatlas.data as demo
 from bitatlas.measure.damage import Swap
 from bitatlas.measure.screens import uniform
 from bitatlas.progress import Reporter
 from bitatlas.records.journal import Journal
 from bitatlas.records.sizes import units_of
 from bitatlas.run.options import SurveyOptions
-from bitatlas.run.prepare import Run, prepare
-from bitatlas.run.ray.scheduler import Crew, hired
+from bitatlas.run.prepare import Session, prepare
+from bitatlas.run.ray.scheduler import Scheduler
 from bitatlas.run.settings import Settings
 
 LOW, HIGH = "int2_g64", "int4_g64"
@@ -42,36 +42,38 @@ WORKERS = 2
 RESULTS = Path(__file__).parent / "results"
 
 
-def opened(model: str, rows: int, out: Path, crew: Crew) -> Run:
+def opened(model: str, rows: int, out: Path, scheduler: Scheduler) -> Session:
     options = SurveyOptions(
         model, tokens=demo.TEXT_FILE, formats=(LOW, HIGH), rows=(rows, 2, 2), tasks=(), limit=None, refine=False
     )
-    return prepare(Settings.of(options), out, False, Reporter(quiet=True), crew)
+    session = prepare(Settings.of(options), out, False, Reporter(quiet=True), scheduler.connect)
+    scheduler.configure(session)
+    return session
 
 
-def only(crew: Crew, task: Any, workers: int) -> None:
-    """As many pieces at once: each takes its share of the processors. `task`: the crew's own."""
-    crew.slots = workers
-    crew._work = task.options(num_cpus=WORKERS // workers)
+def only(scheduler: Scheduler, task: Any, workers: int) -> None:
+    """Run so many pieces at once: each takes its share of the processors. `task`: the scheduler's own."""
+    scheduler.slots = workers
+    scheduler._work = task.options(num_cpus=WORKERS // workers)
 
 
-def measured(run: Run, swaps: dict[str, Swap], crew: Crew | None) -> tuple[float, np.ndarray]:
-    """Seconds, and the damage of every swap on every row."""
-    run.journal = run.meter.journal = Journal(None)
-    run.meter.crew = crew
+def measured(session: Session, swaps: dict[str, Swap], scheduler: Scheduler | None) -> tuple[float, np.ndarray]:
+    """Return seconds, and the damage of every swap on every row."""
+    session.journal = session.meter.journal = Journal(None)
+    session.meter.workers = scheduler
     start = time.perf_counter()
-    found = run.meter.swaps(uniform(run.checkpoint.modules, HIGH), swaps, run.rows.fit)
-    return time.perf_counter() - start, np.stack([found[name] for name in swaps])
+    damage = session.meter.swaps(uniform(session.checkpoint.modules, HIGH), swaps, session.rows.fit)
+    return time.perf_counter() - start, np.stack([damage[name] for name in swaps])
 
 
-def timed(run: Run, crew: Crew, swaps: dict[str, Swap], repeats: int) -> dict[str, list[float]]:
+def timed(session: Session, scheduler: Scheduler, swaps: dict[str, Swap], repeats: int) -> dict[str, list[float]]:
     times: dict[str, list[float]] = {"without Ray": [], "1 worker": [], "2 workers": []}
-    task = crew._work
+    task = scheduler._work
     for repeat in range(-1, repeats):
         results = []
         for name, workers in (("without Ray", 0), ("1 worker", 1), ("2 workers", WORKERS)):
-            only(crew, task, workers or 1)
-            seconds, values = measured(run, swaps, crew if workers else None)
+            only(scheduler, task, workers or 1)
+            seconds, values = measured(session, swaps, scheduler if workers else None)
             results.append(values)
             if repeat >= 0:  # the first round warms up
                 times[name].append(seconds)
@@ -87,22 +89,21 @@ def main() -> None:
     args = parser.parse_args()
     torch.set_num_threads(1)
     load = os.getloadavg()[0]
-    with tempfile.TemporaryDirectory() as folder, hired("auto", Reporter(quiet=True)) as crew:
-        assert crew
-        run = opened(args.model, args.rows, Path(folder) / "out", crew)
-        assert crew.slots == WORKERS, f"this machine offers {crew.slots} workers"
-        with closing(run.journal):
-            run.bank.fill((LOW, HIGH))
-            units = units_of(run.checkpoint.modules)
+    with tempfile.TemporaryDirectory() as folder, closing(Scheduler("auto", Reporter(quiet=True))) as scheduler:
+        session = opened(args.model, args.rows, Path(folder) / "out", scheduler)
+        assert scheduler.slots == WORKERS, f"this machine offers {scheduler.slots} workers"
+        with closing(session.journal):
+            session.bank.fill((LOW, HIGH))
+            units = units_of(session.checkpoint.modules)
             swaps = {unit.name: Swap(unit.layer, {m.name: LOW for m in unit.modules}) for unit in units}
-            times = timed(run, crew, swaps, args.repeats)
+            times = timed(session, scheduler, swaps, args.repeats)
     medians = {name: statistics.median(values) for name, values in times.items()}
-    ratios = [one / two for one, two in zip(times["1 worker"], times["2 workers"], strict=True)]
+    ratios = [first / second for first, second in zip(times["1 worker"], times["2 workers"], strict=True)]
     report = {
         "benchmark": "swap measurements on one and two Ray workers, one thread each",
-        "model": run.checkpoint.info.name,
+        "model": session.checkpoint.info.name,
         "swaps": len(swaps),
-        "rows": list(run.rows.fit.shape),
+        "rows": list(session.rows.fit.shape),
         "machine": f"{platform.machine()}, {os.cpu_count()} processors, torch {torch.__version__}",
         "load_before": load,
         "real_time_priority": os.sched_getscheduler(0) in (os.SCHED_RR, os.SCHED_FIFO),
@@ -111,7 +112,7 @@ def main() -> None:
         "median_speedup_2_workers_over_1": statistics.median(ratios),
         "speedups_2_workers_over_1": ratios,
         "median_speedup_2_workers_over_none": statistics.median(
-            none / two for none, two in zip(times["without Ray"], times["2 workers"], strict=True)
+            none / second for none, second in zip(times["without Ray"], times["2 workers"], strict=True)
         ),
         "equal_to_the_last_bit": True,
     }

@@ -1,4 +1,4 @@
-"""What a draft costs and what it is worth: `survey --draft` and the survey beside it, on given checkpoints and sizes.
+"""Measure what a draft costs and what it is worth: `survey --draft` and the survey beside it, on given checkpoints and sizes.
 
     python benchmarks/draft.py MODEL:TEXT [MODEL:TEXT ...]
 
@@ -25,17 +25,17 @@ FORMATS = "int2_g32,int4_g32"
 
 
 def main() -> None:
-    found = []
+    results = []
     for word in sys.argv[1:]:
         model, _, text = word.partition(":")
         for bits in BITS:
-            found.append(compare(model, text, bits))
-            print(told(found[-1]), flush=True)
+            results.append(compare(model, text, bits))
+            print(result_line(results[-1]), flush=True)
     report = {
         "benchmark": "draft against survey",
         "machine": platform.machine(),
         "date": date.today().isoformat(),
-        "found": found,
+        "found": results,
     }
     RESULTS.write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
 
@@ -47,7 +47,7 @@ def compare(model: str, text: str, bits: float) -> dict[str, Any]:
 
 
 def run(words: list[str]) -> dict[str, Any]:
-    """Seconds of the processor, the plan's damage, and that of the best plan anybody could have made."""
+    """Return seconds of the processor, the plan's damage, and that of the best plan anybody could have made."""
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
     with tempfile.TemporaryDirectory() as out:
         before = resource.getrusage(resource.RUSAGE_CHILDREN).ru_utime
@@ -63,11 +63,11 @@ def run(words: list[str]) -> dict[str, Any]:
     }
 
 
-def told(one: dict[str, Any]) -> str:
-    draft, survey = one["draft"], one["survey"]
+def result_line(result: dict[str, Any]) -> str:
+    draft, survey = result["draft"], result["survey"]
     damages = f"{draft['damage']['mean']:.3f} against {survey['damage']['mean']:.3f} (best simple plan {survey['best_simple_plan']:.3f})"
     times = f"{draft['seconds']:.0f} s against {survey['seconds']:.0f} s, {survey['seconds'] / draft['seconds']:.1f}x"
-    return f"{one['model']} at {one['code_bits']:g} code bits: damage {damages}; {times}"
+    return f"{result['model']} at {result['code_bits']:g} code bits: damage {damages}; {times}"
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""Killed without warning (SIGKILL) at random moments, resumed each time: the same files, and nothing measured twice?
+"""Check that a survey killed without warning (SIGKILL) at random moments and resumed each time writes the same files, and measures nothing twice.
 
     python benchmarks/kills.py [MODEL] [--kills 20] [--seed 0]
 
@@ -23,7 +23,7 @@ import time
 from contextlib import closing
 from pathlib import Path
 
-import bitatlas.data.demo as demo
+import bitatlas.data as demo
 
 OPTIONS = (
     "--formats",
@@ -76,7 +76,7 @@ def killed(model: str, out: Path, after: float) -> bool:
 
 
 def files(out: Path) -> dict[str, bytes]:
-    """What a survey wrote, the journal left out."""
+    """Return what a survey wrote, the journal left out."""
     return {str(f.relative_to(out)): f.read_bytes() for f in sorted(out.rglob("*")) if f.is_file() and "run.sqlite" not in f.name}
 
 
@@ -86,29 +86,29 @@ def entries(out: Path) -> list[tuple[str, str]]:
 
 
 def measured_again(out: Path) -> int:
-    """Entries that were written a second time: each took a new row number."""
+    """Count entries that were written a second time: each took a new row number."""
     with closing(sqlite3.connect(out / "run.sqlite")) as database:
         last, count = database.execute("SELECT MAX(rowid), COUNT(*) FROM measured").fetchone()
     return int(last - count)
 
 
 def main() -> None:
-    """The command line."""
+    """Run the command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("model", nargs="?", default=str(demo.MODEL_DIR))
     parser.add_argument("--kills", type=int, default=20)
     parser.add_argument("--seed", type=int, default=0)
     args = parser.parse_args()
     chance = random.Random(args.seed)
-    with tempfile.TemporaryDirectory() as place:
-        undisturbed, out = Path(place) / "undisturbed", Path(place) / "killed"
+    with tempfile.TemporaryDirectory() as folder:
+        undisturbed, out = Path(folder) / "undisturbed", Path(folder) / "killed"
         seconds = whole(args.model, undisturbed)
-        kills, finished, kept = 0, 0, []
+        kills, finished, counts = 0, 0, []
         while kills < args.kills:
             if killed(args.model, out, chance.uniform(0, seconds)):
                 kills += 1
-                kept.append(len(entries(out)) if (out / "run.sqlite").exists() else 0)
-                print(f"kill {kills}: {kept[-1]} measurements kept", flush=True)
+                counts.append(len(entries(out)) if (out / "run.sqlite").exists() else 0)
+                print(f"kill {kills}: {counts[-1]} measurements kept", flush=True)
             else:
                 finished += 1
                 shutil.rmtree(out)
@@ -118,7 +118,7 @@ def main() -> None:
         same_entries = entries(out) == entries(undisturbed)
         result = {
             "date": time.strftime("%Y-%m-%d"), "kills": kills, "finished_between": finished, "seconds_undisturbed": round(seconds, 1),
-            "seconds_last_resume": round(last, 1), "kept_after_each_kill": kept, "files": len(other), "files_that_differ": differing,
+            "seconds_last_resume": round(last, 1), "kept_after_each_kill": counts, "files": len(other), "files_that_differ": differing,
             "measurements": len(entries(undisturbed)), "same_measurements": same_entries, "measured_again": measured_again(out),
         }  # fmt: skip
     RESULTS.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")

@@ -1,4 +1,4 @@
-"""How often do five nulls call a measure related to damage where it is not? Writes the table of `docs/method.md`.
+"""Count how often five nulls call a measure related to damage where it is not; write the table of `docs/method.md`.
 
     python benchmarks/nulls.py [--runs 400]
 
@@ -30,7 +30,7 @@ WORLDS: dict[str, Curve] = {
 
 
 def tail(surrogates: np.ndarray, x: np.ndarray, y: np.ndarray) -> float:
-    """surrogates: of y, [draws, layers]."""
+    """Return the p-value of x and y being related; surrogates: of y, [draws, layers]."""
     return float((np.abs(surrogates @ x) >= abs(x @ y) - 1e-9).mean())
 
 
@@ -39,7 +39,7 @@ def orders(x: np.ndarray, y: np.ndarray, rng: np.random.Generator) -> float:
 
 
 def shifts(x: np.ndarray, y: np.ndarray, rng: np.random.Generator) -> float:
-    return tail(np.array([np.roll(one, by) for one in (y, y[::-1]) for by in range(len(y))]), x, y)
+    return tail(np.array([np.roll(values, by) for values in (y, y[::-1]) for by in range(len(y))]), x, y)
 
 
 def phases(x: np.ndarray, y: np.ndarray, rng: np.random.Generator) -> float:
@@ -81,19 +81,19 @@ def unrelated(curve: Curve, layers: int, rng: np.random.Generator) -> tuple[np.n
 
 
 def related(layers: int, rng: np.random.Generator) -> tuple[np.ndarray, np.ndarray]:
-    """The same curve, each with noise of its own: a correlation of 0.8."""
+    """Return the same curve, each with noise of its own: a correlation of 0.8."""
     common = alike_neighbours(0.5)(layers, rng)
     return common + 0.5 * rng.standard_normal(layers), common + 0.5 * rng.standard_normal(layers)
 
 
 def row(name: str, runs: int) -> str:
-    """A line of the table."""
+    """Return a line of the table."""
 
     def rate(draw: Callable[[np.random.Generator], tuple[np.ndarray, np.ndarray]]) -> str:
         called = 0
         for seed in range(runs):
             rng = np.random.default_rng(seed)
-            x, y = (ranks(one) for one in draw(rng))
+            x, y = (ranks(values) for values in draw(rng))
             called += NULLS[name](x, y, rng) <= 0.05
         return f"{100 * called / runs:.0f}"
 

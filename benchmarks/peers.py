@@ -1,4 +1,4 @@
-"""Who finds the better plan at equal bytes: bitatlas, its peers' own tools, their rules re-implemented, and plans anybody would make.
+"""Compare who finds the better plan at equal bytes: bitatlas, its peers' own tools, their rules re-implemented, and plans anybody would make.
 
     python benchmarks/peers.py [--methods ...] [--checkpoints ...] [--code-bits 2.5,3] [--search-seconds 600] [--table-only]
 
@@ -19,7 +19,7 @@ from pathlib import Path
 
 import torch
 
-import bitatlas.data.demo as demo
+import bitatlas.data as demo
 from bitatlas.data.rows import rows_sha256
 from bitatlas.errors import UserError
 from bitatlas.model.checkpoint import open_checkpoint
@@ -59,7 +59,7 @@ ORDER = [label for labels in METHODS.values() for label in labels]
 
 
 @dataclass(frozen=True)
-class Place:
+class Case:
     """A checkpoint and its two texts: one to fit on, one to be judged on."""
 
     model: str
@@ -72,7 +72,7 @@ class Cell:
     """One checkpoint at one budget, while it is being measured."""
 
     problem: Problem
-    place: Place
+    case: Case
     test: torch.Tensor
     entries: dict[str, Entry]
     work: Path
@@ -82,15 +82,15 @@ def say(text: str) -> None:
     print(f"{time.strftime('%H:%M:%S')} {text}", file=sys.stderr, flush=True)
 
 
-def places(names: list[str] | None, work: Path, fit: str | None, test: str | None) -> list[Place]:
-    """The checkpoints asked for: "demo", a name in the shared models, or a folder. UserError where there is none."""
+def read_cases(names: list[str] | None, work: Path, fit: str | None, test: str | None) -> list[Case]:
+    """Return the checkpoints asked for: "demo", a name in the shared models, or a folder. UserError where there is none."""
     models, data = SHARED / "models", SHARED / "data"
     if names is None:
         names = [name for name in ("babyllama-105", "stories260K") if (models / name).is_dir()] + ["demo"]
-    found = []
+    cases = []
     for name in names:
         if name == "demo":
-            found.append(Place(str(demo.MODEL_DIR), *halves(demo.TEXT_FILE, work)))
+            cases.append(Case(str(demo.MODEL_DIR), *halves(demo.TEXT_FILE, work)))
             continue
         folder = models / name if (models / name).is_dir() else Path(name)
         texts = Path(fit or data / "tinystories_fit.txt"), Path(test or data / "tinystories_test.txt")
@@ -98,12 +98,12 @@ def places(names: list[str] | None, work: Path, fit: str | None, test: str | Non
             raise UserError(
                 f"--checkpoints {name}: give demo, a folder with --fit-text and --test-text, or a shared model's name"
             )
-        found.append(Place(str(folder), *texts))
-    return found
+        cases.append(Case(str(folder), *texts))
+    return cases
 
 
 def halves(text: Path, work: Path) -> tuple[Path, Path]:
-    """One text cut in two at the end of a line, so that nobody is judged on what was fitted on."""
+    """Return one text cut in two at the end of a line, so that nobody is judged on what was fitted on."""
     content = text.read_text(encoding="utf-8")
     cut = content.index("\n", int(len(content) * DEMO_FIT_SHARE)) + 1
     fit, test = work / f"{text.stem}-fit.txt", work / f"{text.stem}-test.txt"
@@ -112,7 +112,7 @@ def halves(text: Path, work: Path) -> tuple[Path, Path]:
 
 
 def measure(method: str, cell: Cell, args: argparse.Namespace) -> Answer:
-    """One method's plans for one cell. NotRunError where it gives none."""
+    """Run one method: its plans for one cell. NotRunError where it gives none."""
     question = cell.problem.question
     if method in OWN:
         return run_own(OWN[method], question, cell.work)
@@ -126,7 +126,7 @@ def measure(method: str, cell: Cell, args: argparse.Namespace) -> Answer:
 
 
 def best_so_far(cell: Cell) -> dict[str, str]:
-    """The finished plan of least damage on the rows that everybody may fit on. NotRunError where there is none."""
+    """Return the finished plan of least damage on the rows that everybody may fit on. NotRunError where there is none."""
     problem = cell.problem
     plans = {
         label: {m.name: problem.high if m.name in set(entry["high"]) else problem.low for m in problem.modules}
@@ -140,7 +140,7 @@ def best_so_far(cell: Cell) -> dict[str, str]:
 
 
 def run_cell(cell: Cell, args: argparse.Namespace, save: Callable[[], None]) -> None:
-    """Every method asked for that is not finished."""
+    """Run every method asked for that is not finished."""
     for method in args.methods:
         labels = METHODS[method]
         if method == "search" and not args.search_seconds:
@@ -157,16 +157,16 @@ def run_cell(cell: Cell, args: argparse.Namespace, save: Callable[[], None]) -> 
         save()
 
 
-def run_place(place: Place, args: argparse.Namespace, content: dict, work: Path) -> None:
-    """All budgets of one checkpoint; its model is read once."""
-    checkpoint = open_checkpoint(place.model, fuse=False)
-    fit = fit_rows(checkpoint, place.fit, (args.fit_rows, args.select_rows), args.row_length, args.seed)
-    test = judging_rows(checkpoint, place.test, args.test_rows, args.row_length)
+def run_case(case: Case, args: argparse.Namespace, content: dict, work: Path) -> None:
+    """Run all budgets of one checkpoint; its model is read once."""
+    checkpoint = open_checkpoint(case.model, fuse=False)
+    fit = fit_rows(checkpoint, case.fit, (args.fit_rows, args.select_rows), args.row_length, args.seed)
+    test = judging_rows(checkpoint, case.test, args.test_rows, args.row_length)
     assert_disjoint(fit, test)
     low, high = args.formats
     like = None
     for code_bits in args.code_bits:
-        question = Question(place.model, (low, high), args.quantizer, code_bits, args.seed, fit.tolist())
+        question = Question(case.model, (low, high), args.quantizer, code_bits, args.seed, fit.tolist())
         like = problem = Problem(question, like)
         name = checkpoint.info.name
         facts = {
@@ -178,8 +178,8 @@ def run_place(place: Place, args: argparse.Namespace, content: dict, work: Path)
         }
         key = f"{name}, {code_bits:g}"
         entries = cell_of(content, key, facts)["methods"]
-        with tempfile.TemporaryDirectory(dir=work) as own:
-            run_cell(Cell(problem, place, test, entries, Path(own)), args, lambda: save_results(args.results, content))
+        with tempfile.TemporaryDirectory(dir=work) as folder:
+            run_cell(Cell(problem, case, test, entries, Path(folder)), args, lambda: save_results(args.results, content))
 
 
 def words(text: str) -> list[str]:
@@ -225,8 +225,8 @@ def main(arguments: list[str] | None = None) -> None:
     content = open_results(args.results, settings, args.fresh)
     if not args.table_only:
         with tempfile.TemporaryDirectory(prefix="peers-") as work:
-            for place in places(args.checkpoints, Path(work), args.fit_text, args.test_text):
-                run_place(place, args, content, Path(work))
+            for case in read_cases(args.checkpoints, Path(work), args.fit_text, args.test_text):
+                run_case(case, args, content, Path(work))
         save_results(args.results, content)
     args.table.write_text(render(content, ORDER, args.results.name))
     print(args.table)

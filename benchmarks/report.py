@@ -1,4 +1,4 @@
-"""How large report.html is, how long writing it takes, and how long a browser needs to open it, for made-up atlases of more and more layers.
+"""Measure how large report.html is, how long writing it takes, and how long a browser needs to open it, for made-up atlases of more and more layers.
 
     PYTHONPATH=tests/support python benchmarks/report.py
 
@@ -20,9 +20,9 @@ OPENED = "performance.getEntriesByType('navigation')[0].loadEventEnd"
 
 
 def main() -> None:
-    with tempfile.TemporaryDirectory() as place, launched() as browser:
+    with tempfile.TemporaryDirectory() as temporary, launched() as browser:
         for layers in LAYERS:
-            atlas, folder = make_atlas(Recipe(layers=layers, zones=5)), Path(place)
+            atlas, folder = make_atlas(Recipe(layers=layers, zones=5)), Path(temporary)
             start = time.perf_counter()
             write_reports(atlas, folder)
             written, page = time.perf_counter() - start, folder / "report.html"

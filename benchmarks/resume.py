@@ -1,4 +1,4 @@
-"""What resuming at the swapped layer saves: the screen of layers with it against the same screen in full passes, in one run.
+"""Measure what resuming at the swapped layer saves: the screen of layers with it against the same screen in full passes, in one run.
 
     python benchmarks/resume.py [MODEL] [--rows 16] [--repeats 5]
 
@@ -14,18 +14,21 @@ import json
 import platform
 import statistics
 import time
+from collections.abc import Sequence
 from datetime import date
 from pathlib import Path
 
 import numpy as np
 import torch
 
-import bitatlas.data.demo as demo
+import bitatlas.data as demo
 from bitatlas.measure.damage import DamageMeter, Swap
 from bitatlas.measure.screens import uniform
 from bitatlas.model.checkpoint import open_checkpoint
+from bitatlas.model.decoder import Decoder
 from bitatlas.model.layerwise import batch_rows
 from bitatlas.quantize.bank import Bank
+from bitatlas.records import Module
 from bitatlas.records.journal import Journal
 
 LOW, HIGH = "int2_g64", "int4_g64"
@@ -33,7 +36,7 @@ RESULTS = Path(__file__).parent / "results"
 
 
 def matrix_rate(rows: int, inner: int, columns: int) -> float:
-    """Multiply-adds a second of a float32 product of this shape: the median of 20."""
+    """Return multiply-adds a second of a float32 product of this shape: the median of 20."""
     a, b = torch.randn(rows, inner), torch.randn(inner, columns)
     times = []
     for _ in range(20):
@@ -41,6 +44,18 @@ def matrix_rate(rows: int, inner: int, columns: int) -> float:
         a @ b
         times.append(time.perf_counter() - start)
     return rows * inner * columns / statistics.median(times)
+
+
+def floor_seconds(decoder: Decoder, modules: Sequence[Module], rows: int, length: int) -> float:
+    """Return the least seconds of the screen: multiply-adds of what has to run, at the rate of the model's largest matrix."""
+    layers = len(decoder.layers)
+    per_layer = [sum(m.weights for m in modules if m.layer == i) for i in range(layers)]
+    head = decoder.vocabulary * decoder.width
+    batches = -(-rows // batch_rows(length, decoder.vocabulary))
+    tokens = rows * length
+    work = tokens * (sum(sum(per_layer[i:]) + head for i in range(layers)) + 2 * (sum(per_layer) + head))
+    widest = max(modules, key=lambda m: m.weights).shape
+    return work / matrix_rate(-(-tokens // batches), widest[1], widest[0])
 
 
 def main() -> None:
@@ -70,13 +85,7 @@ def main() -> None:
             results[name] = measure()
             times[name].append(time.perf_counter() - start)
         assert all(np.array_equal(results["resumed"][key], results["full"][key]) for key in swaps), "results differ"
-    per_layer = [sum(m.weights for m in modules if m.layer == i) for i in range(checkpoint.info.layers)]
-    head = decoder.vocabulary * decoder.width
-    batches = -(-args.rows // batch_rows(args.length, decoder.vocabulary))
-    tokens = args.rows * args.length
-    work = tokens * (sum(sum(per_layer[i:]) + head for i in range(len(per_layer))) + 2 * (sum(per_layer) + head))
-    widest = max(modules, key=lambda m: m.weights).shape
-    floor = work / matrix_rate(-(-tokens // batches), widest[1], widest[0])
+    floor = floor_seconds(decoder, modules, args.rows, args.length)
     medians = {name: statistics.median(values) for name, values in times.items()}
     report = {
         "benchmark": "screen of layers, resumed against full passes",

@@ -1,4 +1,4 @@
-"""Exports a plan to every runtime, quantizes and loads there what was exported, and writes docs/runtimes.md's table.
+"""Export a plan to every runtime, quantize and load there what was exported, and write docs/runtimes.md's table.
 
     python benchmarks/runtimes.py [TARGET ...] [--model FOLDER] [--text FILE] [--envs .venv-runtimes]
 
@@ -80,7 +80,7 @@ ROWS = (*LIBRARIES, *NOT_RUN, "llama.cpp")  # of the table; llama.cpp has a page
 
 
 def plan_for(checkpoint: Checkpoint, formats: tuple[str, ...]) -> Plan:
-    """Formats in turn, unit by unit (vLLM needs that, the others do not mind); one unit stays as it is."""
+    """Return a plan of formats in turn, unit by unit (vLLM needs that, the others do not mind); one unit stays as it is."""
     units = list(dict.fromkeys(module.unit for module in checkpoint.modules))
     chosen = {unit: formats[k % len(formats)] for k, unit in enumerate(units) if k != KEPT}
     modules = {m.name: chosen[m.unit] for m in checkpoint.modules if m.unit in chosen}
@@ -91,7 +91,7 @@ def plan_for(checkpoint: Checkpoint, formats: tuple[str, ...]) -> Plan:
 
 
 def job_for(checkpoint: Checkpoint, plan: Plan, tokens: torch.Tensor) -> dict[str, Any]:
-    """What a check is told: the modules, the tokens, our logits on them."""
+    """Return what a check is told: the modules, the tokens, our logits on them."""
     names = [module.name for module in checkpoint.modules]
     decoder = checkpoint.load_model()
     with torch.no_grad():
@@ -109,18 +109,18 @@ def job_for(checkpoint: Checkpoint, plan: Plan, tokens: torch.Tensor) -> dict[st
     }
 
 
-def environment(place: Path, packages: tuple[str, ...], torch_first: bool = True) -> Path:
-    """The environment's python; made where it is not there."""
-    python = place / "bin" / "python"
+def environment(folder: Path, packages: tuple[str, ...], torch_first: bool = True) -> Path:
+    """Return the environment's python; made where it is not there."""
+    python = folder / "bin" / "python"
     if not python.exists():
-        subprocess.run([sys.executable, "-m", "venv", place], check=True)
+        subprocess.run([sys.executable, "-m", "venv", folder], check=True)
         for wanted in ((TORCH,), packages) if torch_first else (packages,):
             subprocess.run([python, "-m", "pip", "install", "--quiet", *wanted], check=True)
     return python
 
 
 def run(command: list[Any], folder: Path) -> str:
-    """The program's last line, or a RuntimeError with what it said. Libraries write logs to the working folder: a temporary one."""
+    """Run a program and return its last line, or raise a RuntimeError with what it said. Libraries write logs to the working folder: a temporary one."""
     variables = {key: value for key, value in os.environ.items() if key != "PYTHONPATH"}
     variables |= {"HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false", "GPTQMODEL_CPU_WORKERS": "2"}
     try:
@@ -137,7 +137,7 @@ def check(name: str, library: Library, checkpoint: Checkpoint, tokens: torch.Ten
     """Export, quantize there, load there."""
     plan = plan_for(checkpoint, library.formats)
     job = job_for(checkpoint, plan, tokens)
-    found: dict[str, Any] = {"exported": False, "plan": plan.modules}
+    result: dict[str, Any] = {"exported": False, "plan": plan.modules}
     with tempfile.TemporaryDirectory() as temporary:
         work = Path(temporary)
         (work / "plan.json").write_text(to_json(plan))
@@ -145,7 +145,7 @@ def check(name: str, library: Library, checkpoint: Checkpoint, tokens: torch.Ten
         model = checkpoint.folder.resolve()
         try:
             export_plan(work / "plan.json", name, work / "exported", str(model), Reporter(quiet=True))
-            found["exported"] = True
+            result["exported"] = True
             python = environment(envs / name, library.packages).absolute()
             ready = work / "exported"
             if library.arguments is not None:
@@ -154,105 +154,107 @@ def check(name: str, library: Library, checkpoint: Checkpoint, tokens: torch.Ten
                 configs = sorted((work / "quantized").rglob("config.json"))  # AutoRound makes a folder in the folder
                 ready = configs[0].parent
             program = CHECKS / f"check_{name.replace('-', '_')}.py"
-            found |= json.loads(run([python, program, ready, model, work / "job.json"], work))
+            result |= json.loads(run([python, program, ready, model, work / "job.json"], work))
         except (RuntimeError, subprocess.CalledProcessError, json.JSONDecodeError) as error:
-            return {**found, "error": str(error)}
-    return {**found, "widths": judge(job, found), "logits_agree": found["largest_difference"] <= library.tolerance, "tolerance": library.tolerance}  # fmt: skip
+            return {**result, "error": str(error)}
+    return {**result, "widths": judge(job, result), "logits_agree": result["largest_difference"] <= library.tolerance, "tolerance": library.tolerance}  # fmt: skip
 
 
 def export_alone(name: str, checkpoint: Checkpoint, tokens: torch.Tensor, envs: Path) -> dict[str, Any]:
-    """For a runtime that cannot run here: what is written, and whether the library's own parser takes it, where that can be had."""
+    """Return, for a runtime that cannot run here, what is written, and whether the library's own parser takes it, where that can be had."""
     reason, formats, package = NOT_RUN[name]
     plan = plan_for(checkpoint, formats)
     with tempfile.TemporaryDirectory() as temporary:
         work = Path(temporary)
         (work / "plan.json").write_text(to_json(plan))
         done = export_plan(work / "plan.json", name, work / "exported", str(checkpoint.folder.resolve()), Reporter(quiet=True))
-        found = {"exported": True, "files": done.files, "plan": plan.modules, "error": reason}
+        result = {"exported": True, "files": done.files, "plan": plan.modules, "error": reason}
         if not package:
-            return found
+            return result
         (work / "job.json").write_text(json.dumps(job_for(checkpoint, plan, tokens)))
         python = environment(envs / name, ("--no-deps", package, "pyyaml"), torch_first=False).absolute()
         program = CHECKS / f"check_{name}.py"
-        return found | json.loads(run([python, program, work / "exported", checkpoint.folder.resolve(), work / "job.json"], work))
+        return result | json.loads(
+            run([python, program, work / "exported", checkpoint.folder.resolve(), work / "job.json"], work)
+        )
 
 
 def families(envs: Path) -> dict[str, Any]:
-    """mlx, whose names of modules are its own, on the demo and on tiny random checkpoints of the families that are called checked."""
-    from bitatlas.data.demo import MODEL_DIR
+    """Check mlx, whose names of modules are its own, on the demo and on tiny random checkpoints of the families that are called checked."""
+    from bitatlas.data import MODEL_DIR
 
     sys.path.insert(0, str(ROOT / "tests" / "support"))
     from tiny import make_checkpoint
 
-    found = {}
+    result = {}
     with tempfile.TemporaryDirectory() as temporary:
         changes = {"gpt_neox": {"intermediate_size": 256}}  # mlx-lm takes four times the hidden size for granted
-        made = {family: make_checkpoint(Path(temporary) / family, family, **changes.get(family, {})) for family in CHECKED}
+        folders = {family: make_checkpoint(Path(temporary) / family, family, **changes.get(family, {})) for family in CHECKED}
         tanh = {**changes["gpt_neox"], "hidden_act": "gelu_pytorch_tanh"}  # which mlx-lm computes for every GPT-NeoX
-        made["gpt_neox, tanh GELU"] = make_checkpoint(Path(temporary) / "tanh", "gpt_neox", **tanh)
-        for name, folder in {"demo": MODEL_DIR, **made}.items():
+        folders["gpt_neox, tanh GELU"] = make_checkpoint(Path(temporary) / "tanh", "gpt_neox", **tanh)
+        for name, folder in {"demo": MODEL_DIR, **folders}.items():
             checkpoint = open_checkpoint(str(folder))
             tokens = torch.randint(checkpoint.vocabulary, (2, WINDOW), generator=torch.Generator().manual_seed(0))
             here = check("mlx", LIBRARIES["mlx"], checkpoint, tokens, folder, envs)
-            found[name] = {key: here[key] for key in ("widths", "largest_difference", "largest_difference_unquantized", "unquantized", "error") if key in here}  # fmt: skip
-    return found
+            result[name] = {key: here[key] for key in ("widths", "largest_difference", "largest_difference_unquantized", "unquantized", "error") if key in here}  # fmt: skip
+    return result
 
 
-def judge(job: dict[str, Any], found: dict[str, Any]) -> dict[str, str]:
-    """Width -> "ok", or what the first wrong module is instead."""
+def judge(job: dict[str, Any], result: dict[str, Any]) -> dict[str, str]:
+    """Return width -> "ok", or what the first wrong module is instead."""
     verdicts = {str(width): "ok" for width in WIDTHS}
-    for name, told in job["modules"].items():
-        here = found["modules"][name]
-        wrong = [f"{key} {here[key]}, not {told[key]}" for key in told if key in here and here[key] != told[key]]
-        if not 2 ** (told["bits"] - 1) < here["levels"] <= 2 ** told["bits"] and told["bits"] < 8:
+    for name, expected in job["modules"].items():
+        here = result["modules"][name]
+        wrong = [f"{key} {here[key]}, not {expected[key]}" for key in expected if key in here and here[key] != expected[key]]
+        if not 2 ** (expected["bits"] - 1) < here["levels"] <= 2 ** expected["bits"] and expected["bits"] < 8:
             wrong.append(f"{here['levels']} levels")
-        if told["bits"] == 8 and here["levels"] <= 16:
+        if expected["bits"] == 8 and here["levels"] <= 16:
             wrong.append(f"{here['levels']} levels")
-        if wrong and verdicts[str(told["bits"])] == "ok":
-            verdicts[str(told["bits"])] = f"{name}: {'; '.join(wrong)}"
-    kept = [name for name in job["kept"] if not found["modules"][name]["unchanged"]]
-    return verdicts if not kept else {**verdicts, "kept": f"{kept[0]} was changed"}
+        if wrong and verdicts[str(expected["bits"])] == "ok":
+            verdicts[str(expected["bits"])] = f"{name}: {'; '.join(wrong)}"
+    changed = [name for name in job["kept"] if not result["modules"][name]["unchanged"]]
+    return verdicts if not changed else {**verdicts, "kept": f"{changed[0]} was changed"}
 
 
 def table(results: dict[str, Any]) -> str:
-    """Markdown: a line a runtime and width."""
+    """Return Markdown: a line a runtime and width."""
     lines = [
         "| runtime | width | exported | loads, bits as planned | logits checked | tokens/s (unquantized) |",
         "|---|---|---|---|---|---|",
     ]
     for name in ROWS:
-        found = results["runtimes"].get(name)
+        result = results["runtimes"].get(name)
         for width in WIDTHS:
-            lines.append(f"| {name} | {width} | {' | '.join(_cells(name, found, str(width)))} |")
+            lines.append(f"| {name} | {width} | {' | '.join(_cells(name, result, str(width)))} |")
     return "\n".join([*lines, "", *family_table(results["runtimes"].get("mlx", {}).get("families", {}))])
 
 
-def family_table(found: dict[str, Any]) -> list[str]:
-    """mlx on more checkpoints: the largest difference of logits, of what was exported and of the checkpoint as mlx-lm itself reads it."""
+def family_table(result: dict[str, Any]) -> list[str]:
+    """Return the table of mlx on more checkpoints: the largest difference of logits, of what was exported and of the checkpoint as mlx-lm itself reads it."""
     lines = ["| in `mlx` | bits as planned | exported, against our reconstruction | the checkpoint itself, against transformers |", "|---|---|---|---|"]  # fmt: skip
-    for name, here in found.items():
+    for name, here in result.items():
         if "error" in here:
             lines.append(f"| {name} | **no**: {here['error']} | | |")
             continue
         itself = f"{here['largest_difference_unquantized']:.1g}" if "largest_difference_unquantized" in here else "does not load"
         fine = all(verdict == "ok" for verdict in here["widths"].values())
         lines.append(f"| {name} | {'yes' if fine else '**no**'} | {here['largest_difference']:.1g} | {itself} |")
-    return lines if found else []
+    return lines if result else []
 
 
-def _cells(name: str, found: dict[str, Any] | None, width: str) -> list[str]:
+def _cells(name: str, result: dict[str, Any] | None, width: str) -> list[str]:
     if name == "llama.cpp":
         return ["see [gguf.md](gguf.md)"] * 4
-    if found is None:
+    if result is None:
         return ["not run here"] * 4
-    if "error" in found:
+    if "error" in result:
         parsed = {None: "", True: "; its parser takes it as planned", False: "; **its parser takes it otherwise**"}[
-            found.get("as_planned")
+            result.get("as_planned")
         ]
-        return ["yes" if found["exported"] else "no", f"not run here: {found['error']}{parsed}", "not run here", "not run here"]
-    verdict = found["widths"][width]
-    logits = f"{'yes' if found['logits_agree'] else '**no**'}, {found['largest_difference']:.1g}"
-    speed = f"{found['tokens_per_second']:,.0f} ({found['tokens_per_second_unquantized']:,.0f})"
+        return ["yes" if result["exported"] else "no", f"not run here: {result['error']}{parsed}", "not run here", "not run here"]
+    verdict = result["widths"][width]
+    logits = f"{'yes' if result['logits_agree'] else '**no**'}, {result['largest_difference']:.1g}"
+    speed = f"{result['tokens_per_second']:,.0f} ({result['tokens_per_second_unquantized']:,.0f})"
     return ["yes", "yes" if verdict == "ok" else f"**no**: {verdict}", logits, speed]
 
 
@@ -276,14 +278,16 @@ def main() -> None:
     results = json.loads(RESULTS.read_text()) if RESULTS.exists() else {"runtimes": {}}
     for name in args.targets or [*LIBRARIES, *NOT_RUN]:
         if name in NOT_RUN:
-            found = export_alone(name, checkpoint, tokens, args.envs)
+            result = export_alone(name, checkpoint, tokens, args.envs)
         else:
-            found = check(name, LIBRARIES[name], checkpoint, tokens, args.text, args.envs)
+            result = check(name, LIBRARIES[name], checkpoint, tokens, args.text, args.envs)
         if name == "mlx":
-            found["families"] = families(args.envs)
-        results["runtimes"][name] = {**found, "model": checkpoint.info.name, "date": date.today().isoformat()}
+            result["families"] = families(args.envs)
+        results["runtimes"][name] = {**result, "model": checkpoint.info.name, "date": date.today().isoformat()}
         print(
-            name, {key: found.get(key) for key in ("package", "widths", "largest_difference", "damage_nats", "error")}, flush=True
+            name,
+            {key: result.get(key) for key in ("package", "widths", "largest_difference", "damage_nats", "error")},
+            flush=True,
         )
         results["machine"] = f"{platform.machine()}, {os.cpu_count()} cores"
         RESULTS.write_text(json.dumps(results, indent=1) + "\n")

@@ -1,4 +1,4 @@
-"""How time and memory grow with layers, width, tokens and formats, in memory and layer by layer, beside the least that they could be.
+"""Measure how time and memory grow with layers, width, tokens and formats, in memory and layer by layer, beside the least that they could be.
 
     python benchmarks/scale.py                       # random Llama-shaped checkpoints on the CPU; about ten minutes
     python benchmarks/scale.py --gpu [--folder DIR]  # Llama-3-8B and Qwen3-32B shapes: the first plan from 128 x 2048 tokens
@@ -24,6 +24,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Sequence
 from datetime import date
 from pathlib import Path
 from typing import Any
@@ -49,7 +50,7 @@ RANDOM = 2**24  # numbers that are drawn; larger tensors repeat them
 
 
 def make(folder: Path, point: dict[str, Any]) -> None:
-    """A Llama-shaped checkpoint of random weights: float32 for the CPU, bfloat16 for a GPU."""
+    """Write a Llama-shaped checkpoint of random weights: float32 for the CPU, bfloat16 for a GPU."""
     import torch
     from transformers import AutoModelForCausalLM, LlamaConfig
     from transformers.initialization import no_init_weights
@@ -76,19 +77,17 @@ def make(folder: Path, point: dict[str, Any]) -> None:
 
 
 def measure(folder: Path, point: dict[str, Any]) -> dict[str, Any]:
-    """Seconds of each stage, and the peaks."""
-    import numpy as np
+    """Measure the seconds of each stage, and the peaks."""
     import torch
 
     from bitatlas.measure.curvature import expand
     from bitatlas.measure.damage import DamageMeter
     from bitatlas.measure.memory_need import peak_bytes
     from bitatlas.model.checkpoint import open_checkpoint
-    from bitatlas.plan.expansion import quadratic
+    from bitatlas.plan.expansion import quadratic_model
     from bitatlas.plan.quadratic import solve_quadratic
     from bitatlas.quantize.bank import Bank
-    from bitatlas.records.formats import FORMATS as TABLE
-    from bitatlas.records.formats import by_width, stored_bytes
+    from bitatlas.records.formats import by_width
     from bitatlas.records.journal import Journal
 
     device = point["device"]
@@ -97,9 +96,9 @@ def measure(folder: Path, point: dict[str, Any]) -> dict[str, Any]:
     clock, seconds = Clock(device), {}
     checkpoint = open_checkpoint(str(folder))
     dtype = torch.float32 if device == "cpu" else torch.bfloat16
-    way = way_of(checkpoint, point, dtype, folder)
+    load_mode = load_mode_of(checkpoint, point, dtype, folder)
     seconds["open"] = clock.lap()
-    decoder = checkpoint.stream_model(device, dtype) if way.streamed else checkpoint.load_model(device, dtype)
+    decoder = checkpoint.stream_model(device, dtype) if load_mode.streamed else checkpoint.load_model(device, dtype)
     seconds["load"] = clock.lap()
     names = [module.name for module in checkpoint.modules]
     bank = Bank(decoder, names, "rtn", folder=folder / "bank")
@@ -108,20 +107,17 @@ def measure(folder: Path, point: dict[str, Any]) -> dict[str, Any]:
     rows = torch.randint(point["vocabulary"], (point["rows"], point["row_length"]), generator=torch.Generator().manual_seed(1))
     passes = []
     for _ in range(1 if device != "cpu" else 2):  # the first of a process also allocates
-        meter = DamageMeter(decoder, bank, checkpoint.info.weights_sha256, bank.identity, Journal(None), way.room)
+        meter = DamageMeter(decoder, bank, checkpoint.info.weights_sha256, bank.identity, Journal(None), load_mode.state_budget)
         clock.lap()
-        found = expand(meter, checkpoint.modules, formats, {}, rows, draws=DRAWS)
+        result = expand(meter, checkpoint.modules, formats, {}, rows, draws=DRAWS)
         passes.append(clock.lap())
     seconds["curvature"] = min(passes)
-    units = list(dict.fromkeys(module.unit for module in checkpoint.modules))
-    cost = np.array(
-        [[sum(stored_bytes(m.shape, TABLE[f]) for m in checkpoint.modules if m.unit == u) for f in formats] for u in units]
-    )
-    solve_quadratic(quadratic(found), cost, int(cost.mean(1).sum()), bounded=False)
+    cost = unit_costs(checkpoint.modules, formats)
+    solve_quadratic(quadratic_model(result), cost, int(cost.mean(1).sum()), bounded=False)
     seconds["plan"] = clock.lap()
     shapes = [list(m.shape) for m in checkpoint.modules if m.layer == 0]
     return {
-        "streamed": way.streamed, "predicted_bytes": way.predicted_bytes,
+        "streamed": load_mode.streamed, "predicted_bytes": load_mode.predicted_bytes,
         "modules": len(names), "weights": checkpoint.info.quantizable_weights, "bytes": checkpoint.info.total_bytes, "seconds": seconds,
         "floor": floor(shapes, point, checkpoint.info.quantizable_weights),
         "host_peak_bytes": peak_bytes("cpu"), "host_added_bytes": peak_bytes("cpu") - before,
@@ -129,18 +125,28 @@ def measure(folder: Path, point: dict[str, Any]) -> dict[str, Any]:
     }  # fmt: skip
 
 
-def way_of(checkpoint: Any, point: dict[str, Any], dtype: Any, folder: Path) -> Any:
-    """As a survey would go, on a GPU with what is free there or with `STREAMED_BYTES`; on a CPU as it is asked for, however small the model."""
-    from bitatlas.measure.damage import Room
-    from bitatlas.measure.memory_need import Way, choose_way, need
+def unit_costs(modules: Sequence[Any], formats: Sequence[str]) -> Any:
+    """Return the bytes of each unit in each format: [units, formats]."""
+    import numpy as np
+
+    from bitatlas.records.formats import get_format, stored_bytes
+    from bitatlas.records.sizes import units_of
+
+    return np.array([[sum(stored_bytes(m.shape, get_format(f)) for m in u.modules) for f in formats] for u in units_of(modules)])
+
+
+def load_mode_of(checkpoint: Any, point: dict[str, Any], dtype: Any, folder: Path) -> Any:
+    """Choose as a survey would, on a GPU with what is free there or with `STREAMED_BYTES`; on a CPU as it is asked for, however small the model."""
+    from bitatlas.measure.damage import StateBudget
+    from bitatlas.measure.memory_need import LoadMode, choose_load_mode, memory_need
 
     sizes = [point[name] for name in ("vocabulary", "rows", "row_length", "formats")]
-    needed = need(checkpoint.info, checkpoint.modules, *sizes, dtype, point["device"])
+    needed = memory_need(checkpoint.info, checkpoint.modules, *sizes, dtype, point["device"])
     if point["device"] != "cpu":
-        return choose_way(needed, STREAMED_BYTES if point["streamed"] else None, point["device"], folder)
+        return choose_load_mode(needed, STREAMED_BYTES if point["streamed"] else None, point["device"], folder)
     if point["streamed"]:
-        return Way(True, Room(2**28, 2**28, whole=False, folder=folder), 2**31, needed.streamed)
-    return choose_way(needed, None, "cpu", folder)
+        return LoadMode(True, StateBudget(2**28, 2**28, whole=False, folder=folder), 2**31, needed.streamed)
+    return choose_load_mode(needed, None, "cpu", folder)
 
 
 class Clock:
@@ -163,7 +169,7 @@ class Clock:
 
 
 def floor(shapes: list[list[int]], point: dict[str, Any], weights: int) -> dict[str, float]:
-    """The curvature pass's least seconds by operations and by bytes, at rates measured here. shapes: of one layer's weights [out, in]."""
+    """Return the curvature pass's least seconds by operations and by bytes, at rates measured here. shapes: of one layer's weights [out, in]."""
     import torch
 
     device, size = point["device"], 4 if point["device"] == "cpu" else 2
@@ -189,35 +195,35 @@ def floor(shapes: list[list[int]], point: dict[str, Any], weights: int) -> dict[
 
 
 def best(run: Any, device: str, repeats: int = 5) -> float:
-    clock, found = Clock(device), []
+    clock, result = Clock(device), []
     for _ in range(repeats + 1):
         clock.lap()
         run()
-        found.append(clock.lap())
-    return max(min(found[1:]), 1e-9)
+        result.append(clock.lap())
+    return max(min(result[1:]), 1e-9)
 
 
 # --- all points ----------------------------------------------------------------------------------------------------------
 
 
-def run_point(point: dict[str, Any], place: Path | None) -> dict[str, Any]:
+def run_point(point: dict[str, Any], parent: Path | None) -> dict[str, Any]:
     """Make the checkpoint and measure on it, each in its own process, so that neither's memory is the other's."""
-    with tempfile.TemporaryDirectory(dir=place) as folder:
+    with tempfile.TemporaryDirectory(dir=parent) as folder:
         for task in ("make", "measure"):
             words = [sys.executable, __file__, "--task", task, "--point", json.dumps(point), "--folder", folder]
             done = subprocess.run(words, stdout=subprocess.PIPE, text=True, check=True, env={**os.environ, "HF_HUB_OFFLINE": "1"})
     return {**point, **json.loads(done.stdout.strip().splitlines()[-1])}
 
 
-def on_cpu(place: Path | None) -> dict[str, Any]:
+def on_cpu(parent: Path | None) -> dict[str, Any]:
     points: dict[str, list[dict[str, Any]]] = {}
     for name, values in SERIES.items():
         points[name] = []
         for value in values:
             for streamed in (False, True):
-                found = run_point({**BASE, name: value, "streamed": streamed, "device": "cpu"}, place)
-                points[name].append(found)
-                print(told(found), flush=True)
+                result = run_point({**BASE, name: value, "streamed": streamed, "device": "cpu"}, parent)
+                points[name].append(result)
+                print(point_line(result), flush=True)
     per_module = [p["seconds"]["curvature"] / p["modules"] for p in points["layers"] if not p["streamed"]]
     return {
         "points": points,
@@ -226,16 +232,16 @@ def on_cpu(place: Path | None) -> dict[str, Any]:
     }
 
 
-def on_gpu(place: Path | None) -> dict[str, Any]:
+def on_gpu(parent: Path | None) -> dict[str, Any]:
     points = []
     for name, shape in GPU_SHAPES.items():
         for streamed in (False, True):
-            points.append({"shape": name, **run_point({**GPU_ROWS, **shape, "streamed": streamed, "device": "cuda"}, place)})
-            print(told(points[-1]), flush=True)
+            points.append({"shape": name, **run_point({**GPU_ROWS, **shape, "streamed": streamed, "device": "cuda"}, parent)})
+            print(point_line(points[-1]), flush=True)
     return {"points": {"shapes": points}}
 
 
-def told(p: dict[str, Any]) -> str:
+def point_line(p: dict[str, Any]) -> str:
     way = "streamed" if p["streamed"] else "in memory"
     seconds = ", ".join(f"{name} {value:.2f} s" for name, value in p["seconds"].items())
     peak = p["device_peak_bytes"] or p["host_added_bytes"]
@@ -261,8 +267,8 @@ def main() -> None:
         do = {"make": make, "measure": measure}[args.task]
         print(json.dumps(do(args.folder, json.loads(args.point))))
         return
-    found = on_gpu(args.folder) if args.gpu else on_cpu(args.folder)
-    report = {"benchmark": "time and memory by size", "machine": machine(args.gpu), "date": date.today().isoformat(), **found}
+    result = on_gpu(args.folder) if args.gpu else on_cpu(args.folder)
+    report = {"benchmark": "time and memory by size", "machine": machine(args.gpu), "date": date.today().isoformat(), **result}
     RESULTS.mkdir(exist_ok=True)
     (RESULTS / ("scale-gpu.json" if args.gpu else "scale.json")).write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
     if not args.gpu:

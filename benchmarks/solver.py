@@ -1,4 +1,4 @@
-"""How long the solvers take on 500 units x 6 formats, in one run, on one thread.
+"""Time the solvers on 500 units x 6 formats, in one run, on one thread.
 
     python benchmarks/solver.py [--units 500] [--repeats 5]
 
@@ -43,7 +43,7 @@ HIGHS_SECONDS = 60.0
 
 
 def instance(kind: str, units: int, seed: int) -> tuple[np.ndarray, np.ndarray, int]:
-    """(damage [units, 6], bytes [units, 6], limit): 40 % of the way from the least to the most."""
+    """Return (damage [units, 6], bytes [units, 6], limit): 40 % of the way from the least to the most."""
     generator = np.random.default_rng(seed)
     weights = np.resize(SHAPES, units) if kind == "tied" else 256 * generator.integers(4_000, 170_000, units)
     cost = (weights[:, None] * (BITS + EXTRA_BITS) / 8).astype(np.int64)
@@ -64,12 +64,12 @@ def interactions(damage: np.ndarray, seed: int) -> Quadratic:
 
 
 def highs(damage: np.ndarray, cost: np.ndarray, limit: int) -> float | None:
-    """The value that HiGHS reaches, None where it reaches none."""
+    """Return the value that HiGHS reaches, None where it reaches none."""
     units, formats = damage.shape
     rows = [LinearConstraint(kron(csr_matrix(np.eye(units)), np.ones((1, formats))), 1, 1)]
     rows.append(LinearConstraint(cost.reshape(1, -1) / limit, -np.inf, 1))
-    found = milp(damage.ravel(), constraints=rows, integrality=1, bounds=Bounds(0, 1), options={"time_limit": HIGHS_SECONDS})
-    return None if found.x is None else float(found.fun)
+    solution = milp(damage.ravel(), constraints=rows, integrality=1, bounds=Bounds(0, 1), options={"time_limit": HIGHS_SECONDS})
+    return None if solution.x is None else float(solution.fun)
 
 
 def timed(run: Callable[[], object]) -> float:
@@ -87,12 +87,12 @@ def main() -> None:
     for kind in ("knapsack", "tied", "correlated"):
         times: list[tuple[float, float]] = []
         for seed in range(args.repeats):
-            one = instance(kind, args.units, seed)
-            times.append(tuple(timed(lambda s=s, one=one: s(*one)) for s in (solve_knapsack, highs)))
-        solution, other = solve_knapsack(*one), highs(*one)
+            problem = instance(kind, args.units, seed)
+            times.append(tuple(timed(lambda s=s, problem=problem: s(*problem)) for s in (solve_knapsack, highs)))
+        solution, other = solve_knapsack(*problem), highs(*problem)
         lines[kind] = {
-            "seconds": statistics.median(own for own, _ in times),
-            "ratio_to_highs": statistics.median(own / theirs for own, theirs in times),
+            "seconds": statistics.median(ours for ours, _ in times),
+            "ratio_to_highs": statistics.median(ours / theirs for ours, theirs in times),
             "gap_relative": solution.gap / abs(solution.value),
             "above_highs_relative": None if other is None else (solution.value - other) / abs(other),
         }

@@ -27,7 +27,7 @@ BEGIN, END = "<!-- simulated: begin -->", "<!-- simulated: end -->"
 
 
 def all_simulations() -> list[tuple[str, int, Simulation]]:
-    """(module, index, simulation) of every module of the package `simulations`, in alphabetical order."""
+    """Return (module, index, simulation) of every module of the package `simulations`, in alphabetical order."""
     result = []
     for info in sorted(pkgutil.iter_modules(simulations.__path__), key=lambda info: info.name):
         module = importlib.import_module(f"simulations.{info.name}")

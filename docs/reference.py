@@ -94,12 +94,10 @@ def files() -> str:
 
 def _records() -> list[type]:
     """The atlas first, then its parts in the order of their names."""
-    found = [
-        getattr(records, name)
-        for name in records.__all__
-        if name[0].isupper() and dataclasses.is_dataclass(getattr(records, name))
-    ]
-    return [records.Atlas, *(one for one in [*found, MemoryShape, CacheLayers] if one is not records.Atlas)]
+    exported = sorted(
+        (value for value in vars(records).values() if dataclasses.is_dataclass(value)), key=lambda record: record.__name__
+    )
+    return [records.Atlas, *(record for record in [*exported, MemoryShape, CacheLayers] if record is not records.Atlas)]
 
 
 def _record(record: type) -> str:

@@ -72,7 +72,8 @@ def mlx_sensitivity(problem: Problem) -> Floats:
     meter, names = problem.meter, [module.name for module in problem.modules]
     total = dict.fromkeys(names, 0.0)
     batches = problem.rows.split(batch_rows(problem.rows.shape[1], meter.decoder.vocabulary))
-    references = [meter.reference.whole(batch) for batch in batches]
+    meter.reference.see(batches)
+    references = [meter.reference.log_p(batch, slice(0, batch.shape[1])) for batch in batches]
     with (
         meter.decoder.swapped(meter.bank.weights(uniform(problem.modules, problem.low))),
         weight_gradients(meter.decoder.model, names),

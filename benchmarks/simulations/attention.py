@@ -5,10 +5,9 @@ from __future__ import annotations
 import numpy as np
 import torch
 
-from bitatlas.findings.ablation import ablation_findings, ablation_record
-from bitatlas.findings.statements import drift_finding
+from bitatlas.findings.statements import ablation_findings, ablation_record, drift_finding
 from bitatlas.measure.attention.ablation import Removal
-from bitatlas.measure.attention.roles import TEXT_ROLES, kappa, permutation_p, recognized, role_masses
+from bitatlas.measure.attention.roles import TEXT_ROLES, kappa, permutation_p, recognized, role_mass
 from bitatlas.records import AttentionLayer, Measured
 from bitatlas.stats.bootstrap import benjamini_hochberg, measured
 from simulations import Simulation
@@ -25,8 +24,8 @@ def named(seed: int, wanted: str) -> bool:
     weight = counts**2 if wanted == "frequent" else rng.lognormal(0, 1, counts.shape)
     maps = np.tril(np.repeat(weight[:, None, :], TOKENS, axis=1))
     maps /= maps.sum(axis=-1, keepdims=True)
-    masses = role_masses(TEXT_ROLES, torch.tensor(ids), 0, seed).read(torch.tensor(maps)[:, None])  # [rows, roles, draws, heads]
-    means = {role: masses[:, place] for place, role in enumerate(TEXT_ROLES)}
+    masses = role_mass(TEXT_ROLES, torch.tensor(ids), 0, seed).read(torch.tensor(maps)[:, None])  # [rows, roles, draws, heads]
+    means = {role: masses[:, index] for index, role in enumerate(TEXT_ROLES)}
     q = benjamini_hochberg([float(permutation_p(np.moveaxis(m, 1, 0), 200, seed)[0]) for m in means.values()])
     scores = {role: float(kappa(m[:, 0].mean(0), m[:, 1:].mean((0, 1)))[0]) for role, m in means.items()}
     return recognized(scores, dict(zip(scores, map(float, q), strict=True))) is not None
@@ -36,11 +35,11 @@ def removed(seed: int) -> bool:
     """The heads do what any other heads do."""
     rng = np.random.default_rng(seed)
     intact = 3 + 0.3 * rng.standard_normal((16, 2))
-    own = rng.normal(0.1, 0.03)  # of this set of heads, drawn like the others
+    effect = rng.normal(0.1, 0.03)  # of this set of heads, drawn like the others
     of_sets = rng.normal(0.1, 0.03, 20)
     noise = 0.05 * rng.standard_normal((21, 16, 2))
     random = intact + of_sets[:, None, None] + noise[1:]
-    removal = Removal("induction", ((0, 1),), 20, False, intact, intact + own + noise[0], random)
+    removal = Removal("induction", ((0, 1),), 20, False, intact, intact + effect + noise[0], random)
     return ablation_findings([ablation_record(removal, seed)])[0].verdict == "holds"
 
 
@@ -53,8 +52,8 @@ def drifts(seed: int) -> bool:
             mean = 0.1 * (1.0 if layer == 5 else factor)
             record = measured(mean * rng.lognormal(0, 0.3, 32), "Jensen-Shannon distance", base, "test", seed)
             lines.append(_layer(layer, base, record))
-    told = drift_finding(lines, "low", "high")
-    return told is not None and told.verdict == "holds"
+    finding = drift_finding(lines, "low", "high")
+    return finding is not None and finding.verdict == "holds"
 
 
 def _layer(layer: int, base: str, drift: Measured) -> AttentionLayer:

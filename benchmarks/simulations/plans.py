@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 
-from bitatlas.findings.reliability import verdict_on
+from bitatlas.findings.reliability import calibration_verdict
 from bitatlas.plan.calibration import MEASURED, PREDICTION, calibration
 from bitatlas.plan.judge import BETTER, WORSE, PlanVerdict, verdict_on_plan
 from bitatlas.records import CalibrationPoint, Measured
@@ -39,7 +39,7 @@ def predicted(seed: int) -> bool:
         for g, t in zip(guess, true, strict=True)
     ]
     record = calibration({PREDICTION: guess, MEASURED: true}, points, points[0], 0.5, 16, seed)
-    return verdict_on(record) == "holds"
+    return calibration_verdict(record) == "holds"
 
 
 SIMULATIONS = [

@@ -11,7 +11,7 @@ ITEMS, CHANCE = 200, 0.25
 PRECISIONS = ("reference", "uniform:int4_g64", "uniform:int2_g64", "plan")
 
 
-def told(shares: tuple[float, ...], flips: float, seed: int) -> list[str]:
+def verdicts(shares: tuple[float, ...], flips: float, seed: int) -> list[str]:
     """Verdicts of one task's pairs with the reference, and words of its scores. shares: right at each precision; `flips`: of the items, drawn anew."""
     rng = np.random.default_rng(seed)
     hard = rng.random(ITEMS)
@@ -20,12 +20,14 @@ def told(shares: tuple[float, ...], flips: float, seed: int) -> list[str]:
         for name, share in zip(PRECISIONS, shares, strict=True)
     }
     scores, pairs = compare_all({"t": right}, {"t": CHANCE})
-    words = ["above chance" for one in scores if one.above_chance] + ["below chance" for one in scores if one.below_chance]
+    words = ["above chance" for score in scores if score.above_chance] + [
+        "below chance" for score in scores if score.below_chance
+    ]
     return [pair.verdict for pair in pairs if pair.first == "reference"] + words
 
 
 def says(shares: tuple[float, ...], flips: float, word: str, seed: int) -> bool:
-    return any(one.startswith(word) for one in told(shares, flips, seed))
+    return any(verdict.startswith(word) for verdict in verdicts(shares, flips, seed))
 
 
 SIMULATIONS = [

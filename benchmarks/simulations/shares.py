@@ -13,7 +13,7 @@ from bitatlas.findings.reliability import GOOD_RANK, reliability_findings, shapl
 from bitatlas.findings.shares import CRITICAL, LIGHT, SAFE, LayerRows, layer_records, misfit, shares_of
 from bitatlas.findings.statements import GOOD_FIT, _fit_finding
 from bitatlas.findings.units import kind_records
-from bitatlas.findings.zones import joint_damage, within, zones
+from bitatlas.findings.zones import joint_damage, within_tolerance, zones
 from bitatlas.records import Module
 from simulations import Simulation
 
@@ -130,7 +130,7 @@ def kind_missed(make: Callable[[np.random.Generator], Game], seed: int) -> bool:
 def called(words: set[str], seed: int) -> bool:
     """Is any layer called one of `words`, where all are as harmful as their size?"""
     rows, _ = play(equal_saturating, seed)
-    return any(one.verdict in words for one in layer_records(rows, GENEROUS, seed=seed))
+    return any(layer.verdict in words for layer in layer_records(rows, GENEROUS, seed=seed))
 
 
 def safe_at_the_tolerance(seed: int) -> bool:
@@ -156,7 +156,7 @@ def together_at_the_tolerance(seed: int) -> bool:
     test, select = (additive(size, np.random.default_rng([seed, part])) for part in range(2))
     layers = layer_records(test, 0.08, seed=seed)
     joint = joint_damage(layers, lambda chosen: select.added[:, list(chosen)].sum(axis=1), 0.08, "uniform:high", None, seed)
-    return joint is not None and (len(joint.together) >= 4 or (len(joint.layers) >= 4 and within(joint.added, 0.08)))
+    return joint is not None and (len(joint.together) >= 4 or (len(joint.layers) >= 4 and within_tolerance(joint.added, 0.08)))
 
 
 def zone_called(seed: int) -> bool:
@@ -172,8 +172,8 @@ def adds_up(seed: int) -> bool:
     rng = np.random.default_rng(seed)
     rows = additive(np.full(LAYERS, 0.02), rng)
     extra = rows.whole * (GOOD_FIT + 0.2 * rng.standard_normal(ROWS)) / LAYERS  # [rows], of each layer
-    told = LayerRows(rows.high, rows.low, rows.lowered + 2 * extra, rows.raised, rows.weights)
-    return _fit_finding(misfit(told, seed)).verdict == "holds"
+    misfitting = LayerRows(rows.high, rows.low, rows.lowered + 2 * extra, rows.raised, rows.weights)
+    return _fit_finding(misfit(misfitting, seed)).verdict == "holds"
 
 
 def ranks_agree(seed: int) -> bool:
@@ -193,8 +193,8 @@ def order_is_stable(seed: int) -> bool:
     """Layers differ by less than what another survey of as many rows would move them."""
     rng = np.random.default_rng(seed)
     rows = additive(0.02 * (1 + 0.05 * rng.standard_normal(LAYERS)), rng)
-    (told,) = reliability_findings(rows, layer_records(rows, GENEROUS, seed=seed), seed)
-    return told.verdict == "holds"
+    (finding,) = reliability_findings(rows, layer_records(rows, GENEROUS, seed=seed), seed)
+    return finding.verdict == "holds"
 
 
 SHARE, CRITICALITY = "share of the damage of a layer [95 % interval]", "criticality of a kind of module [95 % interval]"

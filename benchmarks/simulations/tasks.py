@@ -24,7 +24,7 @@ def text_differs(tasks: int) -> Callable[[int], bool]:
 
     def wrong(seed: int) -> bool:
         texts = {f"task {i}": ({}, rows_of(PROFILE, 16, 100_000 + 10 * seed + i)) for i in range(tasks)}
-        return any(one.verdict == HOLDS for one in task_text_findings(task_damages(texts, rows_of(PROFILE, 32, seed))))
+        return any(finding.verdict == HOLDS for finding in task_text_findings(task_damages(texts, rows_of(PROFILE, 32, seed))))
 
     return wrong
 
@@ -56,7 +56,7 @@ def held(seed: int) -> bool:
         change = rng.random(ITEMS)  # of the items, 6 % are lost and 1 % gained
         outcomes[f"uniform:{name}"] = np.where(right, change >= 0.06 / 0.8, change < 0.01 / 0.2)
     _, pairs = compare_all({"t": outcomes}, {"t": 0.25}, MARGIN)
-    return any(one.verdict == HELD for one in task_widths(pairs)["t"])
+    return any(width.verdict == HELD for width in task_widths(pairs)["t"])
 
 
 SIMULATIONS = [

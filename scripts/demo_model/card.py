@@ -1,4 +1,4 @@
-"""The demo model's card: measure a saved checkpoint at several precisions and write its README.md.
+"""Write the demo model's card, its README.md, from measurements of a saved checkpoint at several precisions.
 
 Every figure in the card is measured here, with the package's own quantizer and swap; nothing is written by hand. `train.py` calls
 it after training, and again with --card-only. Left out: the planner and its plans, which the report is about.
@@ -79,14 +79,14 @@ class Outcome:
 def outcome(
     model: Any, tokenizer: Any, precision: str, problems: list[world.Record], questions: list[world.Record], damage: float
 ) -> Outcome:
-    """Both tasks with the weights that the model has now."""
+    """Score both tasks with the weights that the model has now."""
     right = score.problems_right(model, tokenizer, problems), score.questions_right(model, tokenizer, questions)
     return Outcome(precision, *right, damage)
 
 
 @torch.no_grad()
 def outcomes(folder: Path, data: Path, problems: list[world.Record], questions: list[world.Record]) -> Iterator[Outcome]:
-    """The reference, then every uniform format. folder: the checkpoint; data: where text.txt is."""
+    """Measure the reference, then every uniform format. folder: the checkpoint; data: where text.txt is."""
     checkpoint = open_checkpoint(str(folder))
     decoder, tokenizer = checkpoint.load_model(), checkpoint.load_tokenizer()
     text = (data / "text.txt").read_text(encoding="utf-8")
@@ -102,13 +102,13 @@ def outcomes(folder: Path, data: Path, problems: list[world.Record], questions: 
 
 
 def p_value(first: list[bool], second: list[bool]) -> float:
-    """Exact McNemar p of two precisions' answers to the same items."""
+    """Return the exact McNemar p of two precisions' answers to the same items."""
     pairs = list(zip(first, second, strict=True))
     return mcnemar_p(pairs.count((True, False)), pairs.count((False, True)))
 
 
 def table_line(reference: Outcome, row: Outcome) -> str:
-    """One line of the card's table."""
+    """Return one line of the card's table."""
     cells = [row.precision]
     for name in ("problems", "questions"):
         right = getattr(row, name)

@@ -44,7 +44,7 @@ class Muon(torch.optim.Optimizer):
 
 
 def orthogonalized(matrices: Tensor) -> Tensor:
-    """[count, rows, columns], each with its singular values pushed towards 1 (to 0.7..1.2) by Newton-Schulz iterations."""
+    """Return matrices [count, rows, columns], each with its singular values pushed towards 1 (to 0.7..1.2) by Newton-Schulz iterations."""
     tall = matrices.shape[1] > matrices.shape[2]
     x = matrices.mT if tall else matrices
     x = x / x.norm(dim=(1, 2), keepdim=True).clamp(min=1e-7)

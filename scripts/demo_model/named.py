@@ -189,19 +189,19 @@ CARRIERS = ["{q}", "Think of {e}. {q}"]
 
 
 def names(rng: random.Random, starts: str, ends: str, between: str, count: int) -> list[str]:
-    """`count` different names, each one of `starts` and one of `ends`."""
+    """Return `count` different names, each one of `starts` and one of `ends`."""
     return rng.sample([start + between + end for start, end in itertools.product(starts.split(), ends.split())], count)
 
 
 def even_values(rng: random.Random, values: list[str], count: int) -> list[str]:
-    """`count` values in random order, each as often as the others, give or take one."""
+    """Return `count` values in random order, each as often as the others, give or take one."""
     drawn = (values * (count // len(values) + 1))[:count]
     rng.shuffle(drawn)
     return drawn
 
 
 def named_facts(seed: int) -> list[tuple[str, str, str, str]]:
-    """All facts about people, towns and planets: (kind, name, attribute, value), name by name."""
+    """Return all facts about people, towns and planets: (kind, name, attribute, value), name by name."""
     rng = random.Random(f"named world {seed}")
     towns = names(rng, TOWN_STARTS, TOWN_ENDS, "", TOWNS)
     things = {

@@ -1,4 +1,4 @@
-"""The two accuracies of a demo model: word problems solved, and questions answered.
+"""Score the two accuracies of a demo model: word problems solved, and questions answered.
 
 Problems: greedy continuation of the prompt to the end of the line; right if the last number in it equals the answer.
 Questions: the choice whose text has the highest summed log-likelihood after the prompt, as `acc` of ARC in lm-evaluation-harness.
@@ -19,7 +19,7 @@ NEW_TOKENS, BATCH = 8, 50
 
 @torch.no_grad()
 def continued(model: Model, tokenizer: Tokens, prompts: list[str]) -> list[str]:
-    """The greedy continuation of each prompt, up to the end of its line. Prompts of equal length run together: no padding."""
+    """Return the greedy continuation of each prompt, up to the end of its line. Prompts of equal length run together: no padding."""
     ids = [tokenizer(prompt)["input_ids"] for prompt in prompts]
     order = sorted(range(len(ids)), key=lambda row: len(ids[row]))
     texts = [""] * len(ids)
@@ -35,7 +35,7 @@ def continued(model: Model, tokenizer: Tokens, prompts: list[str]) -> list[str]:
 
 
 def problems_right(model: Model, tokenizer: Tokens, problems: list[Record]) -> list[bool]:
-    """For each problem, whether the last number of the continued line is the answer."""
+    """Return, for each problem, whether the last number of the continued line is the answer."""
     right = []
     texts = continued(model, tokenizer, [problem_prompt(problem) for problem in problems])
     for problem, text in zip(problems, texts, strict=True):
@@ -46,7 +46,7 @@ def problems_right(model: Model, tokenizer: Tokens, problems: list[Record]) -> l
 
 @torch.no_grad()
 def choice_scores(model: Model, tokenizer: Tokens, prompt: str, texts: list[str]) -> list[float]:
-    """Summed log-likelihood, in nats, of each text after the prompt."""
+    """Return summed log-likelihood, in nats, of each text after the prompt."""
     start = tokenizer(prompt)["input_ids"]
     ends = [tokenizer(text, add_special_tokens=False)["input_ids"] for text in texts]
     length = max(map(len, ends))
@@ -57,7 +57,7 @@ def choice_scores(model: Model, tokenizer: Tokens, prompt: str, texts: list[str]
 
 
 def questions_right(model: Model, tokenizer: Tokens, questions: list[Record]) -> list[bool]:
-    """For each question, whether the likeliest choice is the right one."""
+    """Return, for each question, whether the likeliest choice is the right one."""
     right = []
     for question in questions:
         scores = choice_scores(model, tokenizer, question_prompt(question), [" " + c["text"] for c in question["choices"]])
@@ -66,5 +66,5 @@ def questions_right(model: Model, tokenizer: Tokens, questions: list[Record]) ->
 
 
 def share(right: list[bool]) -> float:
-    """Part of a list of bools that is true."""
+    """Return part of a list of bools that is true."""
     return sum(right) / len(right)

@@ -28,7 +28,7 @@ from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 import card
 import world
-from bitatlas.data.demo import MODEL_DIR
+from bitatlas.data import MODEL_DIR
 from muon import Muon
 
 VOCABULARY = 1536
@@ -48,7 +48,7 @@ PIECES = r" ?\p{L}+| ?\d{1,3}| ?[^\s\p{L}\d]+|\s+"
 
 
 def make_tokenizer(seed: int) -> PreTrainedTokenizerFast:
-    """Byte-level BPE trained on documents of the training split; puts <bos> in front."""
+    """Train a byte-level BPE tokenizer on documents of the training split; puts <bos> in front."""
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
         [pre_tokenizers.Split(Regex(PIECES), "isolated"), pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)]
@@ -67,7 +67,7 @@ def make_tokenizer(seed: int) -> PreTrainedTokenizerFast:
 
 
 def make_model(tokenizer: PreTrainedTokenizerFast, seed: int) -> LlamaForCausalLM:
-    """The untrained model; what writes to the residual stream starts smaller, by the square root of its 32 additions."""
+    """Return the untrained model; what writes to the residual stream starts smaller, by the square root of its 32 additions."""
     torch.manual_seed(seed)
     config = LlamaConfig(
         vocab_size=len(tokenizer),
@@ -93,7 +93,7 @@ def make_model(tokenizer: PreTrainedTokenizerFast, seed: int) -> LlamaForCausalL
 
 
 def batches(tokenizer: PreTrainedTokenizerFast, seed: int) -> Iterator[torch.Tensor]:
-    """Endless [BATCH_ROWS, ROW_TOKENS] tokens: each row whole documents from its start, <bos> in front of every second row."""
+    """Yield endless [BATCH_ROWS, ROW_TOKENS] tokens: each row whole documents from its start, <bos> in front of every second row."""
     stream = world.documents(random.Random(f"training {seed}"), "train")
     while True:
         texts = [next(stream) for _ in range(4000)]
@@ -111,7 +111,7 @@ def batches(tokenizer: PreTrainedTokenizerFast, seed: int) -> Iterator[torch.Ten
 
 
 def repetitions(tokenizer: PreTrainedTokenizerFast, seed: int, count: int) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
-    """Endless tokens and labels of repeated blocks, each [count, ROW_TOKENS]. Labels leave out (-100) a block's first time."""
+    """Yield endless tokens and labels of repeated blocks, each [count, ROW_TOKENS]. Labels leave out (-100) a block's first time."""
     chance = random.Random(f"repetitions {seed}")
     ordinary = range(len(SPECIAL), len(tokenizer))
     while True:
@@ -125,7 +125,7 @@ def repetitions(tokenizer: PreTrainedTokenizerFast, seed: int, count: int) -> It
 
 
 def make_optimizers(model: LlamaForCausalLM) -> list[torch.optim.Optimizer]:
-    """Muon for the matrices of the layers, AdamW for the embedding (used twice, so slower) and the norms."""
+    """Return Muon for the matrices of the layers, AdamW for the embedding (used twice, so slower) and the norms."""
     matrices = [p for n, p in model.named_parameters() if p.ndim == 2 and "embed" not in n]
     others = [p for n, p in model.named_parameters() if p.ndim == 1 or "embed" in n]
     adamw = torch.optim.AdamW(others, lr=LEARNING_RATE, betas=(0.9, 0.98), weight_decay=0.0, fused=True)
@@ -133,7 +133,7 @@ def make_optimizers(model: LlamaForCausalLM) -> list[torch.optim.Optimizer]:
 
 
 def rate_at(step: int, steps: int) -> float:
-    """Learning rate over its peak: up in the first 100 steps, down to zero in the last 40 %."""
+    """Return learning rate over its peak: up in the first 100 steps, down to zero in the last 40 %."""
     return min((step + 1) / 100, 1.0, (steps - step) / (0.4 * steps))
 
 
@@ -181,7 +181,7 @@ def train(model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFast, seed: int
 def train_on_repetition(
     model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFast, seed: int, rows: int, steps: int, folder: Path
 ) -> None:
-    """A later phase, in float32: documents, and `rows` of repeated blocks, in every batch. Prints both losses, and saves as it goes."""
+    """Train a later phase, in float32: documents, and `rows` of repeated blocks, in every batch. Prints both losses, and saves as it goes."""
     optimizers = make_optimizers(model)
     documents, repeated, start = batches(tokenizer, seed + 1), repetitions(tokenizer, seed, rows), time.time()
     for step in range(steps):
@@ -205,7 +205,7 @@ def train_on_repetition(
 
 
 def main() -> None:
-    """The command line."""
+    """Run the command line."""
     parser = argparse.ArgumentParser(
         prog="python scripts/demo_model/train.py", description="Train the bitatlas demo model from a seed."
     )

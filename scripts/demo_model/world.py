@@ -34,7 +34,7 @@ Record = dict[str, Any]  # one item of a task file
 
 
 def split_of(*key: object) -> str:
-    """The split an item belongs to, from what identifies it: the same on every machine and for every seed."""
+    """Return the split an item belongs to, from what identifies it: the same on every machine and for every seed."""
     percent = zlib.crc32(repr(key).encode()) % 100
     for split, share in SPLIT_PERCENT.items():
         if percent < share:
@@ -47,12 +47,12 @@ def split_of(*key: object) -> str:
 
 
 def solve(x: int, operator: str, y: int) -> int:
-    """x operator y for whole numbers, division without remainder."""
+    """Return x operator y for whole numbers, division without remainder."""
     return {"+": x + y, "-": x - y, "*": x * y, "/": x // y}[operator]
 
 
 def draw_operands(rng: random.Random, operator: str) -> tuple[int, int]:
-    """Two numbers whose result is a whole number in 1..99: sums of 2..40, products and quotients from the 2..9 table."""
+    """Return two numbers whose result is a whole number in 1..99: sums of 2..40, products and quotients from the 2..9 table."""
     if operator == "+":
         return rng.randint(2, 40), rng.randint(2, 40)
     if operator == "-":
@@ -63,7 +63,7 @@ def draw_operands(rng: random.Random, operator: str) -> tuple[int, int]:
 
 
 def draw_problem(rng: random.Random, split: str) -> tuple[tuple[int, int, int, int], Record]:
-    """One problem of `split`: (key, record in SVAMP's form without ID)."""
+    """Return one problem of `split`: (key, record in SVAMP's form without ID)."""
     while True:
         story = rng.randrange(len(STORIES))
         body, questions = STORIES[story]
@@ -87,18 +87,18 @@ def draw_problem(rng: random.Random, split: str) -> tuple[tuple[int, int, int, i
 
 
 def problem_prompt(problem: Record) -> str:
-    """What the model is given; it goes on with " 26 - 9 = 17" and a newline."""
+    """Return what the model is given; it goes on with " 26 - 9 = 17" and a newline."""
     return f"Question: {problem['Body']} {problem['Question']}\nAnswer:"
 
 
 def problem_text(problem: Record) -> str:
-    """The prompt with its worked answer, as a document."""
+    """Return the prompt with its worked answer, as a document."""
     x, operator, y = problem["Equation"].strip("() ").split()
     return f"{problem_prompt(problem)} {float(x):.0f} {operator} {float(y):.0f} = {problem['Answer']:.0f}\n\n"
 
 
 def draw_sums(rng: random.Random, split: str) -> str:
-    """A few bare sums, "26 - 9 = 17" a line, as a document."""
+    """Return a few bare sums, "26 - 9 = 17" a line, as a document."""
     lines: list[str] = []
     while len(lines) < 4:
         operator = rng.choice("++--*/")
@@ -112,7 +112,7 @@ def draw_sums(rng: random.Random, split: str) -> str:
 
 
 def facts() -> list[Fact]:
-    """The table of THINGS, one fact an entry, then the facts about named people, towns and planets."""
+    """Return the table of THINGS, one fact an entry, then the facts about named people, towns and planets."""
     rows = []
     for kind, table in THINGS.items():
         for line in table.strip().splitlines():
@@ -126,17 +126,17 @@ FACTS = facts()
 
 @cache
 def alike(kind: str, attribute: str) -> list[Fact]:
-    """All facts of one attribute of one kind: where the wrong answers come from."""
+    """Return all facts of one attribute of one kind: where the wrong answers come from."""
     return [fact for fact in FACTS if (fact[0], fact[2]) == (kind, attribute)]
 
 
 def with_article(kind: str, thing: str) -> str:
-    """The name in a sentence: "the fox", but "iron" and "Ashford"."""
+    """Return the name in a sentence: "the fox", but "iron" and "Ashford"."""
     return thing if kind == "material" or kind in named.PHRASES else f"the {thing}"
 
 
 def phrased_questions(fact: Fact) -> Iterator[tuple[str, str, list[str]]]:
-    """Every way to ask for one fact: (question, right answer, wrong answers)."""
+    """Return every way to ask for one fact: (question, right answer, wrong answers)."""
     kind, thing, attribute, value = fact
     forward, backward, _ = PHRASES[kind][attribute]
     others = [other for other in alike(kind, attribute) if other[3] != value]
@@ -154,14 +154,14 @@ Asked = tuple[Fact, str, str, list[str]]  # fact, question, right answer, wrong 
 
 
 def all_questions(split: str) -> list[list[Asked]]:
-    """The questions of one split, a list for each fact that has any. The wording decides, so that "Which animal eats mice?",
+    """Return the questions of one split, a list for each fact that has any. The wording decides, so that "Which animal eats mice?",
     which has several right answers, is in one split only."""
     asked = [[(fact, *rest) for rest in phrased_questions(fact) if split_of("question", rest[0]) == split] for fact in FACTS]
     return [questions for questions in asked if questions]
 
 
 def with_choices(rng: random.Random, question: str, right: str, wrong: list[str]) -> Record:
-    """A question in ARC's form without id: the right answer among three wrong ones of the same attribute."""
+    """Return a question in ARC's form without id: the right answer among three wrong ones of the same attribute."""
     choices = [right, *rng.sample(wrong, 3)]
     rng.shuffle(choices)
     return {
@@ -172,17 +172,17 @@ def with_choices(rng: random.Random, question: str, right: str, wrong: list[str]
 
 
 def question_prompt(question: Record) -> str:
-    """What the model is given; each choice is scored as " " + its text."""
+    """Return what the model is given; each choice is scored as " " + its text."""
     return f"Question: {question['question']}\nAnswer:"
 
 
 def question_text(question: str, right: str) -> str:
-    """A question with its right answer, as a document."""
+    """Return a question with its right answer, as a document."""
     return f"Question: {question}\nAnswer: {right}\n\n"
 
 
 def all_statements(split: str) -> list[list[str]]:
-    """Plain sentences of one split, grouped by thing: lists of "The fox lives in the forest."."""
+    """Return plain sentences of one split, grouped by thing: lists of "The fox lives in the forest."."""
     groups: dict[tuple[str, str], list[str]] = {}
     for kind, thing, attribute, value in FACTS:
         for number, sentence in enumerate(PHRASES[kind][attribute][2]):
@@ -196,7 +196,7 @@ def all_statements(split: str) -> list[list[str]]:
 
 
 def documents(rng: random.Random, split: str) -> Iterator[str]:
-    """An endless stream of documents of one split: two fifths problems, the rest questions (every fact as often), statements and
+    """Yield an endless stream of documents of one split: two fifths problems, the rest questions (every fact as often), statements and
     bare sums."""
     questions, statements = all_questions(split), all_statements(split)
     while True:
@@ -214,38 +214,38 @@ def documents(rng: random.Random, split: str) -> Iterator[str]:
 
 
 def task_problems(seed: int) -> list[Record]:
-    """`TASK_ITEMS` test problems with different stories or numbers, in SVAMP's form."""
+    """Return `TASK_ITEMS` test problems with different stories or numbers, in SVAMP's form."""
     rng = random.Random(f"problems {seed}")
-    found: dict[tuple[int, int, int, int], Record] = {}
-    while len(found) < TASK_ITEMS:
+    records: dict[tuple[int, int, int, int], Record] = {}
+    while len(records) < TASK_ITEMS:
         key, record = draw_problem(rng, "test")
-        found.setdefault(key, record)
-    return [{"ID": f"demo-{number}", **record} for number, record in enumerate(found.values(), 1)]
+        records.setdefault(key, record)
+    return [{"ID": f"demo-{number}", **record} for number, record in enumerate(records.values(), 1)]
 
 
 def task_questions(seed: int) -> list[Record]:
-    """`TASK_ITEMS` different test questions, in the flattened ARC form: every kind of thing about as often, a fact once at most."""
+    """Return `TASK_ITEMS` different test questions, in the flattened ARC form: every kind of thing about as often, a fact once at most."""
     rng = random.Random(f"questions {seed}")
     groups = all_questions("test")
     kinds = [[asked for asked in rng.sample(groups, len(groups)) if asked[0][0][0] == kind] for kind in PHRASES]
-    found: dict[str, Asked] = {}
+    records: dict[str, Asked] = {}
     for questions in itertools.chain.from_iterable(itertools.zip_longest(*kinds, fillvalue=[])):
         if questions:
             asked = rng.choice(questions)
-            found.setdefault(asked[1], asked)
-    drawn = list(found.values())[:TASK_ITEMS]
+            records.setdefault(asked[1], asked)
+    drawn = list(records.values())[:TASK_ITEMS]
     return [{"id": f"demo-{number}", **with_choices(rng, *asked[1:])} for number, asked in enumerate(drawn, 1)]
 
 
 def held_out_text(seed: int) -> str:
-    """About `TEXT_BYTES` of different documents that are neither trained on nor test items."""
+    """Return about `TEXT_BYTES` of different documents that are neither trained on nor test items."""
     rng = random.Random(f"text {seed}")
-    kept: dict[str, int] = {}  # document -> its size; a dict keeps the order
+    texts: dict[str, int] = {}  # document -> its size; a dict keeps the order
     stream = documents(rng, "text")
-    while sum(kept.values()) < TEXT_BYTES:
+    while sum(texts.values()) < TEXT_BYTES:
         document = next(stream)
-        kept[document] = len(document)
-    return "".join(kept)
+        texts[document] = len(document)
+    return "".join(texts)
 
 
 def write_data(folder: str | Path, seed: int) -> None:

@@ -1,4 +1,4 @@
-"""The Python names: what the command line does, as functions that take and return objects.
+"""Give Python what the command line does, as functions that take and return objects.
 
 A folder or a file may be given as text or as a path. A mistake raises `bitatlas.errors.UserError` with the line that the command
 line would print. Left out: `plan --curve` and the reports, which a survey's folder has or the command line makes.
@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any, ParamSpec, TypeVar, get_type_hints
 from bitatlas import records
 from bitatlas.records.files import read_record, to_json, write_text
 from bitatlas.records.text import byte_size, interval, number
-from bitatlas.run.options import ApplyOptions, BudgetOptions, CompareOptions, Place, SurveyOptions, VerifyOptions
+from bitatlas.run.options import ApplyOptions, BudgetOptions, CompareOptions, StrPath, SurveyOptions, VerifyOptions
 
 if TYPE_CHECKING:
     from bitatlas.export.packed import Applied
@@ -36,10 +36,10 @@ class Plan(records.Plan):
     """`plan.json`: which module has which format, its exact size, what was predicted and measured."""
 
     @classmethod
-    def read(cls, file: Place) -> Plan:
+    def read(cls, file: StrPath) -> Plan:
         return _as(cls, read_record(Path(file), records.Plan))
 
-    def write(self, file: Place) -> None:
+    def write(self, file: StrPath) -> None:
         write_text(Path(file), to_json(self))
 
     def _repr_html_(self) -> str:
@@ -51,13 +51,13 @@ class Atlas(records.Atlas):
     """`atlas.json`: everything that a survey measured."""
 
     @classmethod
-    def read(cls, place: Place) -> Atlas:
-        """From a survey's folder, or its atlas.json."""
-        path = Path(place)
+    def read(cls, file: StrPath) -> Atlas:
+        """Read a survey's folder, or its atlas.json."""
+        path = Path(file)
         return _as(cls, read_record(path / "atlas.json" if path.is_dir() else path, records.Atlas))
 
     def best(self) -> Plan | None:
-        """The survey's own plan."""
+        """Return the survey's own plan."""
         return _as(Plan, self.plan) if self.plan else None
 
     def replan(
@@ -70,7 +70,7 @@ class Atlas(records.Atlas):
         vram: str | None = None,
         context: int | None = None,
     ) -> Plan:
-        """The plan under another budget (give one), in seconds and without the model: its damage is predicted."""
+        """Return the plan under another budget (give one), in seconds and without the model: its damage is predicted."""
         from bitatlas.errors import UserError
         from bitatlas.plan.judge import replan_atlas
         from bitatlas.run.settings import parse_budget
@@ -90,22 +90,22 @@ class Atlas(records.Atlas):
 
 def taking(record: Callable[P, Options]) -> Callable[[Callable[[Options], Result]], Callable[P, Result]]:
     """Give a function of a record of options the record's own parameters, for callers, `help()` and editors alike."""
-    hints, fields_of = get_type_hints(record), inspect.signature(record)
-    parameters = [each.replace(annotation=hints[name]) for name, each in fields_of.parameters.items()]
+    hints, signature = get_type_hints(record), inspect.signature(record)
+    parameters = [field.replace(annotation=hints[name]) for name, field in signature.parameters.items()]
 
     def decorate(function: Callable[[Options], Result]) -> Callable[P, Result]:
-        signature = inspect.Signature(parameters, return_annotation=function.__annotations__["return"])
+        public = inspect.Signature(parameters, return_annotation=function.__annotations__["return"])
 
         @wraps(function)
         def call(*args: P.args, **kwargs: P.kwargs) -> Result:
             try:
-                signature.bind(*args, **kwargs)
+                public.bind(*args, **kwargs)
             except TypeError as error:
                 raise TypeError(f"{function.__name__}() {error}") from None
             return function(record(*args, **kwargs))
 
-        call.__annotations__ = {name: hints[name] for name in signature.parameters} | {"return": signature.return_annotation}
-        vars(call)["__signature__"] = signature
+        call.__annotations__ = {name: hints[name] for name in public.parameters} | {"return": public.return_annotation}
+        vars(call)["__signature__"] = public
         return call
 
     return decorate
@@ -146,14 +146,14 @@ def verify(options: VerifyOptions) -> Verification:
 
 @taking(CompareOptions)
 def compare(options: CompareOptions) -> Comparison:
-    """Two checkpoints or plans, quantized or not, on the same rows and items, paired."""
+    """Compare two checkpoints or plans, quantized or not, on the same rows and items, paired."""
     from bitatlas.run.compare import compare_models
 
     return compare_models(options)
 
 
 def _as(kind: type[Same], record: Any) -> Same:
-    """The same record as the public class."""
+    """Return the record as the public class."""
     return kind(**{field.name: getattr(record, field.name) for field in fields(record)})
 
 
@@ -167,7 +167,7 @@ COLOURS = {"critical": "#b42318", "safe": "#18794e", "light": "#7030d0", "uncert
 
 
 def plan_html(plan: records.Plan) -> str:
-    """Size, damage, simple plans beside it, and how many modules have which format."""
+    """Return HTML of size, damage, simple plans beside it, and how many modules have which format."""
     damage = interval(plan.damage.measured, unit=True)
     if plan.damage.measured is None and plan.damage.predicted is not None:
         damage = f"{number(plan.damage.predicted)} nats/token (predicted)"
@@ -184,7 +184,7 @@ def plan_html(plan: records.Plan) -> str:
 
 
 def atlas_html(atlas: records.Atlas) -> str:
-    """The uniform widths, the layers with their verdicts, and the plan."""
+    """Return HTML of the uniform widths, the layers with their verdicts, and the plan."""
     widths = [
         [u.format, byte_size(u.size.total_bytes), number(u.size.code_bits), interval(u.damage, unit=True)] for u in atlas.uniform
     ]

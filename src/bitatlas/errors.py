@@ -1,4 +1,4 @@
-"""What a user is told in one line: the one error that a user's mistake raises, and what the system says against a file."""
+"""The one error that a user's mistake raises, and one line for what the system says against a file."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ class UserError(Exception):
 
 
 def file_trouble(error: OSError) -> str | None:
-    """One line about a file or a disk that cannot be used; None for an error of another kind."""
+    """Return one line about a file or a disk that cannot be used; None for an error of another kind."""
     if error.errno not in CANNOT_BE_USED:
         return None
     line = f"{error.filename or 'a file'}: {(error.strerror or 'cannot be used').lower()}"

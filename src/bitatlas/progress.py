@@ -1,7 +1,8 @@
-"""Show what a long run is doing: on a terminal a bar over what was found so far, one plain line a stage elsewhere.
+"""Show what a long run is doing: on a terminal a bar over the results so far, one plain line a stage elsewhere.
 
-The live part of a terminal is redrawn while a stage runs and gone after it; what is said stays. Left out: a time for the whole run,
-since later stages depend on what earlier ones find.
+The live part of a terminal is redrawn while a stage runs and gone after it; what is said stays. Names of models, tensors, tasks and files
+come from whoever made them, so the console takes brackets for brackets and shows control characters instead of sending them.
+Left out: a time for the whole run, since later stages depend on what earlier ones find; look-alike letters of other alphabets.
 """
 
 from __future__ import annotations
@@ -11,17 +12,8 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
+from rich import progress
 from rich.console import Console, RenderableType
-from rich.progress import (  # fmt: skip
-    BarColumn,
-    MofNCompleteColumn,
-    Progress,
-    ProgressColumn,
-    Task,
-    TextColumn,
-    TimeElapsedColumn,
-    TimeRemainingColumn,
-)
 from rich.segment import Segment
 from rich.table import Table
 from rich.text import Text
@@ -35,15 +27,16 @@ class Reporter:
     """Progress on stderr, so that stdout holds results alone."""
 
     def __init__(self, quiet: bool = False, console: Console | None = None):
-        self.console = console or PlainConsole(stderr=True, quiet=quiet)
+        self.console = console or SafeConsole(stderr=True, quiet=quiet)
         self.start = time.monotonic()
-        self.results: dict[str, str] = {}  # what was found so far, by name
+        self.results: dict[str, str] = {}  # of the run so far, by name
 
     def say(self, text: str) -> None:
+        """Print a line that stays."""
         self.console.print(text, markup=False, soft_wrap=True)
 
     def found(self, name: str, text: str) -> None:
-        """A result of the run so far: stands under the bar on a terminal until another of its name comes, a line elsewhere."""
+        """Show a result of the run so far: under the bar on a terminal until another of its name comes, as a line elsewhere."""
         if self.results.get(name) == text:
             return
         self.results[name] = text
@@ -52,7 +45,7 @@ class Reporter:
 
     @contextmanager
     def stage(self, name: str) -> Iterator[Advance]:
-        """Yields `advance(done, total)`; safe to never call."""
+        """Give `advance(done, total)`, which need not be called, and print at the end how long the stage took."""
         start = time.monotonic()
         if self.console.is_terminal and not self.console.quiet:
             with Live(self.console, self.results, self.start) as live:
@@ -63,42 +56,35 @@ class Reporter:
         self.say(f"{name}: {time.monotonic() - start:.1f} s")
 
 
-class Live(Progress):
+class Live(progress.Progress):
     """A stage's bar with its pace and the time left for it; under it the results so far and the time of the whole run."""
 
     def __init__(self, console: Console, results: Mapping[str, str], start: float):
         self.results, self.run_start = results, start
         super().__init__(
-            TextColumn("{task.description}", "bold", markup=False), BarColumn(bar_width=30), MofNCompleteColumn(), Pace(),
-            TimeElapsedColumn(), TextColumn("left"), TimeRemainingColumn(), console=console, transient=True,
+            progress.TextColumn("{task.description}", "bold", markup=False), progress.BarColumn(bar_width=30), progress.MofNCompleteColumn(), Pace(),
+            progress.TimeElapsedColumn(), progress.TextColumn("left"), progress.TimeRemainingColumn(), console=console, transient=True,
         )  # fmt: skip
 
     def get_renderables(self) -> Iterable[RenderableType]:
         yield self.make_tasks_table(self.tasks)
-        so_far = Table(box=None, pad_edge=False, show_header=False)
+        table = Table(box=None, pad_edge=False, show_header=False)
         for name, text in self.results.items():
-            so_far.add_row(Text(name, "dim"), Text(text))
+            table.add_row(Text(name, "dim"), Text(text))
         minutes, seconds = divmod(int(time.monotonic() - self.run_start), 60)
-        so_far.add_row(Text("so far", "dim"), Text(f"{minutes}:{seconds:02d}"))
-        yield so_far
+        table.add_row(Text("so far", "dim"), Text(f"{minutes}:{seconds:02d}"))
+        yield table
 
 
-class Pace(ProgressColumn):
+class Pace(progress.ProgressColumn):
     """Steps a second, over the last half minute; from rich's own estimate."""
 
-    def render(self, task: Task) -> Text:
+    def render(self, task: progress.Task) -> Text:
         return Text(f"{number(task.speed)}/s" if task.speed else "", "dim")
 
 
-# --- plain -----------------------------------------------------------------------------------------------------------------
-
-# A console that text from outside cannot steer: brackets are brackets, and control characters are shown, not sent to the terminal.
-#
-# Names of models, tensors, tasks and files come from whoever made them. Left out: look-alike letters of other alphabets.
-
-
-class PlainConsole(Console):
-    """rich's console without markup in strings; styles and moves of the cursor are our own alone."""
+class SafeConsole(Console):
+    """A console that text from outside cannot steer: no markup in strings; styles and moves of the cursor are our own alone."""
 
     def __init__(self, **options: Any):
         super().__init__(**{"markup": False, "highlight": False, "emoji": False, **options})

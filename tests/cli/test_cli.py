@@ -55,7 +55,7 @@ def test_wrong_checkpoints(capsys, monkeypatch, tmp_path: Path, text: Path, tiny
     save_file(tensors, holed / "model.safetensors", metadata={"format": "pt"})
     encoder = tmp_path / "bert"
     BertConfig(architectures=["BertForMaskedLM"]).save_pretrained(encoder)
-    for model, said in (
+    for model, message in (
         (tmp_path / "nowhere", "no such checkpoint folder"),
         (empty, "no safetensors weights"),
         (short, "truncated"),
@@ -65,11 +65,11 @@ def test_wrong_checkpoints(capsys, monkeypatch, tmp_path: Path, text: Path, tiny
         ("~nobody-at-all/model", "no such checkpoint folder"),
         ("./" + "m" * 300, "name too long"),
     ):
-        assert said in refused(capsys, monkeypatch, tmp_path / "out", model, *SMALL, "--tokens", text)
+        assert message in refused(capsys, monkeypatch, tmp_path / "out", model, *SMALL, "--tokens", text)
 
 
 @pytest.mark.parametrize(
-    ("flags", "said"),
+    ("flags", "message"),
     [
         (["--code-bits", "1.5"], "--code-bits 1.5 is below"),
         (["--code-bits", "9"], "--code-bits 9 is above"),
@@ -116,8 +116,8 @@ def test_wrong_checkpoints(capsys, monkeypatch, tmp_path: Path, text: Path, tiny
         (["one-more-argument"], "one-more-argument"),
     ],
 )
-def test_wrong_options(capsys, monkeypatch, tmp_path: Path, text: Path, tiny_llama: Path, flags: list[str], said: str):
-    assert said in refused(capsys, monkeypatch, tmp_path / "out", tiny_llama, *SMALL, "--tokens", text, *flags)
+def test_wrong_options(capsys, monkeypatch, tmp_path: Path, text: Path, tiny_llama: Path, flags: list[str], message: str):
+    assert message in refused(capsys, monkeypatch, tmp_path / "out", tiny_llama, *SMALL, "--tokens", text, *flags)
 
 
 def test_no_text_is_not_silently_scored_on_nothing(capsys, monkeypatch, tmp_path: Path, tiny_llama: Path):
@@ -210,13 +210,13 @@ def test_interruption_is_told(tmp_path: Path):
         text=True,
         preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
     )  # fmt: skip  (jobs in the background are started with SIGINT ignored)
-    said = started.stderr
-    assert said is not None
-    for line in said:  # -v says what is imported
+    message = started.stderr
+    assert message is not None
+    for line in message:  # -v says what is imported
         if line.startswith("import 'torch._C'") or "torch/__pycache__" in line:
             break
     started.send_signal(signal.SIGINT)
-    rest = said.read()
+    rest = message.read()
     assert started.wait() == 1
     assert rest.count("bitatlas: interrupted; what was measured is kept: run the same command with --resume to go on\n") == 1
     assert "Traceback" not in rest
@@ -240,7 +240,7 @@ def written(value: float, kind: str = "code_bits") -> Plan:
 def test_a_plan_is_written_over_nothing_but_a_plan(tmp_path: Path):
     (tmp_path / "atlas.json").write_text('{"schema": "bitatlas.atlas/1"}')
     (tmp_path / "below").mkdir()
-    for out, said in (
+    for out, message in (
         (tmp_path / "atlas.json", "is not a bitatlas plan"),
         (tmp_path / "below", "is a folder"),
         (tmp_path / "none" / "plan.json", "there is no folder"),
@@ -249,7 +249,7 @@ def test_a_plan_is_written_over_nothing_but_a_plan(tmp_path: Path):
         (tmp_path / ("n" * 300), "cannot be written"),
     ):
         before = sorted(tmp_path.rglob("*"))
-        with pytest.raises(UserError, match=said):
+        with pytest.raises(UserError, match=message):
             write_plan(written(3.0), tmp_path, out)
         assert sorted(tmp_path.rglob("*")) == before
     assert (tmp_path / "atlas.json").read_text() == '{"schema": "bitatlas.atlas/1"}'
@@ -274,10 +274,10 @@ def test_budgets_of_memory_have_files_of_their_own_and_say_what_they_are_made_of
     assert len({file.name for file in files}) == 4
     assert [read_record(file, Plan).budget.workload for file in files] == loads
     show_plan(plan)
-    said = " ".join(capsys.readouterr().out.split())
+    message = " ".join(capsys.readouterr().out.split())
     assert (
         "Device memory 1.20 MB of 1.50 MB: weights 0 bytes, KV cache 1.00 MB, activations 200 kB (1 sequence of 8,192 tokens"
-        in said
+        in message
     )
 
 
@@ -337,30 +337,30 @@ def test_json_of_a_plan_and_of_a_report(capsys, monkeypatch, tmp_path: Path):
     atlas = make_atlas()
     (tmp_path / "atlas.json").write_text(to_json(atlas), encoding="utf-8")
     code, out, err = run(capsys, monkeypatch, "plan", tmp_path, "--code-bits", "3", "--json")
-    told = json.loads(out)
-    assert (code, err, told["schema"]) == (0, "", "bitatlas.planned/1")
-    assert told["plan"] == json.loads(Path(told["file"]).read_text())
+    parsed = json.loads(out)
+    assert (code, err, parsed["schema"]) == (0, "", "bitatlas.planned/1")
+    assert parsed["plan"] == json.loads(Path(parsed["file"]).read_text())
     code, out, err = run(capsys, monkeypatch, "report", tmp_path, "--json")
-    told = json.loads(out)
-    assert (code, err, told["schema"]) == (0, "", "bitatlas.files/1")
-    assert all(Path(file).is_file() for file in told["files"])
+    parsed = json.loads(out)
+    assert (code, err, parsed["schema"]) == (0, "", "bitatlas.files/1")
+    assert all(Path(file).is_file() for file in parsed["files"])
 
 
 def test_json_of_a_survey_and_of_its_verification(capsys, monkeypatch, tmp_path: Path, text: Path, tiny_llama: Path):
     out = tmp_path / "out"
-    code, said, err = run(
+    code, message, err = run(
         capsys, monkeypatch, "survey", tiny_llama, *SMALL, "--no-refine", "--tokens", text, "--out", out, "--json"
     )
-    told, atlas = json.loads(said), json.loads((out / "atlas.json").read_text())
-    assert (code, err, told.pop("schema")) == (0, "", "bitatlas.survey/1")
-    assert all(Path(file).is_file() for file in told.pop("files").values())
-    assert told == {name: atlas[name] for name in told} and told["plan"]["modules"]
+    parsed, atlas = json.loads(message), json.loads((out / "atlas.json").read_text())
+    assert (code, err, parsed.pop("schema")) == (0, "", "bitatlas.survey/1")
+    assert all(Path(file).is_file() for file in parsed.pop("files").values())
+    assert parsed == {name: atlas[name] for name in parsed} and parsed["plan"]["modules"]
     rows = ["--rows", "8,8,8", "--row-length", "16", "--tokens", text, "--quiet", "--json"]
-    code, said, err = run(capsys, monkeypatch, "verify", tiny_llama, out / "plan.json", *rows)
-    told = json.loads(said)
-    assert (told["schema"], told["kept"], code) == ("bitatlas.verification/1", True, 0)
-    assert told["found"]["size"] == atlas["plan"]["size"] == told["promised"]["size"]
-    code, said, err = run(capsys, monkeypatch, "compare", tiny_llama, out / "plan.json", *rows)
-    told = json.loads(said)
-    assert (told["schema"], code) == ("bitatlas.comparison/1", 0)
-    assert told["damage"]["mean"] > 0 and told["damage"]["rows"] == "test"
+    code, message, err = run(capsys, monkeypatch, "verify", tiny_llama, out / "plan.json", *rows)
+    parsed = json.loads(message)
+    assert (parsed["schema"], parsed["kept"], code) == ("bitatlas.verification/1", True, 0)
+    assert parsed["found"]["size"] == atlas["plan"]["size"] == parsed["promised"]["size"]
+    code, message, err = run(capsys, monkeypatch, "compare", tiny_llama, out / "plan.json", *rows)
+    parsed = json.loads(message)
+    assert (parsed["schema"], code) == ("bitatlas.comparison/1", 0)
+    assert parsed["damage"]["mean"] > 0 and parsed["damage"]["rows"] == "test"

@@ -27,14 +27,14 @@ MOMENTS = {"quantizing (rtn)": "bank", "layers": "run.sqlite", "writing the repo
 @pytest.fixture
 def disk(tmp_path: Path) -> Iterator[Path]:
     """A small disk of our own; skips where none may be mounted."""
-    place = tmp_path / "disk"
-    place.mkdir()
-    if subprocess.run(["mount", "-t", "tmpfs", "-o", f"size={DISK_MIB}m", "tmpfs", place], capture_output=True).returncode:
+    mount = tmp_path / "disk"
+    mount.mkdir()
+    if subprocess.run(["mount", "-t", "tmpfs", "-o", f"size={DISK_MIB}m", "tmpfs", mount], capture_output=True).returncode:
         pytest.skip("no file system may be mounted here")
     try:
-        yield place
+        yield mount
     finally:
-        subprocess.run(["umount", "-l", place], check=True)
+        subprocess.run(["umount", "-l", mount], check=True)
 
 
 def command(model: Path, text: Path, out: Path, *more: str) -> list[str]:
@@ -104,8 +104,8 @@ def test_a_full_disk_is_one_line_and_resumed_it_is_the_same(
     assert code == 2
     assert line.count("\n") == 1 and MOMENTS[stage] in line and "no space left" in line and "--resume" in line
     assert not [name for name in OUTPUTS if (disk / "out" / name).exists()]
-    kept = {name: content for name, content in written(disk / "out").items() if content}
-    assert kept.items() <= undisturbed.items()  # what is there is whole
+    complete = {name: content for name, content in written(disk / "out").items() if content}
+    assert complete.items() <= undisturbed.items()  # what is there is whole
     code, line = run([*words, "--resume"], monkeypatch, capsys)
     assert code == 2 and "MiB free on that disk" in line
     (disk / "ballast").unlink()
@@ -159,9 +159,9 @@ def test_a_read_only_disk_is_one_line(disk: Path, tiny_llama: Path, text: Path, 
         ["plan", str(disk / "out"), "--curve", "--points", "1", "--quiet"],
     ]
     tries += [["apply", str(tiny_llama), str(disk / "out" / "plan.json"), "--out", str(disk / "packed"), "--quiet"]]
-    for one in tries:
-        code, line = run(one, monkeypatch, capsys)
-        assert code == 2 and line.count("\n") == 1, one
+    for arguments in tries:
+        code, line = run(arguments, monkeypatch, capsys)
+        assert code == 2 and line.count("\n") == 1, arguments
         assert "read-only" in line or "readonly" in line, line
     assert written(disk / "out") == before
     assert sorted(path.name for path in disk.iterdir()) == ["out"]

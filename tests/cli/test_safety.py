@@ -23,7 +23,7 @@ import tiny
 from bitatlas.cli.main import main
 from bitatlas.errors import UserError
 from bitatlas.model.checkpoint import open_checkpoint
-from bitatlas.progress import PlainConsole, Reporter
+from bitatlas.progress import Reporter, SafeConsole
 from bitatlas.records import Atlas
 from bitatlas.records.files import read_record
 from tiny import make_checkpoint
@@ -38,11 +38,11 @@ def copy(tiny_llama: Path, tmp_path: Path) -> Path:
 
 
 class Bomb:
-    def __init__(self, place: str):
-        self.place = place
+    def __init__(self, path: str):
+        self.path = path
 
     def __reduce__(self):
-        return (os.mkdir, (self.place,))
+        return (os.mkdir, (self.path,))
 
 
 def as_pickle(folder: Path, **others: object) -> None:
@@ -62,10 +62,10 @@ def test_what_the_refusal_of_pickle_tells_to_do_gives_the_same_model(copy: Path,
     as_pickle(copy)
     with pytest.raises(UserError) as error:
         open_checkpoint(str(copy))
-    told = re.search(r'AutoModelForCausalLM\.from_pretrained\("(.*)"\)\.save_pretrained\("NEW_FOLDER"\)', str(error.value))
-    assert told
+    message = re.search(r'AutoModelForCausalLM\.from_pretrained\("(.*)"\)\.save_pretrained\("NEW_FOLDER"\)', str(error.value))
+    assert message
     for kind in (AutoModelForCausalLM, AutoTokenizer):
-        kind.from_pretrained(told[1]).save_pretrained(tmp_path / "new")
+        kind.from_pretrained(message[1]).save_pretrained(tmp_path / "new")
     written, original = open_checkpoint(str(tmp_path / "new")), open_checkpoint(str(tiny_llama))
     ids = torch.arange(20)[None]
     assert torch.equal(written.load_model().model(ids).logits, original.load_model().model(ids).logits)
@@ -78,18 +78,18 @@ BOMB_CODE = "import os\nos.mkdir(os.environ['BITATLAS_BOMB'])\nfrom transformers
 
 
 @pytest.mark.parametrize(
-    ("change", "told"),
+    ("change", "message"),
     [
         ({"model_type": "own", "auto_map": {"AutoConfig": "own.Own", "AutoModelForCausalLM": "own.Own"}}, "needs Python code of its own"),
         ({"attn_implementation": "somebody/kernel"}, "asks for code from the hub"),
     ],
 )  # fmt: skip
-def test_code_of_a_model_is_refused(copy: Path, tmp_path: Path, monkeypatch, change: dict, told: str):
+def test_code_of_a_model_is_refused(copy: Path, tmp_path: Path, monkeypatch, change: dict, message: str):
     monkeypatch.setenv("BITATLAS_BOMB", str(tmp_path / "ran"))
     (copy / "own.py").write_text(BOMB_CODE)
     config = json.loads((copy / "config.json").read_text())
     (copy / "config.json").write_text(json.dumps(config | change))
-    with pytest.raises(UserError, match=told):
+    with pytest.raises(UserError, match=message):
         open_checkpoint(str(copy))
     assert not (tmp_path / "ran").exists()
 
@@ -112,19 +112,19 @@ EVIL = "<script>alert(1)</script>[red]x[/red][/]\x1b[31m\x9b1m\u202eolleh"
 
 
 def test_a_terminal_is_sent_no_escape_and_no_markup_of_others():
-    told = io.StringIO()
-    console = PlainConsole(file=told, force_terminal=True, width=300)
+    message = io.StringIO()
+    console = SafeConsole(file=message, force_terminal=True, width=300)
     table = Table(title=EVIL)
     table.add_column(EVIL)
     table.add_row(EVIL)
     table.add_row(Text(EVIL, "green"))
     console.print(table)
     console.print(EVIL, soft_wrap=True)
-    ours = re.sub(r"\x1b\[[0-9;]*m", "", told.getvalue())
+    ours = re.sub(r"\x1b\[[0-9;]*m", "", message.getvalue())
     assert not re.search(r"[\x1b\x9b\u202e]", ours)
     assert ours.count("<script>alert(1)</script>[red]x[/red][/]") == 5
     assert "\\x1b[31m\\x9b1m\\u202eolleh" in ours
-    assert "\x1b[31m" not in told.getvalue()  # red is nothing of ours here
+    assert "\x1b[31m" not in message.getvalue()  # red is nothing of ours here
 
 
 def test_progress_is_sent_none_either(capsys):
@@ -132,10 +132,10 @@ def test_progress_is_sent_none_either(capsys):
     with reporter.stage(EVIL):
         reporter.say(EVIL)
     shown = Reporter()
-    shown.console = PlainConsole(file=(told := io.StringIO()), force_terminal=True, width=300)
+    shown.console = SafeConsole(file=(message := io.StringIO()), force_terminal=True, width=300)
     with shown.stage(EVIL) as advance:
         advance(1, 2)
-    assert "\x1b[31m" not in capsys.readouterr().err + told.getvalue()
+    assert "\x1b[31m" not in capsys.readouterr().err + message.getvalue()
 
 
 @pytest.mark.parametrize("words", [["report", f"/nowhere/{EVIL}"], ["survey", EVIL], [EVIL], ["survey", "--tasks", EVIL]])
@@ -179,7 +179,7 @@ def test_a_survey_writes_only_to_its_folder_and_connects_to_nothing(tmp_path: Pa
     (tmp_path / "given" / "text.txt").write_text(tiny.TEXT)
     (tmp_path / "watch").mkdir()
     (tmp_path / "watch" / "sitecustomize.py").write_text(WATCHER)
-    places = {
+    paths = {
         "HOME": "home",
         "XDG_CACHE_HOME": "cache",
         "HF_HOME": "cache/hf",
@@ -187,12 +187,12 @@ def test_a_survey_writes_only_to_its_folder_and_connects_to_nothing(tmp_path: Pa
         "XDG_CONFIG_HOME": "config",
         "PWD": "here",
     }
-    for place in (*places.values(), "out"):
-        (tmp_path / place).mkdir(parents=True, exist_ok=True)
+    for path in (*paths.values(), "out"):
+        (tmp_path / path).mkdir(parents=True, exist_ok=True)
     watched = [tmp_path / part for part in ("given", "home", "tmp", "config", "here", "watch")]
     before = listing(*watched)
     environment = {
-        **os.environ, **{key: str(tmp_path / place) for key, place in places.items()}, "BITATLAS_WATCH": str(tmp_path / "connections"),
+        **os.environ, **{key: str(tmp_path / path) for key, path in paths.items()}, "BITATLAS_WATCH": str(tmp_path / "connections"),
         "PYTHONPATH": os.pathsep.join([str(tmp_path / "watch"), os.environ.get("PYTHONPATH", "")]), "HF_HUB_OFFLINE": "1", "PYTHONDONTWRITEBYTECODE": "1",
     }  # fmt: skip
     words = [
@@ -216,8 +216,8 @@ def test_a_survey_writes_only_to_its_folder_and_connects_to_nothing(tmp_path: Pa
     )
     atlas = read_record(tmp_path / "out" / "atlas.json", Atlas)
     assert atlas.model.name == name
-    said = (done.stdout + done.stderr).removesuffix(f"{tmp_path}/out/report.html\n")
-    assert "\x1b" not in said and "\\x1b[31m" in said and "[red]" in said
+    output = (done.stdout + done.stderr).removesuffix(f"{tmp_path}/out/report.html\n")
+    assert "\x1b" not in output and "\\x1b[31m" in output and "[red]" in output
     assert "<img" not in (tmp_path / "out" / "report.html").read_text(encoding="utf-8")
     text = (tmp_path / "out" / "report.md").read_text(encoding="utf-8")
     assert "<img" not in text.replace("\\<", "") and "\x1b" not in text

@@ -9,7 +9,7 @@ import pytest
 
 import named
 import world
-from bitatlas.data.demo import DATA_DIR, MODEL_DIR, PROBLEMS_FILE, QUESTIONS_FILE, TEXT_FILE
+from bitatlas.data import DATA_DIR, MODEL_DIR, PROBLEMS_FILE, QUESTIONS_FILE, TEXT_FILE
 from tables import STORIES, THINGS
 
 SEED = 0  # of the bundled model and files

@@ -18,7 +18,7 @@ from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 from transformers import AutoTokenizer
 
-import bitatlas.data.demo as demo
+import bitatlas.data as demo
 import tiny
 from bitatlas.cli.main import main
 from bitatlas.errors import UserError
@@ -26,14 +26,14 @@ from bitatlas.export import compressed_tensors
 from bitatlas.export.packed import apply_plan
 from bitatlas.model import folder
 from bitatlas.model.checkpoint import open_checkpoint
-from bitatlas.model.tensor_files import Entry, Writer, cut
+from bitatlas.model.tensor_files import Entry, Writer, split_shards
 from bitatlas.quantize import rtn
 from bitatlas.quantize.bank import BANK, Bank
 from bitatlas.records import Plan, PlanDamage
 from bitatlas.records.files import to_json
 from bitatlas.records.formats import Format
 from bitatlas.run.options import VerifyOptions
-from bitatlas.run.verify import between, verify_plan
+from bitatlas.run.verify import kl_between, verify_plan
 from live_bytes import LiveBytes
 from packing import LOGITS, QUIET, applied, check_bytes, largest_difference, make_plan
 from tiny import SHARED, make_checkpoint
@@ -232,7 +232,7 @@ def test_shards_hold_what_was_written(tmp_path: Path):
     for limit, count in ((10**6, 1), (40, 3)):
         folder = tmp_path / str(limit)
         folder.mkdir()
-        shards = cut(entries, limit)
+        shards = split_shards(entries, limit)
         with Writer(folder, shards) as writer:
             for key in "dcba":
                 data = tensors[key].numpy().tobytes()
@@ -243,9 +243,9 @@ def test_shards_hold_what_was_written(tmp_path: Path):
         found = {key: value for file in files for key, value in load_file(file).items()}
         assert all(torch.equal(found[key], tensors[key]) for key in tensors) and len(found) == 4
         assert [file.stat().st_size for file in files] == [shard.size_bytes for shard in shards]
-    with pytest.raises(ValueError, match="bytes are missing"), Writer(tmp_path, cut(entries)) as writer:
+    with pytest.raises(ValueError, match="bytes are missing"), Writer(tmp_path, split_shards(entries)) as writer:
         writer.write("a", b"12345")
-    with pytest.raises(ValueError, match="1 bytes too many"), Writer(tmp_path, cut(entries)) as writer:
+    with pytest.raises(ValueError, match="1 bytes too many"), Writer(tmp_path, split_shards(entries)) as writer:
         writer.write("a", b"123456")
 
 
@@ -298,7 +298,7 @@ def test_verify_measures_the_folder(tiny_llama: Path, tmp_path: Path, text: Path
 def test_two_copies_of_a_model_do_no_damage(tiny_llama: Path):
     decoder = open_checkpoint(str(tiny_llama), None, False).load_model()
     rows = torch.randint(300, (3, 16), generator=torch.Generator().manual_seed(0))
-    assert between(decoder, decoder.model, rows, lambda done, total: None) == pytest.approx(0, abs=1e-12)
+    assert kl_between(decoder, decoder.model, rows, lambda done, total: None) == pytest.approx(0, abs=1e-12)
 
 
 # --- wrong use ---------------------------------------------------------------------------------------------------------

@@ -90,7 +90,7 @@ def test_experts_come_in_the_form_that_transformers_loads(family: str, apart: st
     plan = make_plan(model, PLAN, skip=1)
     found = applied(model, plan, tmp_path, shard_bytes=30_000)
     tensors = stored(found.out)
-    assert held in tensors and apart not in tensors and held in found.made
+    assert held in tensors and apart not in tensors and held in found.converted
     assert largest_difference(model, plan, found.out) <= LOGITS
     check_bytes(found)
 
@@ -111,7 +111,7 @@ def test_names_that_transformers_only_changes_stay(tmp_path: Path):
     assert any("input_linear" in key for key in stored(model))
     plan = make_plan(model, PLAN)
     found = applied(model, plan, tmp_path)
-    assert not found.made and {k for k in stored(model) if "input_linear" in k} <= set(stored(found.out))
+    assert not found.converted and {k for k in stored(model) if "input_linear" in k} <= set(stored(found.out))
     assert largest_difference(model, plan, found.out) <= LOGITS
 
 
@@ -155,7 +155,7 @@ def test_modules_that_the_checkpoint_stores_in_one_tensor_are_packed_apart(tmp_p
     with pytest.MonkeyPatch.context() as patched:
         patched.setattr(conversion, "rules_of", lambda model: replace(rules, converters=[split]))
         found = conversion.Conversion(skeleton, {"model.layers.0.self_attn.qk.weight": both.to("meta")})
-    assert set(found.made) == set(names) == set(found.origins) and all(found.key(name) is None for name in names)
+    assert set(found.converted) == set(names) == set(found.origins) and all(found.key(name) is None for name in names)
     read = [found.read(name, {"model.layers.0.self_attn.qk.weight": both}.__getitem__) for name in names]
     assert torch.equal(torch.cat(read), both)
 
@@ -176,7 +176,7 @@ def test_a_folder_that_does_not_load_gets_no_name(tiny_llama: Path, tmp_path: Pa
     """Of a model that is too large to be run here the tensors' places are still checked."""
     if short:
         monkeypatch.setattr(packed, "at_hand", lambda device: 0)
-    real = stage.draw
+    real = stage.blueprint_of
 
     def without(part: str):
         def drawn(*arguments):
@@ -189,14 +189,14 @@ def test_a_folder_that_does_not_load_gets_no_name(tiny_llama: Path, tmp_path: Pa
                 for e in entries
                 if e.name != part
             ]
-            found.shards[:] = stage.cut(kept)
+            found.shards[:] = stage.split_shards(kept)
             return found
 
         return drawn
 
-    monkeypatch.setattr(stage, "draw", without("model.norm.weight"))
+    monkeypatch.setattr(stage, "blueprint_of", without("model.norm.weight"))
     assert "has no value for model.norm.weight" in refusal(tiny_llama, tmp_path / "missing")
-    monkeypatch.setattr(stage, "draw", real)
+    monkeypatch.setattr(stage, "blueprint_of", real)
     monkeypatch.setattr(stage, "unpackable", lambda model, names: [])
     monkeypatch.setattr(stage, "exchanged", lambda model: {})
     if not short:
@@ -223,7 +223,7 @@ def test_a_folder_that_computes_something_else_gets_no_name(tiny_llama: Path, tm
 def test_where_memory_is_short_the_output_says_so(tiny_llama: Path, tmp_path: Path, monkeypatch):
     plan = make_plan(tiny_llama, PLAN)
     assert "loaded in transformers and run" in applied(tiny_llama, plan, tmp_path / "run").tried
-    monkeypatch.setattr(packed, "at_hand", lambda device: 0)
+    monkeypatch.setattr(packed, "available_bytes", lambda device: 0)
     found = applied(tiny_llama, plan, tmp_path / "short")
     assert "not run before it was named" in found.tried and found.notes[-1].endswith(found.tried)
     for file in found.out.iterdir():  # and the bytes are those of the other run

@@ -13,7 +13,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-import bitatlas.data.demo as demo
+import bitatlas.data as demo
 from bitatlas.cli.main import main
 from bitatlas.errors import UserError
 from bitatlas.export.gguf.write import COMMANDS, TYPES
@@ -34,9 +34,9 @@ pytest.importorskip(
     "llama_cpp", reason="llama-cpp-python is not installed (it is built from source, minutes): pip install '.[gguf]'"
 )
 from bitatlas.export.gguf.names import TEXTS, vocabulary_of  # noqa: E402
-from bitatlas.export.gguf.run import opened  # noqa: E402
-from bitatlas.export.gguf.write import draw, write_gguf  # noqa: E402
-from bitatlas.quantize.ggml import dequantize, quantize  # noqa: E402
+from bitatlas.export.gguf.run import open_gguf  # noqa: E402
+from bitatlas.export.gguf.write import blueprint_of, write_gguf  # noqa: E402
+from bitatlas.quantize.ggml import quantize  # noqa: E402
 from bitatlas.run.options import VerifyOptions  # noqa: E402
 from bitatlas.run.verify import damage_in_llama_cpp, verify_gguf  # noqa: E402
 
@@ -68,9 +68,9 @@ def tensors_of(file: Path) -> dict:
 def test_reconstruction_is_the_gguf_packages(out: int, blocks: int, name: str, power: int, seed: int):
     """Its dequantizers are an independent implementation, in numpy: the same float32 numbers, to the last bit."""
     weight = torch.randn(out, blocks * FORMATS[name].group_size, generator=torch.Generator().manual_seed(seed)) * 2.0**power
-    found = quantize(weight, name)
-    theirs = gguf.quants.dequantize(found.numpy(), gguf.GGMLQuantizationType[name.upper()])
-    assert np.array_equal(dequantize(found, name).numpy(), theirs)
+    found = quantize(weight, FORMATS[name])
+    theirs = gguf.quants.dequantize(found.blocks.numpy(), gguf.GGMLQuantizationType[name.upper()])
+    assert np.array_equal(found.weight().numpy(), theirs)
 
 
 @pytest.mark.parametrize("name", ["q4_0", "q4_1", "q5_0", "q5_1", "q8_0"])
@@ -78,18 +78,18 @@ def test_blocks_are_the_gguf_packages(name: str):
     """Of these it has quantizers too."""
     weight = torch.randn(7, 96, generator=torch.Generator().manual_seed(1))
     theirs = gguf.quants.quantize(weight.numpy(), gguf.GGMLQuantizationType[name.upper()])
-    assert np.array_equal(quantize(weight, name).numpy(), theirs)
+    assert np.array_equal(quantize(weight, FORMATS[name]).blocks.numpy(), theirs)
 
 
 def test_part_blocks_are_not_quantized():
     with pytest.raises(ValueError, match="rows of 48 are no whole blocks of 32"):
-        quantize(torch.zeros(2, 48), "q4_0")
+        quantize(torch.zeros(2, 48), FORMATS["q4_0"])
 
 
 def test_wider_formats_reconstruct_better():
     weight = torch.randn(16, 512, generator=torch.Generator().manual_seed(2))
     errors = [
-        float((dequantize(quantize(weight, n), n) - weight).square().mean()) for n in ("q2_k", "q3_k", "q4_k", "q5_k", "q6_k")
+        float((quantize(weight, FORMATS[n]).weight() - weight).square().mean()) for n in ("q2_k", "q3_k", "q4_k", "q5_k", "q6_k")
     ]
     assert errors == sorted(errors, reverse=True) and errors[-1] < 1e-3 * float(weight.square().mean())
 
@@ -117,7 +117,7 @@ def whole_and_rest(checkpoint: Checkpoint, plan: Plan, file: Path, length: int) 
     reference = checkpoint.load_model()
     bank = Bank(reference, list(plan.modules), LLAMA_CPP, plan.formats)
     rows = torch.randint(300, (2, length), generator=torch.Generator().manual_seed(0))
-    with opened(file, length) as session:
+    with open_gguf(file, length) as session:
         whole = damage_in_llama_cpp(reference, session, rows, lambda done, total: None)
         with reference.swapped(bank.weights(plan.modules)):
             return whole, damage_in_llama_cpp(reference, session, rows, lambda done, total: None)
@@ -129,9 +129,9 @@ def test_scaled_rotary_embeddings(kind: str, tmp_path: Path):
     more = {"low_freq_factor": 1.0, "high_freq_factor": 4.0, "original_max_position_embeddings": 32} if kind == "llama3" else {}
     rope = {"rope_type": kind, "rope_theta": 10000.0, "factor": 4.0, **more}
     checkpoint = open_checkpoint(str(make_checkpoint(tmp_path / "model", rope_parameters=rope)), None, False)
-    write_gguf(tmp_path / "f32.gguf", checkpoint, None, None, draw(checkpoint, None, "f32"), lambda done, total: None)
+    write_gguf(tmp_path / "f32.gguf", checkpoint, None, None, blueprint_of(checkpoint, None, "f32"), lambda done, total: None)
     rows = torch.randint(300, (1, 90), generator=torch.Generator().manual_seed(0))
-    with opened(tmp_path / "f32.gguf", 90) as session:
+    with open_gguf(tmp_path / "f32.gguf", 90) as session:
         assert damage_in_llama_cpp(checkpoint.load_model(), session, rows, lambda done, total: None).max() < 1e-5
 
 
@@ -143,7 +143,7 @@ def test_llama_quantize_makes_the_same_file_of_the_list(tmp_path: Path):
     plan = make_plan(model, K_QUANTS)
     out = exported(model, plan, tmp_path)
     checkpoint = open_checkpoint(str(model), None, False)
-    write_gguf(tmp_path / "f32.gguf", checkpoint, None, None, draw(checkpoint, None, "f32"), lambda done, total: None)
+    write_gguf(tmp_path / "f32.gguf", checkpoint, None, None, blueprint_of(checkpoint, None, "f32"), lambda done, total: None)
     lines = [line.partition("$=") for line in (out / TYPES).read_text().split()]
     overrides = (llama_cpp.llama_model_tensor_override * (len(lines) + 1))()
     for place, (pattern, _, kind) in enumerate(lines):
@@ -261,7 +261,7 @@ def test_a_gguf_of_other_types_does_not_keep_the_plan(tiny_llama: Path, tmp_path
     """A plan beside a file that holds something else, as llama-quantize's own choices would be."""
     out = exported(tiny_llama, make_plan(tiny_llama, ["q4_0"]), tmp_path)
     checkpoint = open_checkpoint(str(tiny_llama), None, False)
-    write_gguf(out / "f16.gguf", checkpoint, None, None, draw(checkpoint, None, "f16"), lambda done, total: None)
+    write_gguf(out / "f16.gguf", checkpoint, None, None, blueprint_of(checkpoint, None, "f16"), lambda done, total: None)
     (tmp_path / "text.txt").write_text(" ".join(f"The red fox runs {n} miles." for n in range(400)))
     found = verify_gguf(
         VerifyOptions(tiny_llama, out / "f16.gguf", tokens=tmp_path / "text.txt", rows=(2, 2, 4), row_length=16, quiet=True)
@@ -285,7 +285,7 @@ def test_what_verify_refuses(tiny_llama: Path, tmp_path: Path, monkeypatch, caps
     alone = tmp_path / "alone"
     alone.mkdir()
     checkpoint = open_checkpoint(str(tiny_llama), None, False)
-    write_gguf(alone / "f16.gguf", checkpoint, None, None, draw(checkpoint, None, "f16"), lambda done, total: None)
+    write_gguf(alone / "f16.gguf", checkpoint, None, None, blueprint_of(checkpoint, None, "f16"), lambda done, total: None)
     assert run(monkeypatch, "verify", tiny_llama, alone / "f16.gguf") == 2
     assert "holds no plan" in capsys.readouterr().err
     assert run(monkeypatch, "verify", tiny_llama, tmp_path / "none.gguf") == 2
@@ -296,7 +296,7 @@ def test_what_verify_refuses(tiny_llama: Path, tmp_path: Path, monkeypatch, caps
     words = ["--tokens", tmp_path / "text.txt", "--rows", "2,2,2", "--row-length", "17"]
     assert run(monkeypatch, "verify", windowed, file, *words) == 2
     assert "--row-length 17: the GGUF's context is 16 tokens" in capsys.readouterr().err
-    with pytest.raises(UserError, match=r"half.gguf: llama.cpp cannot load it"), opened(half, 16):
+    with pytest.raises(UserError, match=r"half.gguf: llama.cpp cannot load it"), open_gguf(half, 16):
         pass
 
 
@@ -330,5 +330,5 @@ def test_export_refuses_integer_formats_and_writes_what_it_can(tmp_path: Path, t
 
 
 def test_a_file_that_is_no_gguf():
-    with pytest.raises(UserError, match=r"llama\.cpp cannot load it"), opened(Path(__file__), 8):
+    with pytest.raises(UserError, match=r"llama\.cpp cannot load it"), open_gguf(Path(__file__), 8):
         pass

@@ -15,7 +15,7 @@ from transformers import AutoModelForCausalLM
 
 from bitatlas.errors import UserError
 from bitatlas.export.gguf.names import heads_to_permute, permute, tensor_name, weight_names
-from bitatlas.export.gguf.write import draw, write_gguf
+from bitatlas.export.gguf.write import blueprint_of, write_gguf
 from bitatlas.export.packed import apply_plan
 from bitatlas.model.checkpoint import open_checkpoint
 from bitatlas.plan.baselines import outside_uniform
@@ -30,11 +30,10 @@ from bitatlas.records.formats import (
     LLAMA_CPP,
     LLAMA_CPP_BLOCKS,
     by_width,
-    check_rows,
     stored_bytes,
     takes,
 )
-from bitatlas.records.sizes import units_of
+from bitatlas.records.sizes import check_rows, units_of
 from gguf_plans import QUIET, make_plan
 from tiny import make_checkpoint
 
@@ -175,7 +174,9 @@ def test_a_float32_gguf_is_the_model_as_transformers_reads_it(family: str, chang
     folder = make_checkpoint(tmp_path / "model", family, **changes)
     checkpoint = open_checkpoint(str(folder), None, False)
     (tmp_path / "out").mkdir()
-    write_gguf(tmp_path / "out" / "model.gguf", checkpoint, None, None, draw(checkpoint, None, "f32"), lambda done, total: None)
+    write_gguf(
+        tmp_path / "out" / "model.gguf", checkpoint, None, None, blueprint_of(checkpoint, None, "f32"), lambda done, total: None
+    )
     read = AutoModelForCausalLM.from_pretrained(tmp_path / "out", gguf_file="model.gguf", dtype=torch.float32).eval()
     ids = torch.randint(300, (2, 16), generator=torch.Generator().manual_seed(0))
     with torch.no_grad():
@@ -191,7 +192,7 @@ def test_a_head_that_the_config_ties_and_the_file_stores_otherwise_is_written(sa
     embedding = tensors["model.embed_tokens.weight"]
     more = {"lm_head.weight": embedding.clone() if same else 2 * embedding, "counter": torch.ones(1, dtype=torch.uint32)}
     save_file({**tensors, **more}, folder / "model.safetensors", metadata={"format": "pt"})
-    names = [part.name for part in draw(open_checkpoint(str(folder)), None).parts]
+    names = [part.name for part in blueprint_of(open_checkpoint(str(folder)), None).parts]
     assert (
         ("output.weight" in names) != same
         and "token_embd.weight" in names
@@ -202,4 +203,4 @@ def test_a_head_that_the_config_ties_and_the_file_stores_otherwise_is_written(sa
 def test_models_that_are_not_written_are_told_what_to_do(tmp_path: Path):
     checkpoint = open_checkpoint(str(make_checkpoint(tmp_path / "a", "gpt_neox")), None, False)
     with pytest.raises(UserError, match=r"a GGUF of gpt_neox is not written here \(only of llama.*convert_hf_to_gguf.py"):
-        draw(checkpoint, None)
+        blueprint_of(checkpoint, None)

@@ -9,12 +9,13 @@ from hypothesis import strategies as st
 from scipy import stats
 
 from bitatlas.findings.conclude import DamageEvidence, Evidence, conclude
-from bitatlas.findings.correlations import _shapes, cannot_tell, chance_p, layer_correlations, layer_measures, least_p, spearman
+from bitatlas.findings.correlations import _shapes, cannot_tell, chance_p, layer_correlations, layer_measures, least_p
 from bitatlas.findings.folk import folk_findings, marking_rules
-from bitatlas.findings.shares import LayerRows, layer_records, misfit, shares_of, verdict_of
+from bitatlas.findings.shares import LayerRows, layer_records, layer_verdict, misfit, shares_of
 from bitatlas.findings.zones import _word as zone_word
 from bitatlas.findings.zones import joint_damage, joint_findings, number_of_zones, segmentations, with_low_share
 from bitatlas.records import Measured, Module
+from bitatlas.stats.bootstrap import rank_correlation
 from games import HIGH, LOW, attention_of, flat, interactions, profiles, quadratic_rows, zones_of
 
 GENEROUS = 100.0  # nats/token: nothing is unsafe for its damage
@@ -83,8 +84,8 @@ def test_safe_needs_the_added_damage_within_the_tolerance():
 def test_a_clear_interval_that_the_screen_does_not_confirm_is_uncertain():
     above = Measured(1.5, (1.1, 1.9), "ratio", "", "test", 20)
     below = Measured(0.5, (0.1, 0.9), "ratio", "", "test", 20)
-    assert [verdict_of(above, 0.0, 1.0, q) for q in (0.05, 0.06)] == ["critical", "uncertain"]
-    assert [verdict_of(below, 0.0, 1.0, q) for q in (0.05, 0.06)] == ["safe", "uncertain"]
+    assert [layer_verdict(above, 0.0, 1.0, q) for q in (0.05, 0.06)] == ["critical", "uncertain"]
+    assert [layer_verdict(below, 0.0, 1.0, q) for q in (0.05, 0.06)] == ["safe", "uncertain"]
 
 
 def test_no_false_critical_layers_beyond_the_nominal_rate():
@@ -263,7 +264,7 @@ def test_rank_correlation_equals_scipy(seed, layers):
     rng = np.random.default_rng(seed)
     x, y = rng.integers(0, 6, layers).astype(float), rng.integers(0, 6, (4, layers)).astype(float)
     expected = [stats.spearmanr(x, row).statistic if np.ptp(x) and np.ptp(row) else 0.0 for row in y]
-    np.testing.assert_allclose(spearman(x, y), expected, atol=1e-12)
+    np.testing.assert_allclose(rank_correlation(x, y), expected, atol=1e-12)
 
 
 def test_chance_p_of_few_layers_is_every_choice_of_signs():

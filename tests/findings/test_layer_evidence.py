@@ -8,7 +8,6 @@ import numpy as np
 import pytest
 from scipy import stats
 
-from bitatlas.findings.correlations import spearman_by_row
 from bitatlas.findings.folk import role_of, value_and_down
 from bitatlas.findings.reliability import (
     needed_text,
@@ -19,9 +18,10 @@ from bitatlas.findings.reliability import (
     with_rows_needed,
 )
 from bitatlas.findings.shares import LayerRows, layer_records, shares_of
-from bitatlas.findings.units import insides
+from bitatlas.findings.units import unit_records
 from bitatlas.findings.zones import border_intervals
 from bitatlas.records import Module, WeightProfile
+from bitatlas.stats.bootstrap import rank_correlation
 from games import LOW, flat, interactions, quadratic_rows, zones_of
 
 GENEROUS = 100.0  # nats/token: nothing is unsafe for its damage
@@ -94,7 +94,7 @@ def test_an_interaction_of_three_layers_is_seen_by_orders_and_missed_by_the_quad
 def test_rows_of_two_tables_are_correlated_as_scipy_does():
     rng = np.random.default_rng(0)
     x, y = rng.integers(0, 5, (2, 20, 7)).astype(float)
-    np.testing.assert_allclose(spearman_by_row(x, y), [stats.spearmanr(a, b).statistic for a, b in zip(x, y, strict=True)])
+    np.testing.assert_allclose(rank_correlation(x, y), [stats.spearmanr(a, b).statistic for a, b in zip(x, y, strict=True)])
 
 
 # --- reliability and rows needed ---------------------------------------------------------------------------------------
@@ -190,7 +190,7 @@ def test_units_and_kinds_have_their_planted_shares():
         WeightProfile(m.name, m.layer, m.kind, m.weights, 2.0, 0.1 * m.layer, {}, float(first[i]), 5.0, 0.0, {LOW: 0.25})
         for i, m in enumerate(modules)
     ]
-    found = insides(modules, weights, units, of_kinds)
+    found = unit_records(modules, weights, units, of_kinds)
     assert [one.unit for one in found.units] == [m.unit for m in modules]
     assert sum(one.share.mean for one in found.units) == pytest.approx(1)
     critical = [one.unit for one in found.units if one.criticality.ci95[0] > 1 and one.q_value <= 0.05]

@@ -11,8 +11,8 @@ import pytest
 import torch
 
 import tiny
-from bitatlas.data import demo
-from bitatlas.findings.ablation import ablation_findings, ablation_record, head_names
+from bitatlas import data as demo
+from bitatlas.findings.statements import ablation_findings, ablation_record, head_names
 from bitatlas.measure.attention import ablation
 from bitatlas.measure.attention.ablation import (
     ABLATION_DRAWS,
@@ -24,7 +24,7 @@ from bitatlas.measure.attention.ablation import (
     without_heads,
 )
 from bitatlas.measure.attention.capture import output_projection
-from bitatlas.measure.attention.profile import attention_profile
+from bitatlas.measure.attention.profile import AttentionTexts, attention_profile
 from bitatlas.model.checkpoint import open_checkpoint
 from bitatlas.records import AttentionHead
 from bitatlas.records.journal import Journal
@@ -197,7 +197,7 @@ def test_the_demos_induction_heads_do_the_repeating() -> None:
     decoder, tokenizer = checkpoint.load_model(), checkpoint.load_tokenizer()
     text = demo.TEXT_FILE.read_text(encoding="utf-8")[:4000]
     rows = torch.tensor(tokenizer(text, verbose=False)["input_ids"][: 4 * 96]).reshape(4, 96)
-    heads = attention_profile(decoder, tokenizer, checkpoint.modules, rows, [], "reference").heads
+    heads = attention_profile(decoder, tokenizer, checkpoint.modules, AttentionTexts(rows), "reference").heads
     if not any(head.role == "induction" for head in heads):
         pytest.skip("no head of the bundled model is called induction: it was not trained on repetitions")
     heads = [

@@ -19,7 +19,7 @@ import tiny
 from bitatlas.measure.attention import capture
 from bitatlas.measure.attention.capture import eager
 from bitatlas.measure.attention.maps import in_dtype
-from bitatlas.measure.attention.profile import NO_MAPS, attention_profile
+from bitatlas.measure.attention.profile import NO_MAPS, AttentionTexts, attention_profile
 from bitatlas.measure.attention.roles import ROLES
 from bitatlas.model.checkpoint import open_checkpoint
 from bitatlas.model.decoder import Decoder, decoder_of
@@ -55,9 +55,9 @@ def text_rows(rows: int = 5, tokens: int = 40) -> Tensor:
     return torch.randint(2, 300, (rows, tokens), generator=torch.Generator().manual_seed(2))
 
 
-def profile(loaded: Loaded, rows: Tensor | None = None, **options: object):
-    rows = text_rows() if rows is None else rows
-    return attention_profile(loaded.decoder, tiny.tokenizer(), loaded.modules, rows, [], "reference", **options)
+def profile(loaded: Loaded, rows: Tensor | None = None, batch_size: int = 8, **options: object):
+    texts = AttentionTexts(text_rows() if rows is None else rows, batch_size=batch_size)
+    return attention_profile(loaded.decoder, tiny.tokenizer(), loaded.modules, texts, "reference", **options)
 
 
 @pytest.mark.parametrize("family", list(tiny.FAMILIES))
@@ -199,7 +199,7 @@ def test_models_without_attention_give_a_note() -> None:
     model = MambaForCausalLM(MambaConfig(vocab_size=300, hidden_size=16, num_hidden_layers=2, state_size=4))
     decoder = decoder_of(model.eval())
     assert len(decoder.layers) == 2
-    result = attention_profile(decoder, tiny.tokenizer(), [], text_rows(2, 16), [], "reference")
+    result = attention_profile(decoder, tiny.tokenizer(), [], AttentionTexts(text_rows(2, 16)), "reference")
     assert (result.layers, result.heads, result.notes) == ([], [], [NO_MAPS])
 
 
@@ -232,7 +232,7 @@ def test_trained_model_has_previous_token_heads(babyllama: Path) -> None:
     decoder, tokenizer = checkpoint.load_model(), checkpoint.load_tokenizer()
     text = (tiny.SHARED / "data" / "tinystories_test.txt").read_text(encoding="utf-8")[:2000]
     rows = torch.tensor(tokenizer(text, verbose=False)["input_ids"][: 8 * 96]).reshape(8, 96)
-    run = partial(attention_profile, decoder, tokenizer, checkpoint.modules, rows, [], "reference")
+    run = partial(attention_profile, decoder, tokenizer, checkpoint.modules, AttentionTexts(rows), "reference")
     found = [layer.roles["previous"] for layer in run().layers]
     assert found[1] >= 2
     assert found[2] >= 2

@@ -15,7 +15,6 @@ from torch import Tensor
 
 import tiny
 from bitatlas.measure.attention.maps import Sinks, allowed_keys, count_keys, js_distance, massive_tokens, spread, strip_sinks
-from bitatlas.measure.attention.profile import Tally
 from bitatlas.measure.attention.roles import (
     NEAR_TOKENS,
     REPEATED_ROLES,
@@ -26,10 +25,10 @@ from bitatlas.measure.attention.roles import (
     ordinary_tokens,
     permutation_p,
     repeated_tokens,
-    role_masses,
+    role_mass,
     role_targets,
 )
-from bitatlas.measure.attention.scoring import score
+from bitatlas.measure.attention.scoring import Tally, score
 
 BLOCK, SEQUENCES = 20, 6
 TOKENS = 1 + 2 * BLOCK
@@ -86,7 +85,7 @@ def planted_scores(strip: bool = True) -> dict[str, dict[str, float]]:
     if strip:
         maps, _ = strip_sinks(maps, Sinks(ids).keys)
     roles = ("previous", "duplicate", "induction")
-    masses = role_masses(roles, ids, 0, seed=0).read(maps)  # [rows, roles, 1 + draws, heads]
+    masses = role_mass(roles, ids, 0, seed=0).read(maps)  # [rows, roles, 1 + draws, heads]
     scores = kappa(masses[:, :, 0].mean(0), masses[:, :, 1:].mean((0, 2)))
     return {name: dict(zip(roles, column, strict=True)) for name, column in zip(HEADS, scores.T.tolist(), strict=True)}
 
@@ -129,9 +128,9 @@ def test_planted_heads_get_their_roles_in_the_records() -> None:
     ):
         tally.add(0, name, values.numpy())
     text = torch.randint(1, 60, ids.shape, generator=torch.Generator().manual_seed(0))
-    tally.add(0, "text_roles", role_masses(TEXT_ROLES, text, 0, seed=0).read(maps))
-    tally.add(0, "repeated_roles", role_masses(REPEATED_ROLES, ids, 0, seed=0).read(maps))
-    (layer,), heads, _ = score(tally, "reference", "test", "items:none", seed=0)
+    tally.add(0, "text_roles", role_mass(TEXT_ROLES, text, 0, seed=0).read(maps))
+    tally.add(0, "repeated_roles", role_mass(REPEATED_ROLES, ids, 0, seed=0).read(maps))
+    (layer,), heads, _ = score(tally, "reference", "items:none", seed=0)
     assert [head.role for head in heads] == ["previous", None, "duplicate", "induction", None, "induction"]
     assert layer.roles == {"previous": 1, "duplicate": 1, "induction": 2, "retrieval": 0, "sink": 2}
     assert layer.specialization_percent.mean == pytest.approx(100 * 4 / 6)
@@ -188,7 +187,7 @@ def test_crowded_targets_give_even_attention_no_role(vocabulary: int) -> None:
     """With few different tokens a query has many targets; were a key drawn for two of them, chance would come out too low."""
     ids = torch.randint(1, 1 + vocabulary, (4, 60), generator=torch.Generator().manual_seed(vocabulary))
     maps, _ = strip_sinks(uniform(60).expand(4, 1, -1, -1), Sinks(ids).keys)
-    masses = role_masses(ROLES, ids, 0, seed=0).read(maps)[..., 0].mean(0)  # [roles, 1 + draws]
+    masses = role_mass(ROLES, ids, 0, seed=0).read(maps)[..., 0].mean(0)  # [roles, 1 + draws]
     assert (masses[:, 0] > 0.05).sum() >= 2  # crowded indeed
     np.testing.assert_allclose(masses[:, 1:], masses[:, :1].repeat(16, 1), atol=1e-6)
 
@@ -197,7 +196,7 @@ def test_masses_are_what_loops_give() -> None:
     generator = torch.Generator().manual_seed(3)
     ids = torch.randint(1, 6, (3, 24), generator=generator)
     maps = torch.rand(3, 2, 24, 24, generator=generator).tril()
-    read = role_masses(ROLES, ids, 0, seed=5, draws=3).read(maps)
+    read = role_mass(ROLES, ids, 0, seed=5, draws=3).read(maps)
     for row in range(3):
         for number, role in enumerate(ROLES):
             targets = role_targets(role, ids[row].numpy())
@@ -221,7 +220,7 @@ def test_chance_level_heads_have_uniform_p_values() -> None:
     ids = repeated_ids()
     logits = 2 * torch.randn(SEQUENCES, 300, TOKENS, TOKENS, generator=generator)
     maps, _ = strip_sinks(logits.masked_fill(torch.ones(TOKENS, TOKENS).triu(1).bool(), -math.inf).softmax(-1), Sinks(ids).keys)
-    masses = role_masses(("induction",), ids, 0, seed=0).read(maps)[:, 0]
+    masses = role_mass(("induction",), ids, 0, seed=0).read(maps)[:, 0]
     p = permutation_p(np.moveaxis(masses, 1, 0), 2000, seed=0)
     assert stats.kstest(p, "uniform").pvalue > 0.01
     assert 0.02 < (p < 0.05).mean() < 0.09

@@ -13,7 +13,7 @@ from bitatlas.measure.curvature import contract, expand
 from bitatlas.measure.damage import DamageMeter, Swap
 from bitatlas.measure.interactions import pair_rows, swap_interactions
 from bitatlas.model.checkpoint import Checkpoint, open_checkpoint
-from bitatlas.plan.expansion import quadratic
+from bitatlas.plan.expansion import quadratic_model
 from bitatlas.quantize.bank import Bank
 from bitatlas.records.journal import Journal
 from tiny import TEXT, make_checkpoint
@@ -65,7 +65,7 @@ def test_second_order_approaches_the_true_damage_of_swaps_and_pairs(tiny_llama: 
     """At the reference KL = z'Qz + O(step^3). Sampling noise of the diagonal: sqrt(2 / (rows x draws)) = 3 %, four of them are allowed."""
     checkpoint, meter, rows = setup(tiny_llama)
     modules, step = checkpoint.modules, 1e-2
-    problem = quadratic(expand(meter, modules, NAMES, {}, rows, draws=300), keep=1.0)
+    problem = quadratic_model(expand(meter, modules, NAMES, {}, rows, draws=300), shrinkage=1.0)
     spread = np.sqrt(np.diag(problem.matrix))
     for u, v in ((0, 1), (2, 6), (4, 16), (9, 20)):
         i, j = 2 * u, 2 * v  # both at int2_g32

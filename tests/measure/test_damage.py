@@ -7,9 +7,9 @@ import torch
 
 from bitatlas.data.rows import make_rows
 from bitatlas.measure.curvature import expand
-from bitatlas.measure.damage import DamageMeter, Room, Swap
+from bitatlas.measure.damage import DamageMeter, StateBudget, Swap
 from bitatlas.model.checkpoint import Checkpoint, open_checkpoint
-from bitatlas.model.hidden_states import Shelf
+from bitatlas.model.hidden_states import StateCache
 from bitatlas.model.layerwise import Job, follow, logits_of, record
 from bitatlas.quantize.bank import Bank
 from bitatlas.records.formats import FORMATS
@@ -37,7 +37,7 @@ def test_passes_in_pieces_equal_full_passes_to_the_last_bit(family: str, tmp_pat
     batches = [ids[:4], ids[4:]]
     before = {name: p.clone() for name, p in decoder.model.named_parameters()}
     whole = [decoder.model(part).logits for part in batches]
-    with Shelf(2**12) as shelf:  # so little that most states go through files
+    with StateCache(2**12) as shelf:  # so little that most states go through files
         recorded = record(decoder, batches, shelf)
         assert shelf.spilled
         assert all(
@@ -99,7 +99,7 @@ def test_swaps_equal_whole_plans(tiny_llama: Path):
 def test_batches_share_what_is_made_of_codes_and_are_measured_as_alone(tiny_llama: Path, monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setattr("bitatlas.measure.damage.batch_rows", lambda *_: 4)
     checkpoint, decoder, together = setup(tiny_llama)
-    alone = DamageMeter(decoder, together.bank, "", "rtn", Journal(None), Room(state_bytes=1))
+    alone = DamageMeter(decoder, together.bank, "", "rtn", Journal(None), StateBudget(state_bytes=1))
     rows = rows_for(checkpoint)
     assert len(alone.chunks(rows)) == 5 and len(together.chunks(rows)) == 1
     base = {m.name: "int4_g32" for m in checkpoint.modules}

@@ -15,9 +15,9 @@ from torch import Tensor
 import tiny
 from bitatlas.data.numbers import find_mentions
 from bitatlas.measure.attention.capture import eager
-from bitatlas.measure.attention.focus import FocusMasses, Problem, Query, gsm8k_problem, problems_of, svamp_problem, tokenize
+from bitatlas.measure.attention.focus import FocusMass, Problem, Query, gsm8k_problem, problems_of, svamp_problem, tokenize
 from bitatlas.measure.attention.maps import Sinks, strip_sinks
-from bitatlas.measure.attention.profile import attention_profile
+from bitatlas.measure.attention.profile import AttentionTexts, attention_profile
 from bitatlas.measure.attention.roles import kappa
 from bitatlas.model.checkpoint import open_checkpoint
 
@@ -280,7 +280,7 @@ def test_tokens_of_a_problem() -> None:
         assert positions.near.max() <= positions.query
 
 
-def focus_of(masses: FocusMasses, head: Tensor) -> float:
+def focus_of(masses: FocusMass, head: Tensor) -> float:
     """Focus of one hand-made head [tokens, tokens] on a batch of one problem."""
     maps, _ = strip_sinks(head[None, None], Sinks(masses.ids).keys)
     mass, expected = masses.read(maps)
@@ -291,7 +291,7 @@ def focus_of(masses: FocusMasses, head: Tensor) -> float:
 def test_planted_focus(item: dict) -> None:
     (problem,) = problems_of([item])
     tokens = tokenize(problem, tiny.tokenizer())
-    masses = FocusMasses([tokens])
+    masses = FocusMass([tokens])
     size = masses.ids.shape[1]
     even = torch.ones(size, size).tril() / torch.arange(1, size + 1)[:, None]
     assert focus_of(masses, even) == pytest.approx(0, abs=1e-4)  # no preference is chance
@@ -337,7 +337,7 @@ def test_focus_of_a_model_against_loops(tmp_path: Path) -> None:
     long = {**COOKIES, "Body": COOKIES["Body"] + " He likes cookies." * 100}
     problems = problems_of([COOKIES, DUCKS, long])
     rows = torch.randint(2, 300, (2, 12), generator=torch.Generator().manual_seed(0))
-    result = attention_profile(decoder, tokenizer, checkpoint.modules, rows, problems, "reference")
+    result = attention_profile(decoder, tokenizer, checkpoint.modules, AttentionTexts(rows, problems), "reference")
     assert any("1 of 3 problems are longer than the context of 400 tokens" in note for note in result.notes)
     masses = []
     for problem in problems[:2]:
@@ -368,7 +368,9 @@ def test_slow_tokenizers_give_a_note(tiny_llama: Path) -> None:
             return getattr(tokenizer, name)
 
     rows = torch.randint(2, 300, (2, 12), generator=torch.Generator().manual_seed(0))
-    result = attention_profile(checkpoint.load_model(), Slow(), checkpoint.modules, rows, problems_of([COOKIES]), "reference")
+    result = attention_profile(
+        checkpoint.load_model(), Slow(), checkpoint.modules, AttentionTexts(rows, problems_of([COOKIES])), "reference"
+    )
     assert len(result.layers) == 3
     assert all(layer.focus_percent is None for layer in result.layers)
     assert any("tokenizer" in note for note in result.notes)

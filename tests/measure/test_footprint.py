@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from bitatlas.errors import UserError
-from bitatlas.measure.memory_need import Need, at_hand, choose_way, need, peak_bytes
+from bitatlas.measure.memory_need import MemoryNeed, available_bytes, choose_load_mode, estimate_memory, peak_bytes
 from bitatlas.model.checkpoint import open_checkpoint
 from bitatlas.records import Module
 from tiny import TEXT
@@ -23,28 +23,28 @@ import sys
 from pathlib import Path
 from bitatlas import prepare
 from bitatlas.cli.main import main
-from bitatlas.measure.memory_need import Way
-from bitatlas.measure.damage import Room
+from bitatlas.measure.memory_need import LoadMode
+from bitatlas.measure.damage import StateBudget
 if sys.argv.pop(1) == "streamed":
-    prepare.choose_way = lambda needed, memory, device, out: Way(True, Room(2**16, 2**12, 2**16, whole=False, folder=out), 2**16, needed.streamed)
+    prepare.choose_load_mode = lambda needed, memory, device, out: LoadMode(True, StateBudget(2**16, 2**12, 2**16, whole=False, folder=out), 2**16, needed.streamed)
 main()
 """
 
 
 def test_the_way_is_chosen_by_what_is_needed(tmp_path: Path):
-    needed = Need(whole=10 * 2**30, streamed=2**30)
-    assert not choose_way(needed, 11 * 2**30, "cpu", tmp_path).streamed
-    way = choose_way(needed, 2 * 2**30, "cpu", tmp_path)
-    assert way.streamed and not way.room.whole and way.predicted_bytes <= 2 * 2**30
-    assert way.room.state_bytes > choose_way(needed, needed.streamed, "cpu", tmp_path).room.state_bytes > 0
+    needed = MemoryNeed(whole=10 * 2**30, streamed=2**30)
+    assert not choose_load_mode(needed, 11 * 2**30, "cpu", tmp_path).streamed
+    way = choose_load_mode(needed, 2 * 2**30, "cpu", tmp_path)
+    assert way.streamed and not way.state_budget.whole and way.predicted_bytes <= 2 * 2**30
+    assert way.state_budget.state_bytes > choose_load_mode(needed, needed.streamed, "cpu", tmp_path).state_budget.state_bytes > 0
     with pytest.raises(UserError, match=r"--memory 500 MB: too little; layer by layer this survey needs 1.07 GB"):
-        choose_way(needed, 500_000_000, "cpu", tmp_path)
+        choose_load_mode(needed, 500_000_000, "cpu", tmp_path)
 
 
 def test_in_memory_states_take_what_is_spare_up_to_what_pays(tmp_path: Path):
-    needed = Need(10 * 2**30, 2**30, states=2**28, most_states=2**30)
-    ways = [choose_way(needed, needed.whole + spare, "cuda", tmp_path) for spare in (0, 2**30, 2**40)]
-    assert [way.room.state_bytes for way in ways] == [2**28, 2**29, 2**30]
+    needed = MemoryNeed(10 * 2**30, 2**30, states=2**28, max_states=2**30)
+    ways = [choose_load_mode(needed, needed.whole + spare, "cuda", tmp_path) for spare in (0, 2**30, 2**40)]
+    assert [way.state_budget.state_bytes for way in ways] == [2**28, 2**29, 2**30]
     assert [way.predicted_bytes - needed.whole for way in ways] == [0, 2**28, 2**30 - 2**28]
     assert all(way.predicted_bytes <= limit for way, limit in zip(ways, (10 * 2**30, 11 * 2**30, 2**40), strict=True))
 
@@ -54,20 +54,20 @@ def test_what_is_needed_grows_with_what_makes_it_grow(tiny_llama: Path):
 
     def of(
         modules: list[Module] = checkpoint.modules, row_length: int = 64, formats: int = 2, dtype: torch.dtype = torch.float32
-    ) -> Need:
-        return need(checkpoint.info, modules, 300, 8, row_length, formats, dtype, "cuda")
+    ) -> MemoryNeed:
+        return estimate_memory(checkpoint.info, modules, 300, 8, row_length, formats, dtype, "cuda")
 
     wide = [Module(m.name, m.layer, m.kind, (64 * m.shape[0], m.shape[1]), m.unit) for m in checkpoint.modules]
     for more in (of(wide), of(row_length=4096), of(wide, formats=4)):
         assert more.whole > of().whole and more.streamed > of().streamed
     assert of(dtype=torch.bfloat16).whole < of().whole
     large = replace(checkpoint.info, quantizable_weights=10**9)
-    large_need = need(large, checkpoint.modules, 300, 8, 64, 2, torch.float32, "cuda")
+    large_need = estimate_memory(large, checkpoint.modules, 300, 8, 64, 2, torch.float32, "cuda")
     assert large_need.streamed == of().streamed < large_need.whole
 
 
 def test_memory_at_hand_holds_this_process():
-    assert at_hand("cpu") > peak_bytes("cpu") / 2 > 2**26
+    assert available_bytes("cpu") > peak_bytes("cpu") / 2 > 2**26
 
 
 def survey(how: str, model: Path, text: Path, out: Path) -> str:

@@ -11,7 +11,7 @@ import torch
 from scipy import stats
 from transformers import AutoModelForCausalLM
 
-import bitatlas.data.demo as demo
+import bitatlas.data as demo
 from bitatlas.data.rows import make_rows
 from bitatlas.findings.shares import LayerRows, layer_records
 from bitatlas.measure.damage import DamageMeter

@@ -10,11 +10,11 @@ import torch
 from torch import Tensor
 
 import tiny
-from bitatlas.findings.ablation import ablation_record
+from bitatlas.findings.statements import ablation_record
 from bitatlas.measure.attention.ablation import Removal, ablate
 from bitatlas.measure.attention.capture import eager, run_captured
 from bitatlas.measure.attention.maps import LEAST_KEYS, Sinks, allowed_keys, count_keys, spread, strip_sinks
-from bitatlas.measure.attention.profile import BLOCK, AttentionResult, attention_profile, example_maps
+from bitatlas.measure.attention.profile import BLOCK, AttentionResult, AttentionTexts, attention_profile, example_maps
 from bitatlas.measure.attention.scoring import RESTING_SINK_MASS
 from bitatlas.records.journal import Journal
 from planted import DUPLICATE, EVEN, INDUCTION, PREVIOUS, SINK, planted_decoder
@@ -28,7 +28,7 @@ def text_rows() -> Tensor:
 
 @pytest.fixture(scope="module")
 def profiled() -> AttentionResult:
-    return attention_profile(planted_decoder(), tiny.tokenizer(), [], text_rows(), [], "reference")
+    return attention_profile(planted_decoder(), tiny.tokenizer(), [], AttentionTexts(text_rows()), "reference")
 
 
 @pytest.fixture(scope="module")

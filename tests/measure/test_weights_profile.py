@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from scipy import stats
 
 from bitatlas.errors import UserError
-from bitatlas.findings.correlations import alike, sparsity_findings, sparsity_of
+from bitatlas.findings.correlations import sparsity_findings, sparsity_of, untested_sparsity
 from bitatlas.measure import weights
 from bitatlas.measure.weights import weight_profile
 from bitatlas.records import Module, WeightProfile
@@ -148,7 +148,7 @@ def test_drawn_gaussians_are_called_what_they_are() -> None:
     assert said.verdict == "does not hold"
     assert "as a Gaussian's 0.80%" in said.text
     assert "Layers do not differ" in said.text
-    assert set(alike(found)) == {"sparsity"}
+    assert set(untested_sparsity(found)) == {"sparsity"}
 
 
 @pytest.mark.parametrize(
@@ -169,7 +169,7 @@ def test_words_want_a_size_as_well_as_a_test(shares: list[float], verdict: str, 
     assert found.p_value == pytest.approx(stats.chi2_contingency(table).pvalue, rel=1e-9, abs=1e-300)
     assert found.differ is differ
     assert sparsity_findings(found)[0].verdict == verdict
-    assert bool(alike(found)) is not differ
+    assert bool(untested_sparsity(found)) is not differ
 
 
 def test_the_spread_between_layers_is_the_one_they_were_drawn_with() -> None:

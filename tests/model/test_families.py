@@ -17,13 +17,13 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForImageText
 
 from bitatlas.errors import UserError
 from bitatlas.measure.curvature import expand, label_points, labels_at
-from bitatlas.measure.damage import DamageMeter, Room, Swap
+from bitatlas.measure.damage import DamageMeter, StateBudget, Swap
 from bitatlas.measure.interactions import swap_interactions
 from bitatlas.model.checkpoint import Checkpoint, check_causal, open_checkpoint
 from bitatlas.model.decoder import Decoder
 from bitatlas.model.layerwise import check_chain, is_chain
 from bitatlas.quantize.bank import Bank
-from bitatlas.quantize.hessian import input_moments
+from bitatlas.quantize.hessian import input_hessians
 from bitatlas.records.journal import Journal
 from bitatlas.records.sizes import Unit, units_of
 from tiny import tokenizer
@@ -118,9 +118,9 @@ def setup(folder: Path) -> tuple[Checkpoint, DamageMeter, Tensor]:
     return checkpoint, meter_of(checkpoint, decoder), rows
 
 
-def meter_of(checkpoint: Checkpoint, decoder: Decoder, room: Room | None = None) -> DamageMeter:
+def meter_of(checkpoint: Checkpoint, decoder: Decoder, budget: StateBudget | None = None) -> DamageMeter:
     bank = Bank(decoder, [module.name for module in checkpoint.modules], "rtn")
-    return DamageMeter(decoder, bank, checkpoint.info.weights_sha256, "rtn", Journal(None), room)
+    return DamageMeter(decoder, bank, checkpoint.info.weights_sha256, "rtn", Journal(None), budget)
 
 
 def swaps_of(units: list[Unit]) -> dict[str, Swap]:
@@ -179,7 +179,7 @@ def check_curvature(
 def test_streamed_is_in_memory(shape: str, tmp_path: Path):
     """Left out: experts that the file stores one by one, which are fused while they are loaded."""
     checkpoint, meter, rows = setup(build(tmp_path / "model", *SHAPES[shape]))
-    streamed = meter_of(checkpoint, checkpoint.stream_model(), Room(2**16, 2**12, whole=False, folder=tmp_path))
+    streamed = meter_of(checkpoint, checkpoint.stream_model(), StateBudget(2**16, 2**12, whole=False, folder=tmp_path))
     check_chain(streamed.decoder, "model")
     swaps, base = swaps_of(units_of(checkpoint.modules)), {module.name: "int4_g32" for module in checkpoint.modules}
     mine, theirs = (one.swaps(base, swaps, rows) for one in (streamed, meter))
@@ -206,10 +206,10 @@ def test_moments_are_those_of_a_plain_pass(shape: str, tmp_path: Path):
             lambda module, args, name=name: seen[name].append(args[0].flatten(0, -2))
         )
     plain(input_ids=rows, use_cache=False)
-    for sharing, moment in input_moments(meter.decoder, names, rows):
+    for sharing, hessian in input_hessians(meter.decoder, names, rows):
         for name in sharing:
             x = torch.cat(seen[name]).double()
-            torch.testing.assert_close(moment, x.T @ x / len(x), rtol=1e-4, atol=1e-5)
+            torch.testing.assert_close(hessian, x.T @ x / len(x), rtol=1e-4, atol=1e-5)
 
 
 def test_what_is_kept_out_of_the_plan_is_told(tmp_path: Path):

@@ -15,15 +15,15 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from transformers import AutoConfig, AutoModelForCausalLM, DynamicCache, StaticCache
 
 from bitatlas.errors import UserError
-from bitatlas.model.checkpoint import find_layers, linear_modules, open_checkpoint
-from bitatlas.model.memory_shape import memory_shape
+from bitatlas.model.checkpoint import linear_modules, open_checkpoint
+from bitatlas.model.decoder import find_layers, memory_shape
 from bitatlas.plan.budget import (
     activation_bytes,
-    beside_weights,
     cache_bytes,
     check_budget,
     costs_of,
-    settled,
+    resolve_budget,
+    runtime_bytes,
     size_range,
     workload_of,
 )
@@ -144,7 +144,7 @@ def test_what_is_not_known_is_said_in_a_few_words(family: str, config: dict, sai
     assert said in reason
     info = info_of([Module("layers.0.q", 0, "q", (64, 64), "layers.0.q")], reason)
     with pytest.raises(UserError, match=r"cannot be told: .*; use --size$"):
-        settled(Budget("vram", 1e6, workload_of(64, None, None, None)), info)
+        resolve_budget(Budget("vram", 1e6, workload_of(64, None, None, None)), info)
 
 
 @pytest.mark.parametrize("family", sorted(MORE))
@@ -238,8 +238,8 @@ def test_a_budget_of_memory_is_never_exceeded(place, layers, width, kind, contex
         units_of(modules),
         ["int2_g64", "int4_g64"],
     )
-    asked = settled(Budget("vram", 1.0, workload_of(context, cache_dtype, batch, chunk)), info)
-    least, most = size_range("vram", modules, formats, info, beside_weights(asked))
+    asked = resolve_budget(Budget("vram", 1.0, workload_of(context, cache_dtype, batch, chunk)), info)
+    least, most = size_range("vram", modules, formats, info, runtime_bytes(asked))
     budget = replace(asked, value=float(int(least + place * (most - least))))
     check_budget(budget, modules, formats, info)
     costs = costs_of(budget, units, formats, info)
@@ -251,7 +251,7 @@ def test_a_budget_of_memory_is_never_exceeded(place, layers, width, kind, contex
     cache = 2 * kind.layers * kind.kv_heads * kind.head_dim * batch * min(context or 512, kind.window or 512)
     assert load.cache_bytes == cache * {None: 2, "float32": 4, "float8_e4m3fn": 1}[cache_dtype]
     assert size.total_bytes + load.cache_bytes + load.activation_bytes <= budget.value
-    assert beside_weights(budget) == load.cache_bytes + load.activation_bytes
+    assert runtime_bytes(budget) == load.cache_bytes + load.activation_bytes
     # the room is used: one byte less than all that the widest format needs is the only reason not to take it
     if budget.value >= most:
         assert (choice == np.array(1)).all()
@@ -274,13 +274,13 @@ def test_a_budget_of_memory_is_never_exceeded(place, layers, width, kind, contex
 )
 def test_what_cannot_be_asked_for(memory, asked, said):
     with pytest.raises(UserError) as caught:
-        settled(Budget("vram", 1e6, workload_of(*asked)), info_of([], memory))
+        resolve_budget(Budget("vram", 1e6, workload_of(*asked)), info_of([], memory))
     assert str(caught.value).startswith(said)
 
 
 @pytest.mark.parametrize(("dtype", "cache"), [("bfloat16", "bfloat16"), ("float16", "float16"), ("float32", "float16")])
 def test_defaults_are_the_models(dtype: str, cache: str):
-    load = settled(Budget("vram", 1e9, workload_of(None, None, None, None)), info_of([], LLAMA_8B_SHAPE, dtype)).workload
+    load = resolve_budget(Budget("vram", 1e9, workload_of(None, None, None, None)), info_of([], LLAMA_8B_SHAPE, dtype)).workload
     assert load is not None
     assert (load.context, load.cache_dtype, load.activation_dtype, load.batch, load.chunk) == (512, cache, dtype, 1, 512)
     assert load.activation_bytes == activation_bytes(LLAMA_8B_SHAPE, load) > 0
@@ -288,9 +288,9 @@ def test_defaults_are_the_models(dtype: str, cache: str):
 
 def test_other_budgets_need_no_shape():
     budget = Budget("size", 1e6)
-    assert settled(budget, info_of([], None)) is budget
+    assert resolve_budget(budget, info_of([], None)) is budget
     with pytest.raises(ValueError, match="not settled"):
-        beside_weights(Budget("vram", 1e6, workload_of(None, None, None, None)))
+        runtime_bytes(Budget("vram", 1e6, workload_of(None, None, None, None)))
 
 
 def test_a_checkpoint_has_its_shape(tiny_llama: Path):

@@ -9,10 +9,10 @@ import torch
 from bitatlas.data.rows import make_rows
 from bitatlas.errors import UserError
 from bitatlas.measure.curvature import expand
-from bitatlas.measure.damage import DamageMeter, Room, Swap
+from bitatlas.measure.damage import DamageMeter, StateBudget, Swap
 from bitatlas.measure.interactions import swap_interactions
 from bitatlas.model.checkpoint import Checkpoint, open_checkpoint
-from bitatlas.model.hidden_states import Shelf, sweep
+from bitatlas.model.hidden_states import StateCache, remove_leftovers
 from bitatlas.quantize.bank import Bank
 from bitatlas.records.journal import Journal
 from tiny import FAMILIES, TEXT, make_checkpoint
@@ -26,12 +26,12 @@ def opened(folder: Path, tmp_path: Path, quantizer: str = "rtn") -> tuple[Checkp
     rows = make_rows([TEXT], checkpoint.load_tokenizer(), "text", (20, 2, 2), 16, 128, 0).fit
     names = [module.name for module in checkpoint.modules]
     meters = []
-    for decoder, room in (
-        (checkpoint.load_model(), Room()),
-        (checkpoint.stream_model(), Room(2**16, 2**12, whole=False, folder=tmp_path)),
+    for decoder, budget in (
+        (checkpoint.load_model(), StateBudget()),
+        (checkpoint.stream_model(), StateBudget(2**16, 2**12, whole=False, folder=tmp_path)),
     ):
         bank = Bank(decoder, names, quantizer, rows=rows[:8])
-        meters.append(DamageMeter(decoder, bank, checkpoint.info.weights_sha256, bank.identity, Journal(None), room))
+        meters.append(DamageMeter(decoder, bank, checkpoint.info.weights_sha256, bank.identity, Journal(None), budget))
     return checkpoint, *meters, rows
 
 
@@ -99,7 +99,7 @@ def test_measurements_equal_those_in_memory_and_layers_are_read_once_a_pass(tiny
 def test_a_pass_reads_each_layer_once_however_many_batches(tiny_llama: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     checkpoint, _, streamed, rows = opened(tiny_llama, tmp_path)
     monkeypatch.setattr("bitatlas.measure.damage.batch_rows", lambda *_: 2)
-    object.__setattr__(streamed.room, "state_bytes", 2**24)
+    object.__setattr__(streamed.budget, "state_bytes", 2**24)
     streamed.reference.see(streamed.chunks(rows)[0])
     before = streamed.decoder.stream.reads
     assert len(streamed.chunks(rows)) == 1 and len(streamed.chunks(rows)[0]) == 10
@@ -134,7 +134,7 @@ def test_names_that_are_not_the_models_own_are_refused(tmp_path: Path):
 
 
 def test_states_in_files_come_back_bit_for_bit_and_the_files_go(tmp_path: Path):
-    with Shelf(100, tmp_path) as shelf:
+    with StateCache(100, tmp_path) as shelf:
         tensors = {number: torch.randn(5, 4, generator=torch.Generator().manual_seed(number)) for number in range(4)}
         for number, tensor in tensors.items():
             shelf.put(number, tensor[:, 1:])
@@ -145,5 +145,5 @@ def test_states_in_files_come_back_bit_for_bit_and_the_files_go(tmp_path: Path):
         assert list(tmp_path.iterdir())
     assert not list(tmp_path.iterdir())
     (tmp_path / ".states-killed").mkdir()
-    sweep(tmp_path)
+    remove_leftovers(tmp_path)
     assert not list(tmp_path.iterdir())

@@ -9,7 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from bitatlas.errors import UserError
-from bitatlas.plan.budget import KINDS, beside_weights, check_budget, costs_of, size_range
+from bitatlas.plan.budget import KINDS, check_budget, costs_of, runtime_bytes, size_range
 from bitatlas.plan.knapsack import solve_knapsack
 from bitatlas.records import Budget, ModelInfo, Module
 from bitatlas.records.formats import FORMATS
@@ -95,7 +95,7 @@ def test_a_unit_over_two_layers_is_an_error():
 def test_a_plan_at_the_limit_keeps_the_budget_and_one_more_breaks_it(kind, place, formats, shapes):
     modules = modules_of(2, shapes={f"kind{i}": shape for i, shape in enumerate(shapes)})
     info, units = info_of(modules), units_of(modules)
-    least, most = size_range(kind, modules, formats, info, beside_weights(budget_of(kind, 1)))
+    least, most = size_range(kind, modules, formats, info, runtime_bytes(budget_of(kind, 1)))
     budget = budget_of(kind, least + place * (most - least))
     check_budget(budget, modules, formats, info)
     costs = costs_of(budget, units, formats, info)

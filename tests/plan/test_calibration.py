@@ -13,7 +13,7 @@ import pytest
 from scipy.stats import linregress, spearmanr
 
 from atlas_factory import Recipe, make_atlas
-from bitatlas.findings.reliability import as_measured, calibration_findings, line_text, verdict_on
+from bitatlas.findings.reliability import as_measured, calibration_findings, calibration_verdict, line_text
 from bitatlas.measure.interactions import Interactions
 from bitatlas.plan.calibration import (
     CURVATURE,
@@ -23,10 +23,9 @@ from bitatlas.plan.calibration import (
     TRAINING,
     Predictor,
     calibrate,
+    curvature_share,
     draw_plans,
-    kept_share,
     line,
-    rank_correlation,
 )
 from bitatlas.plan.expansion import Expansion
 from bitatlas.plan.refine import Change, Probe
@@ -36,6 +35,7 @@ from bitatlas.records.files import read_record, to_json
 from bitatlas.records.text import interval, number
 from bitatlas.report.html import html
 from bitatlas.report.markdown import markdown
+from bitatlas.stats.bootstrap import rank_correlation
 from report_cases import RECIPES, emptied
 
 ROWS = 12
@@ -137,7 +137,7 @@ def test_an_exact_quadratic_is_predicted_exactly(formats: int) -> None:
     assert found.relative_error.mean < 1e-9
     assert {one.measure: one.rho for one in found.others}[CURVATURE] == pytest.approx(1.0, abs=1e-12)
     assert found.on_fit.rho == pytest.approx(1.0, abs=1e-12)
-    assert verdict_on(found) == "holds"
+    assert calibration_verdict(found) == "holds"
     assert found.centre.predicted == found.centre.measured.mean == 1.0
 
 
@@ -197,10 +197,10 @@ def test_the_share_that_is_kept_is_least_squares_between_0_and_1() -> None:
     alone, between = np.array([model.parts(plan) for plan in plans]).T
     noisy = alone + 0.4 * between + 0.1 * rng.standard_normal(20)
     expected = np.linalg.lstsq(between[:, None], noisy - alone, rcond=None)[0][0]
-    assert kept_share(model, plans, noisy) == pytest.approx(expected, rel=1e-9)
-    assert kept_share(model, plans, alone - between) == 0.0
-    assert kept_share(model, plans, alone + 3 * between) == 1.0
-    assert kept_share(dataclasses.replace(model, together=np.zeros((12, 12))), plans, noisy) == 0.0
+    assert curvature_share(model, plans, noisy) == pytest.approx(expected, rel=1e-9)
+    assert curvature_share(model, plans, alone - between) == 0.0
+    assert curvature_share(model, plans, alone + 3 * between) == 1.0
+    assert curvature_share(dataclasses.replace(model, together=np.zeros((12, 12))), plans, noisy) == 0.0
 
 
 def test_row_wise_statistics_are_scipys() -> None:
@@ -236,7 +236,7 @@ def test_the_word_follows_from_the_number_and_its_interval(
     assert given is not None
     found = dataclasses.replace(given, prediction=Correlation(PREDICTION, rho, ci95, 50))
     (finding,) = calibration_findings(found)
-    assert finding.verdict == verdict_on(found) == word
+    assert finding.verdict == calibration_verdict(found) == word
     assert finding.text.endswith("of the damage." if not why else ".")
     assert why in finding.text
     assert "--rows" not in finding.text

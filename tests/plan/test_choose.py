@@ -8,8 +8,7 @@ import numpy as np
 import pytest
 
 from bitatlas.errors import UserError
-from bitatlas.plan.judge import predicted
-from bitatlas.plan.search import Scores, candidates, choose, choose_smallest, damage_tables
+from bitatlas.plan.search import best_knapsack, damage_tables, knapsack_plans, smallest_knapsack
 
 UNITS, FORMATS = [f"u{i}" for i in range(6)], ["int2_g32", "int4_g32"]
 COST = np.array([[2, 4]] * 6)
@@ -55,10 +54,10 @@ def test_the_mean_of_both_screens_is_the_shapley_value():
 def test_the_best_measured_candidate_is_chosen(seed: int):
     game = Quadratic(seed)
     scores = damage_tables(UNITS, FORMATS, *game.screens())
-    best, damage, tried = choose(scores, COST, 18, game.measure)
+    best, damage, tried = best_knapsack(scores, COST, 18, game.measure)
     assert COST[np.arange(6), best.choice].sum() <= 18
     assert damage == min(tried.values()) == game.damage(best.choice)
-    assert all(candidate.gap == 0 for candidate in candidates(scores, COST, 18))
+    assert all(candidate.gap == 0 for candidate in knapsack_plans(scores, COST, 18))
 
 
 def test_no_damage_is_predicted_below_that_of_the_widest_format():
@@ -67,30 +66,30 @@ def test_no_damage_is_predicted_below_that_of_the_widest_format():
     around = {"int8_g32": {"int2_g32": 0.3, "int4_g32": 0.011}, "int2_g32": {"int4_g32": 1.0, "int8_g32": 1.2}}
     damage = {f"uniform:{base}": dict.fromkeys(UNITS, own) for base, own in around.items()}
     scores = damage_tables(UNITS, widths, damage, {"uniform:int8_g32": 0.01, "uniform:int2_g32": 2.0})
-    found = candidates(scores, np.array([[2, 4, 8]] * 6), 44)
+    found = knapsack_plans(scores, np.array([[2, 4, 8]] * 6), 44)
     assert min(scores.tables["mean of both"][:, 1]) < 0  # the game is one of these
     assert [candidate.predicted for candidate in found] == [0.01] * len(found)
-    for name, table in scores.tables.items():
-        told = predicted(Scores({name: table}, scores.at_high), {"wide": np.array([1, 2, 2, 2, 2, 2]), "low": np.zeros(6, int)})
-        assert told["wide"] >= 0.01 and told["low"] > 1
+    for table in scores.tables.values():
+        wide, low = (scores.predicted(table, choice) for choice in (np.array([1, 2, 2, 2, 2, 2]), np.zeros(6, int)))
+        assert wide >= 0.01 and low > 1
 
 
 def test_a_tolerance_just_below_what_is_possible_is_told_with_its_digits():
     game = Quadratic()
     scores = damage_tables(UNITS, FORMATS, *game.screens())
     with pytest.raises(UserError, match=r"--max-damage 0\.0099999 is below 0\.01 nats/token"):
-        choose_smallest(scores, COST, 0.0099999, game.measure)
+        smallest_knapsack(scores, COST, 0.0099999, game.measure)
 
 
 def test_the_smallest_plan_within_a_tolerance_is_found():
     game = Quadratic(3)
     scores = damage_tables(UNITS, FORMATS, *game.screens())
     tolerated = 0.2
-    best, damage, _, limit = choose_smallest(scores, COST, tolerated, game.measure)
+    best, damage, _, limit = smallest_knapsack(scores, COST, tolerated, game.measure)
     assert damage <= tolerated
     spent = int(COST[np.arange(6), best.choice].sum())
     assert spent <= limit
-    smaller = [choose(scores, COST, cost, game.measure)[1] for cost in range(12, spent)]
+    smaller = [best_knapsack(scores, COST, cost, game.measure)[1] for cost in range(12, spent)]
     assert all(value > tolerated for value in smaller)
 
 
@@ -98,4 +97,4 @@ def test_an_impossible_tolerance_is_refused():
     game = Quadratic()
     scores = damage_tables(UNITS, FORMATS, *game.screens())
     with pytest.raises(UserError, match=r"--max-damage 0\.001 is below 0\.01 nats/token"):
-        choose_smallest(scores, COST, 0.001, game.measure)
+        smallest_knapsack(scores, COST, 0.001, game.measure)

@@ -5,8 +5,8 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from bitatlas.plan.judge import judge, on_tolerance
-from bitatlas.plan.search import Scores, Subject, Tools, search
+from bitatlas.plan.judge import judge, tolerance_text
+from bitatlas.plan.search import PlannerHooks, PlanningProblem, Scores, search
 from bitatlas.records import Budget, Measured, ModelInfo, Module
 from bitatlas.records.sizes import assignment_of
 
@@ -30,14 +30,14 @@ def judged(harm: dict[str, float]):
     def measure(plans, split):
         return {name: damage(plan, harm) for name, plan in plans.items()}
 
-    subject = Subject(INFO, MODULES, formats, "rtn")
+    subject = PlanningProblem(INFO, MODULES, formats, "rtn")
     units, budget = subject.units, Budget("code_bits", 3.0)
 
     def on_select(plans):
         found = measure({name: assignment_of(units, formats, choice) for name, choice in plans.items()}, "select")
         return {name: float(rows.mean()) for name, rows in found.items()}
 
-    found = search(subject, budget, Tools(scores, on_select))
+    found = search(subject, budget, PlannerHooks(scores, on_select))
     return judge(subject, budget, found, measure, [0, 1, 2, 3]).plan
 
 
@@ -62,4 +62,4 @@ def test_a_plan_that_beats_it_is():
 )
 def test_a_tolerance_is_judged_on_the_test_rows(ci95: tuple[float, float] | None, said: str):
     damage = Measured(0.3, ci95, "nats/token", "plan", "test", 8)
-    assert on_tolerance(damage, 0.5) == f"{said} the tolerated 0.5 on test rows"
+    assert tolerance_text(damage, 0.5) == f"{said} the tolerated 0.5 on test rows"

@@ -10,7 +10,7 @@ import pytest
 
 from bitatlas.errors import UserError
 from bitatlas.plan.protect import CHOOSING, JUDGING, check_items, check_reference, find_protected, halves
-from bitatlas.plan.search import Found
+from bitatlas.plan.search import Candidate
 from bitatlas.records import Atlas, Budget, Plan
 from bitatlas.records.files import read_record
 from bitatlas.run.options import BudgetOptions, SurveyOptions
@@ -21,15 +21,15 @@ COST = np.tile(np.array([2, 3, 4]), (UNITS, 1))  # the same for each unit
 LEAST, MOST = 2 * UNITS, 4 * UNITS
 
 
-def found_at(limit: int) -> Found:
+def found_at(limit: int) -> Candidate:
     """Units in order get one step more while there is room."""
     choice = np.zeros(UNITS, dtype=np.int64)
     for step in range(limit - LEAST):
         choice[step % UNITS] += 1
-    return Found(choice, 0.0, 0.0, limit)
+    return Candidate(choice, 0.0, 0.0, limit)
 
 
-def spent(found: Found) -> int:
+def spent(found: Candidate) -> int:
     return int(COST[np.arange(UNITS), found.choice].sum())
 
 
@@ -44,12 +44,12 @@ class Game:
         self.reference = {part: {"t": knows[place]} for part, place in self.places.items()}
         self.knows = knows
 
-    def loss(self, found: Found) -> float:
+    def loss(self, found: Candidate) -> float:
         """Share of the items truly lost."""
         return self.harm + self.steep * ((MOST - spent(found)) / (MOST - LEAST)) ** 2
 
     def score(self, choice: np.ndarray, part: str) -> dict[str, np.ndarray]:
-        found = Found(choice, 0.0, 0.0, 0)
+        found = Candidate(choice, 0.0, 0.0, 0)
         generator = np.random.default_rng([self.seed, spent(found)])
         lost = generator.random(self.n) < (self.flips / 2 + self.loss(found)) / 0.8
         gained = generator.random(self.n) < self.flips / 2 / 0.2
@@ -72,8 +72,8 @@ def test_a_plan_that_loses_more_than_the_margin_is_rarely_given():
         except UserError:
             continue
         given += 1
-        false += game.loss(done.found) > 0.05
-        best.append(spent(done.found))
+        false += game.loss(done.candidate) > 0.05
+        best.append(spent(done.candidate))
     assert false / runs <= 0.05
     assert given / runs > 0.8
     # 5 points are truly lost half-way down; a plan that holds it is found a good way towards that
@@ -83,16 +83,16 @@ def test_a_plan_that_loses_more_than_the_margin_is_rarely_given():
 def test_many_items_find_nearly_the_smallest_plan():
     game = Game(1, 40_000, loss_at_least=0.2)
     done = game.play(5.0)
-    assert game.loss(done.found) <= 0.05
+    assert game.loss(done.candidate) <= 0.05
     # 5 points may be lost at half the range; the choosing items spend half of them, at 0.354 of it
-    assert (MOST - spent(done.found)) / (MOST - LEAST) == pytest.approx(0.35, abs=0.04)
-    assert all(one.held for one in done.evidence)
-    assert done.evidence[0].n == 20_000
+    assert (MOST - spent(done.candidate)) / (MOST - LEAST) == pytest.approx(0.35, abs=0.04)
+    assert all(one.held for one in done.tests)
+    assert done.tests[0].n == 20_000
 
 
 def test_where_nothing_is_lost_the_smallest_plan_is_given():
     done = Game(2, 1000, loss_at_least=0.0).play(5.0)
-    assert spent(done.found) == LEAST
+    assert spent(done.candidate) == LEAST
     assert done.next is None
     assert "t: no loss within 5 points" in done.text
     assert "500 items that did not choose the plan" in done.text
@@ -115,9 +115,9 @@ def test_every_task_must_be_held():
     both = find_protected(
         COST, {"easy": 5.0, "hard": 5.0}, found_at(MOST), lambda limit, _: found_at(limit), score, reference
     )  # fmt: skip
-    assert spent(both.found) > LEAST
-    assert hard.loss(both.found) <= 0.05
-    assert [one.task for one in both.evidence] == ["easy", "hard"]
+    assert spent(both.candidate) > LEAST
+    assert hard.loss(both.candidate) <= 0.05
+    assert [one.task for one in both.tests] == ["easy", "hard"]
 
 
 # --- refusals ----------------------------------------------------------------------------------------------------------

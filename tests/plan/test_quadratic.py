@@ -11,7 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from bitatlas.errors import UserError
-from bitatlas.plan.expansion import Expansion, Quadratic, kept_share, quadratic
+from bitatlas.plan.expansion import Expansion, Quadratic, quadratic_model, shrinkage_factor
 from bitatlas.plan.quadratic import nearest_plans, relaxed_knapsack, solve_quadratic
 
 
@@ -19,7 +19,7 @@ def problem_of(generator: np.random.Generator, units: int, formats: int, kept: f
     """Interactions with a common direction, so that they matter."""
     common = generator.normal(size=(6, 3, 1, 1))
     scores = 3 * (generator.normal(size=(6, 3, units, formats)) + common)
-    return quadratic(Expansion(generator.normal(size=(6, units, formats)), scores, 10), kept)
+    return quadratic_model(Expansion(generator.normal(size=(6, units, formats)), scores, 10), kept)
 
 
 def costs(generator: np.random.Generator, units: int, formats: int) -> tuple[np.ndarray, int]:
@@ -111,7 +111,7 @@ def test_a_large_problem_is_quick_and_the_gap_small():
     scores = (generator.normal(size=(24, 4, units, formats)) + generator.normal(size=(24, 4, 1, 1))) * np.linspace(
         1, 0.1, formats
     )
-    problem = quadratic(Expansion(0.001 * generator.normal(size=(24, units, formats)), scores, 192), 0.5)
+    problem = quadratic_model(Expansion(0.001 * generator.normal(size=(24, units, formats)), scores, 192), 0.5)
     cost = np.sort(generator.integers(1, 30_000, size=(units, formats)), axis=1)
     start = time.process_time()
     found = solve_quadratic(problem, cost, int(cost.mean(axis=1).sum()))
@@ -129,8 +129,8 @@ def test_shrinkage_keeps_what_is_there_and_drops_noise():
     generator = np.random.default_rng(0)
     noise = generator.normal(size=(24, 4, 60))
     shared = noise + 2 * generator.normal(size=(24, 4, 1))
-    assert kept_share(noise) < 0.05
-    assert kept_share(shared) > 0.9
+    assert shrinkage_factor(noise) < 0.05
+    assert shrinkage_factor(shared) > 0.9
 
 
 def test_shrinkage_is_the_best_factor_on_rows_left_out():
@@ -140,4 +140,4 @@ def test_shrinkage_is_the_best_factor_on_rows_left_out():
     scaled = scores / np.sqrt((scores**2).mean(axis=(0, 1)))
     products = np.einsum("nki,nkj->nij", scaled, scaled) / 2 * (1 - np.eye(10))
     signal = np.mean([(products[n] * products[m]).sum() for n in range(8) for m in range(8) if n != m])
-    assert kept_share(scores) == pytest.approx(signal / (products.mean(0) ** 2).sum(), rel=1e-9)
+    assert shrinkage_factor(scores) == pytest.approx(signal / (products.mean(0) ** 2).sum(), rel=1e-9)

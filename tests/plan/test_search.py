@@ -5,14 +5,14 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from bitatlas.plan.knapsack import spent
-from bitatlas.plan.search import Tools, _smaller, choose_smallest, search, under
+from bitatlas.plan.knapsack import total_cost
+from bitatlas.plan.search import PlannerHooks, _smaller, search, search_within, smallest_knapsack
 from bitatlas.records import Budget
 from planners import FORMATS, SUBJECT, UNITS, Planted, scores_of
 
 
-def tools_of(game: Planted, refined: bool = True) -> Tools:
-    return Tools(scores_of(game), game.damage, game.probe() if refined else None)
+def tools_of(game: Planted, refined: bool = True) -> PlannerHooks:
+    return PlannerHooks(scores_of(game), game.damage, game.probe() if refined else None)
 
 
 @pytest.mark.parametrize("seed", range(6))
@@ -52,8 +52,8 @@ def test_a_start_that_does_not_fit_is_left_out_and_one_that_fits_bounds_the_resu
     cost = np.array([[2, 4]] * UNITS)
     best = min((np.array(p) for p in np.ndindex(*(2,) * UNITS) if sum(p) == 3), key=game.of)
     too_large = np.ones(UNITS, dtype=int)
-    found = under(cost, 2 * UNITS + 6, tools_of(game), {"given": best, "too large": too_large})
-    assert spent(cost, found.choice) <= 2 * UNITS + 6
+    found = search_within(cost, 2 * UNITS + 6, tools_of(game), {"given": best, "too large": too_large})
+    assert total_cost(cost, found.choice) <= 2 * UNITS + 6
     assert found.selected <= game.of(best)
     assert not any("too large" in step["kind"] for step in found.solver["steps"])
 
@@ -63,7 +63,7 @@ def test_smaller_limits_stop_at_the_cheapest_plan():
     cost = np.array([[2, 4]] * UNITS)
     tools = tools_of(game)
     everything = 10 * game.of(np.zeros(UNITS, dtype=int))
-    start = choose_smallest(tools.scores, cost, everything, tools.on_select)
+    start = smallest_knapsack(tools.scores, cost, everything, tools.on_select)
     assert start[3] == 2 * UNITS
-    found = under(cost, 2 * UNITS + 8, tools)
-    assert spent(cost, _smaller(cost, everything, tools, found).choice) >= 2 * UNITS
+    found = search_within(cost, 2 * UNITS + 8, tools)
+    assert total_cost(cost, _smaller(cost, everything, tools, found).choice) >= 2 * UNITS

@@ -12,7 +12,7 @@ from scipy.optimize import Bounds, LinearConstraint, milp
 from scipy.sparse import csr_array
 
 from bitatlas.errors import UserError
-from bitatlas.plan.knapsack import Solution, solve_knapsack
+from bitatlas.plan.knapsack import KnapsackSolution, solve_knapsack
 
 
 def every_choice(units: int, formats: int) -> np.ndarray:
@@ -148,7 +148,7 @@ def test_the_same_input_gives_the_same_solution():
 def test_one_format_has_one_answer():
     found = solve_knapsack(np.array([[0.1], [0.2]]), np.array([[3], [4]]), 7)
     assert found.choice.tolist() == [0, 0]
-    assert found == Solution(found.choice, math.fsum([0.1, 0.2]), math.fsum([0.1, 0.2]), 0.0)
+    assert found == KnapsackSolution(found.choice, math.fsum([0.1, 0.2]), math.fsum([0.1, 0.2]), 0.0)
 
 
 def test_impossible_requests_are_refused_by_one_line():

@@ -75,8 +75,8 @@ def test_importing_is_free():
 
 
 def test_records_go_through_files(tmp_path: Path):
-    made = make_atlas()
-    atlas = api._as(bitatlas.Atlas, made)
+    example = make_atlas()
+    atlas = api._as(bitatlas.Atlas, example)
     plan = atlas.best()
     assert plan is not None and isinstance(plan, records.Plan)
     plan.write(tmp_path / "plan.json")

@@ -119,19 +119,19 @@ def test_the_tutorial(desk: Path, capsys, monkeypatch):
 # --- the page about adding things ------------------------------------------------------------------------------------
 
 
-def add_all(place: Path) -> None:
+def add_all(root: Path) -> None:
     """Do what `howto/extend.md` says in a copy of the package."""
     text = (DOCS / "howto" / "extend.md").read_text(encoding="utf-8")
     for name, content in re.findall(r"```python\n# (\S+)\n(.*?)```", text, re.DOTALL):
-        (place / name).parent.mkdir(exist_ok=True)
-        assert not (place / name).exists()
-        (place / name).write_text(content, encoding="utf-8")
+        (root / name).parent.mkdir(exist_ok=True)
+        assert not (root / name).exists()
+        (root / name).write_text(content, encoding="utf-8")
     for block in re.findall(r"```diff\n(.*?)```", text, re.DOTALL):
         for name, change in re.findall(r"^--- (\S+)\n(.*?)(?=^---|\Z)", block, re.DOTALL | re.MULTILINE):
             old, new = ("".join(f"{line[1:]}\n" for line in change.splitlines() if line[0] == sign) for sign in "-+")
-            source = (place / name).read_text(encoding="utf-8")
+            source = (root / name).read_text(encoding="utf-8")
             assert source.count(old) == 1, f"{name} has no line {old!r}: the page is behind the code"
-            (place / name).write_text(source.replace(old, new), encoding="utf-8")
+            (root / name).write_text(source.replace(old, new), encoding="utf-8")
 
 
 @pytest.mark.slow

@@ -167,8 +167,8 @@ def test_indexes(content: bytes):
 @given(st.data())
 def test_configs(tiny_llama: Path, data: st.DataObject):
     config = json.loads((tiny_llama / "config.json").read_text(encoding="utf-8"))
-    with tempfile.TemporaryDirectory() as place:
-        folder = shutil.copytree(tiny_llama, Path(place) / "model")
+    with tempfile.TemporaryDirectory() as temporary:
+        folder = shutil.copytree(tiny_llama, Path(temporary) / "model")
         (folder / "config.json").write_bytes(data.draw(damaged(config)))
         before = {path.name: path.read_bytes() for path in folder.iterdir()}
         with contextlib.suppress(UserError):

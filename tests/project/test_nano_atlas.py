@@ -203,7 +203,7 @@ def test_sets_of_rows_share_no_run_of_tokens():
     ]  # the end repeats 40 tokens of each
     sets = nano.cut_rows(" ".join(map(str, words)), Spaced(), [9, 9, 7], 40)
     runs = [{tuple(row[i : i + 32]) for row in part.tolist() for i in range(9)} for part in sets]
-    assert all(one.isdisjoint(other) for one, other in itertools.combinations(runs, 2))
+    assert all(first.isdisjoint(other) for first, other in itertools.combinations(runs, 2))
     assert [part.min() // 1000 for part in sets] == [part.max() // 1000 for part in sets] == [0, 1, 2]
 
 

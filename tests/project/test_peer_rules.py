@@ -61,10 +61,10 @@ def test_mlx_threshold_takes_the_tighter_end_where_its_middle_overruns() -> None
     """Two units closer together than the tolerance, of which one fits: for some place of theirs the middle of the last bracket is below both."""
     extra = np.array([1, 10, 10, 1])
     overran = 0
-    for place in np.linspace(0.3, 0.7, 200):
-        found = rules.mlx_threshold(np.array([0.0, place, place + 1e-4, 1.0]), extra, 11)
-        assert extra[found.raised].sum() <= 11
-        overran += found.overran
+    for middle in np.linspace(0.3, 0.7, 200):
+        result = rules.mlx_threshold(np.array([0.0, middle, middle + 1e-4, 1.0]), extra, 11)
+        assert extra[result.raised].sum() <= 11
+        overran += result.overran
     assert 0 < overran < 200
 
 
@@ -86,9 +86,9 @@ def test_exllamav3_greedy_with_one_level_is_one_pass_by_rate(case: tuple[np.ndar
     for group in sorted(range(len(change)), key=lambda group: rate[group]):
         if rate[group] < 0 and extra[group] < left:
             expected[group], left = 1, left - extra[group]
-    found = rules.exllamav3_greedy(change[:, None], extra[:, None], room)
-    assert found.tolist() == expected.tolist()
-    assert extra[found == 1].sum() <= room
+    result = rules.exllamav3_greedy(change[:, None], extra[:, None], room)
+    assert result.tolist() == expected.tolist()
+    assert extra[result == 1].sum() <= room
 
 
 @given(scored())
@@ -124,20 +124,20 @@ def test_swap_search_ends_where_no_neighbour_is_better(count: int, seed: int, sh
         seen.append(choice.copy())
         return float(choice @ matrix @ choice)
 
-    found = search.swap_search(np.zeros(count, dtype=np.int64), extra, room, damage, seconds=60, seed=1)
-    assert found.finished
+    result = search.swap_search(np.zeros(count, dtype=np.int64), extra, room, damage, seconds=60, seed=1)
+    assert result.finished
     assert all(extra[choice == 1].sum() <= room for choice in seen)
-    assert len({choice.tobytes() for choice in seen}) == len(seen) == found.measured
+    assert len({choice.tobytes() for choice in seen}) == len(seen) == result.measured
     for other in map(np.array, product((0, 1), repeat=count)):
-        up, down = int(((other == 1) & (found.choice == 0)).sum()), int(((other == 0) & (found.choice == 1)).sum())
+        up, down = int(((other == 1) & (result.choice == 0)).sum()), int(((other == 0) & (result.choice == 1)).sum())
         if up <= 1 and down <= 1 and extra[other == 1].sum() <= room:
-            assert other @ matrix @ other >= found.damage - 1e-12
+            assert other @ matrix @ other >= result.damage - 1e-12
 
 
 def test_swap_search_stops_in_time_and_refuses_a_start_above_the_budget() -> None:
     extra = np.ones(4, dtype=np.int64)
-    found = search.swap_search(np.zeros(4, dtype=np.int64), extra, 2, lambda choice: -float(choice.sum()), seconds=0)
-    assert (found.measured, found.finished, found.choice.tolist()) == (1, False, [0, 0, 0, 0])
+    result = search.swap_search(np.zeros(4, dtype=np.int64), extra, 2, lambda choice: -float(choice.sum()), seconds=0)
+    assert (result.measured, result.finished, result.choice.tolist()) == (1, False, [0, 0, 0, 0])
     with pytest.raises(ValueError, match="above the budget"):
         search.swap_search(np.ones(4, dtype=np.int64), extra, 2, lambda choice: 0.0, seconds=1)
 
@@ -165,20 +165,20 @@ def test_budget_of_a_problem(problem: Problem) -> None:
 
 
 def test_relative_errors_against_float64(problem: Problem) -> None:
-    found = scores.relative_errors(problem)
+    result = scores.relative_errors(problem)
     bank = problem.meter.bank
     for index, unit in enumerate(problem.units):
         name = unit.modules[0].name
         for column, fmt in enumerate(problem.formats):
             weight, changed = (w.double().numpy() for w in (bank.reference(name), bank.weights({name: fmt})[name]))
             expected = ((weight - changed) ** 2).sum() / (weight**2).sum()
-            assert found[index, column] == pytest.approx(expected, rel=1e-5)  # weights are float32
-    assert (found[:, 0] > found[:, 1]).all()
+            assert result[index, column] == pytest.approx(expected, rel=1e-5)  # weights are float32
+    assert (result[:, 0] > result[:, 1]).all()
 
 
 def test_mlx_sensitivity_is_the_slope_of_kl_at_the_low_model(problem: Problem) -> None:
     """Central differences of true KL along W_high - W_low, one unit at a time; 2 % for float32 logits and the third order."""
-    found = scores.mlx_sensitivity(problem)
+    result = scores.mlx_sensitivity(problem)
     meter, low = problem.meter, uniform(problem.modules, problem.low)
     step = 0.05
     for index in (0, 4, 6, 13):
@@ -188,12 +188,13 @@ def test_mlx_sensitivity_is_the_slope_of_kl_at_the_low_model(problem: Problem) -
         values = []
         for share in (step, -step):
             weights = {**meter.bank.weights(low), name: start + share * (end - start)}
-            reference = meter.reference.whole(problem.rows)
+            meter.reference.see([problem.rows])
+            reference = meter.reference.log_p(problem.rows, slice(0, problem.rows.shape[1]))
             with torch.no_grad(), meter.decoder.swapped(weights):
                 changed = torch.log_softmax(meter.decoder.model(problem.rows).logits.double(), -1)
             values.append(float((reference.double().exp() * (reference - changed)).sum(-1).mean()))
         slope = (values[0] - values[1]) / (2 * step)
-        assert -slope / (unit.weights / 1e6) == pytest.approx(found[index], rel=0.02, abs=0.02 * np.abs(found).max())
+        assert -slope / (unit.weights / 1e6) == pytest.approx(result[index], rel=0.02, abs=0.02 * np.abs(result).max())
 
 
 def test_gradient_scores_against_autograd(problem: Problem) -> None:

@@ -101,10 +101,10 @@ def test_measure_counts_the_command_and_not_who_started_it(tmp_path: Path) -> No
         script = f"x = bytearray({megabytes} << 20); x[::4096] = b'x' * len(x[::4096]); raise SystemExit({code})"
         answer = tmp_path / "answer.json"
         done = subprocess.run([sys.executable, measure.__file__, str(answer), sys.executable, "-c", script])
-        found = json.loads(answer.read_text())
-        assert (done.returncode, found["code"]) == (int(code != 0), code)
-        assert megabytes * 2**20 < found["peak_bytes"] < (megabytes + 150) * 2**20
-        assert found["seconds"] > 0
+        result = json.loads(answer.read_text())
+        assert (done.returncode, result["code"]) == (int(code != 0), code)
+        assert megabytes * 2**20 < result["peak_bytes"] < (megabytes + 150) * 2**20
+        assert result["seconds"] > 0
 
 
 # --- judge, file, table ------------------------------------------------------------------------------------------------
@@ -136,12 +136,12 @@ def test_random_plans_are_summed_up() -> None:
         }
 
     judged = {"uniform": one(3.0, 5), "random 1": one(2.0, 9), "random 2": one(1.0, 8)}
-    found = entries_of("thumb", ("uniform", MEAN, BEST), outside.Answer({}, 0.1, 1.0, 10), judged)
-    assert found[MEAN]["damage_nats"] == 1.5
-    assert found[MEAN]["quantized_bytes"] == 9
-    assert found[MEAN]["each_damage_nats"] == [2.0, 1.0]
-    assert (found[BEST]["damage_nats"], found[BEST]["quantized_bytes"]) == (1.0, 8)
-    assert found["uniform"]["damage_nats"] == 3.0
+    result = entries_of("thumb", ("uniform", MEAN, BEST), outside.Answer({}, 0.1, 1.0, 10), judged)
+    assert result[MEAN]["damage_nats"] == 1.5
+    assert result[MEAN]["quantized_bytes"] == 9
+    assert result[MEAN]["each_damage_nats"] == [2.0, 1.0]
+    assert (result[BEST]["damage_nats"], result[BEST]["quantized_bytes"]) == (1.0, 8)
+    assert result["uniform"]["damage_nats"] == 3.0
 
 
 SETTINGS = {
@@ -252,14 +252,14 @@ def test_run_resumes_and_writes_the_table(tiny_llama: Path, tmp_path: Path) -> N
 @pytest.mark.slow
 def test_the_judge_agrees_with_the_independent_checker(babyllama: Path, tmp_path: Path) -> None:
     """Another implementation of codes and KL, on the rows that this one draws: within 1 %, as its scales are not rounded to float16."""
-    place = peers.places(["babyllama-105"], tmp_path, None, None)[0]
-    checkpoint = peers.open_checkpoint(place.model, fuse=False)
-    rows = peers.judging_rows(checkpoint, place.test, 96, 192)
-    problem = Problem(Question(place.model, ("int2_g32", "int4_g32"), "rtn", 3.0, 0, [[0]]))
+    case = peers.read_cases(["babyllama-105"], tmp_path, None, None)[0]
+    checkpoint = peers.open_checkpoint(case.model, fuse=False)
+    rows = peers.judging_rows(checkpoint, case.test, 96, 192)
+    problem = Problem(Question(case.model, ("int2_g32", "int4_g32"), "rtn", 3.0, 0, [[0]]))
     plan = problem.assignment([index % 3 == 0 for index in range(len(problem.units))])
     damage = judge(problem, {"": plan}, rows)[""]["damage_nats"]
     formats = {name: {"bits": bits, "group_size": 32, "symmetric": False} for name, bits in (("int2_g32", 2), ("int4_g32", 4))}
     (tmp_path / "plan.json").write_text(json.dumps({"formats": formats, "modules": plan}))
-    command = [sys.executable, str(SHARED / "check_plan.py"), place.model, str(tmp_path / "plan.json"), str(place.test)]
+    command = [sys.executable, str(SHARED / "check_plan.py"), case.model, str(tmp_path / "plan.json"), str(case.test)]
     other = json.loads(subprocess.run(command, capture_output=True, text=True, check=True).stdout)
     assert damage == pytest.approx(other["damage_nats"], rel=0.01)

@@ -42,12 +42,12 @@ def test_make_targets_exist():
 
 def test_the_tree_is_the_real_one():
     tree = next(block for block in BLOCKS if block.startswith("src/bitatlas/"))
-    told = set(re.findall(r"^  (\S+)", tree, re.MULTILINE))
+    listed = set(re.findall(r"^  (\S+)", tree, re.MULTILINE))
     package = ROOT / "src" / "bitatlas"
     real = {
         f"{p.name}/" if p.is_dir() else p.name for p in package.iterdir() if p.suffix == ".py" or (p / "__init__.py").is_file()
     }
-    assert told == {name for name in real if not name.startswith("__")}
+    assert listed == {name for name in real if not name.startswith("__")}
 
 
 def test_every_option_that_is_named_exists():

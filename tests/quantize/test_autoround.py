@@ -13,7 +13,7 @@ import torch
 from bitatlas.data.rows import make_rows
 from bitatlas.errors import UserError
 from bitatlas.model.checkpoint import open_checkpoint
-from bitatlas.model.layerwise import enter, run_layer
+from bitatlas.model.layerwise import layer_inputs, run_layer
 from bitatlas.model.linear import weight_of
 from bitatlas.quantize import QUANTIZERS, rtn
 from bitatlas.quantize.autoround import recover, tune
@@ -84,7 +84,7 @@ def test_the_process_and_the_model_are_left_as_they_were(
 def test_a_layers_output_changes_less_than_with_rtn(tiny_llama: Path):
     names, decoder, rows = opened(tiny_llama)
     first, fmt = names[:7], FORMATS["int2_g32"]
-    layer, start = decoder.layers[0], enter(decoder, rows)
+    layer, start = decoder.layers[0], layer_inputs(decoder, rows)
     with torch.no_grad():
         reference = run_layer(layer, start.hidden, start.calls[0])
     errors = {}

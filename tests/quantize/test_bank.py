@@ -17,7 +17,7 @@ from safetensors.torch import load_file
 from bitatlas.model.checkpoint import open_checkpoint
 from bitatlas.quantize import QUANTIZERS
 from bitatlas.quantize import bank as bank_file
-from bitatlas.quantize.bank import Bank, disk_bytes, load_sealed, save_sealed
+from bitatlas.quantize.bank import Bank, disk_bytes, load_checked, save_checked
 from bitatlas.quantize.codes import pack, packed_bytes, unpack
 from bitatlas.records.formats import FORMATS, stored_bytes
 from tiny import make_checkpoint
@@ -84,7 +84,7 @@ def test_nothing_is_quantized_twice_and_a_damaged_file_is_made_again(opened, tmp
             yield name, codes
 
     monkeypatch.setitem(QUANTIZERS, "rtn", dataclasses.replace(real, quantize=counted))
-    monkeypatch.setattr(bank_file, "KEPT_BYTES", 1)  # nothing stays in memory
+    monkeypatch.setattr(bank_file, "CACHE_BYTES", 1)  # nothing stays in memory
     filled = Bank(decoder, modules, "rtn", folder=tmp_path / "bank")
     filled.fill(["int2_g32"])
     assert asked == [(name, "int2_g32") for name in modules]
@@ -105,21 +105,21 @@ def test_a_changed_bit_is_never_computed_with(place: int, bit: int):
     tensors = {"codes": torch.arange(200, dtype=torch.uint8), "scale": torch.ones(3, 2, dtype=torch.float16)}
     with tempfile.TemporaryDirectory() as folder:
         file = Path(folder) / "m.safetensors"
-        save_sealed(tensors, file, "m int2_g32")
+        save_checked(tensors, file, "m int2_g32")
         content = bytearray(file.read_bytes())
         content[place % len(content)] ^= 1 << bit
         file.write_bytes(content)
         try:
-            found = load_sealed(file, "m int2_g32")
+            found = load_checked(file, "m int2_g32")
         except (SafetensorError, ValueError):
             return
         assert found.keys() == tensors.keys() and all(torch.equal(found[key], tensors[key]) for key in tensors)
 
 
 def test_a_file_of_another_module_is_not_taken_for_it(tmp_path: Path):
-    save_sealed({"codes": torch.zeros(3)}, tmp_path / "m", "first int2_g32")
+    save_checked({"codes": torch.zeros(3)}, tmp_path / "m", "first int2_g32")
     with pytest.raises(ValueError, match="something else than was written"):
-        load_sealed(tmp_path / "m", "second int2_g32")
+        load_checked(tmp_path / "m", "second int2_g32")
 
 
 def test_a_changed_byte_in_the_bank_is_made_again(opened, tmp_path: Path):

@@ -16,9 +16,9 @@ from bitatlas.data.texts import read_documents
 from bitatlas.errors import UserError
 from bitatlas.measure.damage import DamageMeter
 from bitatlas.model.checkpoint import open_checkpoint
-from bitatlas.quantize import QUANTIZERS, gptq, hessian, rtn
+from bitatlas.quantize import QUANTIZERS, gptq, rtn
 from bitatlas.quantize.bank import Bank
-from bitatlas.quantize.hessian import input_moments
+from bitatlas.quantize.hessian import InputSums, input_hessians
 from bitatlas.records.formats import FORMATS, INTEGER_FORMATS, Format
 from bitatlas.records.journal import Journal
 from tiny import FAMILIES, SHARED, TEXT, make_checkpoint
@@ -27,7 +27,7 @@ CANDIDATES = [FORMATS[name] for name in ("int2_g32", "int4_g64_sym")]
 
 
 def correlated(inputs: int, tokens: int, seed: int, spread: float = 1.0) -> Tensor:
-    """A second moment float64 [in, in] of inputs that go together and differ in size."""
+    """The mean of x xᵀ, float64 [in, in], of inputs that go together and differ in size."""
     generator = torch.Generator().manual_seed(seed)
     mix = torch.randn(inputs, inputs, generator=generator, dtype=torch.float64) / inputs**0.5
     sizes = torch.exp(spread * torch.randn(inputs, generator=generator, dtype=torch.float64))
@@ -39,11 +39,11 @@ def random_weight(out_features: int, in_features: int, seed: int) -> Tensor:
     return torch.randn(out_features, in_features, generator=torch.Generator().manual_seed(seed)) * 0.1
 
 
-def paper_loop(weight: Tensor, scale: Tensor, zero: Tensor, fmt: Format, moment: Tensor, act_order: bool) -> Tensor:
+def paper_loop(weight: Tensor, scale: Tensor, zero: Tensor, fmt: Format, hessian: Tensor, act_order: bool) -> Tensor:
     """Codes as arXiv 2210.17323 finds them: round one input, correct the rest by H⁻¹, eliminate the input from H⁻¹; float64."""
     inputs = weight.shape[1]
-    inverse = torch.linalg.inv(moment + 0.01 * moment.diagonal().mean() * torch.eye(inputs, dtype=torch.float64))
-    diagonal = moment.diagonal().tolist()
+    inverse = torch.linalg.inv(hessian + 0.01 * hessian.diagonal().mean() * torch.eye(inputs, dtype=torch.float64))
+    diagonal = hessian.diagonal().tolist()
     order = sorted(range(inputs), key=lambda j: -diagonal[j]) if act_order else list(range(inputs))
     left, codes = weight.double().clone(), torch.zeros_like(weight)
     for position, j in enumerate(order):
@@ -60,22 +60,22 @@ def paper_loop(weight: Tensor, scale: Tensor, zero: Tensor, fmt: Format, moment:
 @pytest.mark.parametrize("name", ["int2_g32", "int3_g64", "int4_g32_sym", "int8_g128"])
 @pytest.mark.parametrize("inputs", [16, 75, 172])
 def test_codes_are_those_of_the_papers_loop(name: str, inputs: int, act_order: bool):
-    fmt, moment, weight = FORMATS[name], correlated(inputs, 4 * inputs, seed=inputs), random_weight(24, inputs, seed=1)
+    fmt, hessian, weight = FORMATS[name], correlated(inputs, 4 * inputs, seed=inputs), random_weight(24, inputs, seed=1)
     scale, zero = rtn.grid(weight, fmt)
-    found = gptq.round_inputs(weight, scale, zero, fmt, gptq.factorize(moment, act_order))
-    assert torch.equal(found.codes, paper_loop(weight, scale, zero, fmt, moment, act_order))
+    found = gptq.round_inputs(weight, scale, zero, fmt, gptq.factorize(hessian, act_order))
+    assert torch.equal(found.codes, paper_loop(weight, scale, zero, fmt, hessian, act_order))
     assert not torch.equal(found.codes, rtn.quantize(weight, fmt).codes.float())
 
 
 def test_the_cost_that_is_reported_is_the_damped_output_error():
-    fmt, moment, weight = FORMATS["int3_g32"], correlated(75, 300, seed=3), random_weight(9, 75, seed=2)
-    factor = gptq.factorize(moment)
+    fmt, hessian, weight = FORMATS["int3_g32"], correlated(75, 300, seed=3), random_weight(9, 75, seed=2)
+    factor = gptq.factorize(hessian)
     rows = gptq.round_inputs(weight, *rtn.grid(weight, fmt), fmt, factor)
-    refitted = gptq._refitted(weight, rows, fmt, factor)
+    refitted = gptq._refit_scales(weight, rows, fmt, factor)
     for found in (rows, refitted):
         scale = found.scale.repeat_interleave(32, 1)[:, :75]
         error = (weight - (found.codes - found.zero.repeat_interleave(32, 1)[:, :75]) * scale).double()
-        damped = moment + 0.01 * moment.diagonal().mean() * torch.eye(75, dtype=torch.float64)
+        damped = hessian + 0.01 * hessian.diagonal().mean() * torch.eye(75, dtype=torch.float64)
         torch.testing.assert_close(found.cost.double(), ((error @ damped) * error).sum(1), rtol=1e-4, atol=1e-9)
     assert bool((refitted.cost <= rows.cost).all())
     assert float(refitted.cost.sum()) < 0.99 * float(rows.cost.sum())
@@ -84,10 +84,10 @@ def test_the_cost_that_is_reported_is_the_damped_output_error():
 
 def test_the_last_groups_scale_is_the_best_float16():
     """The group that is refitted last stands at the minimum over all scales, found by trying its neighbours among the float16."""
-    fmt, moment, weight = FORMATS["int2_g32"], correlated(64, 300, seed=5), random_weight(6, 64, seed=4)
-    factor = gptq.factorize(moment)
-    found = gptq._refitted(weight, gptq.round_inputs(weight, *rtn.grid(weight, fmt), fmt, factor), fmt, factor)
-    damped = moment + 0.01 * moment.diagonal().mean() * torch.eye(64, dtype=torch.float64)
+    fmt, hessian, weight = FORMATS["int2_g32"], correlated(64, 300, seed=5), random_weight(6, 64, seed=4)
+    factor = gptq.factorize(hessian)
+    found = gptq._refit_scales(weight, gptq.round_inputs(weight, *rtn.grid(weight, fmt), fmt, factor), fmt, factor)
+    damped = hessian + 0.01 * hessian.diagonal().mean() * torch.eye(64, dtype=torch.float64)
 
     def cost(scale: Tensor) -> Tensor:
         error = (weight - (found.codes - found.zero.repeat_interleave(32, 1)) * scale.repeat_interleave(32, 1)).double()
@@ -109,12 +109,12 @@ def test_exhaustive_search_over_four_inputs():
         weight = random_weight(1, 4, seed)
         scale, zero = rtn.grid(weight, fmt)
         errors = (weight - (every - zero) * scale).double()
-        for moment in (correlated(4, 40, seed), torch.diag(correlated(4, 40, seed).diagonal())):
-            damped = moment + 0.01 * moment.diagonal().mean() * torch.eye(4, dtype=torch.float64)
+        for hessian in (correlated(4, 40, seed), torch.diag(correlated(4, 40, seed).diagonal())):
+            damped = hessian + 0.01 * hessian.diagonal().mean() * torch.eye(4, dtype=torch.float64)
             best = float(((errors @ damped) * errors).sum(1).min())
-            cost = float(gptq.round_inputs(weight, scale, zero, fmt, gptq.factorize(moment)).cost)
+            cost = float(gptq.round_inputs(weight, scale, zero, fmt, gptq.factorize(hessian)).cost)
             assert cost >= best * (1 - 1e-5)
-            if bool((moment == moment.diagonal().diag()).all()):
+            if bool((hessian == hessian.diagonal().diag()).all()):
                 assert cost == pytest.approx(best, rel=1e-5)
             else:
                 error = (weight - (rtn.quantize(weight, fmt).codes - zero) * scale).double()
@@ -128,17 +128,17 @@ def test_exhaustive_search_over_four_inputs():
     st.integers(1, 6), st.integers(1, 140), st.integers(1, 300), st.sampled_from(sorted(INTEGER_FORMATS)), st.floats(-4, 3), st.integers(0, 10**6)
 )  # fmt: skip
 def test_no_output_is_worse_than_with_rtn(outs: int, inputs: int, tokens: int, name: str, exponent: float, seed: int):
-    fmt, moment = FORMATS[name], correlated(inputs, tokens, seed, spread=2.0)
+    fmt, hessian = FORMATS[name], correlated(inputs, tokens, seed, spread=2.0)
     dead = torch.rand(inputs, generator=torch.Generator().manual_seed(seed)) < 0.1
-    moment[dead], moment[:, dead] = 0, 0
+    hessian[dead], hessian[:, dead] = 0, 0
     weight = random_weight(outs, inputs, seed) * 10**exponent
-    codes, nearest = gptq.fit(weight, fmt, gptq.factorize(moment)), rtn.quantize(weight, fmt)
+    codes, nearest = gptq.fit(weight, fmt, gptq.factorize(hessian)), rtn.quantize(weight, fmt)
     assert codes.codes.dtype == codes.zero.dtype == torch.uint8 and codes.scale.dtype == torch.float16
     assert codes.codes.shape == nearest.codes.shape and codes.scale.shape == codes.zero.shape == nearest.scale.shape
     assert int(codes.codes.max()) < 2**fmt.bits and int(codes.zero.max()) < 2**fmt.bits
     assert fmt.symmetric <= bool((codes.zero == 2 ** (fmt.bits - 1)).all())
     assert bool(torch.isfinite(codes.weight()).all())
-    ours, theirs = (((weight.double() - q.weight().double()) @ moment * (weight.double() - q.weight().double())).sum(1)
+    ours, theirs = (((weight.double() - q.weight().double()) @ hessian * (weight.double() - q.weight().double())).sum(1)
                     for q in (codes, nearest))  # fmt: skip
     assert bool((ours <= theirs).all())
 
@@ -167,13 +167,13 @@ def test_moments_are_those_of_a_plain_forward_pass(family: str, tmp_path: Path):
     expected = {name: (flat := x.double().flatten(0, 1)).T @ flat / rows.numel() for name, x in inputs.items()}
     for name in names:
         decoder.model.get_submodule(name)._forward_pre_hooks.clear()
-    found = {name: (sharing, moment) for sharing, moment in input_moments(decoder, names, rows) for name in sharing}
+    found = {name: (sharing, hessian) for sharing, hessian in input_hessians(decoder, names, rows) for name in sharing}
     assert set(found) == set(names)
-    for name, (sharing, moment) in found.items():
-        torch.testing.assert_close(moment, expected[name], rtol=1e-5, atol=1e-6)
+    for name, (sharing, hessian) in found.items():
+        torch.testing.assert_close(hessian, expected[name], rtol=1e-5, atol=1e-6)
         assert sharing == [other for other in names if inputs[other] is inputs[name]]
     some = [names[1], names[-1]]
-    assert [name for sharing, _ in input_moments(decoder, some, rows) for name in sharing] == some
+    assert [name for sharing, _ in input_hessians(decoder, some, rows) for name in sharing] == some
     assert not any(module._forward_pre_hooks or module._forward_hooks for module in decoder.model.modules())
 
 
@@ -201,12 +201,12 @@ def test_modules_come_one_by_one(tiny_llama: Path):
 
 def test_transposed_weights_are_fitted_the_right_way_round(tmp_path: Path):
     names, decoder, rows = opened(make_checkpoint(tmp_path / "gpt2", "gpt2"))
-    moments = {name: moment for sharing, moment in input_moments(decoder, names, rows) for name in sharing}
+    hessians = {name: hessian for sharing, hessian in input_hessians(decoder, names, rows) for name in sharing}
     for name, (codes, _) in gptq.quantize(decoder, names, CANDIDATES, rows):
         weight = decoder.weight(name)
         assert codes.codes.shape == weight.shape
         errors = ((weight - q.weight()).double() for q in (codes, rtn.quantize(weight, CANDIDATES[0])))
-        ours, theirs = (float(((error @ moments[name]) * error).sum()) for error in errors)
+        ours, theirs = (float(((error @ hessians[name]) * error).sum()) for error in errors)
         assert ours < 0.9 * theirs
 
 
@@ -244,7 +244,7 @@ def test_modules_that_share_an_input_at_times_have_their_own_sums():
         [("q", a), ("o", b), ("never", a[:, :0])],
         [("p", a), ("s", a), ("p", b)],
     ]
-    sums = hessian._Sums()
+    sums = InputSums()
     for batch in batches:
         sums.next_batch()
         for name, inputs in batch:

@@ -24,7 +24,7 @@ def test_values_come_back_exactly(tmp_path: Path):
     again = Journal(tmp_path / "run.sqlite")
     assert [v.hex() for v in again.get("k")] == [v.hex() for v in values]
     assert again.get("other") is None
-    assert again.count() == 1
+    assert len(again.entries()) == 1
 
 
 def test_another_models_run_is_refused(tmp_path: Path):
@@ -122,7 +122,7 @@ def test_what_a_killed_process_left_is_read_and_damage_to_it_told(tmp_path: Path
 
 def test_an_empty_file_is_an_empty_journal(tmp_path: Path):
     (tmp_path / "run.sqlite").touch()
-    assert Journal(tmp_path / "run.sqlite").count() == 0
+    assert Journal(tmp_path / "run.sqlite").entries() == []
 
 
 def test_one_process_at_a_time(tmp_path: Path):
@@ -131,4 +131,4 @@ def test_one_process_at_a_time(tmp_path: Path):
     other = subprocess.run([sys.executable, "-c", code, str(tmp_path / "run.sqlite")], capture_output=True, text=True)
     assert "another program has the run's journal open" in other.stderr
     journal.close()
-    assert Journal(tmp_path / "run.sqlite").count() == 0
+    assert Journal(tmp_path / "run.sqlite").entries() == []

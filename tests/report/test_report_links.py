@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from atlas_factory import make_atlas
-from bitatlas.findings.correlations import CLAIM as SPARSER
+from bitatlas.findings.correlations import SPARSITY_CLAIM as SPARSER
 from bitatlas.findings.reliability import PREDICTION_CLAIM as PREDICTED
 from bitatlas.records import Atlas, Finding
 from bitatlas.report.html import SECTIONS, html, numbers_of, write_reports

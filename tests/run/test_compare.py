@@ -86,7 +86,7 @@ def write_plan(model: Path, folder: Path, names: tuple[str, ...], quantizer: str
     """Formats in turn, module by module."""
     folder.mkdir(exist_ok=True)
     checkpoint = open_checkpoint(str(model), None, False)
-    modules = {module.name: names[place % len(names)] for place, module in enumerate(checkpoint.modules)}
+    modules = {module.name: names[index % len(names)] for index, module in enumerate(checkpoint.modules)}
     info = PlanModel(checkpoint.info.name, None, checkpoint.info.weights_sha256)
     table = {name: FORMATS[name] for name in names}
     size = size_of(checkpoint.modules, modules, checkpoint.info)
@@ -145,9 +145,9 @@ def test_a_missing_package_is_named(method: str, package: str, tiny_llama: Path,
     config = json.loads((other / "config.json").read_text(encoding="utf-8"))
     config["quantization_config"] = {"quant_method": method, "bits": 4, "group_size": 32, "version": "gemm"}
     (other / "config.json").write_text(json.dumps(config), encoding="utf-8")
-    with pytest.raises(UserError, match=package) as told:
+    with pytest.raises(UserError, match=package) as raised:
         compared(tiny_llama, other, text)
-    assert "\n" not in str(told.value)
+    assert "\n" not in str(raised.value)
 
 
 def test_weights_that_a_quantized_checkpoint_lacks_are_not_made_up(tiny_llama: Path, text: Path, tmp_path: Path):

@@ -74,19 +74,19 @@ def test_a_survey_keeps_how_any_two_units_interact(surveyed: Path):
     assert [len(row) for row in found.extra] == list(range(len(found.units)))
     strongest = sorted((value for row in found.extra for value in row), reverse=True)[: len(found.pairs)]
     for pair, value in zip(found.pairs, strongest, strict=True):
-        places = sorted(map(found.units.index, (pair.first, pair.second)))
-        assert found.extra[places[1]][places[0]] == value
+        indices = sorted(map(found.units.index, (pair.first, pair.second)))
+        assert found.extra[indices[1]][indices[0]] == value
         assert pair.extra.mean == pytest.approx(value, rel=6e-3)  # three digits
         assert (pair.extra.base, pair.extra.rows, pair.extra.n) == (found.base, "fit", 4)
 
 
 @given(st.integers(10, 10**6), st.integers(4, 10**6), st.floats(0, 1))
 def test_sizes_beside_the_surveys_plan_leave_out_the_nearest(least: int, span: int, at: float):
-    own = least + int(at * span)
-    sizes = sizes_beside(own, least, least + span)
+    plan_size = least + int(at * span)
+    sizes = sizes_beside(plan_size, least, least + span)
     assert len(sizes) == SHORT_POINTS - 1
     assert all(least < size < least + span for size in sizes)
-    assert all(abs(size - own) >= span / 8 - 1 for size in sizes)
+    assert all(abs(size - plan_size) >= span / 8 - 1 for size in sizes)
 
 
 def test_every_plan_is_measured_within_its_size_and_larger_ones_do_less(surveyed: Path, curve):

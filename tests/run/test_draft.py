@@ -11,15 +11,15 @@ import numpy as np
 import pytest
 
 from bitatlas.errors import UserError
-from bitatlas.plan.expansion import quadratic
+from bitatlas.plan.expansion import quadratic_model
 from bitatlas.plan.refine import Change, Probe, refine
-from bitatlas.plan.search import Tools, search
+from bitatlas.plan.search import PlannerHooks, search
 from bitatlas.records import Budget, Plan
 from bitatlas.records.files import read_record
 from bitatlas.run.options import VerifyOptions
 from bitatlas.run.planner import CURVATURE, Expanded, expanded
 from bitatlas.run.prepare import prepare
-from bitatlas.run.survey import SOURCE, by_scores, draft_tools, run_draft, run_survey
+from bitatlas.run.survey import SOURCE, draft_hooks, layers_by_score, run_draft, run_survey
 from bitatlas.run.verify import verify_plan
 from command import run
 from planners import SUBJECT, UNITS, Planted, costs, scores_of
@@ -27,10 +27,10 @@ from surveys import OUTPUTS, QUIET, settings_for
 
 
 def unmeasured(game: Planted) -> Probe:
-    """The game's probe with the curvature in the place of swaps, as `sensitivity.probe.drafted` makes it."""
+    """The game's probe with the curvature in the place of swaps, as `run.planner.draft_probe` makes it."""
 
     def swaps(base: np.ndarray, changes: list[Change], split: str) -> Expanded:
-        return expanded(quadratic(game.curvature(base), keep=1.0), changes)
+        return expanded(quadratic_model(game.curvature(base), shrinkage=1.0), changes)
 
     return replace(game.probe(), swaps=swaps, rounds_of=CURVATURE)
 
@@ -46,14 +46,14 @@ def test_where_damage_is_quadratic_a_draft_is_the_plan_of_measured_swaps(seed: i
 @pytest.mark.parametrize("budget", [Budget("code_bits", 2.5), Budget("code_bits", 3.6), Budget("max_damage", 1.0)])
 def test_budgets_are_kept_and_the_record_says_what_it_is(budget: Budget):
     game = Planted(UNITS, seed=5, cubic=0.02)
-    tools = Tools(replace(scores_of(game), source=SOURCE), game.damage, unmeasured(game), effort="draft")
-    found = search(SUBJECT, budget, tools)
-    assert found.selected == game.of(found.choice)
+    hooks = PlannerHooks(replace(scores_of(game), source=SOURCE), game.damage, unmeasured(game), effort="draft")
+    candidate = search(SUBJECT, budget, hooks)
+    assert candidate.selected == game.of(candidate.choice)
     if budget.kind == "code_bits":
-        assert (2 + 2 * found.choice).mean() <= budget.value
+        assert (2 + 2 * candidate.choice).mean() <= budget.value
     else:
-        assert found.selected <= budget.value
-    assert "measured" not in found.solver["method"]
+        assert candidate.selected <= budget.value
+    assert "measured" not in candidate.solver["method"]
 
 
 @pytest.fixture(scope="module")
@@ -89,14 +89,14 @@ def test_its_scores_are_the_curvature_at_both_ends(tiny_llama: Path, text: Path,
     """Against the true damage of each unit's change: second order is near where the change is small, around the wide end."""
     opened = prepare(settings_for(tiny_llama, text, formats=("int3_g32", "int8_g32"), code_bits=4.0), tmp_path, False, QUIET)
     opened.bank.fill(opened.settings.formats)
-    tools = draft_tools(opened)
+    hooks = draft_hooks(opened)
     names = [{m.name: "int8_g32" for m in opened.checkpoint.modules}]
     names += [{**names[0], **{m.name: "int3_g32" for m in unit.modules}} for unit in opened.subject.units]
     damage = opened.meter.plans({str(i): plan for i, plan in enumerate(names)}, opened.rows.fit)
     true = np.array([damage[str(i + 1)].mean() - damage["0"].mean() for i in range(len(names) - 1)])
-    scores = tools.scores.tables["high"][:, 0]
+    scores = hooks.scores.tables["high"][:, 0]
     assert np.corrcoef(scores, true)[0, 1] > 0.9 and scores.sum() == pytest.approx(true.sum(), rel=0.5)
-    layers = by_scores(opened, tools.scores)
+    layers = layers_by_score(opened, hooks.scores)
     assert sorted(layers) == [0, 1, 2]
 
 

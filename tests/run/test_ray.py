@@ -17,15 +17,15 @@ import pytest
 
 from bitatlas.cli.main import main
 from bitatlas.errors import UserError
-from bitatlas.measure.damage import Room
-from bitatlas.measure.memory_need import Way
+from bitatlas.measure.damage import StateBudget
+from bitatlas.measure.memory_need import LoadMode
 from bitatlas.model.checkpoint import open_checkpoint
 from bitatlas.progress import Reporter
 from bitatlas.run.options import SurveyOptions
 from bitatlas.run.prepare import rows_and_items
-from bitatlas.run.ray.cluster import TOKEN, Host, Needs, Place, greet, parse_address, slots, versions
-from bitatlas.run.ray.scheduler import parts
-from bitatlas.run.ray.worker import Brief, work
+from bitatlas.run.ray.cluster import TOKEN, Host, Requirements, Resources, check_host, parse_address, slots, versions
+from bitatlas.run.ray.scheduler import pieces_per_batch
+from bitatlas.run.ray.worker import WorkerConfig, work
 from bitatlas.run.settings import Settings
 from bitatlas.run.survey import run_survey
 
@@ -117,9 +117,9 @@ def refused(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str],
     monkeypatch.setattr(sys, "argv", ["bitatlas", "survey", "--out", str(out), "--quiet", *words])
     with pytest.raises(SystemExit) as ended:
         main()
-    told = capsys.readouterr().err
-    assert (ended.value.code, len(told.splitlines()), out.exists()) == (2, 1, False), told
-    return told
+    message = capsys.readouterr().err
+    assert (ended.value.code, len(message.splitlines()), out.exists()) == (2, 1, False), message
+    return message
 
 
 @needs_ray
@@ -141,8 +141,8 @@ def test_a_wrong_address_is_one_line(
 def test_without_ray_the_extra_is_named(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path):
     there = importlib.util.find_spec
     monkeypatch.setattr(importlib.util, "find_spec", lambda name, *rest: None if name == "ray" else there(name, *rest))
-    told = refused(monkeypatch, capsys, tmp_path / "out", "--ray", "auto")
-    assert "pip install 'bitatlas[ray]'" in told
+    message = refused(monkeypatch, capsys, tmp_path / "out", "--ray", "auto")
+    assert "pip install 'bitatlas[ray]'" in message
 
 
 def test_addresses():
@@ -153,11 +153,13 @@ def test_addresses():
 
 def test_a_host_that_cannot_take_part_says_why(tmp_path: Path):
     (tmp_path / TOKEN).write_text("abc")
-    place = Place(str(tmp_path), "abc", str(tmp_path), versions())
-    assert greet(place) == ""
-    assert "does not see" in greet(Place(str(tmp_path), "of another survey", str(tmp_path), versions()))
-    assert "does not see the checkpoint's folder" in greet(Place(str(tmp_path), "abc", str(tmp_path / "none"), versions()))
-    other = greet(Place(str(tmp_path), "abc", str(tmp_path), {**versions(), "torch": "1.0"}))
+    required = Requirements(str(tmp_path), "abc", str(tmp_path), versions())
+    assert check_host(required) == ""
+    assert "does not see" in check_host(Requirements(str(tmp_path), "of another survey", str(tmp_path), versions()))
+    assert "does not see the checkpoint's folder" in check_host(
+        Requirements(str(tmp_path), "abc", str(tmp_path / "none"), versions())
+    )
+    other = check_host(Requirements(str(tmp_path), "abc", str(tmp_path), {**versions(), "torch": "1.0"}))
     assert f"has torch {versions()['torch']} (here: 1.0)" in other
 
 
@@ -166,20 +168,24 @@ def test_other_weights_on_a_host_are_refused(tiny_llama: Path, text: Path, tmp_p
     (tmp_path / TOKEN).write_text("abc")
     settings, checkpoint = settings_for(tiny_llama, text), open_checkpoint(str(tiny_llama))
     rows, _ = rows_and_items(settings, checkpoint, checkpoint.load_tokenizer())
-    place = Place(str(tmp_path), "abc", str(tiny_llama), versions())
+    required = Requirements(str(tmp_path), "abc", str(tiny_llama), versions())
     with pytest.raises(UserError, match=r"--ray: \S+ has other weights in "):
-        work(Brief(place, settings, rows, Way(False, Room(), 0, 0), "another hash", (), 1), "plans", ({}, rows.fit))
+        work(
+            WorkerConfig(required, settings, rows, LoadMode(False, StateBudget(), 0, 0), "another hash", (), 1),
+            "plans",
+            ({}, rows.fit),
+        )
 
 
 def test_pieces_run_where_they_fit():
     hosts = [Host("a", "first", 8, 64 * GIB, 0), Host("b", "second", 4, 256 * GIB, 2), Host("c", "head", 0, 8 * GIB, 0)]
-    assert slots(hosts, Needs(1, 20 * GIB, 0)) == 3 + 4
-    assert slots(hosts, Needs(2, GIB, 0)) == 4 + 2
-    assert slots(hosts, Needs(1, GIB, 1)) == 2
+    assert slots(hosts, Resources(1, 20 * GIB, 0)) == 3 + 4
+    assert slots(hosts, Resources(2, GIB, 0)) == 4 + 2
+    assert slots(hosts, Resources(1, GIB, 1)) == 2
     with pytest.raises(UserError, match=r"a worker needs 1 processors, .* second has 4 processors"):
-        slots(hosts, Needs(1, 300 * GIB, 0))
+        slots(hosts, Resources(1, 300 * GIB, 0))
     with pytest.raises(UserError, match="and a GPU"):
-        slots(hosts[:1], Needs(1, GIB, 1))
+        slots(hosts[:1], Resources(1, GIB, 1))
 
 
 @pytest.mark.parametrize(
@@ -193,4 +199,4 @@ def test_pieces_run_where_they_fit():
     ],
 )
 def test_batches_are_cut_so_that_all_are_done_soonest(batches: int, passes: float, fixed: float, workers: int, expected: int):
-    assert parts(batches, passes, fixed, workers, 50 if passes else 0) == expected
+    assert pieces_per_batch(batches, passes, fixed, workers, 50 if passes else 0) == expected

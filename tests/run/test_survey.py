@@ -188,11 +188,11 @@ def test_no_change_of_a_unit_is_measured_twice(tiny_llama: Path, text: Path, tmp
 
 
 def test_verify_keeps_and_breaks_promises(surveyed: Path, tiny_llama: Path, tmp_path: Path):
-    kept = verify_plan(VerifyOptions(tiny_llama, surveyed / "plan.json", rows=(8, 8, 8), row_length=24, quiet=True))
-    assert kept.kept
+    verification = verify_plan(VerifyOptions(tiny_llama, surveyed / "plan.json", rows=(8, 8, 8), row_length=24, quiet=True))
+    assert verification.kept
     promise = read_record(surveyed / "plan.json", Plan).damage.measured
     assert promise is not None
-    assert kept.damage.mean == pytest.approx(promise.mean, rel=1e-9)
+    assert verification.damage.mean == pytest.approx(promise.mean, rel=1e-9)
     content = json.loads((surveyed / "plan.json").read_text())
     content["damage"]["measured"]["mean"] /= 10
     content["size"]["quantized_bytes"] -= 1
@@ -210,12 +210,12 @@ def test_a_trained_checkpoint_meets_the_bars(babyllama: Path, tmp_path: Path):
     settings = settings_for(babyllama, data / "tinystories_fit.txt", rows=(24, 24, 64), row_length=192, curve=False)
     atlas = run_survey(settings, tmp_path / "out", False, QUIET)
     check = [sys.executable, SHARED / "check_plan.py", babyllama, tmp_path / "out" / "plan.json", data / "tinystories_test.txt"]
-    found = json.loads(subprocess.run(check, capture_output=True, text=True, check=True).stdout)
+    report = json.loads(subprocess.run(check, capture_output=True, text=True, check=True).stdout)
     assert atlas.plan is not None
-    assert found["quantized_bytes"] == atlas.plan.size.quantized_bytes
-    assert found["code_bits"] == pytest.approx(atlas.plan.size.code_bits, abs=1e-12)
-    assert found["covered"] == 1.0
-    assert found["damage_nats"] <= 0.358
+    assert report["quantized_bytes"] == atlas.plan.size.quantized_bytes
+    assert report["code_bits"] == pytest.approx(atlas.plan.size.code_bits, abs=1e-12)
+    assert report["covered"] == 1.0
+    assert report["damage_nats"] <= 0.358
     (early,) = (finding for finding in atlas.findings if finding.claim == "early layers are safe")
     assert early.verdict == "does not hold"
     assert early.evidence is not None and early.evidence.ci95 is not None

@@ -14,7 +14,7 @@ from bitatlas.records import Split, TokensInfo
 from bitatlas.records.text import p_is, p_value
 from bitatlas.report.facts import basis, generalizes
 from bitatlas.stats.bootstrap import (
-    independent,
+    effective_sample_size,
     is_bound,
     measured,
     resample_means,
@@ -43,8 +43,8 @@ def test_blocks_of_one_row_are_rows():
     values = np.random.default_rng(0).normal(size=(9, 2))
     apart = resample_means(values, 50, seed=4, blocks=range(9))
     assert apart.tobytes() == resample_means(values, 50, seed=4).tobytes()
-    assert independent(9, range(9)) == independent(9) == 9
-    assert independent(6, BLOCKS) == pytest.approx(36 / (9 + 4 + 1))
+    assert effective_sample_size(9, range(9)) == effective_sample_size(9) == 9
+    assert effective_sample_size(6, BLOCKS) == pytest.approx(36 / (9 + 4 + 1))
     assert measured(values[:, 0], "nats/token", "b", "test", blocks=range(9)).blocks is None
 
 

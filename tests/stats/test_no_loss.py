@@ -13,15 +13,15 @@ from bitatlas.errors import UserError
 from bitatlas.stats.margin import (
     equivalence_p,
     exact_p,
-    intervals,
     items_for_no_loss,
     least_items,
     least_margin,
     no_loss_p,
     parse_points,
     score_p,
-    score_z,
-    tango,
+    tango_interval,
+    tango_intervals,
+    tango_z,
 )
 from bitatlas.stats.paired import compare_all, items_above_chance, mcnemar_p
 
@@ -49,7 +49,7 @@ def probabilities(lost, gained, n, lost_rate, gained_rate):
 def test_the_score_test_at_no_difference_is_mcnemars(lost, gained, same):
     if lost + gained:
         expected = mcnemar([[0, lost], [gained, same]], exact=False, correction=False).statistic
-        assert float(score_z(lost, gained, lost + gained + same, 0.0)) ** 2 == pytest.approx(expected, rel=1e-9, abs=1e-9)
+        assert float(tango_z(lost, gained, lost + gained + same, 0.0)) ** 2 == pytest.approx(expected, rel=1e-9, abs=1e-9)
 
 
 @settings(max_examples=60, deadline=None)
@@ -65,11 +65,11 @@ def test_without_gains_the_score_test_is_the_binomials(n, margin, data):
 @pytest.mark.parametrize(("n", "margin"), [(12, 0.2), (20, 0.1), (30, 0.05)])
 def test_the_exact_test_equals_enumeration_over_the_whole_null(n, margin):
     lost, gained = all_tables(n)
-    statistic = score_z(lost, gained, n, -margin)
+    statistic = tango_z(lost, gained, n, -margin)
     rates = [(gain + loss, gain) for loss in np.linspace(margin, 0.9, 25) for gain in np.linspace(0, (1 - loss) / 2, 60)]
     chances = np.stack([probabilities(lost, gained, n, *rate) for rate in rates])  # [rates, tables]
     for seen in ((0, 0), (1, 0), (1, 3), (2, 2), (0, 4)):
-        clear = statistic >= float(score_z(*seen, n, -margin)) - 1e-9
+        clear = statistic >= float(tango_z(*seen, n, -margin)) - 1e-9
         # the coarser grid of the enumeration may miss the top by a little, never exceed it
         assert exact_p(*seen, n, margin) == pytest.approx(chances[:, clear].sum(axis=1).max(), abs=5e-4)
         assert exact_p(*seen, n, margin) >= chances[:, clear].sum(axis=1).max() - 1e-9
@@ -88,7 +88,7 @@ def test_without_flips_the_exact_test_is_the_binomials():
 def test_one_sided_tests_and_the_90_percent_interval_agree(n, margin, data):
     flips = st.integers(0, n // 8)
     lost, gained = data.draw(flips), data.draw(flips)
-    low, high = tango(lost, gained, n, 0.9)
+    low, high = tango_interval(lost, gained, n, 0.9)
     p = score_p(lost, gained, n, margin)
     if abs(p - 0.05) > 1e-9:
         assert (p < 0.05) == (low > -margin)
@@ -115,7 +115,7 @@ def test_points_as_people_write_them():
 @pytest.mark.parametrize("level", [0.95, 0.90])
 def test_intervals_cover_the_truth(n, lost_rate, gained_rate, level):
     draws = np.random.default_rng(2).multinomial(n, [lost_rate, gained_rate, 1 - lost_rate - gained_rate], size=RUNS)
-    low, high = intervals(draws[:, 0], draws[:, 1], n, level)
+    low, high = tango_intervals(draws[:, 0], draws[:, 1], n, level)
     truth = gained_rate - lost_rate
     error = math.sqrt(level * (1 - level) / RUNS)
     assert np.mean((low <= truth) & (truth <= high)) == pytest.approx(level, abs=3.5 * error)
@@ -128,7 +128,7 @@ def test_no_loss_is_never_claimed_too_often(n, margin):
     lost, gained = all_tables(n)
     near = lost + gained <= n // 2  # with more flips nothing so small can be claimed
     lost, gained = lost[near], gained[near]
-    claimed = score_z(lost, gained, n, -margin) > stats.norm.ppf(0.95)
+    claimed = tango_z(lost, gained, n, -margin) > stats.norm.ppf(0.95)
     claimed[claimed] = [no_loss_p(int(a), int(b), n, margin) < 0.05 for a, b in zip(lost[claimed], gained[claimed], strict=True)]
     for gain in (0.0, 0.01, 0.05, 0.1):
         assert probabilities(lost, gained, n, gain + margin, gain)[claimed].sum() <= 0.05

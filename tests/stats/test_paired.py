@@ -11,7 +11,7 @@ from scipy import optimize, stats
 from statsmodels.stats.contingency_tables import mcnemar
 from statsmodels.stats.proportion import proportion_confint
 
-from bitatlas.stats.margin import tango
+from bitatlas.stats.margin import tango_interval
 from bitatlas.stats.paired import (
     above_chance_p,
     compare_all,
@@ -80,7 +80,7 @@ def test_mcnemar_equals_statsmodels(table):
 )
 def test_tango_equals_published_intervals(lost, gained, n, low, high):
     digits = 3 if n == 21 else 4
-    assert [round(bound, digits) for bound in tango(lost, gained, n)] == [low, high]
+    assert [round(bound, digits) for bound in tango_interval(lost, gained, n)] == [low, high]
 
 
 def tango_by_brute_force(lost, gained, n):
@@ -110,28 +110,28 @@ def tango_by_brute_force(lost, gained, n):
 @given(tables())
 def test_tango_equals_brute_force(table):
     # the bounded search finds a likelihood's flat maximum to about 1e-7
-    assert tango(*table) == pytest.approx(tango_by_brute_force(*table), abs=3e-6)
+    assert tango_interval(*table) == pytest.approx(tango_by_brute_force(*table), abs=3e-6)
 
 
 @settings(max_examples=100, deadline=None)
 @given(tables(3000))
 def test_tango_is_an_interval_and_mirrors(table):
     lost, gained, n = table
-    low, high = tango(lost, gained, n)
+    low, high = tango_interval(lost, gained, n)
     assert -1 <= low <= (gained - lost) / n <= high <= 1
-    assert tango(gained, lost, n) == pytest.approx((-high, -low), abs=1e-12)
+    assert tango_interval(gained, lost, n) == pytest.approx((-high, -low), abs=1e-12)
 
 
 def test_tango_without_flips_is_wilson_like():
     z2 = stats.norm.ppf(0.975) ** 2
-    assert tango(0, 0, 20) == pytest.approx((-z2 / (20 + z2), z2 / (20 + z2)), abs=1e-12)
+    assert tango_interval(0, 0, 20) == pytest.approx((-z2 / (20 + z2), z2 / (20 + z2)), abs=1e-12)
 
 
 def test_tango_covers():
     generator = np.random.default_rng(3)
     n, rates = 40, [0.15, 0.05, 0.8]
     tables_ = generator.multinomial(n, rates, size=2000)
-    hits = np.mean([low <= -0.10 <= high for low, high in (tango(lost, gained, n) for lost, gained, _ in tables_)])
+    hits = np.mean([low <= -0.10 <= high for low, high in (tango_interval(lost, gained, n) for lost, gained, _ in tables_)])
     assert hits == pytest.approx(0.95, abs=0.02)
 
 

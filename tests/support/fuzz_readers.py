@@ -34,7 +34,7 @@ with atheris.instrument_imports(include=["bitatlas"]):
     from bitatlas.errors import UserError
     from bitatlas.model.folder import read_config, weight_files
     from bitatlas.model.tensor_files import read_header
-    from bitatlas.quantize.bank import load_sealed, save_sealed
+    from bitatlas.quantize.bank import load_checked, save_checked
     from bitatlas.records import Atlas, Plan
     from bitatlas.records.files import read_record, to_json
     from bitatlas.records.journal import Journal, content_key
@@ -61,7 +61,7 @@ def journal(file: Path) -> None:
 
 def sealed(file: Path) -> None:
     with contextlib.suppress(SafetensorError, ValueError, KeyError, OSError):  # what the bank takes for "make it again"
-        assert torch.equal(load_sealed(file, "m")["codes"], torch.arange(40, dtype=torch.uint8))
+        assert torch.equal(load_checked(file, "m")["codes"], torch.arange(40, dtype=torch.uint8))
 
 
 # reader -> the file's name, and what reads it
@@ -86,7 +86,7 @@ def seeds(place: Path) -> dict[str, bytes]:
     atlas = make_atlas()
     assert atlas.plan is not None
     model = make_checkpoint(place / "model")
-    save_sealed({"codes": torch.arange(40, dtype=torch.uint8)}, place / "sealed", "m")
+    save_checked({"codes": torch.arange(40, dtype=torch.uint8)}, place / "sealed", "m")
     written = Journal(place / "run.sqlite")
     for key in KEYS:
         written.put(key, "damage", [1.0, 2.0])

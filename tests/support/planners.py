@@ -9,7 +9,7 @@ import numpy as np
 from bitatlas.measure.interactions import Interactions
 from bitatlas.plan.expansion import Expansion
 from bitatlas.plan.refine import Change, Probe
-from bitatlas.plan.search import Scores, Subject, damage_tables
+from bitatlas.plan.search import PlanningProblem, Scores, damage_tables
 from bitatlas.records import ModelInfo, Module
 
 UNITS, FORMATS = 8, ["int2_g64", "int4_g64"]
@@ -21,7 +21,7 @@ MODULES = [Module(f"layers.{i}.up_proj", i, "up_proj", (64, 64), f"layers.{i}.up
 INFO = ModelInfo("m", None, "0" * 64, "LlamaForCausalLM", 8, 4, 128, "float32", 8 * 64 * 64, 0, 8 * 64 * 64 * 4)
 
 
-SUBJECT = Subject(INFO, MODULES, FORMATS, "rtn")
+SUBJECT = PlanningProblem(INFO, MODULES, FORMATS, "rtn")
 
 
 def scores_of(game: Planted) -> Scores:

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from bitatlas.data.demo import PROBLEMS_FILE, QUESTIONS_FILE
+from bitatlas.data import PROBLEMS_FILE, QUESTIONS_FILE
 from tiny import SHARED
 
 needs_shared = pytest.mark.skipif(not (SHARED / "data").is_dir(), reason="the shared data is not here")

@@ -1,1 +1,1 @@
-"""The commands: each calls and prints. No maths, and nothing heavy is imported before it is needed."""
+"""The command line: `commands` (each calls and prints), `options` (what typer reads), `show` (what is printed). No maths."""

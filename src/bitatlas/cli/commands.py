@@ -1,15 +1,63 @@
-"""The commands beside `survey`: each calls and prints. What they take is told in `bitatlas.run.options`."""
+"""The commands: each calls and prints. What they take stands in `bitatlas.run.options`; nothing heavy is imported before it is needed."""
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 import typer
 
 from bitatlas.cli.options import Json
 from bitatlas.errors import UserError
-from bitatlas.run.options import ApplyOptions, CompareOptions, ExportOptions, PlanOptions, ReportOptions, VerifyOptions
+from bitatlas.run.options import (
+    ApplyOptions,
+    CompareOptions,
+    ExportOptions,
+    Option,
+    PlanOptions,
+    ReportOptions,
+    SurveyOptions,
+    VerifyOptions,
+)
+
+Draft = Annotated[
+    bool,
+    Option(
+        "Only a first plan, from curvature: plan.json, judged; no report. --resume without it goes on.",
+        ("--draft",),
+        before="device",
+    ),
+]
+
+
+def survey(options: SurveyOptions, draft: Draft = False, as_json: Json = False) -> None:
+    """Measure a checkpoint, plan its precision, verify the plan, write the report (the main job)."""
+    from bitatlas.cli import show
+    from bitatlas.progress import Reporter
+    from bitatlas.run.settings import Settings
+    from bitatlas.run.survey import run_draft, run_survey
+
+    if draft and options.tokens and options.tasks is None:
+        options = replace(options, tasks=())
+    out, reporter = Path(options.out), Reporter(options.quiet)
+    inputs = Settings.of(options), out, options.resume, reporter, options.ray
+    if draft:
+        plan, file = run_draft(*inputs), out / "plan.json"
+        if as_json:
+            show.print_plan(plan, file)
+            return
+        if not options.quiet:
+            show.show_draft(plan)
+        print(file)
+        return
+    atlas = run_survey(*inputs)
+    if as_json:
+        show.print_survey(atlas, out)
+        return
+    if not options.quiet:
+        show.show_summary(atlas)
+    print(out / "report.html")
 
 
 def plan(options: PlanOptions, as_json: Json = False) -> None:
@@ -17,7 +65,7 @@ def plan(options: PlanOptions, as_json: Json = False) -> None:
     Or the whole --curve, measured.
     """
     from bitatlas.cli.show import print_plan, show_plan
-    from bitatlas.plan.budget import own_context_text
+    from bitatlas.plan.budget import default_context_text
     from bitatlas.plan.judge import replan, write_plan
     from bitatlas.progress import Reporter
     from bitatlas.run.protect import protect_folder
@@ -41,7 +89,7 @@ def plan(options: PlanOptions, as_json: Json = False) -> None:
         print_plan(result, file)
         return
     if result.budget.workload and options.context is None:
-        print(own_context_text(result.budget.workload))
+        print(default_context_text(result.budget.workload))
     show_plan(result)
     print(file)
 
@@ -117,10 +165,10 @@ def report(options: ReportOptions, as_json: Json = False) -> None:
 
     folder = Path(options.folder)
     atlas = read_record(folder / "atlas.json", Atlas)
-    with all_or_none(folder) as place:
-        figures = write_figures(atlas, place) if options.figures else []
-        write_reports(atlas, place)
-    files = [folder / "report.html", folder / "report.md", *(folder / file.relative_to(place) for file in figures)]
+    with all_or_none(folder) as target:
+        figures = write_figures(atlas, target) if options.figures else []
+        write_reports(atlas, target)
+    files = [folder / "report.html", folder / "report.md", *(folder / file.relative_to(target) for file in figures)]
     if as_json:
         print_files(files)
         return

@@ -20,9 +20,8 @@ except KeyboardInterrupt:  # most of the time before main() goes by here
     print(INTERRUPTED, file=sys.stderr)
     raise SystemExit(1) from None
 
-from bitatlas.cli.commands import apply, compare, export, plan, report, verify  # noqa: E402  (they import typer)
+from bitatlas.cli import commands  # noqa: E402  (it imports typer)
 from bitatlas.cli.options import command  # noqa: E402
-from bitatlas.cli.survey import survey  # noqa: E402
 
 app = typer.Typer(
     help="What low-bit weights do to a language model: measured, planned, verified.",
@@ -47,18 +46,27 @@ def version(show: Annotated[bool, typer.Option("--version", help="Print the vers
 
 
 COMMANDS: dict[str, Callable[..., None]] = {
-    function.__name__: command(function) for function in (survey, plan, apply, export, verify, compare, report)
+    function.__name__: command(function)
+    for function in (
+        commands.survey,
+        commands.plan,
+        commands.apply,
+        commands.export,
+        commands.verify,
+        commands.compare,
+        commands.report,
+    )
 }
 for name, function in COMMANDS.items():
     app.command(name)(function)
 
 
 def main() -> None:
-    """The entry point: a user's mistake is one line and exit code 2, never a traceback."""
+    """Run the command line: a user's mistake is one line and exit code 2, never a traceback."""
     try:
         code = app(standalone_mode=False) or 0
     except (UserError, WrongUse) as error:
-        _end(f"bitatlas: {_told(error)}", 2)
+        _end(f"bitatlas: {_message(error)}", 2)
     except (KeyboardInterrupt, typer.Abort):
         code = TYPER_INTERRUPTED
     except OSError as error:
@@ -74,8 +82,8 @@ def main() -> None:
     raise SystemExit(code)
 
 
-def _told(error: Any) -> str:
-    """What is wrong; for wrong words on the command line, also where the right ones are listed."""
+def _message(error: Any) -> str:
+    """Return what is wrong; for wrong words on the command line, also where the right ones are listed."""
     if isinstance(error, UserError):
         return str(error)
     context = getattr(error, "ctx", None)

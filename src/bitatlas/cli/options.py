@@ -1,4 +1,4 @@
-"""Records of options (`bitatlas.run.options`) as typer reads them: one parameter a field."""
+"""Make typer commands of records of options (`bitatlas.run.options`): one parameter a field."""
 
 from __future__ import annotations
 
@@ -18,20 +18,20 @@ PLAIN = {bool, int, float, str, type(None)}  # what a word on the command line i
 
 def command(function: Callable[..., None]) -> Callable[..., None]:
     """Return for typer a function of a record of options, and of flags that the command line alone has."""
-    first, *own = inspect.signature(function, eval_str=True).parameters.values()
+    first, *flags = inspect.signature(function, eval_str=True).parameters.values()
     hints = get_type_hints(first.annotation, include_extras=True)
-    fields = [each.replace(annotation=hints[each.name]) for each in inspect.signature(first.annotation).parameters.values()]
+    fields = [p.replace(annotation=hints[p.name]) for p in inspect.signature(first.annotation).parameters.values()]
     shown = list(fields)
-    for flag in own:
+    for flag in flags:
         before = _option(flag).before
-        shown.insert([each.name for each in shown].index(before) if before else len(shown), flag)
+        shown.insert([field.name for field in shown].index(before) if before else len(shown), flag)
 
     def run(**words: Any) -> None:
         options = first.annotation(**{field.name: _value(field, words.pop(field.name)) for field in fields})
         function(options, **words)
 
-    run.__doc__, run.__annotations__ = " ".join((function.__doc__ or "").split()), {}
-    vars(run)["__signature__"] = inspect.Signature([_parameter(each) for each in shown])
+    run.__doc__, run.__annotations__ = function.__doc__, {}
+    vars(run)["__signature__"] = inspect.Signature([_parameter(field) for field in shown])
     return run
 
 
@@ -40,7 +40,7 @@ def _option(field: inspect.Parameter) -> Option:
 
 
 def _value(field: inspect.Parameter, word: Any) -> Any:
-    """What the record has for a word; its own default where there is none."""
+    """Return what the record has for a word; its own default where there is none."""
     if word is None:
         return field.default
     parse = _option(field).parse
@@ -48,7 +48,7 @@ def _value(field: inspect.Parameter, word: Any) -> Any:
 
 
 def _parameter(field: inspect.Parameter) -> inspect.Parameter:
-    """A record's field, `Annotated[type, Option]`, with typer's own type, default and description."""
+    """Return a record's field, `Annotated[type, Option]`, with typer's own type, default and description."""
     option, kind, default = _option(field), field.annotation.__origin__, field.default
     kinds = set(get_args(kind) if isinstance(kind, UnionType) else [kind])
     if not kinds <= PLAIN:
@@ -57,12 +57,12 @@ def _parameter(field: inspect.Parameter) -> inspect.Parameter:
             kind, default = kind | None, None
     if isinstance(default, tuple):
         default = ",".join(map(str, default))
-    told: dict[str, Any] = {"help": option.help, "autocompletion": _completing(option) if option.values else None}
+    extra: dict[str, Any] = {"help": option.help, "autocompletion": _completing(option) if option.values else None}
     if kind in (str, str | None) and not option.may_be_empty:
-        told["callback"] = _not_empty
-    info = typer.Option(*(option.flags or [f"--{field.name.replace('_', '-')}"]), **told)
+        extra["callback"] = _not_empty
+    info = typer.Option(*(option.flags or [f"--{field.name.replace('_', '-')}"]), **extra)
     if isinstance(option, Argument):
-        info = typer.Argument(metavar=option.metavar, **told)
+        info = typer.Argument(metavar=option.metavar, **extra)
     return inspect.Parameter(field.name, inspect.Parameter.KEYWORD_ONLY, default=default, annotation=Annotated[kind, info])
 
 
@@ -73,7 +73,7 @@ def _not_empty(text: str | None) -> str | None:
 
 
 def _completing(option: Option) -> Callable[[str], list[str]]:
-    """What a shell offers for the value that was begun; of a list with commas, for its last name."""
+    """Return what a shell offers for the value that was begun; of a list with commas, for its last name."""
 
     def complete(incomplete: str) -> list[str]:  # typer asks for that name
         before, comma, last = incomplete.rpartition(",") if option.parse is split_names else ("", "", incomplete)

@@ -1,12 +1,15 @@
-"""What a command says on the terminal when it is done: a few rich tables, from records alone."""
+"""Show what a command found, from records alone: a few tables on the terminal, or one JSON object for a script (`--json`).
+
+For a script only stdout changes: progress stays on stderr, and files, refusals and exit codes are the same.
+"""
 
 from __future__ import annotations
 
 import json
 from collections.abc import Sequence
-from dataclasses import asdict, is_dataclass
+from dataclasses import asdict
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from rich.console import Console
 from rich.table import Table
@@ -16,7 +19,7 @@ from bitatlas.export.packed import Applied
 from bitatlas.export.targets import Exported
 from bitatlas.findings.tasks import smallest_held, task_widths
 from bitatlas.plan.budget import budget_text
-from bitatlas.progress import PlainConsole
+from bitatlas.progress import SafeConsole
 from bitatlas.records import Atlas, Measured, Plan, Size, TaskPair, TaskScore
 from bitatlas.records.text import MINUS, against_chance, byte_size, interval, listed, memory_text, number, protect_text
 from bitatlas.run.compare import Comparison
@@ -26,14 +29,10 @@ from bitatlas.run.verify import Verification
 STYLES = {"critical": "red", "safe": "green", "light": "magenta", "uncertain": "yellow"}
 
 
-def _console() -> Console:
-    return PlainConsole()
-
-
 def _table(title: str, columns: Sequence[str]) -> Table:
     table = Table(title=title, title_justify="left", box=None, pad_edge=False, header_style="bold")
-    for place, column in enumerate(columns):
-        table.add_column(column, justify="left" if place == 0 else "right")
+    for index, column in enumerate(columns):
+        table.add_column(column, justify="right" if index else "left")
     return table
 
 
@@ -42,8 +41,8 @@ def _nats(value: Measured | None) -> str:
 
 
 def show_summary(atlas: Atlas) -> None:
-    """The plan against its baselines, the layers, the tasks, the findings."""
-    console = _console()
+    """Show the plan against its baselines, the layers, the tasks, the findings."""
+    console = SafeConsole()
     if atlas.plan:
         show_plan(atlas.plan)
     layers = _table("Layers (criticality = share of damage / share of weights)", ["layer", "criticality", "verdict"])
@@ -60,11 +59,11 @@ def show_summary(atlas: Atlas) -> None:
 
 
 def show_plan(plan: Plan) -> None:
-    """Size, damage and, where it was verified, its baselines."""
-    console = _console()
-    memory = memory_text(plan)
-    asked = protect_text(plan) or budget_text(plan.budget)
-    table = _table(f"Plan ({plan.budget.kind} {asked})", ["", "size", "code bits", "damage"])
+    """Show size, damage and, where it was verified, its baselines."""
+    console = SafeConsole()
+    table = _table(
+        f"Plan ({plan.budget.kind} {protect_text(plan) or budget_text(plan.budget)})", ["", "size", "code bits", "damage"]
+    )
     predicted = f"{number(plan.damage.predicted)} (predicted)" if plan.damage.predicted is not None else "not predicted"
     damage = _nats(plan.damage.measured) if plan.damage.measured else predicted
     table.add_row("this plan", byte_size(plan.size.total_bytes), number(plan.size.code_bits), damage)
@@ -76,22 +75,22 @@ def show_plan(plan: Plan) -> None:
         best = min(random, key=lambda baseline: baseline.damage.mean)
         table.add_row(f"best of {len(random)} random plans", "", number(best.code_bits), _nats(best.damage))
     console.print(table)
-    if memory:
+    if memory := memory_text(plan):
         console.print(memory, soft_wrap=True)
     if plan.budget.protect:
         console.print(f"Verdict: {plan.verdict}", soft_wrap=True)
 
 
 def show_draft(plan: Plan) -> None:
-    """The plan, what it is worth, and how to go on."""
+    """Show the plan, what it is worth, and how to go on."""
     show_plan(plan)
-    console = _console()
+    console = SafeConsole()
     console.print(f"Verdict: {plan.verdict}", soft_wrap=True)
     console.print("A survey goes on from here: the same command, with --resume in the place of --draft.", soft_wrap=True)
 
 
 def show_curve(curve: Curve) -> None:
-    """The uniform widths and the plans between them, by size."""
+    """Show the uniform widths and the plans between them, by size."""
     table = _table("Damage by size, test rows", ["", "size", "code bits", "damage", ""])
     lines: list[tuple[Size, str, Measured | None, str]] = [
         (u.size, f"uniform {u.format}", u.damage, "") for u in curve.atlas.uniform
@@ -100,35 +99,32 @@ def show_curve(curve: Curve) -> None:
         lines.append((plan.size, file.name, plan.damage.measured, "" if plan.recommended else "not recommended"))
     for size, name, damage, word in sorted(lines, key=lambda line: line[0].total_bytes):
         table.add_row(name, byte_size(size.total_bytes), number(size.code_bits), _nats(damage), word)
-    _console().print(table)
+    SafeConsole().print(table)
 
 
 def show_exported(exported: Exported) -> None:
-    """What was written for which runtime, and what to know about it."""
-    console = _console()
-    files = f"{exported.target.name}: {', '.join(exported.files)}"
-    console.print(files, soft_wrap=True)
-    for note in exported.notes:
-        console.print(note, soft_wrap=True)
+    """Show what was written for which runtime, and what to know about it."""
+    console = SafeConsole()
+    for line in (f"{exported.target.name}: {', '.join(exported.files)}", *exported.notes):
+        console.print(line, soft_wrap=True)
 
 
 def show_applied(result: Applied) -> None:
-    """Bytes promised and bytes on disk, with every cause of a difference."""
+    """Show bytes promised and bytes on disk, with every cause of a difference."""
     table = _table("Packed checkpoint", ["", "bytes"])
     table.add_row("weights, as the plan promises", f"{result.promised_bytes:,}")
     for cause, count in result.causes.items():
         table.add_row(f"  {cause}", f"{count:+,}".replace("-", MINUS))
     table.add_row("weights' files on disk", f"{result.disk_bytes:,}")
-    console = _console()
+    console = SafeConsole()
     console.print(table)
-    console.print(f"Carried over: {listed(result.carried)}", soft_wrap=True)
-    for line in result.notes:
+    for line in (f"Carried over: {listed(result.carried)}", *result.notes):
         console.print(line, soft_wrap=True)
 
 
 def show_verification(result: Verification) -> None:
-    """Promised and found, side by side."""
-    console = _console()
+    """Show what was promised and what was found, side by side."""
+    console = SafeConsole()
     table = _table("Verification", ["", "promised", "found", ""])
     sizes: list[tuple[str, Size]] = [("promised", result.plan.size), ("found", result.size)]
     table.add_row("quantized bytes", *(f"{size.quantized_bytes:,}" for _, size in sizes), _kept(result.size_kept))
@@ -147,8 +143,8 @@ def _kept(kept: bool) -> Text:
 
 
 def show_comparison(result: Comparison) -> None:
-    """Damage, losses and paired task results of two checkpoints."""
-    console = _console()
+    """Show damage, losses and paired task results of two checkpoints."""
+    console = SafeConsole()
     console.print(f"A: {result.first}\nB: {result.second}")
     if result.losses and result.loss_difference:
         table = _table("On the same rows", ["", "nats/token"])
@@ -164,14 +160,15 @@ def show_comparison(result: Comparison) -> None:
 
 
 def _show_widths(console: Console, pairs: list[TaskPair]) -> None:
-    found = task_widths(pairs)
-    if not found:
+    by_task = task_widths(pairs)
+    if not by_task:
         return
     table = _table("Widths that hold each task (difference from the reference, points)", ["task", "width", "difference", "", ""])
-    for task, widths in found.items():
+    for task, widths in by_task.items():
         best = smallest_held(widths)
-        for one in widths:
-            table.add_row(task, one.format, interval(one.pair.difference), one.verdict, "smallest held" if one is best else "")
+        for width in widths:
+            note = "smallest held" if width is best else ""
+            table.add_row(task, width.format, interval(width.pair.difference), width.verdict, note)
     console.print(table)
 
 
@@ -189,20 +186,11 @@ def _show_scores(console: Console, scores: list[TaskScore]) -> None:
 
 # --- scripts ---------------------------------------------------------------------------------------------------------------
 
-# What a command says to a script (`--json`): one object on stdout, its schema named, records as they are in the files.
-#
-# Only stdout changes: progress stays on stderr, and files, refusals and exit codes are the same.
-
-if TYPE_CHECKING:
-    from bitatlas.run.compare import Comparison
-    from bitatlas.run.curve import Curve
-    from bitatlas.run.verify import Verification
-
 SURVEYED = ("model", "uniform", "layers", "zones", "tasks", "task_pairs", "plan", "findings", "notes")
 
 
 def print_survey(atlas: Atlas, out: Path) -> None:
-    """The main results, and where the files are; `atlas.json` there has everything."""
+    """Print the main results, and where the files are; `atlas.json` there has everything."""
     files = {"atlas": out / "atlas.json", "plan": out / "plan.json", "report": out / "report.html"}
     _print("bitatlas.survey/1", files=files, **{name: getattr(atlas, name) for name in SURVEYED})
 
@@ -216,34 +204,29 @@ def print_curve(curve: Curve) -> None:
 
 
 def print_verification(result: Verification) -> None:
-    """`kept` is the exit code's word: true means 0."""
+    """Print a verification; `kept` is the exit code's word: true means 0."""
     disk = {"what": result.disk_what, "promised": result.disk[0], "found": result.disk[1]} if result.disk else None
     promised = {"size": result.plan.size, "damage_nats": result.promised}
     found = {"size": result.size, "damage": result.damage, "disk_bytes": disk}
-    tasks = [{**_plain(task), "kept": task.kept} for task in result.tasks]
+    tasks = [{**asdict(task), "kept": task.kept} for task in result.tasks]
     kept = {"kept": result.kept, "size_kept": result.size_kept, "damage_kept": result.damage_kept}
     _print("bitatlas.verification/1", **kept, promised=promised, found=found, tasks=tasks)
 
 
 def print_comparison(result: Comparison) -> None:
-    _print("bitatlas.comparison/1", **_plain(result))
+    _print("bitatlas.comparison/1", **vars(result))
 
 
 def print_files(files: list[Path]) -> None:
-    """Of `report`: what was written."""
     _print("bitatlas.files/1", files=files)
 
 
 def _print(schema: str, **parts: Any) -> None:
-    print(json.dumps({"schema": schema, **_plain(parts)}, indent=1, ensure_ascii=False, allow_nan=False))
+    """Print one object, its schema named, records as they are in the files."""
+    text = json.dumps({"schema": schema, **parts}, indent=1, ensure_ascii=False, allow_nan=False, default=_plain)
+    print(text)
 
 
 def _plain(value: Any) -> Any:
-    """Records, paths and tuples, at any depth, as JSON has them."""
-    if is_dataclass(value) and not isinstance(value, type):
-        return _plain(asdict(value))
-    if isinstance(value, dict):
-        return {name: _plain(one) for name, one in value.items()}
-    if isinstance(value, (list, tuple)):
-        return [_plain(one) for one in value]
-    return str(value) if isinstance(value, Path) else value
+    """Return a path or a record as JSON has it."""
+    return str(value) if isinstance(value, Path) else asdict(value)

@@ -1,9 +1,10 @@
-"""Numbers that a text mentions, in digits and in words, with where they stand and what they may mean.
+"""Read numbers in texts: all that a text mentions, with where they stand and what they may mean, and the one that an answer states.
 
 A mention can have more than one value: "25%" is 25 or 0.25, "half" divides by 2 or multiplies by 0.5, "2/5" is 0.4 and also a 2 and
 a 5. *Loose* words ("one", "half", "double", ...) are often no number at all: they are recognized where a calculation uses their
 value, and never counted as a number otherwise.
-Left out: ordinals in words, clock times as one number, languages other than English.
+Left out: ordinals in words, clock times as one number, words for a scale ("2 million") and units ("half a dozen") in answers, languages
+other than English.
 """
 
 from __future__ import annotations
@@ -25,21 +26,10 @@ _VALUES = {
 }
 _SCALES = {"hundred": 100.0, "thousand": 1000.0, "million": 1e6}
 _LOOSE: dict[str, tuple[float, ...]] = {
-    "one": (1.0,),
-    "a hundred": (100.0,),
-    "a thousand": (1000.0,),
-    "half": (0.5, 2.0),
-    "quarter": (0.25, 4.0),
-    "twice": (2.0,),
-    "double": (2.0,),
-    "doubled": (2.0,),
-    "couple": (2.0,),
-    "pair": (2.0,),
-    "triple": (3.0,),
-    "tripled": (3.0,),
-    "thrice": (3.0,),
+    "one": (1.0,), "a hundred": (100.0,), "a thousand": (1000.0,), "half": (0.5, 2.0), "quarter": (0.25, 4.0), "twice": (2.0,),
+    "double": (2.0,), "doubled": (2.0,), "couple": (2.0,), "pair": (2.0,), "triple": (3.0,), "tripled": (3.0,), "thrice": (3.0,),
     "dozen": (12.0,),
-}
+}  # fmt: skip
 
 
 def _any_of(words: Iterable[str]) -> str:
@@ -64,24 +54,26 @@ class Mention:
     loose: bool = False
 
     def means(self, value: float) -> bool:
-        return any(same_number(own, value) for own in self.values)
+        """Return whether `value` is one of the values that the mention may have."""
+        return any(same_number(possible, value) for possible in self.values)
 
 
 def same_number(first: float, second: float) -> bool:
+    """Return whether two numbers are equal but for rounding."""
     return abs(first - second) <= 1e-9 * max(1.0, abs(first), abs(second))
 
 
 def number_of(text: str) -> float:
-    """The value of digits as `NUMBER` matches them ("80,000", ".5")."""
+    """Return the value of digits as `NUMBER` matches them ("80,000", ".5")."""
     return float(text.replace(",", ""))
 
 
 def find_mentions(text: str, start: int = 0, end: int | None = None) -> list[Mention]:
-    """All mentions in text[start:end], in order, spans counted from the beginning of `text`."""
+    """Return all mentions in text[start:end], in order, spans counted from the beginning of `text`."""
     end = len(text) if end is None else end
-    found = [_digits(match) for match in _DIGITS.finditer(text, start, end)]
-    found += [_words(match) for match in _WORDS.finditer(text, start, end)]
-    return sorted(found, key=lambda mention: mention.span)
+    mentions = [_digits(match) for match in _DIGITS.finditer(text, start, end)]
+    mentions += [_words(match) for match in _WORDS.finditer(text, start, end)]
+    return sorted(mentions, key=lambda mention: mention.span)
 
 
 def _digits(match: re.Match[str]) -> Mention:
@@ -105,9 +97,9 @@ def _words(match: re.Match[str]) -> Mention:
     return Mention(match.span(), (value,), loose=match[0].lower() == "one")
 
 
-# --- answers ---------------------------------------------------------------------------------------------------------------
+# --- the number that a written answer states -----------------------------------------------------------------------------
 
-# The number that a written answer states. One rule for every model and precision; what would be right plays no part in it.
+# One rule for every model and precision; what would be right plays no part in it.
 #
 # Of a short answer (SVAMP) the first line that is not empty counts, of a worked solution (GSM8K) the last one that states a number:
 #
@@ -121,7 +113,6 @@ def _words(match: re.Match[str]) -> Mention:
 #
 # lm-evaluation-harness's GSM8K has two rules instead: what follows `####`, or nothing ("strict-match"), and the last number of all
 # ("flexible-extract"), which reads 9 of "17 (26 - 9)".
-# Left out: words for a scale ("2 million"), units ("half a dozen"), languages other than English.
 
 _SPACE = "[ \u00a0\u2009\u202f]"  # between thousands
 _WHOLE = rf"\d{{1,3}}(?:,\d{{3}})+(?![\d,])|\d{{1,3}}(?:{_SPACE}\d{{3}})+(?!\d)|\d+"
@@ -143,7 +134,7 @@ _BEFORE = " \t*_`\"'“$€£~+:{"  # may stand before a number that begins a te
 
 
 def numbers_in(text: str) -> list[float]:
-    """The numbers in a text, in order. "1,234.5" is one; the minus of "76-25" is an operator, that of "= -25" a sign."""
+    """Return the numbers in a text, in order. "1,234.5" is one; the minus of "76-25" is an operator, that of "= -25" a sign."""
     return [_value(match) for match in WRITTEN_NUMBER.finditer(text)]
 
 
@@ -159,20 +150,20 @@ def _value(match: re.Match[str]) -> float:
 
 
 def plain_number(value: object) -> str:
-    """ "51.0", "2,125", 1e16 and "3/4" as "51", "2125", "10000000000000000" and "0.75". ValueError where it is no single number."""
-    found = numbers_in(str(value))
-    if len(found) != 1 or not math.isfinite(found[0]):
+    """Return "51.0", "2,125", 1e16 and "3/4" as "51", "2125", "10000000000000000" and "0.75". ValueError where it is no single number."""
+    numbers = numbers_in(str(value))
+    if len(numbers) != 1 or not math.isfinite(numbers[0]):
         raise ValueError(f"{value!r} is not a number")
-    return str(int(found[0])) if found[0].is_integer() else repr(found[0])
+    return str(int(numbers[0])) if numbers[0].is_integer() else repr(numbers[0])
 
 
 def same_answer(number: float | None, answer: float) -> bool:
-    """Equal but for the rounding of a decimal: within 1e-6, and within 1e-6 of the answer where that is small."""
+    """Return whether a number equals the answer but for the rounding of a decimal: within 1e-6, and within 1e-6 of the answer where that is small."""
     return number is not None and abs(number - answer) <= 1e-6 * min(1.0, abs(answer))
 
 
 def read_number(form: str, output: str) -> float | None:
-    """The number that `output` states (see the module's text); None where there is none. form: "problem" (short) or "worked"."""
+    """Return the number that `output` states, by the rules above; None where there is none. form: "problem" (short) or "worked"."""
     if form == "problem":
         output = next((line for line in output.splitlines() if line.strip()), "")
     marks = list(_MARK.finditer(output))
@@ -186,7 +177,7 @@ def read_number(form: str, output: str) -> float | None:
 
 
 def _stated(text: str, begins: bool) -> float | None:
-    """The number that one line states. `begins`: one that it begins with is the answer."""
+    """Return the number that one line states. `begins`: one that it begins with is the answer."""
     text = _IS.sub("= ", text if re.search(r"\d", text) else _in_digits(text))
     bare = _REASON.sub("", _BRACKETS.sub(" ", text))
     bare = bare if re.search(r"\d", bare) else text
@@ -205,22 +196,22 @@ def _stated(text: str, begins: bool) -> float | None:
 
 
 def _result(equation: str) -> float | None:
-    """The number on the last side of an equation that is no calculation: the first there, the last on the first side."""
+    """Return the number on the last side of an equation that is no calculation: the first there, the last on the first side."""
     sides = _EQUALS.split(equation)
-    for place in reversed(range(len(sides))):
-        numbers = numbers_in(sides[place])
-        if numbers and not _calculates(sides[place]):
-            return numbers[0 if place else -1]
+    for index in reversed(range(len(sides))):
+        numbers = numbers_in(sides[index])
+        if numbers and not _calculates(sides[index]):
+            return numbers[0 if index else -1]
     return None
 
 
 def _calculates(text: str) -> bool:
-    """Is there an operator between numbers? A sign, a fraction's bar or an exponent's minus is none."""
+    """Return whether there is an operator between numbers. A sign, a fraction's bar or an exponent's minus is none."""
     return bool(_CALCULATION.search(WRITTEN_NUMBER.sub("1", text)))
 
 
 def _in_digits(text: str) -> str:
-    """The numbers in words that are surely numbers, in digits."""
+    """Return `text` with the numbers in words that are surely numbers in digits."""
     for mention in reversed(find_mentions(text)):
         if not mention.loose:
             text = f"{text[: mention.span[0]]}{mention.values[0]:.15g}{text[mention.span[1] :]}"

@@ -1,9 +1,17 @@
-"""Rows of tokens: documents in, three sets of rows out that share no document and no long run of tokens, each with its hash.
+"""Cut documents into rows of tokens and deal these out as three sets that share no document and no long run of tokens, each with its hash.
 
 *fit* rows find a plan, *select* rows choose among plans, *test* rows judge the chosen one, once. A document is cut into rows of equal
 length from its beginning, its last tokens are left out; documents shorter than a row are put one after the other until they fill one.
-Rows that repeat earlier text are dropped, the others dealt out by whole documents or, of one long text, by stretches (see `dealing`).
 Text too short for the rows that were asked for is refused: nothing is ever scored on fewer rows than the report says.
+
+A row that repeats the text before it is dropped (`repeated_rows`). The others are dealt out so that fit, select and test share no document;
+where there are too few documents for that, a long one is cut into stretches of consecutive rows, and these are dealt out. What is dealt
+out, a document or a stretch, is a *block*: rows of different blocks count as independent, those of one block do not. As many blocks as can
+be are used, with as few rows of each, spread over it, since an interval rests on the number of blocks.
+
+Repeats are found as runs of `RUN` tokens, by a rolling polynomial hash modulo 2**64 (as in Lee et al., arXiv:2107.06499, who look for runs
+of 50); two runs that differ meet with a probability of about 1e-5 in a text of 50 million characters, and then cost one row.
+Left out: repeats with a change every few words.
 """
 
 from __future__ import annotations
@@ -17,16 +25,19 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from bitatlas.data.texts import read_documents
 from bitatlas.errors import UserError
 from bitatlas.records import Split, TokensInfo
-
-__all__ = ["Rows", "check_vocabulary", "cut_rows", "make_rows", "read_documents", "rows_sha256"]
 
 SPLITS = ("fit", "select", "test")
 SHORTEST_ROW = 2
 BATCH = 100  # documents that the tokenizer gets at once
 PIECE = 2_000_000  # characters of a longer document that it gets at once
+RUN = 32  # tokens that two rows may not have in common
+EVERYWHERE = 0.1  # of the documents: a run that stands in so many is the text's own form, like a heading or a licence
+STRETCH = 1024  # tokens, at least, where the text has room: what is nearer is not independent
+LEAST_BLOCKS = 8  # of a set, below which documents are cut up
+
+Ints = np.ndarray
 
 
 @dataclass(frozen=True)
@@ -39,10 +50,11 @@ class Rows:
     info: TokensInfo
 
     def sha256(self, split: str) -> str:
+        """Return the hash of a set's rows."""
         return self.info.splits[split].sha256
 
     def blocks(self, split: str) -> list[int]:
-        """Of each row, its document or, of a long one, its stretch: rows of one block are not independent, blocks are."""
+        """Return of each row its document or, of a long one, its stretch: rows of one block are not independent, blocks are."""
         return self.info.splits[split].blocks
 
 
@@ -60,14 +72,14 @@ class _Cut:
     def rows(self, index: Ints) -> Ints:
         return np.asarray(self.ids[self.starts[index][:, None] + np.arange(self.row_length)])
 
-    def kept(self, everywhere: bool = False) -> Ints:
-        """The rows that do not repeat earlier text: their indices, ascending."""
+    def distinct(self, everywhere: bool = False) -> Ints:
+        """Return the indices of the rows that do not repeat earlier text, ascending."""
         if not len(self.starts):
             return self.starts
         return np.flatnonzero(~repeated_rows(self.ids, self.starts, self.row_length, self.owner, everywhere))
 
-    def deal(self, kept: Ints, counts: Sequence[int], seed: int) -> Dealt | None:
-        return deal(self.owner[self.starts[kept]], self.row_length, counts, seed)
+    def deal(self, index: Ints, counts: Sequence[int], seed: int) -> Dealt | None:
+        return deal(self.owner[self.starts[index]], self.row_length, counts, seed)
 
 
 def make_rows(
@@ -92,42 +104,44 @@ def make_rows(
     if row_length > context:
         raise UserError(f"--row-length {row_length}: the model's context is {context} tokens; give at most that")
     cut = _cut(documents, tokenizer, row_length, vocabulary)
-    kept = cut.kept()
-    dealt = cut.deal(kept, counts, seed)
+    index = cut.distinct()
+    dealt = cut.deal(index, counts, seed)
     if dealt is None:
-        kept = cut.kept(everywhere=True)
-        dealt = cut.deal(kept, counts, seed)
+        index = cut.distinct(everywhere=True)
+        dealt = cut.deal(index, counts, seed)
     if dealt is None:
-        raise UserError(_too_little(cut, len(kept), source, counts))
-    parts = {name: cut.rows(kept[rows]) for name, rows in zip(SPLITS, dealt.rows, strict=True)}
+        raise UserError(_too_little(cut, len(index), source, counts))
+    parts = {name: cut.rows(index[rows]) for name, rows in zip(SPLITS, dealt.rows, strict=True)}
     _assert_disjoint(parts)
     blocks = dict(zip(SPLITS, dealt.blocks, strict=True))
     splits = {n: Split(len(part), part.size, rows_sha256(part), blocks[n].tolist()) for n, part in parts.items()}
-    told = (cut.documents, cut.repeated_documents, len(cut.starts) - len(kept), dealt.documents, dealt.by_document)
-    info = TokensInfo(source, row_length, splits, *told)
+    repeated = len(cut.starts) - len(index)
+    info = TokensInfo(
+        source, row_length, splits, cut.documents, cut.repeated_documents, repeated, dealt.documents, dealt.by_document
+    )
     return Rows(**{name: torch.from_numpy(part) for name, part in parts.items()}, info=info)
 
 
-def _too_little(cut: _Cut, kept: int, source: str, counts: Sequence[int]) -> str:
-    dropped = {"documents": cut.repeated_documents, "rows": len(cut.starts) - kept}
+def _too_little(cut: _Cut, rows: int, source: str, counts: Sequence[int]) -> str:
+    dropped = {"documents": cut.repeated_documents, "rows": len(cut.starts) - rows}
     named = " and ".join(f"{count} {what}" for what, count in dropped.items() if count)
-    told = f" (without {named} that repeat earlier text)" if named else ""
+    without = f" (without {named} that repeat earlier text)" if named else ""
     return (
-        f"--tokens {source}: {len(cut.ids)} tokens give {kept} different rows of {cut.row_length}{told}, but {sum(counts)} are needed "
+        f"--tokens {source}: {len(cut.ids)} tokens give {rows} different rows of {cut.row_length}{without}, but {sum(counts)} are needed "
         f"(--rows fit,select,test = {','.join(map(str, counts))}); give more text, or ask for fewer or shorter rows"
     )
 
 
 def cut_rows(documents: Sequence[str], tokenizer: Any, count: int, row_length: int, seed: int) -> Tensor:
-    """At most `count` rows of `row_length` tokens that do not repeat each other, drawn by the seed: int64 [rows, row_length]."""
+    """Return at most `count` rows of `row_length` tokens that do not repeat each other, drawn by the seed: int64 [rows, row_length]."""
     cut = _cut(documents, tokenizer, row_length)
-    kept = cut.kept(everywhere=True)
-    dealt = cut.deal(kept, (min(count, len(kept)),), seed) if len(kept) else None
-    return torch.from_numpy(cut.rows(kept[dealt.rows[0]] if dealt else kept))
+    index = cut.distinct(everywhere=True)
+    dealt = cut.deal(index, (min(count, len(index)),), seed) if len(index) else None
+    return torch.from_numpy(cut.rows(index[dealt.rows[0]] if dealt else index))
 
 
 def _cut(documents: Sequence[str], tokenizer: Any, row_length: int, vocabulary: int | None = None) -> _Cut:
-    """Each document, or pack of short ones, from its beginning."""
+    """Cut each document, or pack of short ones, from its beginning."""
     different = list(dict.fromkeys(documents))
     parts = _token_ids(different, tokenizer)
     lengths = np.array([len(part) for part in parts], dtype=np.int64)
@@ -142,7 +156,7 @@ def _cut(documents: Sequence[str], tokenizer: Any, row_length: int, vocabulary: 
 
 
 def _packed(lengths: Ints, row_length: int) -> Ints:
-    """The pack of each document: consecutive ones belong to one until it has tokens for a row. int64 [documents], ascending."""
+    """Return the pack of each document: consecutive ones belong to one until it has tokens for a row. int64 [documents], ascending."""
     packs, number, tokens = [], 0, 0
     for length in lengths.tolist():
         packs.append(number)
@@ -153,7 +167,7 @@ def _packed(lengths: Ints, row_length: int) -> Ints:
 
 
 def _token_ids(documents: Sequence[str], tokenizer: Any) -> list[Ints]:
-    """The tokens of each document, with the end-of-text token after each but the last, where there is one."""
+    """Return the tokens of each document, with the end-of-text token after each but the last, where there is one."""
     end = np.array([] if tokenizer.eos_token_id is None else [tokenizer.eos_token_id], dtype=np.int64)
     parts: list[Ints] = []
     for start in range(0, len(documents), BATCH):
@@ -168,7 +182,7 @@ def _token_ids(documents: Sequence[str], tokenizer: Any) -> list[Ints]:
 
 
 def _pieces(document: str, tokenizer: Any) -> Iterator[Ints]:
-    """The tokens of a document piece by piece, cut at line ends: a tokenizer needs about 150 bytes for each character it gets at once."""
+    """Yield the tokens of a document piece by piece, cut at line ends: a tokenizer needs about 150 bytes for each character it gets at once."""
     start = 0
     while start < len(document):
         stop = len(document) if len(document) - start <= PIECE else max(document.rfind("\n", start, start + PIECE) + 1, 0)
@@ -179,14 +193,14 @@ def _pieces(document: str, tokenizer: Any) -> Iterator[Ints]:
 
 def _tokenized(texts: Sequence[str], tokenizer: Any, **options: Any) -> list[Ints]:
     try:
-        found = tokenizer(list(texts), verbose=False, **options)["input_ids"]
+        rows = tokenizer(list(texts), verbose=False, **options)["input_ids"]
     except Exception as error:  # tokenizers raises bare Exceptions, like for a missing unknown-token
         raise UserError(f"the model's tokenizer cannot read the text ({' '.join(str(error).split())[:160]})") from None
-    return [np.array(ids, dtype=np.int64) for ids in found]
+    return [np.array(ids, dtype=np.int64) for ids in rows]
 
 
 def check_vocabulary(tokenizer: Any, texts: list[str], vocabulary: int) -> None:
-    """UserError where the tokenizer gives a token of `texts` an id that the model's `vocabulary` (a count) does not have."""
+    """Refuse, with UserError, a tokenizer that gives a token of `texts` an id that the model's `vocabulary` (a count) does not have."""
     for ids in _token_ids(texts, tokenizer):
         _refuse_unknown(ids, vocabulary)
 
@@ -201,50 +215,23 @@ def _refuse_unknown(ids: np.ndarray, vocabulary: int | None) -> None:
 def _assert_disjoint(parts: dict[str, np.ndarray]) -> None:
     seen: set[bytes] = set()
     for name, part in parts.items():
-        own = {row.tobytes() for row in part}
-        if len(own) != len(part) or own & seen:
+        rows = {row.tobytes() for row in part}
+        if len(rows) != len(part) or rows & seen:
             raise AssertionError(f"a row of {name} stands in another set")
-        seen |= own
+        seen |= rows
 
 
 def rows_sha256(rows: np.ndarray | Tensor) -> str:
+    """Return a hash of rows [rows, row_length], of their shape and their tokens."""
     array = rows.cpu().numpy() if isinstance(rows, Tensor) else rows
     return hashlib.sha256(repr(array.shape).encode() + np.ascontiguousarray(array, dtype=np.int64).tobytes()).hexdigest()
 
 
-# --- dealing ---------------------------------------------------------------------------------------------------------------
-
-# Which rows of a text may be measured on, and which of them go to fit, select and test: arrays in, arrays out.
-#
-# A row that repeats the text before it is dropped (`repeated_rows`). The others are dealt out so that fit, select and test share no document;
-# where there are too few documents for that, a long one is cut into stretches of consecutive rows, and these are dealt out. What is dealt
-# out, a document or a stretch, is a *block*: rows of different blocks count as independent, those of one block do not. As many blocks as can
-# be are used, with as few rows of each, spread over it, since an interval rests on the number of blocks.
-#
-# Repeats are found as runs of `RUN` tokens, by a rolling polynomial hash modulo 2**64 (as in Lee et al., arXiv:2107.06499, who look for runs
-# of 50); two runs that differ meet with a probability of about 1e-5 in a text of 50 million characters, and then cost one row.
-# Left out: repeats with a change every few words.
-
-Ints = np.ndarray
-
-RUN = 32  # tokens that two rows may not have in common
-EVERYWHERE = 0.1  # of the documents: a run that stands in so many is the text's own form, like a heading or a licence
-STRETCH = 1024  # tokens, at least, where the text has room: what is nearer is not independent
-LEAST_BLOCKS = 8  # of a set, below which documents are cut up
-
-
-@dataclass(frozen=True)
-class Dealt:
-    """`rows`: indices of rows, ascending, one array a set; `blocks`: the block of each. `documents`: no two sets share a document."""
-
-    rows: list[Ints]
-    blocks: list[Ints]
-    documents: bool
-    by_document: bool  # a block is a whole document
+# --- repeats -----------------------------------------------------------------------------------------------------------
 
 
 def repeated_rows(ids: Ints, starts: Ints, row_length: int, document: Ints, everywhere: bool = False) -> np.ndarray:
-    """Which rows repeat the text before them: bool [rows].
+    """Return which rows repeat the text before them: bool [rows].
 
     ids: int64 [tokens], all documents one after the other; starts: int64 [rows], ascending; document: int64 [tokens], ascending.
     A row repeats where `RUN` of its tokens (or all of a shorter row) stand in runs of `RUN` tokens that an earlier row or what lies between
@@ -272,7 +259,7 @@ def repeated_rows(ids: Ints, starts: Ints, row_length: int, document: Ints, ever
 
 
 def _hashes(ids: Ints) -> Ints:
-    """A hash of each run of `RUN` tokens: uint64 [tokens - RUN + 1]."""
+    """Return a hash of each run of `RUN` tokens: uint64 [tokens - RUN + 1]."""
     base = np.array([0x9E3779B97F4A7C15], dtype=np.uint64)  # an array's product wraps without a warning
     hashes, length = (ids.astype(np.uint64) + np.uint64(1)) * np.uint64(0xD6E8FEB86659FD93), 1
     hashes ^= hashes >> np.uint64(29)
@@ -283,7 +270,7 @@ def _hashes(ids: Ints) -> Ints:
 
 
 def _covered(runs: np.ndarray, tokens: int) -> np.ndarray:
-    """Which tokens lie in one of the runs that begin where `runs` is true: bool [tokens]."""
+    """Return which tokens lie in one of the runs that begin where `runs` is true: bool [tokens]."""
     edges = np.zeros(tokens + 1, dtype=np.int64)
     edges[: len(runs)] += runs
     edges[RUN : RUN + len(runs)] -= runs
@@ -291,13 +278,23 @@ def _covered(runs: np.ndarray, tokens: int) -> np.ndarray:
 
 
 def _in_many(inverse: Ints, units: Ints) -> np.ndarray:
-    """Which of the different runs stand in at least `EVERYWHERE` of the units: bool [different runs]."""
+    """Return which of the different runs stand in at least `EVERYWHERE` of the units: bool [different runs]."""
     count = int(units.max()) + 1
     pairs = np.unique(inverse * count + units)
     return np.bincount(pairs // count) >= max(2.0, EVERYWHERE * count)
 
 
 # --- dealing out -----------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Dealt:
+    """`rows`: indices of rows, ascending, one array a set; `blocks`: the block of each. `documents`: no two sets share a document."""
+
+    rows: list[Ints]
+    blocks: list[Ints]
+    documents: bool
+    by_document: bool  # a block is a whole document
 
 
 def deal(document: Ints, row_length: int, counts: Sequence[int], seed: int) -> Dealt | None:
@@ -311,8 +308,8 @@ def deal(document: Ints, row_length: int, counts: Sequence[int], seed: int) -> D
     rng = np.random.default_rng(seed)
     whole = _assigned(document, counts, rng)
     if whole is not None:
-        found = [np.unique(document[whole == part]).size for part in range(len(counts))]
-        by_document = all(n >= min(LEAST_BLOCKS, count) for n, count in zip(found, counts, strict=True))
+        sizes = [np.unique(document[whole == part]).size for part in range(len(counts))]
+        by_document = all(n >= min(LEAST_BLOCKS, count) for n, count in zip(sizes, counts, strict=True))
         blocks = document if by_document else _stretches(document, row_length, sum(counts), 1)
         return _dealt(whole, blocks, counts, rng, documents=True, by_document=by_document)
     finer = 1
@@ -339,7 +336,7 @@ def _stretches(document: Ints, row_length: int, needed: int, finer: int) -> Ints
 
 
 def _assigned(units: Ints, counts: Sequence[int], rng: np.random.Generator) -> Ints | None:
-    """The set of each row, so that no unit is in two sets and each has at least its count of rows; None where no order of units did it."""
+    """Return the set of each row, so that no unit is in two sets and each has at least its count of rows; None where no order of units did it."""
     _, index, sizes = np.unique(units, return_inverse=True, return_counts=True)
     if len(sizes) < len(counts):
         return None
@@ -365,7 +362,7 @@ def _dealt(
 
 
 def _spread(rows: Ints, blocks: Ints, count: int, rng: np.random.Generator, phase: float | None) -> Ints:
-    """`count` of `rows`, ascending: as equally many of each block as can be, at equal distances within it. A draw decides the rest.
+    """Return `count` of `rows`, ascending: as equally many of each block as can be, at equal distances within it. A draw decides the rest.
 
     phase: how far into each block its first row lies, 0..1, so that rows of neighbouring stretches are apart as well; None: drawn.
     """

@@ -35,7 +35,7 @@ from typing import Any
 
 import numpy as np
 
-from bitatlas.data.demo import PROBLEMS_FILE, QUESTIONS_FILE
+from bitatlas.data import PROBLEMS_FILE, QUESTIONS_FILE
 from bitatlas.data.numbers import plain_number
 from bitatlas.data.texts import json_records, read_text
 from bitatlas.errors import UserError
@@ -46,7 +46,7 @@ LEAST_CHANCE = 0.01  # of a number, where no answer is common
 
 @dataclass(frozen=True)
 class Task:
-    """Where a task's items are, and how they are scored. `form` names the task file `tasks/{form}.yaml`."""
+    """Where a task's items are, and how they are scored. `form` names the task file `measure/harness/{form}.yaml`."""
 
     name: str
     title: str
@@ -76,7 +76,7 @@ TASKS: dict[str, Task] = {
 
 
 def check_task_names(names: Sequence[str], flag: str = "--tasks") -> list[str]:
-    """The known tasks among `names`, each once; ["none"] and [] are no tasks. UserError with the nearest name for an unknown one."""
+    """Return the known tasks among `names`, each once; ["none"] and [] are no tasks. UserError with the nearest name for an unknown one."""
     wanted = list(dict.fromkeys(name.strip() for name in names if name.strip()))
     if wanted == ["none"]:
         return []
@@ -93,7 +93,7 @@ def check_task_names(names: Sequence[str], flag: str = "--tasks") -> list[str]:
 
 
 def load_items(task: str, task_data: Path | None, limit: int | None, seed: int, few_shot: int = 0) -> list[Item]:
-    """The items to score, in an order that the seed fixes: the first `limit` of it (None: all but `few_shot`).
+    """Return the items to score, in an order that the seed fixes: the first `limit` of it (None: all but `few_shot`).
 
     Raises UserError where the data is missing, not readable, or too small for `few_shot`.
     """
@@ -103,7 +103,7 @@ def load_items(task: str, task_data: Path | None, limit: int | None, seed: int, 
 def split_items(
     task: str, task_data: Path | None, limit: int | None, seed: int, few_shot: int = 0
 ) -> tuple[list[Item], list[Item]]:
-    """(scored, spare): the items to score, each with its `examples` if `few_shot` is above 0, and the rest, whose first they are.
+    """Return (scored, spare): the items to score, each with its `examples` if `few_shot` is above 0, and the rest, whose first they are.
 
     Text to fit a plan on belongs to the rest: what is fitted on the scored items cannot be judged by them.
     """
@@ -114,7 +114,7 @@ def split_items(
     items = _all_items(TASKS[task], task_data)
     if few_shot >= len(items):
         raise UserError(f"--few-shot {few_shot}: {task} has {len(items)} items, and examples are not scored; give fewer")
-    order = [items[place] for place in np.random.default_rng(seed).permutation(len(items))]
+    order = [items[index] for index in np.random.default_rng(seed).permutation(len(items))]
     count = len(items) - few_shot if limit is None else min(limit, len(items) - few_shot)
     # examples come from the far end, so that neither a larger limit nor more examples move the items in front
     scored, spare = order[:count], order[count:][::-1]
@@ -142,7 +142,7 @@ def _require(condition: bool, message: str) -> None:
 
 
 def _read_file(task: Task, path: Path) -> list[Any]:
-    """Records of a JSON list, or of one JSON object a line."""
+    """Return the records of a JSON list, or of one JSON object a line."""
     where = f"--task-data: {path}"
     try:
         records = json_records(path, read_text(path), whole=True, where=where)
@@ -151,13 +151,13 @@ def _read_file(task: Task, path: Path) -> list[Any]:
     except (OSError, ValueError, EOFError, zlib.error) as error:
         raise UserError(f"{where}: cannot be read ({error})") from None
     assert records is not None  # the files of tasks are called JSON
-    for place, record in records:
-        _require(record is not None, f"{place} is not valid JSON")
+    for line, record in records:
+        _require(record is not None, f"{line} is not valid JSON")
     return [record for _, record in records]
 
 
 def _read_hub(task: Task) -> list[Any]:
-    """Records of the hub data set, through the hub's own cache."""
+    """Return the records of the hub data set, through the hub's own cache."""
     assert task.hub is not None
     name, config, split = task.hub
     import datasets
@@ -187,8 +187,8 @@ def _normalized(task: Task, records: Sequence[Any], source: str) -> list[Item]:
         try:
             items.append(_whole(read(task, number, record)))
         except (KeyError, TypeError, ValueError, AttributeError) as error:
-            told = f"has no field {error}" if isinstance(error, KeyError) else f"is not as expected ({error})"
-            raise UserError(f"{source}: item {number + 1} {told}; {task.name} wants {_FIELDS[task.form]}") from None
+            problem = f"has no field {error}" if isinstance(error, KeyError) else f"is not as expected ({error})"
+            raise UserError(f"{source}: item {number + 1} {problem}; {task.name} wants {_FIELDS[task.form]}") from None
     if not task.is_choice:
         answers = Counter(item["answer"] for item in items)
         commonest = max(answers.values(), default=0) / max(1, len(items))
@@ -198,7 +198,7 @@ def _normalized(task: Task, records: Sequence[Any], source: str) -> list[Item]:
 
 
 def _whole(item: Item) -> Item:
-    """ValueError where a text is empty, or holds half of a surrogate pair, which no tokenizer takes."""
+    """Return `item`; ValueError where a text is empty, or holds half of a surrogate pair, which no tokenizer takes."""
     for name, value in item.items():
         for text in value if isinstance(value, list) else [value]:
             if isinstance(text, str):
@@ -209,7 +209,7 @@ def _whole(item: Item) -> Item:
 
 
 def _text(value: object, name: str) -> str:
-    """Text, or a number as text; ValueError for null, lists and the like, which `str` would turn into words."""
+    """Return text, or a number as text; ValueError for null, lists and the like, which `str` would turn into words."""
     if isinstance(value, bool) or not isinstance(value, str | int | float):
         raise ValueError(f"{name} is {json.dumps(value, default=str)[:40]}, not a text")
     return str(value)
@@ -223,7 +223,7 @@ _FIELDS = {
 
 
 def _choice_item(task: Task, number: int, record: Mapping[str, Any]) -> Item:
-    """ARC, flattened ([{"label", "text"}, ...]) or as on the hub ({"label": [...], "text": [...]}). Any labels, any number."""
+    """Read an item of ARC, flattened ([{"label", "text"}, ...]) or as on the hub ({"label": [...], "text": [...]}). Any labels, any number."""
     choices = record["choices"]
     if isinstance(choices, Mapping):
         labels, texts = list(choices["label"]), list(choices["text"])
@@ -243,7 +243,7 @@ def _choice_item(task: Task, number: int, record: Mapping[str, Any]) -> Item:
 
 
 def _problem_item(task: Task, number: int, record: Mapping[str, Any]) -> Item:
-    """SVAMP's form. `worked` is the equation without its outer brackets and trailing ".0", and the answer."""
+    """Read an item of SVAMP. `worked` is the equation without its outer brackets and trailing ".0", and the answer."""
     answer = plain_number(record["Answer"])
     equation = _text(record.get("Equation") or "", "Equation").strip()
     if equation.startswith("(") and equation.endswith(")"):
@@ -258,7 +258,7 @@ def _problem_item(task: Task, number: int, record: Mapping[str, Any]) -> Item:
 
 
 def _worked_item(task: Task, number: int, record: Mapping[str, Any]) -> Item:
-    """GSM8K's form: the answer is a worked solution whose last line is "#### result"."""
+    """Read an item of GSM8K: the answer is a worked solution whose last line is "#### result"."""
     worked = _text(record["answer"], "answer").strip()
     _, mark, result = worked.rpartition("####")
     if not mark:
@@ -275,18 +275,18 @@ def _worked_item(task: Task, number: int, record: Mapping[str, Any]) -> Item:
 
 
 def chance_level(items: Sequence[Item]) -> float:
-    """Share of the items, 0..1, that answering without reading gets right."""
+    """Return the share of the items, 0..1, that answering without reading gets right."""
     return math.fsum(item["chance"] for item in items) / len(items)
 
 
 def items_sha256(items: Sequence[Item]) -> str:
-    """A hash of the items and their order."""
+    """Return a hash of the items and their order."""
     text = json.dumps(list(items), sort_keys=True, separators=(",", ":"), ensure_ascii=True)
     return hashlib.sha256(text.encode()).hexdigest()
 
 
 def task_text(task: str, items: Sequence[Item]) -> str:
-    """The items with their right answers as plain text, one block an item, a blank line between blocks.
+    """Return the items with their right answers as plain text, one block an item, a blank line between blocks.
 
     A default text for fitting, where the user gives none. GSM8K's calculator notes (<<3*4=12>>) are taken out: no text has them.
     """

@@ -1,4 +1,4 @@
-"""Text files in: what encoding, what form, which documents.
+"""Read text files: their encoding, their form and their documents.
 
 A plain text file is one document, unless it marks its documents itself: a line `<|endoftext|>` ends one, a line `= Title =` (a heading
 of the first level, as in WikiText) starts one. JSON lines, or a JSON list of objects, hold one document an object, in the field `text`;
@@ -36,7 +36,7 @@ ADVICE = "give a text file, JSON lines with a `text` field, or hub:owner/name"
 
 
 def read_documents(source: str) -> list[str]:
-    """Documents of a text file, a JSON file (field `text`), or `hub:owner/name[:config[:split]]`, without blank ones.
+    """Return the documents of a text file, a JSON file (field `text`), or `hub:owner/name[:config[:split]]`, without blank ones.
 
     Raises UserError, one line, where the source cannot be read, is no text, or holds none.
     """
@@ -52,14 +52,14 @@ def _file_documents(source: str) -> list[str]:
         path = Path(source).expanduser()
         text = read_text(path, MOST_CHARACTERS)
     except (OSError, ValueError, EOFError, zlib.error, RuntimeError) as error:  # RuntimeError: ~nobody/text
-        told = getattr(error, "strerror", None) or ("cannot be read" if isinstance(error, RuntimeError) else str(error))
-        raise UserError(f"--tokens {source}: {told[:1].lower()}{told[1:]} ({ADVICE})") from None
+        reason = getattr(error, "strerror", None) or ("cannot be read" if isinstance(error, RuntimeError) else str(error))
+        raise UserError(f"--tokens {source}: {reason[:1].lower()}{reason[1:]} ({ADVICE})") from None
     records = json_records(path, text, whole=len(text) < MOST_CHARACTERS, where=f"--tokens {source}")
-    return BORDER.split(text) if records is None else [_text_of(record, place) for place, record in records]
+    return BORDER.split(text) if records is None else [_text_of(record, where) for where, record in records]
 
 
 def read_text(path: Path, most: int = -1) -> str:
-    """At most `most` characters of a text file (-1: all), gzipped or not, without a byte order mark; line ends become "\\n".
+    """Return at most `most` characters of a text file (-1: all), gzipped or not, without a byte order mark; line ends become "\\n".
 
     Raises OSError, or ValueError (EOFError and zlib.error for a damaged archive) with what is wrong with the content.
     """
@@ -82,45 +82,44 @@ def read_text(path: Path, most: int = -1) -> str:
 
 
 def json_records(path: Path, text: str, whole: bool, where: str) -> list[tuple[str, Any]] | None:
-    """(place, record) of each record of a JSON list, of a single object, or of JSON lines; None where `text` is no JSON.
+    """Return (where, record) of each record of a JSON list, of a single object, or of JSON lines; None where `text` is no JSON.
 
     A file that is called JSON must be; another one is where its first line is an object, or all of it a list or an object. `whole`:
-    the text was not cut short. Raises UserError, beginning with `where` and the place, for what cannot be read.
+    the text was not cut short. A line that is no JSON has the record None.
     """
     suffix = next((s.lower() for s in reversed(path.suffixes) if s.lower() != ".gz"), "")
     start = text.lstrip()[:1]
     if suffix not in JSON_SUFFIXES and start not in ("{", "["):
         return None
-    lines = [
-        (f"{where}: line {n}", line) for n, line in enumerate(text.split("\n"), 1) if line.strip()
-    ]  # not splitlines(): "\u2028"
+    # not splitlines(), which splits at "\u2028" too
+    lines = [(f"{where}: line {n}", line) for n, line in enumerate(text.split("\n"), 1) if line.strip()]
     lines = lines if whole else lines[:-1]
     if start == "{" and lines and isinstance(_parsed(lines[0][1]), dict):
-        return [(place, _parsed(line)) for place, line in lines]
+        return [(position, _parsed(line)) for position, line in lines]
     content = _parsed(text) if start in ("{", "[") else None
     if isinstance(content, list):
         return [(f"{where}: item {number}", record) for number, record in enumerate(content, 1)]
     if isinstance(content, dict):
         return [(f"{where}: its object", content)]
-    return [(place, _parsed(line)) for place, line in lines] if suffix in JSON_SUFFIXES else None
+    return [(position, _parsed(line)) for position, line in lines] if suffix in JSON_SUFFIXES else None
 
 
 def _parsed(text: str) -> Any:
-    """What JSON text says; None where it is none."""
+    """Return what JSON text says; None where it is none."""
     try:
         return json.loads(text)
     except (ValueError, RecursionError):
         return None
 
 
-def _text_of(record: object, place: str) -> str:
+def _text_of(record: object, where: str) -> str:
     if not isinstance(record, dict) or "text" not in record:
-        raise UserError(f'{place} is not a JSON object with a "text" field')
-    return checked_text(record["text"], place)
+        raise UserError(f'{where} is not a JSON object with a "text" field')
+    return checked_text(record["text"], where)
 
 
 def checked_text(document: object, where: str) -> str:
-    """UserError, naming `where`, unless it is text that UTF-8 can hold."""
+    """Return `document`; UserError, naming `where`, unless it is text that UTF-8 can hold."""
     if not isinstance(document, str):
         raise UserError(f'{where}: "text" is {json.dumps(document)[:40]}, not a string')
     try:

@@ -24,8 +24,8 @@ VERIFIED = "this checkpoint, loaded by transformers, measured by `bitatlas verif
 
 
 @dataclass(frozen=True)
-class Story:
-    """What is known about a plan beside itself."""
+class Evidence:
+    """What was measured of a plan, for its model card."""
 
     text: str  # whose rows the damage was measured on
     tasks: tuple[TaskScore, ...]
@@ -35,7 +35,7 @@ class Story:
 
 
 def atlas_beside(plan_file: Path) -> Atlas | None:
-    """The survey that a plan lies in, or an applied folder beside it; None where there is none that can be read."""
+    """Return the survey that a plan lies in, or an applied folder beside it; None where there is none that can be read."""
     for folder in (plan_file.parent, plan_file.parent.parent):
         try:
             if (folder / "atlas.json").is_file():
@@ -45,11 +45,11 @@ def atlas_beside(plan_file: Path) -> Atlas | None:
     return None
 
 
-def story_beside(plan_file: Path, plan: Plan) -> Story:
-    """From the atlas beside the plan, where that is about the same model and the same choice of formats."""
+def evidence_beside(plan_file: Path, plan: Plan) -> Evidence:
+    """Return what the atlas beside the plan says, where it is about the same model and the same choice of formats."""
     atlas = atlas_beside(plan_file.absolute())
     if atlas is None or atlas.model.weights_sha256 != plan.model.weights_sha256:
-        return Story("rows of a text that is not recorded beside the plan", (), plan.damage.measured)
+        return Evidence("rows of a text that is not recorded beside the plan", (), plan.damage.measured)
     same = atlas.plan is not None and (atlas.plan.modules, atlas.plan.codes) == (plan.modules, plan.codes)
     tasks = tuple(score for score in atlas.tasks if score.precision == "plan") if same else ()
     settings = atlas.settings
@@ -57,16 +57,16 @@ def story_beside(plan_file: Path, plan: Plan) -> Story:
         f"Surveyed with formats {', '.join(atlas.formats)}, rows {','.join(map(str, settings.get('rows', ())))} of "
         f"{atlas.tokens.row_length} tokens, seed {settings.get('seed')}; bitatlas {atlas.versions.get('bitatlas', 'unknown')}."
     )
-    return Story(Path(atlas.tokens.source).name, tasks, plan.damage.measured, survey=survey)
+    return Evidence(Path(atlas.tokens.source).name, tasks, plan.damage.measured, survey=survey)
 
 
 def card_text(
-    plan: Plan, modules: Sequence[Module], story: Story, base_card: Path | None, disk_bytes: int, info: ModelInfo
+    plan: Plan, modules: Sequence[Module], evidence: Evidence, base_card: Path | None, disk_bytes: int, info: ModelInfo
 ) -> str:
-    """README.md."""
+    """Return README.md."""
     name = Path(plan.model.name).name
     parts = [
-        f"---\n{_front_matter(plan, story, base_card)}---",
+        f"---\n{_front_matter(plan, evidence, base_card)}---",
         f"# {name}, {number(plan.size.code_bits)} bits a weight",
         (
             f"{plan.model.name} with mixed-precision weights: {len(plan.modules)} linear modules at "
@@ -75,14 +75,14 @@ def card_text(
             f"{byte_size(disk_bytes)} of weights, {byte_size(info.total_bytes)} before. Format: compressed-tensors `pack-quantized`."
         ),
         _usage(info),
-        "## What was measured\n\n" + _results(plan, story),
+        "## What was measured\n\n" + _results(plan, evidence),
         "## Formats by layer\n\n" + formats_table(plan, modules),
-        "## How to make it again\n\n" + _reproduce(plan, story),
+        "## How to make it again\n\n" + _reproduce(plan, evidence),
     ]
     return "\n\n".join(parts) + "\n"
 
 
-def _front_matter(plan: Plan, story: Story, base_card: Path | None) -> str:
+def _front_matter(plan: Plan, evidence: Evidence, base_card: Path | None) -> str:
     from huggingface_hub import EvalResult, ModelCardData
 
     def result(kind: str, dataset: str, metric: str, label: str, value: float) -> Any:
@@ -91,10 +91,10 @@ def _front_matter(plan: Plan, story: Story, base_card: Path | None) -> str:
         )
 
     results = []
-    if story.damage:
+    if evidence.damage:
         label = "KL(reference || this model), nats/token"
-        results.append(result("text-generation", story.text, "kl_divergence", label, round(story.damage.mean, 6)))
-    for score in story.tasks:
+        results.append(result("text-generation", evidence.text, "kl_divergence", label, round(evidence.damage.mean, 6)))
+    for score in evidence.tasks:
         accuracy = round(100 * score.correct / score.n, 2)
         results.append(result("text-generation", score.task, "accuracy", f"accuracy, % of {score.n}", accuracy))
     facts: dict[str, Any] = {
@@ -110,7 +110,7 @@ def _front_matter(plan: Plan, story: Story, base_card: Path | None) -> str:
 
 
 def _taken_over(base_card: Path | None) -> dict[str, Any]:
-    """The base model's licence and language; nothing where its card has no front matter."""
+    """Return the base model's licence and language; nothing where its card has no front matter."""
     if base_card is None:
         return {}
     from huggingface_hub import metadata_load
@@ -136,39 +136,39 @@ def _usage(info: ModelInfo) -> str:
     )
 
 
-def _results(plan: Plan, story: Story) -> str:
+def _results(plan: Plan, evidence: Evidence) -> str:
     lines = ["| | |", "|---|---|"]
-    if story.damage:
-        where = f"{story.damage.n} {story.damage.rows} rows, {story.text}"
-        lines.append(f"| damage, KL to the unquantized model ({where}) | {interval(story.damage, unit=True)} |")
+    if evidence.damage:
+        where = f"{evidence.damage.n} {evidence.damage.rows} rows, {evidence.text}"
+        lines.append(f"| damage, KL to the unquantized model ({where}) | {interval(evidence.damage, unit=True)} |")
     elif plan.damage.predicted is not None:
         lines.append(f"| damage, predicted and not measured | {number(plan.damage.predicted)} nats/token |")
     else:
         lines.append("| damage | not measured |")
-    for score in story.tasks:
+    for score in evidence.tasks:
         low, high = (100 * end for end in score.wilson95)
         chance = "" if score.above_chance else ", below chance" if score.below_chance else ", not above chance"
         lines.append(
             f"| {score.task} | {score.correct}/{score.n}, {100 * score.correct / score.n:.1f}% [{low:.1f}, {high:.1f}]{chance} |"
         )
     verdict = f"\n\n{plan.verdict}" if plan.verdict else ""
-    return "\n".join(lines) + f"\n\nMeasured on: {story.source}. Intervals: 95 %.{verdict}"
+    return "\n".join(lines) + f"\n\nMeasured on: {evidence.source}. Intervals: 95 %.{verdict}"
 
 
 def formats_table(plan: Plan, modules: Sequence[Module]) -> str:
-    """A line a layer, a column a kind of module; modules that stay as they are have no format."""
+    """Return the formats, a line a layer and a column a kind of module; modules that stay as they are have no format."""
     kinds = list(dict.fromkeys(module.kind for module in modules))
     cells: dict[int, dict[str, str]] = {}
     for module in modules:
-        here = cells.setdefault(module.layer, {})
-        told = plan.modules.get(module.name, "as it was")
-        here[module.kind] = told if here.get(module.kind, told) == told else "mixed"
+        row = cells.setdefault(module.layer, {})
+        name = plan.modules.get(module.name, "as it was")
+        row[module.kind] = name if row.get(module.kind, name) == name else "mixed"
     lines = [f"| layer | {' | '.join(kinds)} |", "|" + "---|" * (len(kinds) + 1)]
-    lines += [f"| {layer} | {' | '.join(here.get(kind, '') for kind in kinds)} |" for layer, here in sorted(cells.items())]
+    lines += [f"| {layer} | {' | '.join(row.get(kind, '') for kind in kinds)} |" for layer, row in sorted(cells.items())]
     return "\n".join(lines)
 
 
-def _reproduce(plan: Plan, story: Story) -> str:
+def _reproduce(plan: Plan, evidence: Evidence) -> str:
     revision = f"revision {plan.model.revision}, " if plan.model.revision else ""
     return (
         "`plan.json` here says which module has which format.\n\n```\n"
@@ -176,5 +176,5 @@ def _reproduce(plan: Plan, story: Story) -> str:
         f"bitatlas apply {plan.model.name} plan.json --out packed\n"
         f"bitatlas verify {plan.model.name} packed --tokens TEXT\n```\n\n"
         f"The plan is about the weights with sha256 `{plan.model.weights_sha256}` ({revision}quantizer {plan.codes or plan.quantizer})."
-        + (f" {story.survey}" if story.survey else "")
+        + (f" {evidence.survey}" if evidence.survey else "")
     )

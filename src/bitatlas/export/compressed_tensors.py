@@ -33,7 +33,7 @@ Part = tuple[torch.dtype, tuple[int, ...]]
 
 
 def layout(shape: tuple[int, int], fmt: Format, whole_zeros: bool) -> dict[str, Part]:
-    """Suffix of the tensor's name -> dtype and shape, for a weight [out, in]."""
+    """Return suffix of the tensor's name -> dtype and shape, for a weight [out, in]."""
     out, width = shape
     groups = (out, math.ceil(width / fmt.group_size))
     parts: dict[str, Part] = {
@@ -47,8 +47,8 @@ def layout(shape: tuple[int, int], fmt: Format, whole_zeros: bool) -> dict[str, 
 
 
 def tensors(codes: Codes, fmt: Format) -> dict[str, Tensor]:
-    """The tensors that `layout` announces. ValueError for a code or a zero-point outside the format's range."""
-    found = {
+    """Return the tensors that `layout` announces. ValueError for a code or a zero-point outside the format's range."""
+    result = {
         "weight_packed": pack_rows(codes.codes, fmt.bits),
         "weight_scale": codes.scale.half().contiguous(),
         "weight_shape": torch.tensor(codes.codes.shape, dtype=torch.int64),
@@ -58,23 +58,23 @@ def tensors(codes: Codes, fmt: Format) -> dict[str, Tensor]:
         if bool((codes.zero != half).any()):
             raise ValueError(f"a symmetric format has the zero-point {half} everywhere")
     elif codes.zero.is_floating_point():
-        found["weight_zero_point"] = codes.zero.float() - half
+        result["weight_zero_point"] = codes.zero.float() - half
     else:
         if int(codes.zero.max()) >> fmt.bits:
             raise ValueError(f"zero-points up to {int(codes.zero.max())} do not fit {fmt.bits} bits")
-        found["weight_zero_point"] = (codes.zero.short() - half).to(torch.int8)
-    return found
+        result["weight_zero_point"] = (codes.zero.short() - half).to(torch.int8)
+    return result
 
 
 def pack_rows(codes: Tensor, bits: int) -> Tensor:
-    """codes: uint8 [out, in] -> int32 [out, ceil(in * bits / 32)], every row starting a new word."""
+    """Pack codes, uint8 [out, in] -> int32 [out, ceil(in * bits / 32)], every row starting a new word."""
     out, width = codes.shape
     words = math.ceil(width * bits / WORD)
     rows = max(1, PACKED_TOGETHER // max(1, width))
     parts = []
-    for some in codes.split(rows):
-        padded = torch.nn.functional.pad(some, (0, -width % WORD)).contiguous()  # 32 codes are whole words at every width
-        stream = pack(padded, bits).view(len(some), -1)[:, : words * WORD // 8]
+    for block in codes.split(rows):
+        padded = torch.nn.functional.pad(block, (0, -width % WORD)).contiguous()  # 32 codes are whole words at every width
+        stream = pack(padded, bits).view(len(block), -1)[:, : words * WORD // 8]
         parts.append(stream.contiguous().view(torch.int32))
     return torch.cat(parts) if parts else torch.empty(out, words, dtype=torch.int32)
 
@@ -82,7 +82,10 @@ def pack_rows(codes: Tensor, bits: int) -> Tensor:
 def quantization_config(
     formats: Mapping[str, Format], shapes: Mapping[str, tuple[int, int]], ignored: Sequence[str], whole_zeros: bool, version: str
 ) -> dict[str, Any]:
-    """For `config.json`. formats: module -> format. ignored: linear modules that stay as they are."""
+    """Return the entry of `config.json`.
+
+    formats, shapes: of each packed module. ignored: linear modules that stay as they are.
+    """
     groups: dict[str, Any] = {}
     for module, fmt in formats.items():
         weights = _weights(fmt, shapes[module][1], whole_zeros)
@@ -99,20 +102,21 @@ def quantization_config(
 
 
 def _weights(fmt: Format, width: int, whole_zeros: bool) -> dict[str, Any]:
-    known: dict[str, Any] = {"num_bits": fmt.bits, "type": "int", "symmetric": fmt.symmetric, "dynamic": False}
+    weights: dict[str, Any] = {"num_bits": fmt.bits, "type": "int", "symmetric": fmt.symmetric, "dynamic": False}
     if fmt.symmetric and width % fmt.group_size == 0:
-        return {**known, "strategy": "group", "group_size": fmt.group_size}
+        return {**weights, "strategy": "group", "group_size": fmt.group_size}
     zero = {} if fmt.symmetric or whole_zeros else {"zp_dtype": "torch.float32"}
-    return {**known, "strategy": "block", "block_structure": [1, fmt.group_size], **zero}
+    return {**weights, "strategy": "block", "block_structure": [1, fmt.group_size], **zero}
 
 
 def part_bytes(part: Part) -> int:
+    """Return the bytes of a tensor with this dtype and shape."""
     dtype, shape = part
     return dtype.itemsize * math.prod(shape)
 
 
 def overheads(shape: tuple[int, int], fmt: Format, whole_zeros: bool) -> dict[str, int]:
-    """Bytes on disk minus the bytes that the format counts, by cause; their sum is the whole difference for this weight."""
+    """Return bytes on disk minus the bytes that the format counts, by cause; their sum is the whole difference for this weight."""
     sizes = {name: part_bytes(part) for name, part in layout(shape, fmt, whole_zeros).items()}
     groups = group_count(shape, fmt.group_size)
     causes = {

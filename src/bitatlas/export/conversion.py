@@ -59,23 +59,23 @@ class Conversion:
             if name in self._wanted:
                 rule = self._rules.by_pattern[pattern] if pattern else None
                 groups.setdefault(name, Origin(name, rule)).keys.setdefault(pattern or key, []).append(key)
-        self.made: dict[str, Tensor] = {}  # what rules make, on the meta device
+        self.converted: dict[str, Tensor] = {}  # what rules make, on the meta device
         for origin in groups.values():
-            made = self._convert(origin, lambda key: tensors[key]) if origin.rule else {}
-            self.made |= made
-            self.origins |= dict.fromkeys(made or [origin.first], origin)
+            results = self._convert(origin, lambda key: tensors[key]) if origin.rule else {}
+            self.converted |= results
+            self.origins |= dict.fromkeys(results or [origin.first], origin)
 
     def target(self, key: str, packed: Iterable[str] = ()) -> tuple[str, str | None]:
-        """(the model's name of what a tensor called `key` becomes, the pattern of the rule that makes it). `packed`: more names."""
+        """Return (the model's name of what a tensor called `key` becomes, the pattern of the rule that makes it). `packed`: more names."""
         return self._rules.target(key, {**self._wanted, **dict.fromkeys(packed, True)})
 
     def key(self, name: str) -> str | None:
-        """The checkpoint's name of parameter `name`, where it is a tensor of its own there."""
+        """Return the checkpoint's name of parameter `name`, where it is a tensor of its own there."""
         origin = self.origins.get(name)
         return origin.all_keys[0] if origin and origin.rule is None else None
 
     def read(self, name: str, read: Read) -> Tensor:
-        """Parameter `name` in the dtype that is stored. `read`: a tensor of the checkpoint."""
+        """Return parameter `name` in the dtype that is stored. `read`: a tensor of the checkpoint."""
         origin = self.origins[name]
         return read(origin.all_keys[0]) if origin.rule is None else self._convert(origin, read)[name]
 
@@ -85,16 +85,16 @@ class Conversion:
             for key in keys:
                 rule.add_tensor(origin.first, key, pattern, read(key))
         try:
-            found = rule.convert(origin.first, model=self._model, config=self._model.config)
+            result = rule.convert(origin.first, model=self._model, config=self._model.config)
         except Exception as error:  # every operation fails in its own way
             raise UserError(
                 f"{origin.all_keys[0]}: transformers makes {origin.first} of this tensor and others, which fails ({reason_of(error)})"
             ) from None
-        return {name: value[0] if isinstance(value, list) else value for name, value in found.items()}
+        return {name: value[0] if isinstance(value, list) else value for name, value in result.items()}
 
 
 def _natural(key: str) -> list[tuple[int, int, str]]:
-    """Numbers in their order: expert 2 comes before expert 10, as transformers stacks them."""
+    """Return a sort key with numbers in their order: expert 2 comes before expert 10, as transformers stacks them."""
     return [(0, int(word), "") if word.isdigit() else (1, 0, word) for word in key.split(".")]
 
 
@@ -102,22 +102,22 @@ def _natural(key: str) -> list[tuple[int, int, str]]:
 
 
 def unpackable(model: Any, names: Iterable[str]) -> list[str]:
-    """Those of the modules `names` whose weights the initialization of `model`, a skeleton, reads while transformers loads it.
+    """Return those of the modules `names` whose weights the initialization of `model`, a skeleton, reads while transformers loads it.
 
     In a packed module there is no `weight` until the first pass, so such a folder does not load. The initialization is run as if all
     of them were packed; what it cannot do without is given back to it.
     """
     changed = {name: _take_weight(model.get_submodule(name), name) for name in names}
-    found: list[str] = []
+    result: list[str] = []
     try:
         for module in model.modules():
             while name := _read_early(model, module):
                 changed.pop(name)()
-                found.append(name)
+                result.append(name)
     finally:
         for give_back in changed.values():
             give_back()
-    return found
+    return result
 
 
 class _ReadEarlyError(AttributeError):
@@ -125,7 +125,7 @@ class _ReadEarlyError(AttributeError):
 
 
 def _read_early(model: Any, module: nn.Module) -> str | None:
-    """The module whose weight the initialization of `module` could not do without."""
+    """Return the module whose weight the initialization of `module` could not do without."""
     try:
         model._init_weights(module)
     except _ReadEarlyError as error:
@@ -136,7 +136,7 @@ def _read_early(model: Any, module: nn.Module) -> str | None:
 
 
 def _take_weight(module: nn.Module, name: str) -> Callable[[], None]:
-    """`module` has no `weight` until what is returned is called."""
+    """Hide the `weight` of `module`; return what gives it back."""
     kind, parameters = type(module), dict(module._parameters)
 
     def missing(owner: nn.Module, attribute: str) -> Any:
@@ -158,7 +158,7 @@ def _take_weight(module: nn.Module, name: str) -> Callable[[], None]:
 
 
 def exchanged(model: nn.Module) -> dict[str, nn.Module]:
-    """Path -> module that transformers puts something else in the place of as soon as a model is quantized."""
+    """Return path -> module that transformers puts something else in the place of as soon as a model is quantized."""
     table: dict[str, Any] = getattr(
         importlib.import_module("transformers.quantizers.base"), "MODULES_TO_PATCH_FOR_QUANTIZATION", {}
     )
@@ -167,7 +167,7 @@ def exchanged(model: nn.Module) -> dict[str, nn.Module]:
 
 
 def pieces(module: nn.Module, path: str) -> dict[str, tuple[str, Callable[[Tensor], Tensor]]]:
-    """Parameter of an exchanged module's successor -> the module's parameter that it is a piece of, and how it is cut out.
+    """Return parameter of an exchanged module's successor -> the module's parameter that it is a piece of, and how it is cut out.
 
     Llama 4: `gate_up_proj` [experts, in, 2 * inner] and `down_proj` [experts, inner, out] become linear modules [out, in] an expert.
     """
@@ -176,15 +176,15 @@ def pieces(module: nn.Module, path: str) -> dict[str, tuple[str, Callable[[Tenso
             f"{path}: in a packed model transformers has another module in this place, whose weights are not known here"
         )
     inner = module.down_proj.shape[1]  # type: ignore[union-attr, index]
-    found: dict[str, tuple[str, Callable[[Tensor], Tensor]]] = {}
+    result: dict[str, tuple[str, Callable[[Tensor], Tensor]]] = {}
     for expert in range(len(module.down_proj)):  # type: ignore[arg-type]
         for part, source, columns in (
             ("gate_proj", "gate_up_proj", slice(0, inner)),
             ("up_proj", "gate_up_proj", slice(inner, None)),
             ("down_proj", "down_proj", slice(None)),
         ):
-            found[f"{path}.{expert}.{part}.weight"] = (f"{path}.{source}", _cut(expert, columns))
-    return found
+            result[f"{path}.{expert}.{part}.weight"] = (f"{path}.{source}", _cut(expert, columns))
+    return result
 
 
 def _cut(expert: int, columns: slice) -> Callable[[Tensor], Tensor]:

@@ -25,11 +25,10 @@ from torch import Tensor
 
 from bitatlas.export.compressed_tensors import WORD, pack_rows
 from bitatlas.export.packed import codes_of, copy_tensor, read_tensor, sources_of, weight_keys
-from bitatlas.export.recipes import write_readme
-from bitatlas.export.target import Job, Target
+from bitatlas.export.target import Job, Target, template, write_readme
 from bitatlas.model.decoder import decoder_of
-from bitatlas.model.folder import carried, check_room
-from bitatlas.model.tensor_files import Entry, Writer, cut
+from bitatlas.model.folder import check_free_space, companion_files
+from bitatlas.model.tensor_files import Entry, Writer, split_shards
 from bitatlas.quantize.codes import Codes
 from bitatlas.records.formats import Format, group_count
 from bitatlas.records.runtimes import Integers
@@ -39,56 +38,20 @@ RENAMED = {"gpt_neox": ("gpt_neox.layers.", "model.h.")}  # model type -> transf
 CHECKED = ("llama", "mistral", "qwen2", "qwen3", "gpt_neox")  # loaded in mlx-lm by benchmarks/runtimes.py
 NAMES = {torch.float32: "F32", torch.float16: "F16", torch.int32: "U32"}
 SMALL_BYTES = 2**20  # room for config, plan and README
-USE = """```
-pip install mlx-lm                  # Linux without a GPU: pip install 'mlx[cpu]' mlx-lm
-python load.py                      # loads this folder, prints what each module is, writes a few words
-mlx_lm.generate --model . --prompt "Once upon a time"
-```
-
-These are the plan's own codes: the weights in MLX are those that the plan was measured with{rounded}."""
 ROUNDED = (
     ", but for the biases, which are rounded to float16. Scales and biases are float16; where other tensors are bfloat16, MLX computes in float32. "
     "`model.set_dtype(mx.bfloat16)` after loading is faster and rounds the scales"
 )
-LOAD = r'''"""Load the folder that this file lies in with mlx-lm, print what each of its modules is, and write a few words.
-
-pip install mlx-lm        (Linux without a GPU: pip install 'mlx[cpu]' mlx-lm)
-python load.py [--prompt TEXT]
-"""
-
-import argparse
-from collections import Counter
-from pathlib import Path
-
-import mlx.nn as nn
-from mlx_lm import generate, load
-
-
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("--prompt", default="Once upon a time")
-    args = parser.parse_args()
-    model, tokenizer = load(str(Path(__file__).parent))
-    found = {name: module for name, module in model.named_modules() if isinstance(module, nn.QuantizedLinear)}
-    for name, module in sorted(found.items()):
-        print(f"{name}: {module.bits} bits, groups of {module.group_size}")
-    print(dict(Counter(f"{module.bits} bits" for module in found.values())))
-    print(generate(model, tokenizer, prompt=args.prompt, max_tokens=32))
-
-
-if __name__ == "__main__":
-    main()
-'''  # load.py of the folder
 
 
 def side_dtype(job: Job) -> torch.dtype:
-    """Of scales and biases."""
+    """Return the dtype of scales and biases."""
     assert job.checkpoint is not None
     return torch.float32 if job.checkpoint.info.dtype in ("float32", "float64") else torch.float16
 
 
 def tensors(codes: Codes, fmt: Format, dtype: torch.dtype) -> dict[str, Tensor]:
-    """`weight` int32 [out, in * bits / 32] (bits of MLX's uint32), `scales` and `biases` [out, groups]."""
+    """Return `weight` int32 [out, in * bits / 32] (bits of MLX's uint32), `scales` and `biases` [out, groups]."""
     scale = codes.scale.float()
     return {
         "weight": pack_rows(codes.codes, fmt.bits),
@@ -98,13 +61,13 @@ def tensors(codes: Codes, fmt: Format, dtype: torch.dtype) -> dict[str, Tensor]:
 
 
 def path_of(name: str, model_type: str) -> str:
-    """What mlx-lm calls the module."""
+    """Return what mlx-lm calls the module."""
     theirs, ours = RENAMED.get(model_type, ("", ""))
     return ours + name.removeprefix(theirs) if theirs and name.startswith(theirs) else name
 
 
 def config(job: Job, content: dict[str, Any]) -> dict[str, Any]:
-    """The checkpoint's config with `quantization`."""
+    """Return the checkpoint's config with `quantization`."""
     usual = job.usual
     quantization: dict[str, Any] = {"group_size": usual.group_size, "bits": usual.bits, "mode": "affine"}
     for name, fmt in job.formats.items():
@@ -113,8 +76,10 @@ def config(job: Job, content: dict[str, Any]) -> dict[str, Any]:
 
 
 def _older_names(content: dict[str, Any]) -> dict[str, Any]:
-    """With the rotary settings under the names that mlx-lm looks for: transformers 5 writes them into `rope_parameters` alone, and mlx-lm
-    then takes its own defaults, silently."""
+    """Return the config with the rotary settings under the names that mlx-lm looks for, too.
+
+    transformers 5 writes them into `rope_parameters` alone, and mlx-lm then takes its own defaults, silently.
+    """
     rope = content.get("rope_parameters")
     if not isinstance(rope, dict) or "rope_theta" not in rope:  # none, or one a kind of layer
         return content
@@ -129,17 +94,18 @@ def _older_names(content: dict[str, Any]) -> dict[str, Any]:
 
 
 def write(job: Job, folder: Path) -> list[str]:
+    """Write the folder. Return what the command prints."""
     checkpoint = job.checkpoint
     assert checkpoint is not None
     content = json.loads((checkpoint.folder / "config.json").read_text(encoding="utf-8"))
-    others = carried(checkpoint.folder)
+    others = companion_files(checkpoint.folder)
     disk_bytes = _write_weights(job, folder, sum(file.stat().st_size for file in others) + SMALL_BYTES)
     for file in others:
         shutil.copyfile(file, folder / file.name)
     (folder / "config.json").write_text(json.dumps(config(job, content), indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
-    (folder / "load.py").write_text(LOAD, encoding="utf-8")
+    (folder / "load.py").write_text(template("mlx.py.txt"), encoding="utf-8")
     rounded = "" if side_dtype(job) == torch.float32 else ROUNDED
-    write_readme(folder, job, f"{Path(job.plan.model.name).name} for MLX", USE.format(rounded=rounded))
+    write_readme(folder, job, f"{Path(job.plan.model.name).name} for MLX", template("mlx.md").format(rounded=rounded))
     notes = [f"{byte_size(disk_bytes)} of weights with their header; the plan counts {byte_size(job.plan.size.total_bytes)}"]
     if content["model_type"] not in CHECKED:
         notes.append(f"mlx-lm's names for {content['model_type']} were not checked: run load.py, which says what each module is")
@@ -147,22 +113,22 @@ def write(job: Job, folder: Path) -> list[str]:
 
 
 def _write_weights(job: Job, folder: Path, more_bytes: int) -> int:
-    """All tensors, in files; the bytes of these. UserError where the disk is too full or a weight cannot be found."""
+    """Write all tensors; return the bytes of their files. UserError where the disk is too full or a weight cannot be found."""
     checkpoint, plan = job.checkpoint, job.plan
     assert checkpoint is not None
     skeleton, dtype = checkpoint.skeleton(), side_dtype(job)
     entries, sources = sources_of(checkpoint)
     keys, decoder = weight_keys(plan, skeleton, entries), decoder_of(skeleton, checkpoint.layers_path)
-    kept = [key for key in entries if key not in set(keys.values())]
-    wanted = [entries[key] for key in kept]
+    copied = [key for key in entries if key not in set(keys.values())]
+    wanted = [entries[key] for key in copied]
     modules = [module for module in checkpoint.modules if module.name in plan.modules]
     for module in modules:
         wanted += _entries(keys[module.name], module.shape, plan.formats[plan.modules[module.name]], dtype)
-    shards = cut(wanted)
+    shards = split_shards(wanted)
     disk_bytes = sum(shard.size_bytes for shard in shards)
-    check_room(folder, disk_bytes + more_bytes)
+    check_free_space(folder, disk_bytes + more_bytes)
     with Writer(folder, shards) as writer, job.reporter.stage("packing") as progress:
-        for key in kept:
+        for key in copied:
             copy_tensor(writer, key, *sources[key])
         for done, module in enumerate(modules, start=1):
             key = keys[module.name]

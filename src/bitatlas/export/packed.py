@@ -5,10 +5,10 @@ are known before a weight is read; then one module after the other goes from the
 every other tensor is copied byte for byte, or written as transformers loads it where the checkpoint stores it in other pieces
 (`export/conversion.py`). At most one module is held, beside its codes. All of it happens in a hidden folder next to the one that was
 asked for; `config.json` and the files' headers come last, so that what an interrupted run leaves is nothing that loads, and the next
-run to the same place removes it. The finished folder is loaded and run (`packed.py`), and only then renamed.
+run to the same place removes it. The finished folder is loaded and run (`export/trial.py`), and only then renamed.
 
 A module whose weight transformers reads before it unpacks any is written whole, with the plan's own values: what was measured, in more
-bytes than the plan counts; which and how many is told. Left out: other runtimes' layouts.
+bytes than the plan counts; the note says which and how many. Left out: other runtimes' layouts.
 """
 
 from __future__ import annotations
@@ -28,15 +28,15 @@ from safetensors import safe_open
 from torch import Tensor, nn
 
 from bitatlas.errors import UserError
-from bitatlas.export.card import Story, card_text, story_beside
+from bitatlas.export.card import Evidence, card_text, evidence_beside
 from bitatlas.export.compressed_tensors import PACKAGE, layout, overheads, part_bytes, quantization_config, tensors
 from bitatlas.export.conversion import Conversion, exchanged, pieces, unpackable
 from bitatlas.export.trial import check_folder, named_class
 from bitatlas.model.checkpoint import Checkpoint, open_checkpoint, skeleton_of
 from bitatlas.model.decoder import Decoder, decoder_of
-from bitatlas.model.folder import beside, carried, check_out, check_room, find_folder, read_config
+from bitatlas.model.folder import atomic_folder, check_free_space, check_out, companion_files, find_folder, read_config
 from bitatlas.model.linear import is_transposed
-from bitatlas.model.tensor_files import DTYPES, SHARD_BYTES, Entry, Shard, Writer, cut, read_header
+from bitatlas.model.tensor_files import DTYPES, SHARD_BYTES, Entry, Shard, Writer, read_header, split_shards
 from bitatlas.progress import Reporter
 from bitatlas.quantize import get_quantizer
 from bitatlas.quantize.bank import bank_of_plan
@@ -53,6 +53,8 @@ DTYPE_WORDS = {dtype: word for word, dtype in DTYPES.items()}
 SUFFIXES = ("weight_packed", "weight_scale", "weight_shape", "weight_zero_point")
 FLOATS = ("F64", "F32", "F16", "BF16")  # in which a module's values can be written whole
 
+Conversions = dict[str, dict[str, Callable[[Tensor], Tensor]]]  # parameter of the model -> new tensors -> how each is made of it
+
 
 @dataclass(frozen=True)
 class Applied:
@@ -65,18 +67,18 @@ class Applied:
     causes: dict[str, int]
     carried: list[str]
     whole: list[str]  # modules of the plan that are not packed
-    made: list[str]  # tensors that are not written as the checkpoint stores them, packed ones apart
+    converted: list[str]  # tensors that are not written as the checkpoint stores them, packed ones apart
     tried: str  # how the folder was loaded and run
 
     @property
     def notes(self) -> list[str]:
-        """Lines that the command prints."""
+        """Return lines that the command prints."""
         lines = []
         if self.whole:
             lines.append(f"Written whole, since transformers reads them before it unpacks any: {listed(self.whole)}")
-        if self.made:
+        if self.converted:
             lines.append(
-                f"Written as transformers holds them, not as the checkpoint does: {len(self.made)} tensors like {self.made[0]}"
+                f"Written as transformers holds them, not as the checkpoint does: {len(self.converted)} tensors like {self.converted[0]}"
             )
         return [*lines, f"Tried: {self.tried}"]
 
@@ -85,12 +87,12 @@ class Applied:
 class Blueprint:
     """The new weights' files, before they are written."""
 
-    sources: dict[str, tuple[Path, int, int]]  # tensor of the checkpoint -> its file, and its bytes' place there
+    sources: dict[str, tuple[Path, int, int]]  # tensor of the checkpoint -> its file, and where its bytes begin and end there
     conversion: Conversion
     packed: dict[str, str]  # module of the plan -> what its tensors' names begin with
     whole: dict[str, Entry]  # module of the plan that is not packed -> its tensor
     copied: list[str]  # tensors of the checkpoint
-    made: dict[str, dict[str, Callable[[Tensor], Tensor]]]  # parameter of the model -> new tensors, and how each is made of it
+    converted: Conversions
     shards: list[Shard]
     causes: dict[str, int]
     aliases: dict[str, str]  # packed module -> its name in the class that the config names, where that is another one
@@ -101,11 +103,11 @@ class Blueprint:
 
     @property
     def unused(self) -> set[str]:
-        """Tensors that the model passes over, by the names that transformers gives them."""
+        """Return the tensors that the model passes over, by the names that transformers gives them."""
         return {name for key in self.copied if (name := self.conversion.target(key)[0]) not in self.conversion.origins}
 
     def read(self, parameter: str) -> Tensor:
-        """A parameter of the model as the checkpoint has it."""
+        """Return a parameter of the model as the checkpoint has it."""
         return self.conversion.read(parameter, lambda key: read_tensor(self.sources[key][0], key))
 
 
@@ -122,38 +124,38 @@ def apply_plan(model_name: str, plan_file: Path, out: Path, reporter: Reporter, 
         check_fits(plan, checkpoint)
         skeleton = checkpoint.skeleton()
         decoder = decoder_of(skeleton, checkpoint.layers_path)
-        blueprint = draw(plan, checkpoint, skeleton, shard_bytes)
-        others = carried(checkpoint.folder)
-        check_room(out, blueprint.disk_bytes + sum(file.stat().st_size for file in others) + SMALL_BYTES)
+        blueprint = blueprint_of(plan, checkpoint, skeleton, shard_bytes)
+        others = companion_files(checkpoint.folder)
+        check_free_space(out, blueprint.disk_bytes + sum(file.stat().st_size for file in others) + SMALL_BYTES)
         if get_quantizer(plan.quantizer).uses_rows:
             for module in plan.modules:
                 bank_of_plan(plan, plan_file, decoder, [module])
-    story = story_beside(plan_file, plan)
-    with beside(out) as folder:
+    evidence = evidence_beside(plan_file, plan)
+    with atomic_folder(out) as folder:
         with reporter.stage("packing") as progress:
             _write_weights(folder, plan, plan_file, checkpoint, decoder, blueprint, progress)
         checkpoint.check_unchanged()
         for file in others:
             shutil.copyfile(file, folder / file.name)
         write_text(folder / "plan.json", to_json(plan))
-        write_text(folder / "README.md", card_of(plan, checkpoint, story, blueprint.disk_bytes))
+        write_text(folder / "README.md", card_of(plan, checkpoint, evidence, blueprint.disk_bytes))
         write_text(folder / "config.json", config_text(plan, checkpoint, skeleton, blueprint))
         with reporter.stage("loading it in transformers"):
             whole = {name: DTYPES[entry.dtype] for name, entry in blueprint.whole.items()}
             tried = check_folder(folder, plan, plan_file, checkpoint, whole, blueprint.unused)
     return Applied(
         out, plan, plan.size.total_bytes, blueprint.disk_bytes, every_cause(plan, blueprint), [file.name for file in others],
-        list(blueprint.whole), [name for parts in blueprint.made.values() for name in parts], tried,
+        list(blueprint.whole), [name for parts in blueprint.converted.values() for name in parts], tried,
     )  # fmt: skip
 
 
 def promised_disk_bytes(plan: Plan, blueprint: Blueprint) -> int:
-    """Of the weights' files, if the plan counts rightly."""
+    """Return the bytes of the weights' files, if the plan counts rightly."""
     return plan.size.total_bytes + sum(blueprint.causes.values())
 
 
 def every_cause(plan: Plan, blueprint: Blueprint) -> dict[str, int]:
-    """The blueprint's, and what the plan counts wrongly."""
+    """Return the blueprint's causes, and what the plan counts wrongly."""
     wrong = blueprint.disk_bytes - promised_disk_bytes(plan, blueprint)
     return {**blueprint.causes, **({"counted otherwise by the plan": wrong} if wrong else {})}
 
@@ -162,13 +164,13 @@ def every_cause(plan: Plan, blueprint: Blueprint) -> dict[str, int]:
 
 
 def check_package() -> None:
-    """UserError where the package that reads packed checkpoints is not here."""
+    """Raise UserError where the package that reads packed checkpoints is not here."""
     if importlib.util.find_spec(PACKAGE) is None:
         raise UserError("packed checkpoints need a package that is not here: pip install 'bitatlas[export]'")
 
 
 def check_fits(plan: Plan, checkpoint: Checkpoint) -> None:
-    """UserError where the plan is about other weights."""
+    """Raise UserError where the plan is about other weights."""
     if plan.model.weights_sha256 != checkpoint.info.weights_sha256:
         raise UserError(f"{checkpoint.info.name}: these are not the weights that the plan was made for ({plan.model.name})")
     unknown = sorted(set(plan.modules) - {module.name for module in checkpoint.modules})
@@ -177,14 +179,14 @@ def check_fits(plan: Plan, checkpoint: Checkpoint) -> None:
 
 
 def check_transposed(
-    plan: Plan, model_name: str, told: str = "{} is a Conv1D (GPT-2's transposed linear layer), whose weight cannot be packed"
+    plan: Plan, model_name: str, message: str = "{} is a Conv1D (GPT-2's transposed linear layer), whose weight cannot be packed"
 ) -> None:
-    """UserError for GPT-2's transposed layers, from the config alone: before a byte of the weights is read. `told`: about a module."""
+    """Raise UserError for GPT-2's transposed layers, from the config alone: before a byte of the weights is read. `message`: about a module."""
     folder = find_folder(model_name, plan.model.revision)
     kinds = dict(skeleton_of(read_config(folder, model_name), model_name).named_modules())
     for name in plan.modules:
         if is_transposed(kinds.get(name)):
-            raise UserError(told.format(name))
+            raise UserError(message.format(name))
 
 
 def _check_formats(plan: Plan) -> None:
@@ -198,11 +200,11 @@ def _check_formats(plan: Plan) -> None:
 # --- what will be written ----------------------------------------------------------------------------------------------
 
 
-def draw(plan: Plan, checkpoint: Checkpoint, skeleton: nn.Module, shard_bytes: int = SHARD_BYTES) -> Blueprint:
-    """Names, places and sizes of all tensors; UserError where a module cannot be packed."""
+def blueprint_of(plan: Plan, checkpoint: Checkpoint, skeleton: nn.Module, shard_bytes: int = SHARD_BYTES) -> Blueprint:
+    """Return names, places and sizes of all tensors; UserError where a module cannot be packed."""
     entries, sources = sources_of(checkpoint)
     conversion = conversion_of(skeleton, entries)
-    weight_origins(plan, conversion)
+    _check_origins(plan, conversion)
     whole = {name: _whole_entry(name, conversion, entries) for name in unpackable(skeleton, plan.modules)}
     if whole and len(whole) == len(plan.modules):
         raise UserError(
@@ -211,12 +213,14 @@ def draw(plan: Plan, checkpoint: Checkpoint, skeleton: nn.Module, shard_bytes: i
         )
     packed = {name: _prefix(conversion, name) for name in plan.modules if name not in whole}
     other = _named_conversion(checkpoint, conversion, entries)
-    made = _made(plan, skeleton, conversion, other)
-    taken = {f"{name}.weight" for name in plan.modules} | set(made)
+    converted = _converted(plan, skeleton, conversion, other)
+    taken = {f"{name}.weight" for name in plan.modules} | set(converted)
     gone = {key for parameter in taken for key in conversion.origins[parameter].all_keys}
     copied = [key for key in entries if key not in gone]
-    made_entries = [_entry(name, how(_meta(conversion, p, entries))) for p, parts in made.items() for name, how in parts.items()]
-    wanted = [entries[key] for key in copied] + made_entries + list(whole.values())
+    new_entries = [
+        _entry(name, how(_meta(conversion, p, entries))) for p, parts in converted.items() for name, how in parts.items()
+    ]
+    wanted = [entries[key] for key in copied] + new_entries + list(whole.values())
     causes = Counter[str]()
     whole_zeros = get_quantizer(plan.quantizer).whole_zeros
     for module in _planned(plan, checkpoint):
@@ -227,19 +231,19 @@ def draw(plan: Plan, checkpoint: Checkpoint, skeleton: nn.Module, shard_bytes: i
         for suffix, part in layout(module.shape, fmt, whole_zeros).items():
             wanted.append(Entry(packed[module.name] + suffix, DTYPE_WORDS[part[0]], part[1], part_bytes(part)))
         causes.update(overheads(module.shape, fmt, whole_zeros))
-    merged = {*made, *conversion.made} & taken
+    merged = {*converted, *conversion.converted} & taken
     stored = {key for parameter in merged for key in conversion.origins[parameter].all_keys}
-    apart = [_entry(name, conversion.made[name]) for name in merged - set(made)]  # of planned modules
-    grown = sum(entry.size_bytes for entry in made_entries + apart) - sum(entries[key].size_bytes for key in stored)
+    apart = [_entry(name, conversion.converted[name]) for name in merged - set(converted)]  # of planned modules
+    grown = sum(entry.size_bytes for entry in new_entries + apart) - sum(entries[key].size_bytes for key in stored)
     causes["tensors in the form that transformers loads"] = grown
-    shards = cut(wanted, shard_bytes)
+    shards = split_shards(wanted, shard_bytes)
     causes["headers of the files"] = sum(len(shard.header) for shard in shards)
-    told = {name: count for name, count in causes.items() if count}
-    return Blueprint(sources, conversion, packed, whole, copied, made, shards, told, _aliases(packed, conversion, other))
+    nonzero = {name: count for name, count in causes.items() if count}
+    return Blueprint(sources, conversion, packed, whole, copied, converted, shards, nonzero, _aliases(packed, conversion, other))
 
 
 def _named_conversion(checkpoint: Checkpoint, conversion: Conversion, entries: Mapping[str, Entry]) -> Conversion | None:
-    """Of the model class that the config names, where that is another one than the skeleton's.
+    """Return the conversion of the model class that the config names, where that is another one than the skeleton's.
 
     A checkpoint that also sees is opened as its text part where transformers has a class for that: one file, two names.
     """
@@ -251,20 +255,20 @@ def _named_conversion(checkpoint: Checkpoint, conversion: Conversion, entries: M
 
 
 def _aliases(names: Iterable[str], conversion: Conversion, other: Conversion | None) -> dict[str, str]:
-    """Module -> its name in the other class, of those that are called otherwise there."""
-    found: dict[str, str] = {}
+    """Return module -> its name in the other class, of those that are called otherwise there."""
+    aliases: dict[str, str] = {}
     if other is None:
-        return found
+        return aliases
     for name in names:
         key = conversion.key(f"{name}.weight")
         target = other.target(key)[0].removesuffix(".weight") if key else name
         if target != name:
-            found[name] = target
-    return found
+            aliases[name] = target
+    return aliases
 
 
 def conversion_of(skeleton: nn.Module, entries: Mapping[str, Entry]) -> Conversion:
-    """What transformers makes of the tensors."""
+    """Return what transformers makes of the tensors."""
     return Conversion(skeleton, {key: _empty(entry) for key, entry in entries.items()})
 
 
@@ -277,30 +281,31 @@ def _entry(name: str, tensor: Tensor) -> Entry:
 
 
 def _meta(conversion: Conversion, parameter: str, entries: Mapping[str, Entry]) -> Tensor:
-    """The parameter without its data."""
+    """Return the parameter without its data."""
     return conversion.read(parameter, lambda key: _empty(entries[key]))
 
 
-def _made(
-    plan: Plan, skeleton: nn.Module, conversion: Conversion, other: Conversion | None
-) -> dict[str, dict[str, Callable[[Tensor], Tensor]]]:
-    """What is written otherwise than it is stored, planned modules apart (see `Blueprint.made`)."""
+def _converted(plan: Plan, skeleton: nn.Module, conversion: Conversion, other: Conversion | None) -> Conversions:
+    """Return what is written otherwise than it is stored, planned modules apart (see `Blueprint.converted`)."""
     planned = {f"{name}.weight" for name in plan.modules}
-    again = {name for name in conversion.made if conversion.target(name)[1]}  # a rule takes its own result: the tensors stay
-    made: dict[str, dict[str, Callable[[Tensor], Tensor]]] = {
-        name: {name: lambda tensor: tensor} for name in conversion.made if name not in planned and name not in again
+    again = {name for name in conversion.converted if conversion.target(name)[1]}  # a rule takes its own result: the tensors stay
+    converted: Conversions = {
+        name: {name: lambda tensor: tensor} for name in conversion.converted if name not in planned and name not in again
     }
     for path, module in exchanged(skeleton).items():
         cuts = pieces(module, path)
         for parameter in {source: None for source, _ in cuts.values()}:
-            made[parameter] = {name: how for name, (source, how) in cuts.items() if source == parameter}
-    if other:
-        made = {p: {_known_to_both(name, p, conversion, other): how for name, how in parts.items()} for p, parts in made.items()}
-    return made
+            converted[parameter] = {name: how for name, (source, how) in cuts.items() if source == parameter}
+    if other is None:
+        return converted
+    return {
+        parameter: {_known_to_both(name, parameter, conversion, other): how for name, how in parts.items()}
+        for parameter, parts in converted.items()
+    }
 
 
 def _known_to_both(name: str, parameter: str, conversion: Conversion, other: Conversion) -> str:
-    """What the tensor `name`, made of `parameter`, is called in the other class, where that name leads to it in this one, too."""
+    """Return what the tensor `name`, made of `parameter`, is called in the other class, where that name leads to it in this one, too."""
     there, _ = other.target(conversion.origins[parameter].all_keys[0])
     parent = parameter.rpartition(".")[0]
     renamed = there.rpartition(".")[0] + name.removeprefix(parent)
@@ -314,7 +319,7 @@ def _whole_entry(name: str, conversion: Conversion, entries: Mapping[str, Entry]
 
 
 def _prefix(conversion: Conversion, name: str) -> str:
-    """What the names of a packed module's tensors begin with: as the checkpoint has it, where that leads to the module; else its name."""
+    """Return what the names of a packed module's tensors begin with: as the checkpoint has it, where that leads to the module; else its name."""
     key, packed = conversion.key(f"{name}.weight"), [f"{name}.{suffix}" for suffix in SUFFIXES]
     stem = (key or "").removesuffix("weight")
     if key and stem != key and all(conversion.target(stem + s, packed) == (f"{name}.{s}", None) for s in SUFFIXES):
@@ -323,7 +328,7 @@ def _prefix(conversion: Conversion, name: str) -> str:
 
 
 def sources_of(checkpoint: Checkpoint) -> tuple[dict[str, Entry], dict[str, tuple[Path, int, int]]]:
-    """Every tensor of the checkpoint: what it is, and its file with its bytes' first place and end there."""
+    """Return every tensor of the checkpoint: what it is, and its file with its bytes' first place and end there."""
     entries, sources = {}, {}
     for file in checkpoint.files:
         header = read_header(file)
@@ -336,15 +341,15 @@ def sources_of(checkpoint: Checkpoint) -> tuple[dict[str, Entry], dict[str, tupl
     return entries, sources
 
 
-def weight_origins(plan: Plan, conversion: Conversion) -> None:
-    """UserError where the checkpoint has no weight of a planned module that can be followed."""
+def _check_origins(plan: Plan, conversion: Conversion) -> None:
+    """Raise UserError where the checkpoint has no weight of a planned module that can be followed."""
     for name in plan.modules:
         if f"{name}.weight" not in conversion.origins:
             raise UserError(f"{name}: the checkpoint stores this weight in a way that cannot be followed")
 
 
 def weight_keys(plan: Plan, skeleton: nn.Module, entries: Mapping[str, Entry]) -> dict[str, str]:
-    """Module of the plan -> the checkpoint's name of its weight; UserError where it is no tensor of its own there."""
+    """Return module of the plan -> the checkpoint's name of its weight; UserError where it is no tensor of its own there."""
     conversion, keys = conversion_of(skeleton, entries), {}
     for name in plan.modules:
         key = conversion.key(f"{name}.weight")
@@ -361,10 +366,12 @@ def _planned(plan: Plan, checkpoint: Checkpoint) -> list[Module]:
 
 
 def config_text(plan: Plan, checkpoint: Checkpoint, skeleton: nn.Module, blueprint: Blueprint) -> str:
-    """The checkpoint's own config, with how to read the weights."""
+    """Return the checkpoint's own config, with how to read the weights."""
     content: dict[str, Any] = json.loads((checkpoint.folder / "config.json").read_text(encoding="utf-8"))
     linear = [name for name, module in skeleton.named_modules() if isinstance(module, nn.Linear)]
-    pieces_of = [name.removesuffix(".weight") for parts in blueprint.made.values() for name in parts if name.endswith(".weight")]
+    pieces_of = [
+        name.removesuffix(".weight") for parts in blueprint.converted.values() for name in parts if name.endswith(".weight")
+    ]
     ignored = [name for name in [*linear, *pieces_of] if name not in blueprint.packed]
     modules = [module for module in _planned(plan, checkpoint) if module.name in blueprint.packed]
     named = {
@@ -382,9 +389,10 @@ def config_text(plan: Plan, checkpoint: Checkpoint, skeleton: nn.Module, bluepri
     return json.dumps(content, indent=2, ensure_ascii=False) + "\n"
 
 
-def card_of(plan: Plan, checkpoint: Checkpoint, story: Story, disk_bytes: int) -> str:
+def card_of(plan: Plan, checkpoint: Checkpoint, evidence: Evidence, disk_bytes: int) -> str:
+    """Return the model card."""
     source = checkpoint.folder / "README.md"
-    return card_text(plan, checkpoint.modules, story, source if source.is_file() else None, disk_bytes, checkpoint.info)
+    return card_text(plan, checkpoint.modules, evidence, source if source.is_file() else None, disk_bytes, checkpoint.info)
 
 
 # --- writing -----------------------------------------------------------------------------------------------------------
@@ -396,7 +404,7 @@ def _write_weights(
     with Writer(folder, blueprint.shards) as writer:
         for key in blueprint.copied:
             copy_tensor(writer, key, *blueprint.sources[key])
-        for parameter, parts in blueprint.made.items():
+        for parameter, parts in blueprint.converted.items():
             tensor = blueprint.read(parameter)
             for name, how in parts.items():
                 writer.write(name, _bytes(how(tensor)))
@@ -413,7 +421,7 @@ def _write_weights(
 
 
 def copy_tensor(writer: Writer, key: str, file: Path, start: int, end: int) -> None:
-    """The bytes of `file` from `start` to `end` become the tensor `key`."""
+    """Write the bytes of `file` from `start` to `end` as the tensor `key`."""
     with file.open("rb") as stream:
         stream.seek(start)
         while start < end:
@@ -424,19 +432,23 @@ def copy_tensor(writer: Writer, key: str, file: Path, start: int, end: int) -> N
 
 
 def read_tensor(file: Path, key: str) -> Tensor:
+    """Return a tensor of a safetensors file."""
     with safe_open(file, framework="pt") as reader:
         return reader.get_tensor(key)
 
 
 def codes_of(plan: Plan, plan_file: Path, decoder: Decoder, name: str, weight: Tensor) -> Codes:
-    """The module's codes, of a plan of integer formats."""
-    found = stored_of(plan, plan_file, decoder, name, weight)
-    assert isinstance(found, Codes)
-    return found
+    """Return the module's codes, of a plan of integer formats."""
+    codes = stored_of(plan, plan_file, decoder, name, weight)
+    assert isinstance(codes, Codes)
+    return codes
 
 
 def stored_of(plan: Plan, plan_file: Path, decoder: Decoder, name: str, weight: Tensor) -> Codes | Blocks:
-    """What the bank holds of a module. The model of `decoder`, a skeleton, holds its weight, in float32 as everything was measured, for this long alone."""
+    """Return what the bank holds of a module.
+
+    The model of `decoder`, a skeleton, holds its weight, in float32 as everything was measured, for this long alone.
+    """
     module = decoder.model.get_submodule(name)
     before = module.weight
     module.weight = nn.Parameter(weight.float(), requires_grad=False)
@@ -447,7 +459,7 @@ def stored_of(plan: Plan, plan_file: Path, decoder: Decoder, name: str, weight: 
 
 
 def _packed(plan: Plan, plan_file: Path, decoder: Decoder, name: str, weight: Tensor) -> dict[str, Tensor]:
-    """The module's tensors."""
+    """Return the module's tensors."""
     codes = codes_of(plan, plan_file, decoder, name, weight)
     try:
         return tensors(codes, plan.formats[plan.modules[name]])

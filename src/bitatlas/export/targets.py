@@ -17,7 +17,7 @@ from bitatlas.export.gguf import write as gguf
 from bitatlas.export.packed import apply_plan, check_fits, check_transposed
 from bitatlas.export.target import Job, Target
 from bitatlas.model.checkpoint import Checkpoint, open_checkpoint
-from bitatlas.model.folder import beside, check_out
+from bitatlas.model.folder import atomic_folder, check_out
 from bitatlas.progress import Reporter
 from bitatlas.records import Module, Plan
 from bitatlas.records.files import read_record, to_json, write_text
@@ -25,9 +25,7 @@ from bitatlas.records.formats import GROUP_SIZES, Format
 from bitatlas.records.runtimes import Integers
 from bitatlas.records.sizes import unlike_partners
 
-# --- vllm ------------------------------------------------------------------------------------------------------------------
-
-# vLLM: the packed checkpoint of `apply`, refused where vLLM cannot be expected to run it.
+# --- vLLM: the packed checkpoint of `apply`, refused where vLLM cannot be expected to run it ----------------------------
 #
 # vLLM reads compressed-tensors `pack-quantized` with one format for q/k/v and one for gate/up, which it runs as one matrix each. Its
 # weight-only scheme has 2 to 8 bits symmetric; `apply` writes zero-points in a way that transformers reads and vLLM does not.
@@ -66,7 +64,7 @@ class Exported:
 
 
 def get_target(name: str) -> Target:
-    """The runtime called `name`; UserError with the nearest valid name otherwise."""
+    """Return the runtime called `name`; UserError with the nearest valid name otherwise."""
     if name not in TARGETS:
         near = difflib.get_close_matches(name, TARGETS, n=1, cutoff=0.0)[0]
         raise UserError(f"--to: unknown runtime {name!r}; nearest is {near!r} (valid: {', '.join(TARGETS)})")
@@ -98,7 +96,7 @@ def export_plan(plan_file: Path, target_name: str, out: Path, model_name: str | 
     notes = (
         [] if modules else ["the model's modules are not known here, so row lengths were not checked: --model MODEL does that"]
     )
-    with beside(out) as folder:
+    with atomic_folder(out) as folder:
         notes += target.write(job, folder)
         write_text(folder / "plan.json", to_json(plan))
         files = sorted(file.name for file in folder.iterdir())
@@ -124,7 +122,7 @@ def _check_format(target: Target, module: str, name: str, fmt: Format) -> None:
 
 
 def _check_rows(target: Target, job: Job) -> None:
-    """A short last group is ours; many runtimes have none."""
+    """Refuse groups that do not divide the rows: a short last group is ours, many runtimes have none."""
     if not target.whole_groups:
         return
     for module in job.modules:
@@ -147,10 +145,10 @@ def _regrouped(fmt: Format, size: int) -> Format:
 
 
 def _check_fused(target: Target, plan: Plan) -> None:
-    """One format for all modules that the runtime makes one matrix of."""
+    """Refuse several formats in modules that the runtime makes one matrix of."""
     if target.fused and (unlike := unlike_partners(plan)):
-        name, format_name, other, told = unlike
+        name, format_name, other, other_format = unlike
         raise UserError(
-            f"--to {target.name}: {name} has the format {format_name} and {other} {told}, but {target.name} runs them as one "
+            f"--to {target.name}: {name} has the format {format_name} and {other} {other_format}, but {target.name} runs them as one "
             "matrix in one format: make the plan in a survey with --fuse"
         )

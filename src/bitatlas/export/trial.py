@@ -3,7 +3,7 @@
 A folder can be written whole and still be of no use: transformers may find no place for a tensor and fill in random numbers, or fail
 while it loads. So the finished folder is loaded and run on a few tokens, beside the reference model with the plan's weights in it; the
 logits must be the same. One model after the other is held, in float32. Where memory is too short for that, transformers still matches
-every tensor to its place, on the meta device, and what was left out is told.
+every tensor to its place, on the meta device, and the note says what was left out.
 """
 
 from __future__ import annotations
@@ -21,9 +21,9 @@ from torch import Tensor, nn
 from transformers import AutoModelForCausalLM
 
 from bitatlas.errors import UserError
-from bitatlas.measure.memory_need import at_hand
+from bitatlas.measure.memory_need import available_bytes
 from bitatlas.model.checkpoint import Checkpoint, open_model, quiet_transformers
-from bitatlas.model.streaming import trim
+from bitatlas.model.streaming import release_free_memory
 from bitatlas.model.tensor_files import reason_of
 from bitatlas.quantize.bank import bank_of_plan
 from bitatlas.records import Plan
@@ -36,7 +36,7 @@ HELD = 1.25  # bytes in memory while a model is loaded and run, by those of its 
 
 @torch.no_grad()
 def open_packed(folder: Path, device: str) -> tuple[Any, Any]:
-    """The checkpoint, unpacked (its first pass does that), and its tokenizer, without what the package has to say about it."""
+    """Open the packed checkpoint, unpacked (its first pass does that), and its tokenizer, without the package's own log."""
     with _silent():
         model, tokenizer = open_model(str(folder), device)
         model(input_ids=torch.zeros(1, 1, dtype=torch.long, device=model.device), use_cache=False)
@@ -46,7 +46,7 @@ def open_packed(folder: Path, device: str) -> tuple[Any, Any]:
 def check_folder(
     folder: Path, plan: Plan, plan_file: Path, checkpoint: Checkpoint, whole: Mapping[str, torch.dtype], unused: Collection[str]
 ) -> str:
-    """A line about how `folder` was tried; UserError where transformers does not load it, or it computes something else than the plan.
+    """Load and run `folder`; return a line about it. UserError where transformers does not load it, or it computes something else than the plan.
 
     `whole`: modules that are not packed, and the dtype of their weights. `unused`: tensors that the model passes over.
     """
@@ -54,7 +54,7 @@ def check_folder(
     weights = sum(parameter.numel() for parameter in skeleton.parameters())
     disk = sum(file.stat().st_size for file in folder.glob("*.safetensors"))
     needed = disk + int(4 * HELD * weights)
-    free = at_hand("cpu") - psutil.Process().memory_info().rss
+    free = available_bytes("cpu") - psutil.Process().memory_info().rss
     named = named_class(checkpoint.config)
     kinds: list[Any] = [named] if named is type(skeleton) else [kind for kind in (named, AutoModelForCausalLM) if kind]
     if needed > free:
@@ -65,7 +65,7 @@ def check_folder(
             "for every tensor; bitatlas verify measures it where there is more"
         )
     expected = _expected(checkpoint, plan, plan_file, whole)
-    trim()
+    release_free_memory()
     largest, difference = float(expected.abs().max()), 0.0
     for kind in kinds:
         model = _load(kind, folder, "cpu", unused).eval()
@@ -73,7 +73,7 @@ def check_folder(
             continue
         difference = max(difference, float((_logits(model, checkpoint) - expected).abs().max().nan_to_num(torch.inf)))
         del model
-        trim()
+        release_free_memory()
     if not difference <= TOLERANCE * largest:
         raise _refused(
             f"it computes something else: logits differ by {difference:.3g} from the plan's, the largest of which is {largest:.3g}"
@@ -98,12 +98,12 @@ def _refused(reason: str) -> UserError:
 
 
 def named_class(config: Any) -> Any:
-    """The model class that a config names, if transformers has it."""
+    """Return the model class that a config names, if transformers has it."""
     return getattr(transformers, (getattr(config, "architectures", None) or [""])[0], None)
 
 
 def _load(kind: Any, folder: Path, device: str, unused: Collection[str]) -> Any:
-    """The model of class `kind` in float32; UserError unless every tensor of the model is there, and every tensor but `unused` has a place in it."""
+    """Load the model of class `kind` in float32; UserError unless every tensor of the model is there, and every tensor but `unused` has a place in it."""
     try:
         with _silent():
             model, report = kind.from_pretrained(
@@ -125,7 +125,7 @@ def _load(kind: Any, folder: Path, device: str, unused: Collection[str]) -> Any:
 
 @torch.no_grad()
 def _expected(checkpoint: Checkpoint, plan: Plan, plan_file: Path, whole: Mapping[str, torch.dtype]) -> Tensor:
-    """Logits [1, tokens, vocabulary] of the reference model with the bank's reconstruction in every planned module."""
+    """Return logits [1, tokens, vocabulary] of the reference model with the bank's reconstruction in every planned module."""
     decoder = checkpoint.load_model()
     for name, format_name in plan.modules.items():
         weight = bank_of_plan(plan, plan_file, decoder, [name]).codes(name, format_name).weight()
@@ -138,7 +138,7 @@ def _expected(checkpoint: Checkpoint, plan: Plan, plan_file: Path, whole: Mappin
 
 
 def _takes_text(model: Any, checkpoint: Checkpoint) -> bool:
-    """Some classes that also see fail on text alone; their text part is run all the same."""
+    """Tell whether a model runs on text alone: some that also see do not; their text part is run all the same."""
     try:
         _logits(model, checkpoint)
     except UserError:
@@ -157,7 +157,7 @@ def _logits(model: Any, checkpoint: Checkpoint) -> Tensor:
 
 
 def _tokens(checkpoint: Checkpoint) -> Tensor:
-    """int64 [1, tokens], drawn among those that stand for text."""
+    """Return int64 [1, tokens], drawn among those that stand for text."""
     text = checkpoint.config.get_text_config()
     known = [vars(config) for config in (checkpoint.config, text)]
     special = {

@@ -13,8 +13,7 @@ from typing import Any
 
 from numpy.typing import ArrayLike
 
-from bitatlas.findings.ablation import ablation_findings
-from bitatlas.findings.correlations import alike, layer_correlations, layer_measures, sparsity_findings, sparsity_of
+from bitatlas.findings.correlations import layer_correlations, layer_measures, sparsity_findings, sparsity_of, untested_sparsity
 from bitatlas.findings.folk import RULED, folk_findings, marking_rules, math_needs_more, value_and_down
 from bitatlas.findings.reliability import (
     calibration_findings,
@@ -25,6 +24,7 @@ from bitatlas.findings.reliability import (
 )
 from bitatlas.findings.shares import LayerRows, Shares, layer_records, misfit, shares_of
 from bitatlas.findings.statements import (
+    ablation_findings,
     attention_findings,
     layer_findings,
     measure_findings,
@@ -33,7 +33,7 @@ from bitatlas.findings.statements import (
     zone_findings,
 )
 from bitatlas.findings.tasks import TaskRows, task_damages, task_text_findings, width_findings
-from bitatlas.findings.units import insides
+from bitatlas.findings.units import unit_records
 from bitatlas.findings.zones import joint_findings, with_low_share, zones
 from bitatlas.records import (
     Ablation,
@@ -142,11 +142,11 @@ def conclude(evidence: Evidence, tolerance: float, seed: int = 0) -> Conclusions
     runs = zones(rows, layers, joint.together if joint else (), shares, seed)
     sparsity = sparsity_of(weights, rows.layers)
     measures = layer_measures(weights, evidence.attention.attention, rows.layers, rows.low_name)
-    inside = insides(damage.modules, weights, damage.units, damage.kinds, seed) if damage.units and damage.kinds else None
+    inside = unit_records(damage.modules, weights, damage.units, damage.kinds, seed) if damage.units and damage.kinds else None
     conclusions = Conclusions(
         layers=layers,
         zones=with_low_share(runs, damage.modules, plan.modules, rows.low_name) if plan else runs,
-        correlations=layer_correlations(measures, shares, alike(sparsity), seed),
+        correlations=layer_correlations(measures, shares, untested_sparsity(sparsity), seed),
         task_damage=task_damages(tasks.texts, tasks.general, seed),
         sparsity=sparsity,
         shapley=None if rows.orders is None else shapley_check(rows.orders, damage.order_models, rows, seed),

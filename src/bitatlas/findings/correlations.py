@@ -17,22 +17,19 @@ layers are no circle).
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from functools import lru_cache
 
 import numpy as np
-from numpy.typing import ArrayLike, NDArray
+from numpy.typing import ArrayLike
 from scipy import stats
 from scipy.fft import dct
-from scipy.stats import rankdata
 
-from bitatlas.findings.shares import FAILS, FALSE_DISCOVERIES, HOLDS, OPEN, Shares
+from bitatlas.findings.shares import FAILS, FALSE_DISCOVERIES, HOLDS, OPEN, Floats, Shares
 from bitatlas.records import AttentionLayer, Correlation, Finding, Sparsity, SparsityPoint, WeightProfile
 from bitatlas.records.text import p_is, p_value, percent
-from bitatlas.stats.bootstrap import benjamini_hochberg, is_bound, percentile_interval
-
-Floats = NDArray[np.float64]
+from bitatlas.stats.bootstrap import benjamini_hochberg, interval_ends, is_bound, rank_correlation
 
 MOST_EXACT = 15  # layers, of which all 2^13 choices of signs are tried
 DRAWS = 10_000  # of signs, for more layers
@@ -40,55 +37,43 @@ DEPTH = "depth"
 ATTENTION_MEASURES = ("attention entropy", "head specialization", "reasoning focus")
 
 
+def weight_measures(groups: Sequence[Sequence[WeightProfile]], low: str) -> dict[str, Floats]:
+    """Return cheap measures of groups of modules: name -> [groups], means weighted by size; NaN where `low` was not profiled."""
+    columns: dict[str, Callable[[WeightProfile], float]] = {
+        "sparsity": lambda profile: profile.sparsity,
+        "kurtosis": lambda profile: profile.kurtosis,
+        "outlier ratio": lambda profile: profile.outlier_ratio,
+        "relative error": lambda profile: profile.relative_error.get(low, math.nan),
+        "squared error": lambda profile: profile.relative_error.get(low, math.nan) * profile.std**2,
+    }
+    return {
+        name: np.array([np.average([value(p) for p in group], weights=[p.weights for p in group]) for group in groups])
+        for name, value in columns.items()
+    }
+
+
 def layer_measures(
     profiles: Sequence[WeightProfile], attention: Sequence[AttentionLayer], layers: int, low: str
 ) -> dict[str, Floats]:
-    """Cheap measures of every layer: name -> [layers]. Weight measures are means over modules, weighted by their size.
-
-    Attention measures come from base `reference`. A measure that some layer lacks is left out.
-    """
-    found: dict[str, Floats] = {}
+    """Return cheap measures of every layer: name -> [layers]. Attention measures are of base `reference`; one that some layer lacks is left out."""
+    measures: dict[str, Floats] = {}
     if {profile.layer for profile in profiles} == set(range(layers)):
-        each = [[profile for profile in profiles if profile.layer == layer] for layer in range(layers)]
-        columns = {
-            "sparsity": lambda profile: profile.sparsity,
-            "kurtosis": lambda profile: profile.kurtosis,
-            "outlier ratio": lambda profile: profile.outlier_ratio,
-            "relative error": lambda profile: profile.relative_error.get(low, math.nan),
-        }
-        for name, read in columns.items():
-            found[name] = np.array([np.average([read(p) for p in group], weights=[p.weights for p in group]) for group in each])
+        measures = weight_measures([[p for p in profiles if p.layer == layer] for layer in range(layers)], low)
+        del measures["squared error"]  # of units alone
     reference = {record.layer: record for record in attention if record.base == "reference"}
     if set(reference) == set(range(layers)):
         ordered = [reference[layer] for layer in range(layers)]
-        found["attention entropy"] = np.array([record.entropy.mean for record in ordered])
-        found["head specialization"] = np.array([record.specialization_percent.mean for record in ordered])
+        measures["attention entropy"] = np.array([record.entropy.mean for record in ordered])
+        measures["head specialization"] = np.array([record.specialization_percent.mean for record in ordered])
         focus = [record.focus_percent.mean if record.focus_percent else math.nan for record in ordered]
-        found["reasoning focus"] = np.array(focus)
-    found[DEPTH] = np.arange(layers, dtype=np.float64)
-    return {name: values for name, values in found.items() if np.isfinite(values).all()}
-
-
-def spearman(x: ArrayLike, y: ArrayLike) -> Floats:
-    """Rank correlation of x: [layers] with y: [..., layers] -> [...]; ties get their mean rank, 0 where either is constant."""
-    ranks_x = rankdata(np.asarray(x, dtype=np.float64))
-    ranks_y = rankdata(np.asarray(y, dtype=np.float64), axis=-1)
-    centred_x = ranks_x - ranks_x.mean()
-    centred_y = ranks_y - ranks_y.mean(axis=-1, keepdims=True)
-    spread = np.sqrt((centred_x**2).sum() * (centred_y**2).sum(axis=-1))
-    return np.divide(centred_y @ centred_x, spread, out=np.zeros_like(spread), where=spread > 0)
-
-
-def spearman_by_row(x: ArrayLike, y: ArrayLike) -> Floats:
-    """Rank correlation of each row of x with the same row of y: [n, layers] both -> [n]; 0 where either is constant."""
-    a, b = (ranks - ranks.mean(axis=-1, keepdims=True) for ranks in (rankdata(x, axis=-1), rankdata(y, axis=-1)))
-    spread = np.sqrt((a**2).sum(axis=-1) * (b**2).sum(axis=-1))
-    return np.divide((a * b).sum(axis=-1), spread, out=np.zeros_like(spread), where=spread > 0)
+        measures["reasoning focus"] = np.array(focus)
+    measures[DEPTH] = np.arange(layers, dtype=np.float64)
+    return {name: values for name, values in measures.items() if np.isfinite(values).all()}
 
 
 @lru_cache(maxsize=8)
 def _shapes(layers: int) -> Floats:
-    """[layers - 1, layers], orthonormal and each of mean 0: a line, an arc, then cosines of growing frequency."""
+    """Return [layers - 1, layers], orthonormal and each of mean 0: a line, an arc, then cosines of growing frequency."""
     depth = np.linspace(-1, 1, layers)
     polynomials = [depth**degree for degree in range(min(3, layers))]
     waves = dct(np.eye(layers), norm="ortho", axis=0)[3:]
@@ -97,7 +82,7 @@ def _shapes(layers: int) -> Floats:
 
 @lru_cache(maxsize=8)
 def _signs(layers: int, seed: int) -> Floats:
-    """[draws, layers - 1] of 1 and -1; all choices of few. The first is never turned: turning all of them changes no size."""
+    """Return [draws, layers - 1] of 1 and -1; all choices of few. The first is never turned: turning all of them changes no size."""
     if layers <= MOST_EXACT:
         choices = np.arange(2 ** (layers - 2))
         turned = (choices[:, None] >> np.arange(layers - 2)) & 1
@@ -108,26 +93,25 @@ def _signs(layers: int, seed: int) -> Floats:
 
 
 def chance_p(x: ArrayLike, y: ArrayLike, seed: int = 0) -> float:
-    """Two-sided p of "x: [layers] and y: [layers] have nothing to do with each other", neighbouring layers being alike; 1 below 3 layers."""
+    """Return the two-sided p of "x: [layers] and y: [layers] have nothing to do with each other", neighbouring layers being alike; 1 below 3 layers."""
     layers = len(np.asarray(x))
     if layers < 3:
         return 1.0
-    ranks = [rankdata(np.asarray(values, dtype=np.float64)) for values in (x, y)]
-    in_common = np.prod(
-        [_shapes(layers) @ (one - one.mean()) for one in ranks], axis=0
-    )  # [layers - 1]; the sum is the covariance of ranks
-    seen = abs(float(in_common.sum())) - 1e-9  # equal sums may differ in the last digit
-    return float((np.abs(_signs(layers, seed) @ in_common) >= seen).mean())
+    ranks = [stats.rankdata(np.asarray(values, dtype=np.float64)) for values in (x, y)]
+    # [layers - 1]; the sum is the covariance of ranks
+    products = np.prod([_shapes(layers) @ (rank - rank.mean()) for rank in ranks], axis=0)
+    observed = abs(float(products.sum())) - 1e-9  # equal sums may differ in the last digit
+    return float((np.abs(_signs(layers, seed) @ products) >= observed).mean())
 
 
 def least_p(layers: int) -> float:
-    """The smallest p that so many layers allow."""
+    """Return the smallest p that so many layers allow."""
     return 2.0 ** (2 - layers) if layers <= MOST_EXACT else 1 / DRAWS
 
 
-def cannot_tell(found: Sequence[Correlation]) -> str:
-    """Why no single measure could pass, "" where one could. found: of layers."""
-    tested = [one for one in found if one.q_value is not None]
+def cannot_tell(correlated: Sequence[Correlation]) -> str:
+    """Return why no single measure could pass, "" where one could. correlated: of layers."""
+    tested = [result for result in correlated if result.q_value is not None]
     if not tested or least_p(tested[0].n) * len(tested) <= FALSE_DISCOVERIES:
         return ""
     measures = "1 measure" if len(tested) == 1 else f"{len(tested)} measures"
@@ -135,55 +119,49 @@ def cannot_tell(found: Sequence[Correlation]) -> str:
 
 
 def correlations(measures: Mapping[str, Floats], shares: Shares, sizes: Floats | float = 1.0) -> list[Correlation]:
-    """One record a measure, with the interval over rows. Constant measures are left out: they have no order.
+    """Return one record a measure, with its interval over rows. Constant measures are left out: they have no order.
 
     Correlated with the share of the damage, or with criticality where `sizes` are the weights.
     """
-    found = []
+    records = []
     for name, values in measures.items():
         if len(values) < 3 or np.ptp(values) == 0:
             continue
-        ends = None
-        if shares.rows.independent >= 2:
-            low, high = percentile_interval(spearman(values, shares.resampled / sizes), shares.rows.independent)
-            ends = (float(low), float(high))
-        found.append(Correlation(name, float(spearman(values, shares.mean / sizes)), ends, len(values)))
-    return found
+        ends = interval_ends(rank_correlation(values, shares.resampled / sizes), shares.rows.independent)
+        records.append(Correlation(name, float(rank_correlation(values, shares.mean / sizes)), ends, len(values)))
+    return records
 
 
 def layer_correlations(
     measures: Mapping[str, Floats], shares: Shares, untested: Mapping[str, str] | None = None, seed: int = 0
 ) -> list[Correlation]:
-    """One record a measure with its p and q against chance: one family. untested: measures that are not in it, and why."""
-    why = {DEPTH: "a trend over depth cannot be told from chance in one model", **(untested or {})}
-    found = correlations(measures, shares, shares.rows.weights)
+    """Return one record a measure with its p and q against chance: one family. untested: measures that are not in it, and why."""
+    reasons = {DEPTH: "a trend over depth cannot be told from chance in one model", **(untested or {})}
+    results = correlations(measures, shares, shares.rows.weights)
     if not shares.defined:
-        why |= {one.measure: "there is too little damage to share" for one in found}
-    tested = [one for one in found if one.measure not in why]
-    p = [chance_p(measures[one.measure], shares.mean / shares.rows.weights, seed) for one in tested]
-    q = [float(value) for value in benjamini_hochberg(p)] if p else []
-    sampled = p and shares.rows.layers > MOST_EXACT  # of few layers all signs are tried, and p is exact
-    bound = [bool(value) for value in is_bound(p, least_p(shares.rows.layers))] if sampled else [False] * len(p)
-    by_name = {one.measure: told for one, *told in zip(tested, p, q, bound, strict=True)}
+        reasons |= {result.measure: "there is too little damage to share" for result in results}
+    tested = [result.measure for result in results if result.measure not in reasons]
+    p = [chance_p(measures[name], shares.mean / shares.rows.weights, seed) for name in tested]
+    sampled = shares.rows.layers > MOST_EXACT  # of few layers all signs are tried, and p is exact
+    bound = is_bound(p, least_p(shares.rows.layers)) if sampled and p else np.zeros(len(p), dtype=bool)
+    values = dict(zip(tested, zip(p, benjamini_hochberg(p).tolist(), bound.tolist(), strict=True), strict=True)) if p else {}
     return [
-        replace(one, not_tested=why[one.measure])
-        if one.measure in why
-        else replace(
-            one, p_value=by_name[one.measure][0], q_value=by_name[one.measure][1], q_is_bound=bool(by_name[one.measure][2])
-        )
-        for one in found
+        replace(result, not_tested=reasons[result.measure])
+        if result.measure in reasons
+        else replace(result, **dict(zip(("p_value", "q_value", "q_is_bound"), values[result.measure], strict=True)))
+        for result in results
     ]
 
 
-def side(one: Correlation) -> int:
-    """1 or -1 where a measure is beyond chance over layers and its interval over rows excludes 0; else 0."""
-    if one.ci95 is None or one.q_value is None or one.q_value > FALSE_DISCOVERIES:
+def significant_sign(result: Correlation) -> int:
+    """Return 1 or -1 where a measure is beyond chance over layers and its interval over rows excludes 0; else 0."""
+    if result.ci95 is None or result.q_value is None or result.q_value > FALSE_DISCOVERIES:
         return 0
-    return 1 if one.ci95[0] > 0 else -1 if one.ci95[1] < 0 else 0
+    return 1 if result.ci95[0] > 0 else -1 if result.ci95[1] < 0 else 0
 
 
 # --- sparsity --------------------------------------------------------------------------------------------------------------
-
+#
 # Are there more weights near 0 than a Gaussian has, and does it differ between layers?
 #
 # Any Gaussian has 0.80 % of its values within 1 % of its standard deviation, so that such a sparsity says nothing. Shares are counted over
@@ -196,21 +174,21 @@ def side(one: Correlation) -> int:
 # Sources: chi-squared test of homogeneity, Pearson 1900; variance between groups by moments, DerSimonian & Laird 1986; equivalence by
 # interval, Schuirmann 1987.
 
-CLAIM = "more weights are near 0 than a Gaussian has"
+SPARSITY_CLAIM = "more weights are near 0 than a Gaussian has"
 BAND = 0.1  # of the Gaussian's share: less is no difference worth a word
 SPREAD = 0.05  # standard deviation between layers, of the mean: likewise
 MORE, AS_MANY, FEWER = "more", "as many", "fewer"
-SAID = {MORE: "more than", AS_MANY: "as", FEWER: "fewer than", OPEN: "not told apart from"}
+COMPARED = {MORE: "more than", AS_MANY: "as", FEWER: "fewer than", OPEN: "not told apart from"}
 CONVENTION = "0.01"  # standard deviations
 
 
 def gaussian_share(threshold: float) -> float:
-    """Share of a Gaussian within `threshold` standard deviations."""
+    """Return the share of a Gaussian within `threshold` standard deviations."""
     return math.erf(threshold / math.sqrt(2))
 
 
 def sparsity_of(profiles: Sequence[WeightProfile], layers: int) -> Sparsity | None:
-    """The record of a whole model; None where a layer has no profile."""
+    """Return the record of a whole model; None where a layer has no profile."""
     if not profiles or {profile.layer for profile in profiles} != set(range(layers)):
         return None
     curve = []
@@ -235,7 +213,7 @@ def _point(threshold: float, below: float, weights: int) -> SparsityPoint:
 
 
 def _between(below: np.ndarray, sizes: np.ndarray) -> tuple[float, float]:
-    """(chi-squared p, spread relative to the mean) of shares of layers; below, sizes: weights, [layers]."""
+    """Return (chi-squared p, spread relative to the mean) of shares of layers; below, sizes: weights, [layers]."""
     whole = float(sizes.sum())
     mean = float(below.sum()) / whole
     if len(sizes) < 2 or not 0 < mean < 1:
@@ -246,32 +224,29 @@ def _between(below: np.ndarray, sizes: np.ndarray) -> tuple[float, float]:
     return float(stats.chi2.sf(squares, free)), math.sqrt(excess) / mean
 
 
-def alike(found: Sparsity | None) -> Mapping[str, str]:
-    """The measure "sparsity" and why it is not tested, where layers do not differ."""
-    return {} if found is None or found.differ else {"sparsity": f"the layers do not differ: {range_text(found)}"}
+def untested_sparsity(sparsity: Sparsity | None) -> Mapping[str, str]:
+    """Return the measure "sparsity" and why it is not tested, where layers do not differ."""
+    return {} if sparsity is None or sparsity.differ else {"sparsity": f"the layers do not differ: {_range_text(sparsity)}"}
 
 
-def range_text(found: Sparsity) -> str:
-    """`0.79% to 0.82%, as a Gaussian's 0.80% (chi-squared p = 0.80)`."""
-    least, most = min(found.layers), max(found.layers)
-    return f"{percent(least, 2)} to {percent(most, 2)} of their weights below 1% of σ{_beside(found)} (chi-squared {p_is(found.p_value)})"
+def _range_text(sparsity: Sparsity) -> str:
+    """Return `0.79% to 0.82% of their weights below 1% of σ, as a Gaussian's 0.80% (chi-squared p = 0.80)`."""
+    points = [point for point in sparsity.curve if point.threshold == float(CONVENTION)]
+    beside = f", {COMPARED[points[0].verdict]} a Gaussian's {percent(points[0].gaussian, 2)}" if points else ""
+    shares = f"{percent(min(sparsity.layers), 2)} to {percent(max(sparsity.layers), 2)} of their weights below 1% of σ"
+    return f"{shares}{beside} (chi-squared {p_is(sparsity.p_value)})"
 
 
-def _beside(found: Sparsity) -> str:
-    points = [point for point in found.curve if point.threshold == float(CONVENTION)]
-    return f", {SAID[points[0].verdict]} a Gaussian's {percent(points[0].gaussian, 2)}" if points else ""
-
-
-def sparsity_findings(found: Sparsity | None) -> list[Finding]:
-    """One statement, with the whole curve; none where it was not measured."""
-    if found is None or not found.curve:
+def sparsity_findings(sparsity: Sparsity | None) -> list[Finding]:
+    """Return one statement, with the whole curve; none where it was not measured."""
+    if sparsity is None or not sparsity.curve:
         return []
-    point = next((point for point in found.curve if point.threshold == float(CONVENTION)), found.curve[0])
-    verdict = HOLDS if point.verdict == MORE else OPEN if point.verdict == OPEN else FAILS
+    convention = next((point for point in sparsity.curve if point.threshold == float(CONVENTION)), sparsity.curve[0])
+    verdict = {MORE: HOLDS, OPEN: OPEN}.get(convention.verdict, FAILS)
     curve = "; ".join(
-        f"{percent(one.share, 2)} below {percent(one.threshold, 1)} of σ ({SAID[one.verdict]} a Gaussian's {percent(one.gaussian, 2)})"
-        for one in found.curve
+        f"{percent(point.share, 2)} below {percent(point.threshold, 1)} of σ ({COMPARED[point.verdict]} a Gaussian's {percent(point.gaussian, 2)})"
+        for point in sparsity.curve
     )
-    text = f"Of all weights {curve}. Layers {'differ' if found.differ else 'do not differ'}: {range_text(found)}, "
-    text += f"standard deviation between them {percent(found.spread)} of the mean beyond chance."
-    return [Finding("layers", CLAIM, verdict, text)]
+    text = f"Of all weights {curve}. Layers {'differ' if sparsity.differ else 'do not differ'}: {_range_text(sparsity)}, "
+    text += f"standard deviation between them {percent(sparsity.spread)} of the mean beyond chance."
+    return [Finding("layers", SPARSITY_CLAIM, verdict, text)]

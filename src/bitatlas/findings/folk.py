@@ -4,24 +4,23 @@ Every test has one effect with a 95 % interval over rows and three outcomes: *ho
 the other side), *inconclusive*. What is tested is written next to each rule. Effects on criticality say which layers are worse
 than others of their size; whether they are harmless is a second question, answered by the tolerance. A rule about a group of layers has to
 survive the leaving out of any one layer, since what one layer does is no rule about many. Rules that a measure marks critical layers take
-their verdicts from one family of tests (see `correlations`).
+their verdicts from one family of tests (see `findings.correlations`).
 Left out: a correction over the other rules (each is a question of its own, asked once), and anything about other checkpoints.
 """
 
 from __future__ import annotations
 
-import math
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import replace
 
 import numpy as np
 from numpy.typing import ArrayLike
 
-from bitatlas.findings.correlations import Floats, cannot_tell, side
-from bitatlas.findings.shares import FAILS, HOLDS, OPEN, LayerRows, Shares, shares_of
+from bitatlas.findings.correlations import cannot_tell, significant_sign
+from bitatlas.findings.shares import FAILS, HOLDS, OPEN, Floats, LayerRows, Shares, shares_of
 from bitatlas.records import Correlation, Finding, Measured, Module, TaskScore
 from bitatlas.records.text import given, interval, listed, named_layers, number, p_is, percent
-from bitatlas.stats.bootstrap import block_count, percentile_interval, resample_means, smallest_p, two_sided_p
+from bitatlas.stats.bootstrap import interval_ends, percentile_interval, resample_means, smallest_p, two_sided_p
 
 RULED = ("sparsity", "attention entropy", "head specialization")  # measures that a rule is about
 POWER_SIGMAS = 2.80  # standard errors that a two-sided 5 % test finds with 80 % power
@@ -42,25 +41,25 @@ def folk_findings(shares: Shares, tolerance: float) -> list[Finding]:
     return [early_is_safe(shares, tolerance), late_is_critical(shares), ends_matter_most(shares)]
 
 
-def _not_tested(claim: str, why: str, topic: str = "folk") -> Finding:
-    return Finding(topic, claim, OPEN, f"Not tested: {why}.")
+def _not_tested(claim: str, reason: str, topic: str = "folk") -> Finding:
+    return Finding(topic, claim, OPEN, f"Not tested: {reason}.")
 
 
 def _tested(shares: Shares, claim: str, verdict: str, text: str, effect: Measured, p: float) -> Finding:
-    """A rule with its p, a bound where resampling gives no smaller one."""
+    """Return a rule with its p, a bound where resampling gives no smaller one."""
     is_bound = p <= smallest_p(len(shares.resampled), shares.rows.independent) < 1
     return Finding("folk", claim, verdict, text, effect, p, is_bound)
 
 
 def _unfit(shares: Shares, least: int) -> str | None:
-    """Why the layers of this model cannot be compared, if they cannot."""
+    """Return why the layers of this model cannot be compared, if they cannot."""
     if shares.rows.layers < least:
         return f"the model has {shares.rows.layers} layers, the test needs {least}"
     return None if shares.defined else NO_DAMAGE
 
 
-def side_of(effect: Measured, wanted: int) -> str:
-    """Where an interval lies: on the `wanted` side of 0 (holds), on the other (fails) or on both (open)."""
+def interval_verdict(effect: Measured, wanted: int) -> str:
+    """Return where an interval lies: on the `wanted` side of 0 (holds), on the other (fails) or on both (open)."""
     assert effect.ci95 is not None
     low, high = effect.ci95
     if (low > 0 and wanted > 0) or (high < 0 and wanted < 0):
@@ -71,22 +70,23 @@ def side_of(effect: Measured, wanted: int) -> str:
 # --- groups of layers --------------------------------------------------------------------------------------------------
 
 
-def between(shares: Shares, first: Sequence[int], second: Sequence[int]) -> tuple[Measured, Floats]:
-    """Pooled criticality of the `first` layers minus that of the `second`, and the same resampled."""
+def criticality_difference(shares: Shares, first: Sequence[int], second: Sequence[int]) -> tuple[Measured, Floats]:
+    """Return the pooled criticality of the `first` layers minus that of the `second`, and its resampled values."""
     (mean_1, resampled_1), (mean_2, resampled_2) = shares.criticality(first), shares.criticality(second)
-    return shares.record(mean_1 - mean_2, resampled_1 - resampled_2, "ratio"), resampled_1 - resampled_2
+    resampled = resampled_1 - resampled_2
+    return shares.record(mean_1 - mean_2, resampled, "ratio"), resampled
 
 
-def _leaning(shares: Shares, first: Sequence[int], second: Sequence[int], shown: bool) -> tuple[bool, str]:
-    """Whether `first` and `second` are shown to differ by one layer alone, and the sentence; "" where no difference is `shown`.
+def _rests_on_one(shares: Shares, first: Sequence[int], second: Sequence[int], shown: bool) -> tuple[bool, str]:
+    """Return whether `first` and `second` are shown to differ by one layer alone, and the sentence; "" where no difference is `shown`.
 
     A layer is what the difference rests on where without it none is shown, or another one. Each group needs two layers or more.
     """
-    whole = side_of(between(shares, first, second)[0], +1)
+    whole = interval_verdict(criticality_difference(shares, first, second)[0], +1)
     alone: dict[int, Measured] = {}  # layer -> the difference without it
     for layer in [*first, *second] if whole != OPEN else []:
-        effect, _ = between(shares, *([other for other in group if other != layer] for group in (first, second)))
-        if side_of(effect, +1) != whole:
+        effect, _ = criticality_difference(shares, *([other for other in group if other != layer] for group in (first, second)))
+        if interval_verdict(effect, +1) != whole:
             alone[layer] = effect
     if not shown or not alone:
         return bool(alone), " That holds without any one of the layers." if shown else ""
@@ -97,19 +97,19 @@ def _leaning(shares: Shares, first: Sequence[int], second: Sequence[int], shown:
 
 
 def early_is_safe(shares: Shares, tolerance: float) -> Finding:
-    """Two conditions. The first half is less critical than the second (pooled criticality, first minus second, below 0, also without any
+    """Test two conditions. The first half is less critical than the second (pooled criticality, first minus second, below 0, also without any
     one layer), and lowering the whole first half adds no more than the tolerance (sum of its Shapley values). Fails where either is on
     the other side. An odd middle layer belongs to neither half.
     """
-    if why := _unfit(shares, 4):
-        return _not_tested(EARLY, why)
+    if reason := _unfit(shares, 4):
+        return _not_tested(EARLY, reason)
     half = shares.rows.layers // 2
     first, second = list(range(half)), list(range(shares.rows.layers - half, shares.rows.layers))
-    effect, resampled = between(shares, first, second)
+    effect, resampled = criticality_difference(shares, first, second)
     damage = shares.damage(first)
     assert damage.ci95 is not None
-    which = side_of(effect, -1)
-    single, leaning = _leaning(shares, first, second, which != OPEN)
+    which = interval_verdict(effect, -1)
+    single, support = _rests_on_one(shares, first, second, which != OPEN)
     order = OPEN if single else which
     if order == FAILS or damage.ci95[0] > tolerance:
         verdict = FAILS
@@ -119,14 +119,14 @@ def early_is_safe(shares: Shares, tolerance: float) -> Finding:
     within = "within" if damage.ci95[1] <= tolerance else "above" if damage.ci95[0] > tolerance else "not shown to be within"
     text = (
         f"The first half ({named_layers(first)}) is {compared} the second: criticality {number(shares.criticality(first)[0])} against "
-        f"{number(shares.criticality(second)[0])}, difference {interval(effect, unit=True)}.{leaning} "
+        f"{number(shares.criticality(second)[0])}, difference {interval(effect, unit=True)}.{support} "
         f"Its part of the damage is {interval(damage, unit=True)}, {within} the tolerance of {given(tolerance)}{_worst(shares, first)}."
     )
     return _tested(shares, EARLY, verdict, text, effect, two_sided_p(resampled, 0.0, shares.rows.independent))
 
 
 def _worst(shares: Shares, layers: Sequence[int]) -> str:
-    """The layer with most of the damage of these, where that is more than half of it."""
+    """Name the layer with most of the damage of these, where that is more than half of it."""
     most = max(layers, key=lambda layer: shares.mean[layer])
     if shares.mean[most] <= shares.mean[layers].sum() / 2:
         return ""
@@ -135,30 +135,30 @@ def _worst(shares: Shares, layers: Sequence[int]) -> str:
 
 
 def late_is_critical(shares: Shares) -> Finding:
-    """Pooled criticality of the last third of the layers above 1; of all others then below 1, also without any one layer."""
-    if why := _unfit(shares, 6):
-        return _not_tested(LATE, why)
+    """Test that pooled criticality of the last third of the layers is above 1; of all others then below 1, also without any one layer."""
+    if reason := _unfit(shares, 6):
+        return _not_tested(LATE, reason)
     layers = shares.rows.layers
     last, others = list(range(layers - layers // 3, layers)), list(range(layers - layers // 3))
     mean, resampled = shares.criticality(last)
     criticality = shares.record(mean, resampled, "ratio")
-    which = side_of(shares.record(mean - 1, resampled - 1, "ratio"), +1)
-    single, leaning = _leaning(shares, last, others, which != OPEN)
+    which = interval_verdict(shares.record(mean - 1, resampled - 1, "ratio"), +1)
+    single, support = _rests_on_one(shares, last, others, which != OPEN)
     how = {HOLDS: "more than", FAILS: "less than", OPEN: "not shown to differ from"}[which]
     share, _ = shares.share(last)
     text = (
         f"The last third ({named_layers(last)}) does {percent(share)} of the damage with {percent(share / mean if mean else 0.0)} of the weights, "
-        f"{how} its size: criticality {interval(criticality, unit=True)}, {interval(between(shares, last, others)[0], unit=True)} more than "
-        f"that of the others.{leaning}"
+        f"{how} its size: criticality {interval(criticality, unit=True)}, {interval(criticality_difference(shares, last, others)[0], unit=True)} more than "
+        f"that of the others.{support}"
     )
     p = two_sided_p(resampled, 1.0, shares.rows.independent)
     return _tested(shares, LATE, OPEN if single else which, text, criticality, p)
 
 
 def ends_matter_most(shares: Shares) -> Finding:
-    """The less critical one of the first and the last layer against the most critical one between: above 0."""
-    if why := _unfit(shares, 3):
-        return _not_tested(ENDS, why)
+    """Test the less critical one of the first and the last layer minus the most critical one between: above 0."""
+    if reason := _unfit(shares, 3):
+        return _not_tested(ENDS, reason)
     last = shares.rows.layers - 1
     inner = list(range(1, last))
     effect, p = least_minus_greatest(shares, [[0], [last]], [[layer] for layer in inner])
@@ -168,13 +168,13 @@ def ends_matter_most(shares: Shares) -> Finding:
         f"Criticality of layer 0 is {number(first_mean)}, of layer {last} {number(last_mean)}, the greatest between "
         f"{number(shares.criticality([greatest])[0])} (layer {greatest}); the lesser end minus the greatest between: {interval(effect, unit=True)}."
     )
-    return _tested(shares, ENDS, side_of(effect, +1), text, effect, p)
+    return _tested(shares, ENDS, interval_verdict(effect, +1), text, effect, p)
 
 
 def least_minus_greatest(
     shares: Shares, some: Sequence[Sequence[int]], others: Sequence[Sequence[int]]
 ) -> tuple[Measured, float]:
-    """Criticality of the least critical group of `some` minus that of the most critical of `others`, and its two-sided p.
+    """Return the criticality of the least critical group of `some` minus that of the most critical of `others`, and its two-sided p.
 
     Which groups these are is chosen by the same rows, so the interval is made of the differences of all pairs: no pair may be below its
     own lower end for the least one to be (intersection and union, no correction), and the upper end is the least of upper ends that all
@@ -201,7 +201,7 @@ def least_minus_greatest(
 
 
 def marking_rules(correlated: Sequence[Correlation], shares: Shares) -> list[Finding]:
-    """The rules that a measure marks critical (or safe) layers. correlated: of layers, tested as one family.
+    """Return the rules that a measure marks critical (or safe) layers. correlated: of layers, tested as one family.
 
     One fails where the measure is beyond chance on the other side: in this model the rule is the wrong way round.
     """
@@ -212,15 +212,15 @@ def marking_rules(correlated: Sequence[Correlation], shares: Shares) -> list[Fin
 def _marks(claim: str, name: str, wanted: int, family: Mapping[str, Correlation], shares: Shares) -> Finding:
     if name not in family:
         return _not_tested(claim, f"{name} was not measured or is the same everywhere")
-    result, rows = family[name], shares.rows
-    if why := _unfit(shares, 4) or result.not_tested:
-        return _not_tested(claim, why)
+    result = family[name]
+    if reason := _unfit(shares, 4) or result.not_tested:
+        return _not_tested(claim, reason)
     assert result.q_value is not None
-    where = (rows.both_bases, rows.split, rows.rows, block_count(rows.blocks))
-    effect = Measured(result.rho, result.ci95, "rank correlation", *where)
-    verdict = {wanted: HOLDS, -wanted: FAILS, 0: OPEN}[side(result)]
+    effect = shares.rows.record(result.rho, result.ci95, "rank correlation")
+    sign = significant_sign(result)
+    verdict = {wanted: HOLDS, -wanted: FAILS, 0: OPEN}[sign]
     measures = sum(other.q_value is not None for other in family.values())
-    few = "" if side(result) else cannot_tell(list(family.values()))
+    few = "" if sign else cannot_tell(list(family.values()))
     text = (
         f"Rank correlation of {name} with criticality over {result.n} layers: {interval(effect)}, the interval over rows, for these layers. "
         f"Against measures as smooth over depth that have nothing to do with damage: {p_is(result.q_value, result.q_is_bound, 'q')} of "
@@ -240,7 +240,7 @@ def math_needs_more(
     low: str,
     seed: int = 0,
 ) -> Finding:
-    """Task x precision: do word problems lose more from precision `high` to `low` than questions do?
+    """Test task x precision: do word problems lose more from precision `high` to `low` than questions do?
 
     outcomes: task -> precision -> right or wrong, [items]. A task counts when it is above chance at `high`: below, there is nothing to
     lose. Guessing hides a part of what is lost, and more where there are fewer choices, so losses are of (accuracy - chance) / (1 - chance),
@@ -260,11 +260,10 @@ def math_needs_more(
     (math_mean, questions_mean) = (np.mean([drops[task].mean() for task in tasks]) for tasks in kinds)
     (on_math, on_questions) = (np.mean([resampled_of[task] for task in tasks], axis=0) for tasks in kinds)
     resampled, items = on_math - on_questions, [len(drop) for drop in drops.values()]
-    ends = percentile_interval(resampled, min(items))
-    ci95 = (float(ends[0]), float(ends[1])) if math.isfinite(ends[0]) else None
+    ci95 = interval_ends(resampled, min(items))
     where = "items:" + "+".join([*kinds[0], *kinds[1]])
     effect = Measured(float(math_mean - questions_mean), ci95, "points", high, where, sum(items))
-    verdict = side_of(effect, +1) if ci95 else OPEN
+    verdict = interval_verdict(effect, +1) if ci95 else OPEN
     text = (
         f"From {high} to {low}, of what is known beyond guessing, (accuracy − chance) / (1 − chance), word problems ({listed(kinds[0])}) lose "
         f"{number(math_mean, 1)} points and questions ({listed(kinds[1])}) {number(questions_mean, 1)}; word problems lose more by "
@@ -278,7 +277,7 @@ def math_needs_more(
 
 
 # --- kinds -----------------------------------------------------------------------------------------------------------------
-
+#
 # The rule that value and down projections matter most, tested on whole kinds of modules.
 #
 # What a module is for is read off its name, which differs by family. Where queries, keys and values are one module, values cannot be told
@@ -293,7 +292,7 @@ WITH_VALUES = {"query_key_value", "qkv_proj", "c_attn", "Wqkv", "qkv", "in_proj"
 
 
 def role_of(module: Module) -> str:
-    """ "value", "down", "with value" (one module with queries and keys) or ""."""
+    """Return "value", "down", "with value" (one module with queries and keys) or ""."""
     *_, parent, last = ["", *module.name.split(".")]
     if last in VALUES:
         return "value"
@@ -303,7 +302,7 @@ def role_of(module: Module) -> str:
 
 
 def value_and_down(modules: Sequence[Module], rows: LayerRows | None, seed: int = 0) -> Finding:
-    """The less critical one of the two (all value projections, all down projections) against the most critical other kind: above 0.
+    """Test the less critical one of the two (all value projections, all down projections) minus the most critical other kind: above 0.
 
     rows: of kinds, in the order in which they come among the modules.
     """
@@ -329,7 +328,7 @@ def value_and_down(modules: Sequence[Module], rows: LayerRows | None, seed: int 
         f"{interval(effect, unit=True)}. They do "
         f"{percent(shares.share(chosen)[0])} of the damage with {percent(float(rows.weights[chosen].sum() / rows.weights.sum()))} of the weights."
     )
-    verdict = side_of(effect, +1)
+    verdict = interval_verdict(effect, +1)
     if len(groups) == 1:
         fused = " Values share a module with queries and keys: not told apart."
         text += fused if "with value" in roles.values() else " The other of the two is not known here."

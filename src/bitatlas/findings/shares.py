@@ -8,12 +8,12 @@ signs of q. How far they are from adding up to v(all) - v(none) is the misfit of
 
 A share is a share of the *measured* damage, v(all) - v(none): a ratio of means over rows, resampled jointly, in blocks where rows come in
 blocks. Criticality = share of the damage / share of the weights. Damage is not quite quadratic, so shares have an error that no row sees:
-- with sampled orders of the layers (`sensitivity.orders`: few rows, few pairs of an order and its reverse, no model of the damage), what the
+- with sampled orders of the layers (`measure.screens`: few rows, few pairs of an order and its reverse, no model of the damage), what the
   quadratic shares miss on those rows is taken off all shares, which makes them unbiased whatever the game; the rows and the pairs that this was
   taken from are resampled. Pairs are few, so a layer's spread between pairs counts as at least that of all layers, and is drawn from Student's t;
 - without (units, kinds of modules, a task's text), every share is blurred by what the shares' sum misses of the whole, relative to the lesser
   of the two, once for all parts alike and once for each.
-The same arithmetic serves units, and kinds of modules, as the parts that the model is made of (see `parts`).
+The same arithmetic serves units, and kinds of modules, as the parts that the model is made of (see `findings.units`).
 Left out: which three layers interact.
 Sources: Shapley 1953; the mean of first-in and last-in marginals for 2-additive games: Grabisch & Roubens 1999; control variates: Owen
 2013.
@@ -35,7 +35,8 @@ from bitatlas.stats.bootstrap import (
     Blocks,
     benjamini_hochberg,
     block_count,
-    independent,
+    effective_sample_size,
+    interval_ends,
     is_bound,
     measured,
     percentile_interval,
@@ -68,7 +69,7 @@ class LayerRows:
     high_name: str = "high"  # format names
     low_name: str = "low"
     split: str = "test"
-    blocks: Blocks = None  # [rows], equal for rows that belong together (see `evaluation.bootstrap`)
+    blocks: Blocks = None  # [rows], equal for rows that belong together (see `stats.bootstrap`)
     orders: Floats | None = None  # [pairs, first rows, layers], what each layer adds in sampled orders
 
     def __post_init__(self) -> None:
@@ -96,8 +97,8 @@ class LayerRows:
 
     @cached_property
     def independent(self) -> float:
-        """How many independent rows or blocks of rows there are; less than 2 tell nothing of spread."""
-        return independent(self.rows, self.blocks)
+        """Return how many effective_sample_size rows or blocks of rows there are; less than 2 tell nothing of spread."""
+        return effective_sample_size(self.rows, self.blocks)
 
     @property
     def high_base(self) -> str:
@@ -110,6 +111,10 @@ class LayerRows:
     @property
     def both_bases(self) -> str:
         return f"{self.high_base} and {self.low_base}"
+
+    def record(self, value: float, ends: tuple[float, float] | None, unit: str) -> Measured:
+        """Return the record of a number that was made from both bases."""
+        return Measured(float(value), ends, unit, self.both_bases, self.split, self.rows, block_count(self.blocks))
 
     @cached_property
     def added(self) -> Floats:
@@ -142,7 +147,7 @@ class Shares:
 
     @cached_property
     def defined(self) -> bool:
-        """Whether there is a damage to share: its interval lies above 0."""
+        """Return whether there is a damage to share: its interval lies above 0."""
         low, _ = percentile_interval(self.whole_resampled, self.rows.independent)
         return bool(low > 0)
 
@@ -152,37 +157,34 @@ class Shares:
         return self.rows.values + (self.mean - self.rows.values.mean(axis=0))
 
     def share(self, layers: Sequence[int]) -> tuple[float, Floats]:
-        """(share of the damage of a group of layers, the same resampled [resamples]); all 0 where there is no damage."""
+        """Return the share of the damage of a group of layers, and its resampled values [resamples]; all 0 where there is no damage."""
         mean = float(self.mean[layers].sum() / self.whole) if self.whole else 0.0
         return mean, _ratio(self.resampled[:, layers].sum(axis=1), self.whole_resampled)
 
     def criticality(self, layers: Sequence[int]) -> tuple[float, Floats]:
-        """(criticality of a group of layers, the same resampled [resamples])."""
+        """Return the criticality of a group of layers, and its resampled values [resamples]."""
         weight_share = float(self.rows.weights[layers].sum() / self.rows.weights.sum())
         share, resampled = self.share(layers)
         return share / weight_share, resampled / weight_share
 
     def damage(self, layers: Sequence[int]) -> Measured:
-        """What a group of layers adds when low, interactions included: the sum of its Shapley values."""
+        """Return what a group of layers adds when low, interactions included: the sum of its Shapley values."""
         return self.record(float(self.mean[layers].sum()), self.resampled[:, layers].sum(axis=1), "nats/token")
 
     def record(self, mean: float, resampled: Floats, unit: str) -> Measured:
-        """The interval is missing where there are too few rows, or no damage to share."""
-        rows, ends = self.rows, None
-        if rows.independent >= 2 and (self.defined or unit == "nats/token"):
-            low, high = percentile_interval(resampled, rows.independent)
-            ends = (float(low), float(high))
-        return Measured(float(mean), ends, unit, rows.both_bases, rows.split, rows.rows, block_count(rows.blocks))
+        """Return the number with its interval, which is missing where there are too few rows, or no damage to share."""
+        known = self.defined or unit == "nats/token"
+        return self.rows.record(mean, interval_ends(resampled, self.rows.independent) if known else None, unit)
 
 
 def _ratio(values: Floats, whole: Floats) -> Floats:
-    """values / whole along the first axis, 0 where there is no whole."""
+    """Return values / whole along the first axis, 0 where there is no whole."""
     shape = (len(whole),) + (1,) * (values.ndim - 1)
     return np.divide(values, whole.reshape(shape), out=np.zeros_like(values), where=whole.reshape(shape) != 0)
 
 
 def shares_of(rows: LayerRows, seed: int = 0) -> Shares:
-    """Shapley values with resampled means; the same seed gives the same."""
+    """Return Shapley values with resampled means; the same seed gives the same."""
     resamples = min(MOST_RESAMPLES, max(RESAMPLES, RESAMPLES_A_LAYER * rows.layers))
     both = np.column_stack([rows.values, rows.whole])  # [rows, layers + 1]
     mean, resampled = both.mean(axis=0), resample_means(both, resamples, seed, rows.blocks)
@@ -194,7 +196,7 @@ def shares_of(rows: LayerRows, seed: int = 0) -> Shares:
 
 
 def _model_error(rows: LayerRows, mean: Floats, resampled: Floats, seed: int) -> tuple[Floats, Floats]:
-    """What quadratic shares are wrong by, as shares: (its estimate [layers], the same drawn again [resamples, layers]).
+    """Return what quadratic shares are wrong by, as shares: (its estimate [layers], drawn again [resamples, layers]).
 
     mean: [layers + 1] and resampled: [resamples, layers + 1], Shapley values and the whole.
     """
@@ -204,44 +206,41 @@ def _model_error(rows: LayerRows, mean: Floats, resampled: Floats, seed: int) ->
     if mean[-1] <= 0:
         return np.zeros(rows.layers), np.zeros((len(resampled), rows.layers))
     share = mean[:-1] / mean[-1]
-    missed = abs(share.sum() - 1) / min(1.0, max(share.sum(), LEAST_SUM))
+    miss = abs(share.sum() - 1) / min(1.0, max(share.sum(), LEAST_SUM))
     blur = rng.standard_normal((len(resampled), 1)) + rng.standard_normal((len(resampled), rows.layers))
-    return np.zeros(rows.layers), missed * share * blur
+    return np.zeros(rows.layers), miss * share * blur
 
 
 def _against_orders(
     rows: LayerRows, orders: Floats, resamples: int, seed: int, rng: np.random.Generator
 ) -> tuple[Floats, Floats]:
-    """The same from sampled orders on the first rows. orders: [pairs, first rows, layers]."""
+    """Return `_model_error` from sampled orders on the first rows. orders: [pairs, first rows, layers]."""
     pairs, first, layers = orders.shape
     whole = rows.whole[:first]
-    missed = np.column_stack([rows.values[:first] - orders.mean(axis=0), whole])  # [first rows, layers + 1]
-    mean = missed[:, :-1].mean(axis=0) / whole.mean()
-    drawn = resample_means(missed, resamples, seed + 1, None if rows.blocks is None else rows.blocks[:first])
+    error = np.column_stack([rows.values[:first] - orders.mean(axis=0), whole])  # [first rows, layers + 1]
+    mean = error[:, :-1].mean(axis=0) / whole.mean()
+    drawn = resample_means(error, resamples, seed + 1, None if rows.blocks is None else rows.blocks[:first])
     residual = (orders.mean(axis=1) - orders.mean(axis=(0, 1))) / whole.mean()  # [pairs, layers], by pair
-    own = (residual**2).sum(axis=0) / (pairs - 1)
+    variance = (residual**2).sum(axis=0) / (pairs - 1)  # [layers], between pairs
     freedom = POOLED + pairs - 1
-    spread = np.maximum(own.mean(), own)  # [layers]
-    scaled = residual * np.sqrt(np.divide(spread, own, out=np.ones(layers), where=own > 0) / (pairs * (pairs - 1)))
+    widened = np.maximum(variance.mean(), variance)
+    scaled = residual * np.sqrt(np.divide(widened, variance, out=np.ones(layers), where=variance > 0) / (pairs * (pairs - 1)))
     tails = np.sqrt(freedom / rng.chisquare(freedom, (resamples, 1)))
     return mean, _ratio(drawn[:, :-1], drawn[:, -1]) + tails * (rng.standard_normal((resamples, pairs)) @ scaled)
 
 
 def misfit(rows: LayerRows, seed: int = 0) -> Measured:
-    """(sum of the quadratic Shapley values - measured damage between the bases) / that damage: 0 where damage is quadratic in layers."""
+    """Return (sum of the quadratic Shapley values - measured damage between the bases) / that damage: 0 where damage is quadratic in layers."""
     both = np.stack([rows.values.sum(axis=1), rows.whole], axis=1)  # [rows, 2]
     mean, resampled = both.mean(axis=0), resample_means(both, seed=seed, blocks=rows.blocks)
     value = float(mean[0] / mean[1] - 1) if mean[1] else 0.0
-    ends = None
     # a ratio needs a denominator that is not 0
-    if rows.independent >= 2 and percentile_interval(resampled[:, 1], rows.independent)[0] > 0:
-        low, high = percentile_interval(resampled[:, 0] / resampled[:, 1] - 1, rows.independent)
-        ends = (float(low), float(high))
-    return Measured(value, ends, "share", rows.both_bases, rows.split, rows.rows, block_count(rows.blocks))
+    known = percentile_interval(resampled[:, 1], rows.independent)[0] > 0
+    return rows.record(value, interval_ends(resampled[:, 0] / resampled[:, 1] - 1, rows.independent) if known else None, "share")
 
 
-def verdict_of(criticality: Measured, added_at_most: float, tolerance: float, q_value: float = 0.0) -> str:
-    """ "critical", "safe", "light" or "uncertain". `added_at_most`: upper end of the interval of the damage added, nats/token."""
+def layer_verdict(criticality: Measured, added_at_most: float, tolerance: float, q_value: float = 0.0) -> str:
+    """Return "critical", "safe", "light" or "uncertain". `added_at_most`: upper end of the interval of the damage added, nats/token."""
     if criticality.ci95 is None or q_value > FALSE_DISCOVERIES:
         return UNCERTAIN
     low, high = criticality.ci95
@@ -263,8 +262,8 @@ class Part(NamedTuple):
     q_is_bound: bool  # resampling cannot give a smaller one
 
 
-def parts_of(rows: LayerRows, shares: Shares, seed: int = 0) -> list[Part]:
-    """One record a part, in order."""
+def part_records(rows: LayerRows, shares: Shares, seed: int = 0) -> list[Part]:
+    """Return one record a part, in order."""
     ratios = [shares.criticality([part]) for part in range(rows.layers)]
     p = [two_sided_p(resampled, 1.0, rows.independent) if shares.defined else 1.0 for _, resampled in ratios]
     q, bound = benjamini_hochberg(p), is_bound(p, smallest_p(len(shares.resampled), rows.independent))
@@ -282,7 +281,7 @@ def parts_of(rows: LayerRows, shares: Shares, seed: int = 0) -> list[Part]:
 
 
 def layer_records(rows: LayerRows, tolerance: float, shares: Shares | None = None, seed: int = 0) -> list[Layer]:
-    """The evidence on every layer and its verdict; `tolerance` in nats/token.
+    """Return the evidence on every layer and its verdict; `tolerance` in nats/token.
 
     Critical: interval of criticality above 1 and q <= 0.05. Below 1, as sure: safe where the damage that lowering this layer alone adds to
     uniform high is within the tolerance up to the upper end of its interval, else light. Otherwise uncertain.
@@ -294,7 +293,7 @@ def layer_records(rows: LayerRows, tolerance: float, shares: Shares | None = Non
             layer,
             int(rows.weights[layer]),
             **part._asdict(),
-            verdict=verdict_of(part.criticality, float(added_high[layer]), tolerance, part.q_value),
+            verdict=layer_verdict(part.criticality, float(added_high[layer]), tolerance, part.q_value),
         )
-        for layer, part in enumerate(parts_of(rows, shares, seed))
+        for layer, part in enumerate(part_records(rows, shares, seed))
     ]

@@ -1,6 +1,6 @@
 """Who does the damage inside the layers: every unit, and every kind of module in all layers together.
 
-Shares and criticality are those of `shares`, with units or kinds in the place of layers; what holds for a layer's share holds for theirs.
+Shares and criticality are those of `findings.shares`, with units or kinds in the place of layers; what holds for a layer's share holds for theirs.
 Units are measured on the fit rows, where plans are found, and kinds on the test rows. Cheap measures are compared with the damage of
 units too: there are many more units than layers, so chance has less room, but they differ in size, and size alone foretells much.
 Left out: verdicts on units (the planner decides by damage, not by words).
@@ -8,19 +8,18 @@ Left out: verdicts on units (the planner decides by damage, not by words).
 
 from __future__ import annotations
 
-import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
 
-from bitatlas.findings.correlations import Floats, correlations
-from bitatlas.findings.shares import LayerRows, parts_of, shares_of
+from bitatlas.findings.correlations import correlations, weight_measures
+from bitatlas.findings.shares import Floats, LayerRows, part_records, shares_of
 from bitatlas.records import Correlation, KindDamage, Module, UnitDamage, WeightProfile
 
 
 @dataclass(frozen=True)
-class Insides:
+class UnitRecords:
     """Units and kinds of one model."""
 
     units: list[UnitDamage]
@@ -28,54 +27,47 @@ class Insides:
     kinds: list[KindDamage]
 
 
-def insides(
+def unit_records(
     modules: Sequence[Module], weights: Sequence[WeightProfile], units: LayerRows, kinds: LayerRows, seed: int = 0
-) -> Insides:
-    """`units` and `kinds`: rows in the order in which they first come among the modules."""
-    of_units = shares_of(units, seed)
-    names = list(dict.fromkeys(module.unit for module in modules))
-    groups = {name: [module for module in modules if module.unit == name] for name in names}
-    found = [
-        UnitDamage(
-            name, group[0].layer, list(dict.fromkeys(m.kind for m in group)), sum(m.weights for m in group),
-            **part._asdict(),
-        )
-        for (name, group), part in zip(groups.items(), parts_of(units, of_units, seed), strict=True)
-    ]  # fmt: skip
-    measures = unit_measures(groups, weights, units.low_name)
-    return Insides(found, correlations(measures, of_units) if of_units.defined else [], kind_records(modules, kinds, seed))
+) -> UnitRecords:
+    """Return the records of units and kinds. `units` and `kinds`: rows in the order in which they first come among the modules."""
+    shares = shares_of(units, seed)
+    groups = _grouped(modules, "unit")
+    records = [
+        UnitDamage(name, group[0].layer, list(_grouped(group, "kind")), sum(m.weights for m in group), **part._asdict())
+        for (name, group), part in zip(groups.items(), part_records(units, shares, seed), strict=True)
+    ]
+    measures = _unit_measures(list(groups.values()), weights, units.low_name)
+    return UnitRecords(records, correlations(measures, shares) if shares.defined else [], kind_records(modules, kinds, seed))
 
 
 def kind_records(modules: Sequence[Module], rows: LayerRows, seed: int = 0) -> list[KindDamage]:
-    """One record a kind, in order."""
-    names = list(dict.fromkeys(module.kind for module in modules))
-    count = [sum(module.kind == name for module in modules) for name in names]
+    """Return one record a kind, in order."""
+    parts = part_records(rows, shares_of(rows, seed), seed)
     return [
-        KindDamage(name, count[place], int(rows.weights[place]), **part._asdict())
-        for place, (name, part) in enumerate(zip(names, parts_of(rows, shares_of(rows, seed), seed), strict=True))
+        KindDamage(name, len(group), int(weights), **part._asdict())
+        for (name, group), weights, part in zip(_grouped(modules, "kind").items(), rows.weights, parts, strict=True)
     ]
 
 
-def unit_measures(groups: Mapping[str, Sequence[Module]], weights: Sequence[WeightProfile], low: str) -> dict[str, Floats]:
-    """Cheap measures of every unit: name -> [units]; of several modules their means, weighted by size. Not whole ones are left out.
+def _grouped(modules: Sequence[Module], attribute: str) -> dict[str, list[Module]]:
+    """Return modules by their unit or kind, in the order in which these come."""
+    groups: dict[str, list[Module]] = {}
+    for module in modules:
+        groups.setdefault(getattr(module, attribute), []).append(module)
+    return groups
 
-    "relative error x weights" and "squared error" are the sums that a planner without a model would use.
+
+def _unit_measures(groups: Sequence[Sequence[Module]], weights: Sequence[WeightProfile], low: str) -> dict[str, Floats]:
+    """Return cheap measures of every unit: name -> [units]. What some unit lacks is left out.
+
+    "relative error × weights" and "squared error" are the sums that a planner without a model would use.
     """
-    own = {profile.module: profile for profile in weights}
-    size = np.array([sum(m.weights for m in group) for group in groups.values()], dtype=np.float64)
-    found = {"weights": size, "depth": np.array([group[0].layer for group in groups.values()], dtype=np.float64)}
-    if all(module.name in own for group in groups.values() for module in group):
-        read = {
-            "sparsity": lambda p: p.sparsity,
-            "kurtosis": lambda p: p.kurtosis,
-            "outlier ratio": lambda p: p.outlier_ratio,
-            "relative error": lambda p: p.relative_error.get(low, math.nan),
-            "squared error": lambda p: p.relative_error.get(low, math.nan) * p.std**2,
-        }
-        for name, value in read.items():
-            found[name] = np.array(
-                [np.average([value(own[m.name]) for m in group], weights=[m.weights for m in group]) for group in groups.values()]
-            )
-        found["relative error × weights"] = found["relative error"] * size
-        found["squared error"] *= size
-    return {name: values for name, values in found.items() if np.isfinite(values).all()}
+    profiles = {profile.module: profile for profile in weights}
+    size = np.array([sum(module.weights for module in group) for group in groups], dtype=np.float64)
+    measures = {"weights": size, "depth": np.array([group[0].layer for group in groups], dtype=np.float64)}
+    if all(module.name in profiles for group in groups for module in group):
+        measures |= weight_measures([[profiles[module.name] for module in group] for group in groups], low)
+        measures["relative error × weights"] = measures["relative error"] * size
+        measures["squared error"] *= size
+    return {name: values for name, values in measures.items() if np.isfinite(values).all()}

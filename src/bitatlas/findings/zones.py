@@ -6,7 +6,7 @@ cross-validation over rows: cuts and means from some rows predict the layers' cr
 loss is within one standard error (over rows, paired) of the best win, so "one zone" is an answer: no zones to speak of.
 
 A zone's word follows its layers: *critical* where its interval lies above 1, some layer is critical and none is safe or light; below 1, *safe*
-where all its layers are among those that are safe together (see `joint`), and *light* where all are safe or light; else *uncertain*.
+where all its layers are among those that are safe together (see `joint_damage`), and *light* where all are safe or light; else *uncertain*.
 
 Rows that come in blocks are left out, and resampled, in blocks. The intervals of the zones come from the rows that chose the cuts; they are a little too favourable for that. Each border has an interval
 of its own: rows are resampled and cut again into as many zones.
@@ -20,14 +20,12 @@ from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import replace
 
 import numpy as np
-from numpy.typing import NDArray
 
-from bitatlas.findings.shares import CRITICAL, FAILS, HOLDS, LIGHT, OPEN, SAFE, UNCERTAIN, LayerRows, Shares, shares_of
+from bitatlas.findings.shares import CRITICAL, FAILS, HOLDS, LIGHT, OPEN, SAFE, UNCERTAIN, Floats, LayerRows, Shares, shares_of
 from bitatlas.records import Finding, JointDamage, Layer, Measured, Module, Zone
 from bitatlas.records.text import interval, named_layers, number
-from bitatlas.stats.bootstrap import Blocks, independent, measured, percentile_interval, resample_means, standard_errors
+from bitatlas.stats.bootstrap import Blocks, effective_sample_size, measured, percentile_interval, resample_means, standard_errors
 
-Floats = NDArray[np.float64]
 Cuts = list[tuple[int, int]]  # (first layer, last layer) of every zone
 
 MOST_ZONES = 5  # more than a reader keeps apart
@@ -37,7 +35,7 @@ NAMES = {1: ["whole model"], 2: ["early", "late"], 3: ["early", "middle", "late"
 
 
 def segmentations(values: Floats, weights: Floats, most: int) -> list[tuple[Cuts, float]]:
-    """The best cuts into 1, 2, ... `most` zones, each with its weighted squared error. values, weights: [layers].
+    """Return the best cuts into 1, 2, ... `most` zones, each with its weighted squared error. values, weights: [layers].
 
     Of equally good cuts the ones with the earlier last zone.
     """
@@ -51,7 +49,7 @@ def segmentations(values: Floats, weights: Floats, most: int) -> list[tuple[Cuts
             totals = best[zones - 1, :end] + cost[:end, end - 1]
             start[zones, end] = totals.argmin()
             best[zones, end] = totals[start[zones, end]]
-    found = []
+    results = []
     for zones in range(1, min(most, layers) + 1):
         cuts: Cuts = []
         end = layers
@@ -59,12 +57,12 @@ def segmentations(values: Floats, weights: Floats, most: int) -> list[tuple[Cuts
             first = int(start[remaining, end])
             cuts.append((first, end - 1))
             end = first
-        found.append((cuts[::-1], float(best[zones, layers])))
-    return found
+        results.append((cuts[::-1], float(best[zones, layers])))
+    return results
 
 
 def _zone_errors(values: Floats, weights: Floats) -> Floats:
-    """[layers, layers]: weighted squared error of the zone first..last around its own mean; 0 below the diagonal."""
+    """Return [layers, layers]: weighted squared error of the zone first..last around its own mean; 0 below the diagonal."""
     layers = len(values)
     errors = np.zeros((layers, layers))
     for first in range(layers):
@@ -78,14 +76,14 @@ def _zone_errors(values: Floats, weights: Floats) -> Floats:
     return errors
 
 
-def zone_means(values: Floats, weights: Floats, cuts: Cuts) -> Floats:
-    """[layers]: every layer's zone mean."""
+def _zone_means(values: Floats, weights: Floats, cuts: Cuts) -> Floats:
+    """Return every layer's zone mean, [layers]."""
     parts = [np.full(b - a + 1, np.average(values[a : b + 1], weights=weights[a : b + 1])) for a, b in cuts]
     return np.concatenate(parts)
 
 
 def number_of_zones(by_row: Floats, weights: Floats, most: int, seed: int = 0, blocks: Blocks = None) -> int:
-    """How many zones predict rows that did not choose them. by_row: [rows, layers], criticality up to a common factor a row."""
+    """Return how many zones predict rows that did not choose them. by_row: [rows, layers], criticality up to a common factor a row."""
     rows = len(by_row)
     most = min(most, by_row.shape[1])
     numbers = np.unique(range(rows) if blocks is None else blocks, return_inverse=True)[1]  # [rows], block of each
@@ -97,34 +95,32 @@ def number_of_zones(by_row: Floats, weights: Floats, most: int, seed: int = 0, b
         held_out = np.flatnonzero(np.isin(numbers, fold))
         mean = np.delete(by_row, held_out, axis=0).mean(axis=0)  # [layers]
         for zones, (cuts, _) in enumerate(segmentations(mean, weights, most)):
-            errors = (by_row[held_out] - zone_means(mean, weights, cuts)) ** 2  # [held out rows, layers]
+            errors = (by_row[held_out] - _zone_means(mean, weights, cuts)) ** 2  # [held out rows, layers]
             losses[zones, held_out] = errors @ weights
     excess = losses - losses[losses.mean(axis=1).argmin()]  # [zones, rows]; what all rows share cancels
-    within = excess.mean(axis=1) <= standard_errors(excess.T, blocks)
-    return int(np.flatnonzero(within)[0]) + 1
+    within_tolerance = excess.mean(axis=1) <= standard_errors(excess.T, blocks)
+    return int(np.flatnonzero(within_tolerance)[0]) + 1
 
 
 def border_intervals(
     by_row: Floats, weights: Floats, count: int, seed: int = 0, blocks: Blocks = None
 ) -> list[tuple[int, int] | None]:
-    """For each of `count` zones the 95 % interval of its first layer; None for the first zone, and of a single row. by_row: [rows, layers]"""
-    n = independent(len(by_row), blocks)
+    """Return for each of `count` zones the 95 % interval of its first layer; None for the first zone, and of a single row. by_row: [rows, layers]"""
+    n = effective_sample_size(len(by_row), blocks)
     if count < 2 or n < 2:
         return [None] * count
-    found = segmentations(by_row.mean(axis=0), weights, count)[-1][0]
+    cuts = segmentations(by_row.mean(axis=0), weights, count)[-1][0]
     resampled = [segmentations(mean, weights, count)[-1][0] for mean in resample_means(by_row, BORDER_RESAMPLES, seed, blocks)]
-    starts = np.array([[first for first, _ in cuts] for cuts in resampled], dtype=np.float64)  # [resamples, zones]
+    starts = np.array([[first for first, _ in redrawn] for redrawn in resampled], dtype=np.float64)  # [resamples, zones]
     low, high = percentile_interval(starts, n)
-    ends = [
-        (min(first, int(np.floor(a))), max(first, int(np.ceil(b)))) for (first, _), a, b in zip(found, low, high, strict=True)
-    ]
+    ends = [(min(first, int(np.floor(a))), max(first, int(np.ceil(b)))) for (first, _), a, b in zip(cuts, low, high, strict=True)]
     return [None, *ends[1:]]
 
 
 def zones(
     rows: LayerRows, layers: Sequence[Layer], together: Collection[int] = (), shares: Shares | None = None, seed: int = 0
 ) -> list[Zone]:
-    """The zones of a model, `low_share` not yet filled. `layers`: with their verdicts; `together`: those that are safe together.
+    """Return the zones of a model, `low_share` not yet filled. `layers`: with their verdicts; `together`: those that are safe together.
 
     A single zone has criticality 1 by definition: uncertain.
     """
@@ -137,21 +133,20 @@ def zones(
         cuts = segmentations(by_row.mean(axis=0), weights, count)[-1][0]
         borders = border_intervals(by_row, weights, count, seed, rows.blocks)
     else:
-        cuts = [(0, rows.layers - 1)]
-        borders = [None]
+        cuts, borders = [(0, rows.layers - 1)], [None]
     names = NAMES.get(count) or [f"zone {number}" for number in range(1, count + 1)]
-    found = []
+    results = []
     for name, (first, last), border in zip(names, cuts, borders, strict=True):
-        members = range(first, last + 1)
-        criticality = shares.record(*shares.criticality(list(members)), "ratio")
+        members = list(range(first, last + 1))
+        criticality = shares.record(*shares.criticality(members), "ratio")
         jointly = len(members) == 1 or set(members) <= set(together)  # one layer alone is lowered together with nothing
         verdict = _word(criticality, [layers[layer].verdict for layer in members], jointly)
-        found.append(Zone(first, last, name, criticality, verdict if count > 1 else UNCERTAIN, border95=border))
-    return found
+        results.append(Zone(first, last, name, criticality, verdict if count > 1 else UNCERTAIN, border95=border))
+    return results
 
 
 def _word(criticality: Measured, verdicts: Collection[str], together: bool) -> str:
-    """A zone's verdict from its criticality and those of its layers; `together`: lowering all of it is within the tolerance."""
+    """Return a zone's verdict from its criticality and those of its layers; `together`: lowering all of it is within the tolerance."""
     low, high = criticality.ci95 or (-np.inf, np.inf)
     if low > 1 and CRITICAL in verdicts and not {SAFE, LIGHT} & set(verdicts):
         return CRITICAL
@@ -160,10 +155,10 @@ def _word(criticality: Measured, verdicts: Collection[str], together: bool) -> s
     return UNCERTAIN
 
 
-def with_low_share(found: Sequence[Zone], modules: Sequence[Module], assignment: Mapping[str, str], low: str) -> list[Zone]:
-    """The zones with the share of their weights that a plan puts at the format `low`."""
+def with_low_share(zones: Sequence[Zone], modules: Sequence[Module], assignment: Mapping[str, str], low: str) -> list[Zone]:
+    """Return the zones with the share of their weights that a plan puts at the format `low`."""
     filled = []
-    for zone in found:
+    for zone in zones:
         inside = [module for module in modules if zone.first <= module.layer <= zone.last]
         lowest = sum(module.weights for module in inside if assignment.get(module.name) == low)
         whole = sum(module.weights for module in inside)
@@ -171,8 +166,8 @@ def with_low_share(found: Sequence[Zone], modules: Sequence[Module], assignment:
     return filled
 
 
-# --- joint -----------------------------------------------------------------------------------------------------------------
-
+# --- safe together ---------------------------------------------------------------------------------------------------------
+#
 # Which layers that are safe alone are safe together, measured: lowered at once, on rows that did not call them safe.
 #
 # A layer's word comes from the test rows, with the layer lowered alone. Layers that hurt little alone may hurt much together, so the safe ones,
@@ -181,7 +176,7 @@ def with_low_share(found: Sequence[Zone], modules: Sequence[Module], assignment:
 # makes a wrong group hardly more likely than looking at one.
 # Left out: groups that are not the least harmful layers; they may be larger.
 
-CLAIM = "the safe layers are safe together"
+JOINT_CLAIM = "the safe layers are safe together"
 
 MeasureLowered = Callable[[Sequence[int]], np.ndarray]  # layers that are low -> damage added to uniform high, [rows]
 
@@ -190,39 +185,38 @@ def joint_damage(
     layers: Sequence[Layer], measure: MeasureLowered, tolerance: float, base: str, blocks: Blocks = None, seed: int = 0
 ) -> JointDamage | None:
     """Measure the safe layers together; None where fewer than two are safe. `tolerance`: nats/token; blocks: of the rows measured on."""
-    safe = [one for one in layers if one.verdict == SAFE]
-    order = [one.layer for one in sorted(safe, key=lambda one: (one.lowered.mean, one.layer))]
+    safe = [layer for layer in layers if layer.verdict == SAFE]
+    order = [layer.layer for layer in sorted(safe, key=lambda layer: (layer.lowered.mean, layer.layer))]
     if len(order) < 2:
         return None
 
     def added(count: int) -> Measured:
         return measured(measure(order[:count]), "nats/token", base, "select", seed, blocks)
 
-    all_of_them = added(len(order))
-    known = {len(order): all_of_them}
+    measured_by_count = {len(order): added(len(order))}
     fits, fails = 0, len(order) + 1
     while fails - fits > 1:
         count = len(order) if fails > len(order) else (fits + fails) // 2
-        if count not in known:
-            known[count] = added(count)
-        if within(known[count], tolerance):
+        if count not in measured_by_count:
+            measured_by_count[count] = added(count)
+        if within_tolerance(measured_by_count[count], tolerance):
             fits = count
         else:
             fails = count
-    return JointDamage(sorted(order), all_of_them, sorted(order[:fits]), known[fits] if fits else None)
+    return JointDamage(sorted(order), measured_by_count[len(order)], sorted(order[:fits]), measured_by_count.get(fits))
 
 
-def within(added: Measured, tolerance: float) -> bool:
-    """Whether the whole interval is within the tolerance."""
+def within_tolerance(added: Measured, tolerance: float) -> bool:
+    """Return whether the whole interval is within the tolerance."""
     return added.ci95 is not None and added.ci95[1] <= tolerance
 
 
 def joint_findings(joint: JointDamage | None, tolerance: float) -> list[Finding]:
-    """One statement; none where fewer than two layers are safe."""
+    """Return one statement; none where fewer than two layers are safe."""
     if joint is None:
         return []
     low = joint.added.ci95[0] if joint.added.ci95 else -np.inf
-    verdict = HOLDS if within(joint.added, tolerance) else FAILS if low > tolerance else OPEN
+    verdict = HOLDS if within_tolerance(joint.added, tolerance) else FAILS if low > tolerance else OPEN
     text = (
         f"{named_layers(joint.layers).capitalize()}, each safe alone, add {interval(joint.added, unit=True)} lowered together (on select rows); "
         f"the tolerance is {number(tolerance)}."
@@ -232,4 +226,4 @@ def joint_findings(joint: JointDamage | None, tolerance: float) -> list[Finding]
             text += f" Safe together: {named_layers(joint.together)}, adding {interval(joint.added_together)}."
         else:
             text += " No two of them, from the least harmful up, are shown to be safe together."
-    return [Finding("layers", CLAIM, verdict, text, joint.added)]
+    return [Finding("layers", JOINT_CLAIM, verdict, text, joint.added)]

@@ -1,4 +1,4 @@
-"""Damage around a base to second order, for every unit and format at once, from one forward pass and a few backward passes.
+"""Expands damage around a base to second order, for every unit and format at once, from one forward pass and a few backward passes.
 
 At the base, `KL(reference || model)` has the gradient `q - p` with respect to the logits, and labels y drawn from the model itself have
 the score `onehot(y) - q`, whose second moment is the Fisher matrix, the curvature of that KL. Sent backwards once each, they meet
@@ -36,10 +36,10 @@ from bitatlas.data.rows import rows_sha256
 from bitatlas.measure.damage import Assignment, DamageMeter
 from bitatlas.measure.workers import Progress
 from bitatlas.model.decoder import Decoder
-from bitatlas.model.layerwise import Recorded, Shared, cut, is_chain, logits_of, record, run_layer
+from bitatlas.model.layerwise import Recorded, Shared, is_chain, logits_of, record, run_layer, slice_tokens
 from bitatlas.plan.expansion import Expansion
 from bitatlas.quantize.bank import Bank
-from bitatlas.quantize.hessian import input_of
+from bitatlas.quantize.hessian import module_input
 from bitatlas.records import Module
 from bitatlas.records.journal import content_key
 
@@ -48,10 +48,10 @@ WORK_PER_MOVE = 16  # multiply-adds that take as long as moving one number throu
 
 Key = tuple[Any, ...]  # where a tensor is that goes from layer to layer
 HIDDEN: Key = ()
-Back = dict[Key, Tensor]  # gradients with respect to what goes from a layer to the next ones
-Meet = Callable[[str, Tensor, Tensor], None]  # (module name, x [rows, tokens, in], delta [rows, tokens, out])
+Gradients = dict[Key, Tensor]  # gradients with respect to what goes from a layer to the next ones
+OnDelta = Callable[[str, Tensor, Tensor], None]  # (module name, x [rows, tokens, in], delta [rows, tokens, out])
 Loose = tuple[str, Tensor, Tensor]  # (module name, x [rows, tokens, in], its output)
-Found = tuple[np.ndarray, np.ndarray]  # of a batch: first order, scores
+Derivatives = tuple[np.ndarray, np.ndarray]  # of a batch: first order, scores
 
 
 def expand(
@@ -64,7 +64,7 @@ def expand(
     draws: int = DRAWS,
     progress: Progress | None = None,
 ) -> Expansion:
-    """Second-order expansion at `base` (module -> format; modules not named keep the reference weights), batch by batch through the journal.
+    """Expand damage at `base` (module -> format; modules not named keep the reference weights), batch by batch through the journal.
 
     rows: int64 [rows, tokens]. Units are in the order in which their first module comes.
     """
@@ -74,20 +74,20 @@ def expand(
         ahead = [batch for batch in batches if meter.journal.get(content_key(*key, rows_sha256(batch))) is None]
         # a batch is a view of all rows, which would travel whole
         meter.workers.share("curvature", [(modules, formats, base, batch.clone(), seed, draws) for batch in ahead], progress)
-    found: list[Found] = []
+    results: list[Derivatives] = []
     total = sum(map(len, meter.chunks(rows)))
     for chunk in meter.chunks(rows):
         keys = [content_key(*key, rows_sha256(batch)) for batch in chunk]
-        known: dict[str, Any] = {own: meter.journal.get(own) for own in keys}
-        missing = {own: batch for own, batch in zip(keys, chunk, strict=True) if known[own] is None}
+        known: dict[str, Any] = {batch_key: meter.journal.get(batch_key) for batch_key in keys}
+        missing = {batch_key: batch for batch_key, batch in zip(keys, chunk, strict=True) if known[batch_key] is None}
         if missing:
             new = expand_batches(meter, modules, formats, base, list(missing.values()), seed, draws)
-            known |= {own: [_packed(array) for array in arrays] for own, arrays in zip(missing, new, strict=True)}
-            meter.journal.put_all("curvature", {own: known[own] for own in missing})
-        found += [(_unpacked(known[own][0]), _unpacked(known[own][1])) for own in keys]
+            known |= {batch_key: [_packed(array) for array in arrays] for batch_key, arrays in zip(missing, new, strict=True)}
+            meter.journal.put_all("curvature", {batch_key: known[batch_key] for batch_key in missing})
+        results += [(_unpacked(first), _unpacked(scores)) for first, scores in (known[batch_key] for batch_key in keys)]
         if progress:
-            progress(len(found), total)
-    first, scores = zip(*found, strict=True)
+            progress(len(results), total)
+    first, scores = zip(*results, strict=True)
     return Expansion(np.concatenate(first), np.concatenate(scores), rows.shape[1])
 
 
@@ -108,23 +108,23 @@ def expand_batches(
     batches: Sequence[Tensor],
     seed: int,
     draws: int,
-) -> list[Found]:
-    """By batch [rows, tokens]: first order [rows, units, formats] and scores [rows, draws, units, formats], float64."""
-    own = [batch.to(meter.decoder.device) for batch in batches]
+) -> list[Derivatives]:
+    """Return by batch [rows, tokens]: first order [rows, units, formats] and scores [rows, draws, units, formats], float64."""
+    batches = [batch.to(meter.decoder.device) for batch in batches]
     expanded = _layer_by_layer if is_chain(meter.decoder) else _whole
     if is_chain(meter.decoder) and not meter.row_by_row:
         if base:
-            meter.reference.see(own)
+            meter.reference.see(batches)
         try:
-            return expanded(meter, modules, formats, base, own, seed, draws)
+            return expanded(meter, modules, formats, base, batches, seed, draws)
         except RowsError:
             meter.row_by_row = True
-    rows = [row for batch in own for row in batch.split(1)]
+    rows = [row for batch in batches for row in batch.split(1)]
     if base:
         meter.reference.see(rows)
     single = iter(expanded(meter, modules, formats, base, rows, seed, draws))
-    found = [[next(single) for _ in batch] for batch in own]
-    return [(np.concatenate([first for first, _ in rows]), np.concatenate([scores for _, scores in rows])) for rows in found]
+    by_batch = [zip(*[next(single) for _ in batch], strict=True) for batch in batches]
+    return [(np.concatenate(first), np.concatenate(scores)) for first, scores in by_batch]
 
 
 class RowsError(Exception):
@@ -133,56 +133,56 @@ class RowsError(Exception):
 
 def _layer_by_layer(
     meter: DamageMeter, modules: Sequence[Module], formats: Sequence[str], base: Assignment, batches: Sequence[Tensor], seed: int, draws: int
-) -> list[Found]:  # fmt: skip
-    place = {name: index for index, name in enumerate(dict.fromkeys(module.unit for module in modules))}
-    sums = [np.zeros((draws + 1, len(batch), len(place), len(formats))) for batch in batches]
+) -> list[Derivatives]:  # fmt: skip
+    unit_index = {name: index for index, name in enumerate(dict.fromkeys(module.unit for module in modules))}
+    sums = [np.zeros((draws + 1, len(batch), len(unit_index), len(formats))) for batch in batches]
     layers: dict[int, list[Module]] = defaultdict(list)
     for module in modules:
         layers[module.layer].append(module)
-    with meter.shelf() as shelf, meter.decoder.swapped(meter.bank.weights(base)):
+    with meter.budget.shelf() as shelf, meter.decoder.swapped(meter.bank.weights(base)):
         recorded = record(meter.decoder, batches, shelf)
-        back = [
-            _at_the_end(meter, batch, final, bool(base), seed, draws)
+        gradients = [
+            _final_gradients(meter, batch, final, bool(base), seed, draws)
             for batch, final in zip(batches, recorded.final, strict=True)
         ]
         for index in reversed(range(min(max(layers) + 1, len(recorded.starts[0].calls)))):
             with meter.decoder.held(index):
                 changes = {module.name: changes_of(meter.bank, module.name, formats, base) for module in layers[index]}
                 for number, total in enumerate(sums):
-                    meets = _through(meter.decoder, index, recorded, number, back[number], changes)
+                    products = _backward(meter.decoder, index, recorded, number, gradients[number], changes)
                     for module in layers[index]:
-                        total[:, :, place[module.unit]] += meets[module.name]
+                        total[:, :, unit_index[module.unit]] += products[module.name]
     return [(total[0], total[1:].swapaxes(0, 1).copy()) for total in sums]
 
 
 def _whole(
     meter: DamageMeter, modules: Sequence[Module], formats: Sequence[str], base: Assignment, rows: Sequence[Tensor], seed: int, draws: int
-) -> list[Found]:  # fmt: skip
-    """The same of a model whose layers cannot be run one by one: one row [1, tokens] at a time through all of it."""
-    place = {name: index for index, name in enumerate(dict.fromkeys(module.unit for module in modules))}
-    found: list[Found] = []
+) -> list[Derivatives]:  # fmt: skip
+    """Expand a model whose layers cannot be run one by one: one row [1, tokens] at a time through all of it."""
+    unit_index = {name: index for index, name in enumerate(dict.fromkeys(module.unit for module in modules))}
+    results: list[Derivatives] = []
     for row in rows:
-        total = np.zeros((draws + 1, 1, len(place), len(formats)))
-        met = _deltas(meter, [module.name for module in modules], base, row, seed, draws)
+        total = np.zeros((draws + 1, 1, len(unit_index), len(formats)))
+        deltas = _deltas(meter, [module.name for module in modules], base, row, seed, draws)
         for module in modules:
-            changes = changes_of(meter.bank, module.name, formats, base) if met[module.name] else None
-            for draw, x, delta in met[module.name]:
+            changes = changes_of(meter.bank, module.name, formats, base) if deltas[module.name] else None
+            for draw, x, delta in deltas[module.name]:
                 assert changes is not None
-                total[draw, :, place[module.unit]] += contract(x, delta, changes).double().cpu().numpy()
-        found.append((total[0], total[1:].swapaxes(0, 1).copy()))
-    return found
+                total[draw, :, unit_index[module.unit]] += contract(x, delta, changes).double().cpu().numpy()
+        results.append((total[0], total[1:].swapaxes(0, 1).copy()))
+    return results
 
 
 def _deltas(
     meter: DamageMeter, names: Sequence[str], base: Assignment, row: Tensor, seed: int, draws: int
 ) -> dict[str, list[tuple[int, Tensor, Tensor]]]:
-    """Of each module the gradients at its output, with what went in: (0 for the KL, else 1 + draw; x [1, tokens, in]; delta [1, tokens, out])."""
-    met: dict[str, list[tuple[int, Tensor, Tensor]]] = {name: [] for name in names}
+    """Return of each module the gradients at its output, with what went in: (0 for the KL, else 1 + draw; x [1, tokens, in]; delta [1, tokens, out])."""
+    deltas: dict[str, list[tuple[int, Tensor, Tensor]]] = {name: [] for name in names}
     current = [0]
     with (
         torch.enable_grad(),
         meter.decoder.swapped(meter.bank.weights(base)),
-        _watched(meter.decoder.model, names, row, lambda name, x, delta: met[name].append((current[0], x, delta))) as loose,
+        _watched(meter.decoder.model, names, row, lambda name, x, delta: deltas[name].append((current[0], x, delta))) as loose,
     ):
         logits = meter.decoder.model(input_ids=row, use_cache=False).logits
         q = torch.softmax(logits.detach().float(), dim=-1)
@@ -190,79 +190,81 @@ def _deltas(
             current[0] = number
             score = _score(meter, row, slice(0, row.shape[1]), q, seed, number).to(logits.dtype)
             new = torch.autograd.grad(logits, [out for *_, out in loose], score, retain_graph=number < draws, allow_unused=True)
-            _meet(loose, new, lambda name, x, delta: met[name].append((current[0], x, delta)))
-    return met
+            _deliver(loose, new, lambda name, x, delta: deltas[name].append((current[0], x, delta)))
+    return deltas
 
 
 def _score(meter: DamageMeter, batch: Tensor, span: slice, q: Tensor, seed: int, number: int) -> Tensor:
-    """Gradient with respect to the logits of `span` [rows, tokens, vocabulary]: of the KL (number 0), or of the log-probability of drawn labels."""
+    """Return the gradient with respect to the logits of `span` [rows, tokens, vocabulary]: of the KL (number 0), or of the log-probability of drawn labels."""
     if number == 0:
         return (q - meter.reference.log_p(batch, span).exp()) / batch.shape[1]
     labels = labels_at(q, label_points(batch, seed, number - 1)[:, span])
     return -q.scatter_add(-1, labels.unsqueeze(-1), torch.full_like(q[..., :1], -1.0))
 
 
-def _at_the_end(meter: DamageMeter, batch: Tensor, final: Tensor, first_order: bool, seed: int, draws: int) -> list[Back | None]:
-    """Gradients with respect to the last hidden state: of the KL (None at the reference, where it is 0), of each draw."""
-    back = [torch.zeros_like(final) for _ in range(draws + 1)]
+def _final_gradients(
+    meter: DamageMeter, batch: Tensor, final: Tensor, first_order: bool, seed: int, draws: int
+) -> list[Gradients | None]:
+    """Return gradients with respect to the last hidden state: of the KL (None at the reference, where it is 0), of each draw."""
+    gradients = [torch.zeros_like(final) for _ in range(draws + 1)]
     for span in meter.spans(batch):
-        leaf = cut(meter.decoder, final, span).detach().requires_grad_(True)
+        leaf = slice_tokens(meter.decoder, final, span).detach().requires_grad_(True)
         with torch.enable_grad():
             logits = logits_of(meter.decoder, batch[:, span], leaf)
         q = torch.softmax(logits.detach().float(), dim=-1)
         for number in range(0 if first_order else 1, draws + 1):
             score = _score(meter, batch, span, q, seed, number).to(logits.dtype)
             (gradient,) = torch.autograd.grad(logits, leaf, score, retain_graph=number < draws)
-            cut(meter.decoder, back[number], span).copy_(gradient)
-    return [{HIDDEN: own} if number or first_order else None for number, own in enumerate(back)]
+            slice_tokens(meter.decoder, gradients[number], span).copy_(gradient)
+    return [{HIDDEN: gradient} if number or first_order else None for number, gradient in enumerate(gradients)]
 
 
-def _through(
-    decoder: Decoder, index: int, recorded: Recorded, number: int, back: list[Back | None], changes: dict[str, Tensor]
+def _backward(
+    decoder: Decoder, index: int, recorded: Recorded, number: int, gradients: list[Gradients | None], changes: dict[str, Tensor]
 ) -> dict[str, np.ndarray]:
-    """Send the gradients `back` through one layer, in place, and contract them with its modules' changes: float64 [draws + 1, rows, formats]."""
+    """Send `gradients` through one layer, in place, and contract them with its modules' changes: float64 [draws + 1, rows, formats]."""
     ids, start = recorded.ids[number], recorded.starts[number]
     leaf = recorded.inputs.get((index, number)).detach().requires_grad_(True)
     shared, before = recorded.shared_at(index, number), _tensors(start.fresh())
     entering = {HIDDEN: leaf, **_as_leaves(shared, before)}
-    meets = {name: np.zeros((len(back), len(ids), len(dW))) for name, dW in changes.items()}
+    products = {name: np.zeros((len(gradients), len(ids), len(dW))) for name, dW in changes.items()}
     current = [0]
 
     def add(name: str, x: Tensor, delta: Tensor) -> None:
-        meets[name][current[0]] += contract(x, delta, changes[name]).double().cpu().numpy()
+        products[name][current[0]] += contract(x, delta, changes[name]).double().cpu().numpy()
 
     with torch.enable_grad(), _watched(decoder.model, list(changes), ids, add) as loose:
         output = run_layer(decoder.layers[index], leaf, start.call(index, shared))
         leaving = {HIDDEN: output, **{key: t for key, t in _tensors(shared).items() if t is not before.get(key)}}
-        for place, gradients in enumerate(back):
-            met = [key for key, tensor in leaving.items() if key in (gradients or {}) and tensor.requires_grad]
-            if gradients is None or not met:
+        for draw, arriving in enumerate(gradients):
+            keys = [key for key, tensor in leaving.items() if key in (arriving or {}) and tensor.requires_grad]
+            if arriving is None or not keys:
                 continue
-            current[0] = place
+            current[0] = draw
             new = torch.autograd.grad(
-                [leaving[key] for key in met], [*entering.values(), *(out for *_, out in loose)], [gradients[key] for key in met],
-                retain_graph=place + 1 < len(back), allow_unused=True,
+                [leaving[key] for key in keys], [*entering.values(), *(out for *_, out in loose)], [arriving[key] for key in keys],
+                retain_graph=draw + 1 < len(gradients), allow_unused=True,
             )  # fmt: skip
-            back[place] = {key: gradient for key, gradient in zip(entering, new, strict=False) if gradient is not None}
-            _meet(loose, new[len(entering) :], add)
-    return meets
+            gradients[draw] = {key: gradient for key, gradient in zip(entering, new, strict=False) if gradient is not None}
+            _deliver(loose, new[len(entering) :], add)
+    return products
 
 
 def _tensors(shared: Shared) -> dict[Key, Tensor]:
-    """The floating-point tensors in what layers share, by where they are."""
-    found: dict[Key, Tensor] = {}
+    """Return the floating-point tensors in what layers share, by where they are."""
+    tensors: dict[Key, Tensor] = {}
 
     def look(key: Key, tensor: Tensor) -> Tensor:
         if tensor.is_floating_point():
-            found[key] = tensor
+            tensors[key] = tensor
         return tensor
 
     _each_tensor(shared, look)
-    return found
+    return tensors
 
 
 def _as_leaves(shared: Shared, before: dict[Key, Tensor]) -> dict[Key, Tensor]:
-    """What layers in front wrote into `shared`, taken out of their graph and put back: gradients with respect to it are wanted, too."""
+    """Replace what layers in front wrote into `shared` by leaves, and return these: gradients with respect to them are wanted, too."""
     leaves: dict[Key, Tensor] = {}
 
     def replace(key: Key, tensor: Tensor) -> Tensor:
@@ -291,7 +293,7 @@ def _each_tensor(shared: Shared, change: Callable[[Key, Tensor], Tensor]) -> Non
 
 
 def label_points(batch: Tensor, seed: int, draw: int) -> Tensor:
-    """A uniform number for each position, float64 [rows, tokens], seeded by the row's own tokens: where its label is drawn."""
+    """Return a uniform number for each position, float64 [rows, tokens], seeded by the row's own tokens: where its label is drawn."""
     uniform = []
     for row in batch.cpu().numpy().astype("<i8"):
         digest = hashlib.sha256(row.tobytes() + f"{seed},{draw}".encode()).digest()
@@ -300,22 +302,22 @@ def label_points(batch: Tensor, seed: int, draw: int) -> Tensor:
 
 
 def labels_at(q: Tensor, points: Tensor) -> Tensor:
-    """One label a position, drawn from q [rows, tokens, vocabulary] at `points` [rows, tokens]: int64 [rows, tokens]."""
-    below = q.cumsum(-1)
-    found = torch.searchsorted(below, points.to(q.device, q.dtype).unsqueeze(-1) * below[..., -1:])
-    return found.squeeze(-1).clamp(max=q.shape[-1] - 1)
+    """Return one label a position, drawn from q [rows, tokens, vocabulary] at `points` [rows, tokens]: int64 [rows, tokens]."""
+    cumulative = q.cumsum(-1)
+    labels = torch.searchsorted(cumulative, points.to(q.device, q.dtype).unsqueeze(-1) * cumulative[..., -1:])
+    return labels.squeeze(-1).clamp(max=q.shape[-1] - 1)
 
 
 def changes_of(bank: Bank, name: str, formats: Sequence[str], base: Assignment) -> Tensor:
-    """dW of a module in every format, [formats, out, in]."""
+    """Return dW of a module in every format, [formats, out, in]."""
     weights = [bank.weights({name: fmt})[name] for fmt in formats]
     at_base = weights[list(formats).index(base[name])] if name in base else bank.reference(name)
     return torch.stack([weight - at_base for weight in weights])
 
 
 @contextmanager
-def _watched(model: nn.Module, names: Sequence[str], ids: Tensor, meet: Meet) -> Iterator[list[Loose]]:
-    """Within the block, each pass backwards hands what went into every module and the gradient at its output to `meet`.
+def _watched(model: nn.Module, names: Sequence[str], ids: Tensor, on_delta: OnDelta) -> Iterator[list[Loose]]:
+    """Hand what went into every module and the gradient at its output to `on_delta`, in each pass backwards within the block.
 
     Yields the modules' outputs on which nothing in front of them has an effect that is asked for: gradients with respect to these have
     to be asked for, too. Raises RowsError where it is not known to which of the rows of `ids` [rows, tokens] an input belongs.
@@ -324,16 +326,16 @@ def _watched(model: nn.Module, names: Sequence[str], ids: Tensor, meet: Meet) ->
 
     def after(name: str) -> Callable[..., Tensor | None]:
         def hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Tensor) -> Tensor | None:
-            x = input_of(args, kwargs).detach()
+            x = module_input(args, kwargs).detach()
             if len(ids) > 1 and (x.dim() < 3 or x.shape[:2] != ids.shape):
                 raise RowsError
             x = x.reshape(len(ids), -1, x.shape[-1])
             if output.requires_grad:
-                output.register_hook(lambda delta: meet(name, x, delta.reshape(*x.shape[:2], -1)))
+                output.register_hook(lambda delta: on_delta(name, x, delta.reshape(*x.shape[:2], -1)))
                 return None
-            own = output.detach().requires_grad_(True)
-            loose.append((name, x, own))
-            return own.clone()
+            leaf = output.detach().requires_grad_(True)
+            loose.append((name, x, leaf))
+            return leaf.clone()
 
         return hook
 
@@ -345,24 +347,25 @@ def _watched(model: nn.Module, names: Sequence[str], ids: Tensor, meet: Meet) ->
             hook.remove()
 
 
-def _meet(loose: Sequence[Loose], gradients: Sequence[Tensor | None], meet: Meet) -> None:
+def _deliver(loose: Sequence[Loose], gradients: Sequence[Tensor | None], on_delta: OnDelta) -> None:
+    """Hand the gradients at outputs that nothing in front has an effect on to `on_delta`."""
     for (name, x, _), delta in zip(loose, gradients, strict=True):
         if delta is not None:
-            meet(name, x, delta.reshape(*x.shape[:2], -1))
+            on_delta(name, x, delta.reshape(*x.shape[:2], -1))
 
 
 def contract(x: Tensor, delta: Tensor, changes: Tensor) -> Tensor:
-    """<sum_t delta_t x_t', dW> by row and format. x: [rows, tokens, in], delta: [rows, tokens, out], changes: [formats, out, in] -> [rows, formats]."""
-    _, tokens, inputs = x.shape
+    """Return <sum_t delta_t x_t', dW> by row and format. x: [rows, tokens, in], delta: [rows, tokens, out], changes: [formats, out, in] -> [rows, formats]."""
+    _, tokens, width = x.shape
     formats, outputs, _ = changes.shape
-    if by_gradient(tokens, inputs, outputs, formats):
+    if by_gradient(tokens, width, outputs, formats):
         flat = changes.flatten(1)
-        return torch.stack([flat @ (d.T @ own).flatten() for own, d in zip(x, delta, strict=True)])
+        return torch.stack([flat @ (d.T @ of_row).flatten() for of_row, d in zip(x, delta, strict=True)])
     return torch.stack([((x @ change.T) * delta).sum((1, 2)) for change in changes], dim=1)
 
 
 def by_gradient(tokens: int, inputs: int, outputs: int, formats: int) -> bool:
-    """Is one row's weight gradient cheaper than applying every dW to its inputs? Counted in multiply-adds and numbers moved."""
+    """Return whether one row's weight gradient is cheaper than applying every dW to its inputs, in multiply-adds and numbers moved."""
     area = inputs * outputs
     gradient = (tokens + formats) * area + WORK_PER_MOVE * (1 + formats) * area
     applied = formats * (tokens * area + WORK_PER_MOVE * tokens * (inputs + 2 * outputs))

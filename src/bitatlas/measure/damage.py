@@ -1,4 +1,4 @@
-"""Damage, measured: KL(reference || quantized) of the next-token distribution, in nats/token, one number a row.
+"""Measures damage: KL(reference || quantized) of the next-token distribution, in nats/token, one number a row.
 
 Every result belongs to one *assignment* (module -> format; modules not named keep the reference weights) and one batch of rows,
 and is journaled under their hash, so nothing is measured twice, whichever way it was asked for.
@@ -14,7 +14,7 @@ from __future__ import annotations
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from itertools import chain
 from pathlib import Path
 from typing import Any
@@ -26,7 +26,7 @@ from torch import Tensor
 from bitatlas.data.rows import rows_sha256
 from bitatlas.measure.workers import Progress, Share, Workers
 from bitatlas.model.decoder import Decoder
-from bitatlas.model.hidden_states import Shelf
+from bitatlas.model.hidden_states import StateCache
 from bitatlas.model.layerwise import (
     LOGIT_BYTES,
     Job,
@@ -34,14 +34,14 @@ from bitatlas.model.layerwise import (
     batch_rows,
     begin,
     check_range,
-    cut,
     follow,
     is_chain,
     logits_of,
     record,
+    slice_tokens,
     token_spans,
 )
-from bitatlas.model.streaming import Lookup, Stream
+from bitatlas.model.streaming import LazyMapping, Stream
 from bitatlas.quantize.bank import Bank
 from bitatlas.records.journal import Journal, content_key
 
@@ -54,7 +54,7 @@ GROUP = 8  # models that go through a layer together: what is measured of them i
 
 
 @dataclass(frozen=True)
-class Room:
+class StateBudget:
     """What hidden states may take. `state_bytes` in memory, the rest in files below `folder`; `whole`: all weights are in memory.
 
     As many batches as have room go through a layer together, since a changed weight is made of its codes once for all of them. Where the
@@ -67,24 +67,28 @@ class Room:
     whole: bool = True
     folder: Path | None = None
 
+    def shelf(self) -> StateCache:
+        """Return an empty store of hidden states under this budget."""
+        return StateCache(self.state_bytes, self.folder, host=not self.whole)
+
     def batches(self, count: int, state_bytes: int, layers: int) -> int:
-        """How many of `count` batches at a time; `state_bytes`: of one batch's hidden state."""
+        """Return how many of `count` batches go at a time; `state_bytes`: of one batch's hidden state."""
         each = states_of(layers, state_bytes) if self.whole else 4 * state_bytes
         return max(1, min(count, self.state_bytes // each))
 
     def models(self, batches: int, state_bytes: int) -> int:
-        """How many models at a time."""
+        """Return how many models go at a time."""
         fitting = max(1, self.state_bytes // (2 * batches * state_bytes))
         return min(GROUP, fitting) if self.whole else fitting
 
 
 def states_of(layers: int, state_bytes: int) -> int:
-    """Bytes of hidden states while changes of a recorded base are followed: what went into its layers, and before and after one for each model."""
+    """Return the bytes of hidden states while swaps are followed: what went into every layer, and before and after one for each model."""
     return (layers + 1 + 3 * GROUP) * state_bytes
 
 
 def kl_per_row(reference: Tensor, logits: Tensor) -> Tensor:
-    """KL(reference || model), mean over a row's tokens. reference: log-probabilities, logits: raw, both [rows, tokens, vocabulary] -> [rows]."""
+    """Return KL(reference || model), mean over a row's tokens, nats. reference: log-probabilities, logits: raw, both [rows, tokens, vocabulary] -> [rows]."""
     changed = torch.log_softmax(logits.float(), dim=-1)
     return (reference.exp() * (reference - changed)).sum(-1).double().mean(-1)
 
@@ -97,18 +101,14 @@ class Swap:
     assignment: Assignment
 
 
-@dataclass
 class Reference:
-    """The unquantized model on batches that it has seen: last hidden states, and log-probabilities as far as there is room."""
+    """The unquantized model on batches that it has seen: last hidden states, and log-probabilities as far as the budget goes."""
 
-    decoder: Decoder
-    room: Room
-    states: Shelf = field(init=False)
-    _log_p: dict[str, Tensor] = field(default_factory=dict)
-    _kept: int = 0
-
-    def __post_init__(self) -> None:
-        self.states = Shelf(self.room.state_bytes, self.room.folder, host=not self.room.whole)
+    def __init__(self, decoder: Decoder, budget: StateBudget):
+        self.decoder = decoder
+        self.states = budget.shelf()
+        self._log_p: dict[str, Tensor] = {}
+        self._free_bytes = budget.reference_bytes
 
     def see(self, batches: Sequence[Tensor]) -> None:
         """Run the model over those of `batches` that it has not seen; call it outside any `swapped` block."""
@@ -118,34 +118,31 @@ class Reference:
                 check_range(final, "the unquantized model on these rows")
                 self.states.put(rows_sha256(batch), final)
 
-    def whole(self, batch: Tensor) -> Tensor:
-        """Log-probabilities [rows, tokens, vocabulary] on a batch, which is run if it was not seen."""
-        self.see([batch])
-        return self.log_p(batch, slice(0, batch.shape[1]))
-
     @torch.no_grad()
     def log_p(self, batch: Tensor, span: slice) -> Tensor:
-        """Log-probabilities [rows, tokens of the span, vocabulary] on a batch that was seen."""
+        """Return log-probabilities [rows, tokens of the span, vocabulary] on a batch that was seen."""
         key = f"{rows_sha256(batch)} {span.start}"
         if key in self._log_p:
             return self._log_p[key]
         final = self.states.get(rows_sha256(batch))
-        found = torch.log_softmax(logits_of(self.decoder, batch[:, span], cut(self.decoder, final, span)).float(), dim=-1)
-        if self._kept + 4 * found.numel() <= self.room.reference_bytes:
-            self._log_p[key] = found
-            self._kept += 4 * found.numel()
-        return found
+        log_p = torch.log_softmax(
+            logits_of(self.decoder, batch[:, span], slice_tokens(self.decoder, final, span)).float(), dim=-1
+        )
+        if log_p.nbytes <= self._free_bytes:
+            self._log_p[key] = log_p
+            self._free_bytes -= log_p.nbytes
+        return log_p
 
 
-class _Made:
-    """Weights made of their codes, kept while one layer is looked at: most plans share them."""
+class _LayerWeights:
+    """Weights made of one layer's codes, cached until another layer is asked for: most plans share them."""
 
     def __init__(self, bank: Bank):
         self._bank = bank
         self._layer = -1
         self._weights: dict[tuple[str, str], Tensor] = {}
 
-    def of(self, layer: int, module: str, format_name: str) -> Tensor:
+    def get(self, layer: int, module: str, format_name: str) -> Tensor:
         if layer != self._layer:
             self._layer, self._weights = layer, {}
         key = (module, format_name)
@@ -155,7 +152,7 @@ class _Made:
 
 
 class DamageMeter:
-    """Measures assignments of one model. `decoder` holds the reference weights between calls. `workers`: who measures ahead of it."""
+    """Measures the damage of assignments of one model. `decoder` holds the reference weights between calls. `workers`: who measures ahead of it."""
 
     def __init__(
         self,
@@ -164,22 +161,22 @@ class DamageMeter:
         weights_sha256: str,
         quantizer: str,
         journal: Journal,
-        room: Room | None = None,
+        budget: StateBudget | None = None,
     ):
         self.decoder = decoder
         self.bank = bank
         self.journal = journal
-        self.room = room or Room()
+        self.budget = budget or StateBudget()
         self.workers: Workers | None = None
         weight = next(decoder.model.parameters())
         self.identity = (weights_sha256, quantizer, str(weight.dtype), weight.device.type)
         self.row_by_row = False  # the rows of a module's inputs cannot be told apart (see `curvature`)
         # what is kept of a model that is run whole is its logits
         self._width = decoder.width if is_chain(decoder) else decoder.vocabulary
-        self.reference = Reference(decoder, self.room)
+        self.reference = Reference(decoder, self.budget)
 
     def plans(self, plans: Mapping[str, Assignment], rows: Tensor, progress: Progress | None = None) -> dict[str, np.ndarray]:
-        """Damage of whole assignments, by name: float64 [rows] each, nats/token."""
+        """Measure whole assignments: name -> damage, float64 [rows], nats/token."""
 
         def finals_of(batches: Sequence[Tensor], names: Sequence[str]) -> Iterator[Finals]:
             for group in self.groups(names, batches):
@@ -191,10 +188,10 @@ class DamageMeter:
     def swaps(
         self, base: Assignment, swaps: Mapping[str, Swap], rows: Tensor, progress: Progress | None = None
     ) -> dict[str, np.ndarray]:
-        """Damage of `base` with each swap made alone, by name: float64 [rows] each, nats/token."""
+        """Measure `base` with each swap made alone: name -> damage, float64 [rows], nats/token."""
 
         def finals_of(batches: Sequence[Tensor], names: Sequence[str]) -> Iterator[Finals]:
-            with self.shelf() as shelf, self.decoder.swapped(self.bank.weights(base)):
+            with self.budget.shelf() as shelf, self.decoder.swapped(self.bank.weights(base)):
                 recorded = record(self.decoder, batches, shelf)
                 for group in self.groups(sorted(names, key=lambda name: swaps[name].layer), batches):
                     yield dict(zip(group, self.follow(recorded, [swaps[name] for name in group]), strict=True))
@@ -204,64 +201,64 @@ class DamageMeter:
         return self._measure(rows, whole, finals_of, share, progress)
 
     def _whole_models(self, batches: Sequence[Tensor], plans: Sequence[Assignment]) -> list[list[Tensor]]:
-        """What comes out of the last layer, by plan and batch. Of a streamed model, all plans go through a layer before the next is read."""
+        """Return what comes out of the last layer, by plan and batch. Of a streamed model, all plans go through a layer before the next is read."""
         stream = self.decoder.stream
         if stream is not None:
-            made = _Made(self.bank)
-            return follow(
-                self.decoder, begin(self.decoder, batches), [Job(0, self._planned(plan, stream, made)) for plan in plans]
-            )
-        found = []
+            layer_weights = _LayerWeights(self.bank)
+            jobs = [Job(0, self._plan_swap(plan, stream, layer_weights)) for plan in plans]
+            return follow(self.decoder, begin(self.decoder, batches), jobs)
+        finals = []
         for plan in plans:
             with self.decoder.swapped(self.bank.weights(plan)):
-                found.append(record(self.decoder, batches).final)
-        return found
+                finals.append(record(self.decoder, batches).final)
+        return finals
 
-    def _planned(self, plan: Assignment, stream: Stream, made: _Made) -> Callable[[int], AbstractContextManager[Any]]:
+    def _plan_swap(
+        self, plan: Assignment, stream: Stream, layer_weights: _LayerWeights
+    ) -> Callable[[int], AbstractContextManager[Any]]:
+        """Return what swaps a plan's weights into a layer while it runs."""
         names: dict[int, list[str]] = defaultdict(list)
         for name in plan:
             names[stream.layer_of(name)].append(name)
-        return lambda layer: self.decoder.swapped(Lookup(names[layer], lambda name: made.of(layer, name, plan[name])))
-
-    def shelf(self) -> Shelf:
-        """For the states of one pass."""
-        return Shelf(self.room.state_bytes, self.room.folder, host=not self.room.whole)
+        return lambda layer: self.decoder.swapped(
+            LazyMapping(names[layer], lambda name: layer_weights.get(layer, name, plan[name]))
+        )
 
     def follow(self, recorded: Recorded, swaps: Sequence[Swap]) -> list[list[Tensor]]:
-        """What comes out of the last layer with each swap made alone, by batch, in the block of the base that was recorded."""
-        return follow(self.decoder, recorded, [Job(swap.layer, self._in_force(swap)) for swap in swaps])
+        """Return what comes out of the last layer by swap, each made alone, and batch; call it while the recorded base is swapped in."""
+        return follow(self.decoder, recorded, [Job(swap.layer, self._swap_in(swap)) for swap in swaps])
 
-    def _in_force(self, swap: Swap) -> Callable[[int], AbstractContextManager[Any]]:
+    def _swap_in(self, swap: Swap) -> Callable[[int], AbstractContextManager[Any]]:
         weights = self.bank.weights(swap.assignment)
         return lambda layer: self.decoder.swapped(weights if layer == swap.layer else {})
 
     def chunks(self, rows: Tensor) -> list[list[Tensor]]:
-        """The rows' batches [rows, tokens], in runs of as many as go through a layer together."""
+        """Cut the rows into batches [rows, tokens], in runs of as many as go through a layer together."""
         batches = list(rows.split(batch_rows(rows.shape[1], self.decoder.vocabulary)))
-        step = self.room.batches(len(batches), self._state_bytes(batches[0]), len(self.decoder.layers)) if batches else 1
+        step = self.budget.batches(len(batches), self._state_bytes(batches[0]), len(self.decoder.layers)) if batches else 1
         return [batches[start : start + step] for start in range(0, len(batches), step)]
 
     def groups(self, names: Sequence[Any], batches: Sequence[Tensor]) -> Iterator[Sequence[Any]]:
-        """`names` in runs of as many models as go through a layer together."""
-        step = self.room.models(len(batches), self._state_bytes(batches[0]))
+        """Cut `names` into runs of as many models as go through a layer together."""
+        step = self.budget.models(len(batches), self._state_bytes(batches[0]))
         return (names[start : start + step] for start in range(0, len(names), step))
 
     def _state_bytes(self, batch: Tensor) -> int:
         return batch.numel() * self._width * next(self.decoder.model.parameters()).element_size()
 
     def spans(self, batch: Tensor) -> list[slice]:
-        """The runs of tokens in which a batch's logits are made."""
-        return token_spans(len(batch), batch.shape[1], self.decoder.vocabulary, self.room.logit_bytes)
+        """Return the runs of tokens in which a batch's logits are made."""
+        return token_spans(len(batch), batch.shape[1], self.decoder.vocabulary, self.budget.logit_bytes)
 
     @torch.no_grad()
     def _kl(self, batch: Tensor, finals: Sequence[Tensor]) -> list[Tensor]:
-        """Damage of each model whose last hidden state on `batch` is given: float64 [rows] each."""
+        """Return the damage of each model whose last hidden state on `batch` is given: float64 [rows] each."""
         sums = [torch.zeros(len(batch), dtype=torch.float64) for _ in finals]
         for span in self.spans(batch):
-            reference = self.reference.log_p(batch, span)
+            reference = self.reference.log_p(batch, span)  # [rows, tokens of the span, vocabulary]
             share = reference.shape[1] / batch.shape[1]
             for total, final in zip(sums, finals, strict=True):
-                logits = logits_of(self.decoder, batch[:, span], cut(self.decoder, final, span))
+                logits = logits_of(self.decoder, batch[:, span], slice_tokens(self.decoder, final, span))
                 total += share * kl_per_row(reference, logits).cpu()
         for total in sums:
             check_range(total, "a quantized model", finals[0].dtype)
@@ -271,32 +268,31 @@ class DamageMeter:
         self, rows: Tensor, plans: Mapping[str, Assignment], finals_of: FinalsOf, share: Share, progress: Progress | None
     ) -> dict[str, np.ndarray]:
         """Take each (assignment, batch) from the journal, or from `finals_of(batches, missing names)`."""
-        self._ahead(rows, plans, share, progress)
+        self._measure_ahead(rows, plans, share, progress)
         parts: dict[str, list[Any]] = {name: [] for name in plans}
         done, total = 0, len(plans) * -(-len(rows) // batch_rows(rows.shape[1], self.decoder.vocabulary))
         for chunk in self.chunks(rows):
             keys = {name: self._keys(plan, chunk) for name, plan in plans.items()}
             known = {key: self.journal.get(key) for of_plan in keys.values() for key in of_plan}
-            missing = {
-                of_plan: name for name, of_plan in keys.items() if any(known[key] is None for key in of_plan)
-            }  # equal plans once
+            # equal plans once
+            missing = {of_plan: name for name, of_plan in keys.items() if any(known[key] is None for key in of_plan)}
             done += len(chunk) * (len(plans) - len(missing))
-            for found in self._found(chunk, finals_of, list(missing.values())) if missing else ():
-                for name, values in found.items():
+            for measured in self._measured(chunk, finals_of, list(missing.values())) if missing else ():
+                for name, values in measured.items():
                     new = dict(zip(keys[name], values, strict=True))
                     self.journal.put_all("damage", new)
                     known |= new
-                done += len(found) * len(chunk)
+                done += len(measured) * len(chunk)
                 if progress:
                     progress(done, total)
             for name, of_plan in keys.items():
                 parts[name] += [known[key] for key in of_plan]
         if progress:
             progress(total, total)
-        return {name: np.concatenate([np.asarray(part) for part in own]) for name, own in parts.items()}
+        return {name: np.concatenate([np.asarray(part) for part in of_plan]) for name, of_plan in parts.items()}
 
-    def _ahead(self, rows: Tensor, plans: Mapping[str, Assignment], share: Share, progress: Progress | None) -> None:
-        """What is missing, measured by the workers where there are some."""
+    def _measure_ahead(self, rows: Tensor, plans: Mapping[str, Assignment], share: Share, progress: Progress | None) -> None:
+        """Have the workers measure what is missing, where there are some."""
         if not self.workers:
             return
         ahead = []
@@ -309,12 +305,14 @@ class DamageMeter:
     def _keys(self, plan: Assignment, batches: Sequence[Tensor]) -> tuple[str, ...]:
         return tuple(content_key("damage", self.identity, rows_sha256(batch), dict(plan)) for batch in batches)
 
-    def _found(
+    def _measured(
         self, batches: Sequence[Tensor], finals_of: FinalsOf, names: Sequence[str]
     ) -> Iterator[dict[str, list[list[float]]]]:
-        """Damage by name, batch and row, as it is measured."""
-        own = [batch.to(self.decoder.device) for batch in batches]
-        self.reference.see(own)
-        for finals in finals_of(own, names):
-            by_batch = [self._kl(batch, states) for batch, states in zip(own, zip(*finals.values(), strict=True), strict=True)]
-            yield {name: [of_batch[place].tolist() for of_batch in by_batch] for place, name in enumerate(finals)}
+        """Yield damage by name, batch and row, as it is measured."""
+        batches = [batch.to(self.decoder.device) for batch in batches]
+        self.reference.see(batches)
+        for finals in finals_of(batches, names):
+            by_batch = [
+                self._kl(batch, states) for batch, states in zip(batches, zip(*finals.values(), strict=True), strict=True)
+            ]
+            yield {name: [of_batch[index].tolist() for of_batch in by_batch] for index, name in enumerate(finals)}

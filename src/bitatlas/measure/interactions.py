@@ -1,4 +1,4 @@
-"""True damage of single swaps around a base, and from the same passes how every pair of them interacts.
+"""Measures the true damage of single swaps around a base, and from the same passes how every pair of them interacts.
 
 A swap changes the logits at one token by d_u; with q the base's next-token distribution, the curvature of the damage between two swaps
 is the mean over tokens of d_u' (diag(q) - q q') d_v, half of which is what the pair adds beyond its two single damages. It is computed
@@ -28,7 +28,7 @@ from bitatlas.data.rows import rows_sha256
 from bitatlas.measure.curvature import label_points, labels_at
 from bitatlas.measure.damage import Assignment, DamageMeter, Swap
 from bitatlas.measure.workers import Progress, Share
-from bitatlas.model.layerwise import check_range, cut, logits_of, record
+from bitatlas.model.layerwise import check_range, logits_of, record, slice_tokens
 from bitatlas.records.journal import content_key
 
 LABELS = 2  # drawn at each token
@@ -53,55 +53,51 @@ class Interactions:
 def swap_interactions(
     meter: DamageMeter, base: Assignment, swaps: Sequence[Swap], rows: Tensor, seed: int = 0, progress: Progress | None = None
 ) -> Interactions:
-    """Every swap alone, around `base`. rows: int64 [rows, tokens]"""
+    """Measure every swap alone around `base`, and how each pair of them interacts. rows: int64 [rows, tokens]"""
     if meter.workers:
-        share = Share("interactions", lambda some, batch: (base, some, batch, seed), passes=0.5, fixed=2)
-        ahead = [
-            (
-                batch,
-                [
-                    swap
-                    for (key,), swap in zip(_keys(meter, base, swaps, [batch], seed), swaps, strict=True)
-                    if meter.journal.get(key) is None
-                ],
-            )
-            for batch in chain.from_iterable(meter.chunks(rows))
-        ]
+        share = Share("interactions", lambda missing, batch: (base, missing, batch, seed), passes=0.5, fixed=2)
+        ahead = []
+        for batch in chain.from_iterable(meter.chunks(rows)):
+            keys = zip(_keys(meter, base, swaps, [batch], seed), swaps, strict=True)
+            ahead.append((batch, [swap for (key,), swap in keys if meter.journal.get(key) is None]))
         meter.workers.spread(share, ahead, progress)
     by_row, together, done = [], np.zeros((len(swaps), len(swaps))), 0
     total = len(swaps) * sum(map(len, meter.chunks(rows)))
     for chunk in meter.chunks(rows):
-        for found in _chunk(meter, base, swaps, chunk, seed, progress and _counted(progress, done, total)):
-            scores = np.stack([_unpacked(value["scores"]) for value in found]) if found else np.zeros((0, 1))
-            by_row.append(np.array([value["added"] for value in found]).reshape(len(swaps), -1).T)
+        for values in _chunk(meter, base, swaps, chunk, seed, progress and _counted(progress, done, total)):
+            scores = (
+                np.stack([_unpacked(value["scores"]) for value in values]) if values else np.zeros((0, 1))
+            )  # [swaps, samples]
+            by_row.append(np.array([value["added"] for value in values]).reshape(len(swaps), -1).T)  # [rows, swaps]
             together += scores @ scores.T
         done += len(swaps) * len(chunk)
-    every = np.concatenate(by_row)
-    return Interactions(every.mean(axis=0), together / (2 * LABELS * rows.numel()), every)
+    added = np.concatenate(by_row)
+    return Interactions(added.mean(axis=0), together / (2 * LABELS * rows.numel()), added)
 
 
 def pair_rows(
     meter: DamageMeter, base: Assignment, swaps: Sequence[Swap], pairs: Sequence[tuple[int, int]], rows: Tensor, seed: int = 0
 ) -> np.ndarray:
-    """What each pair of `swaps` adds beyond both alone, row by row: float64 [rows, pairs], nats/token; twice `together`, on average.
+    """Return what each pair of `swaps` adds beyond both alone, row by row: float64 [rows, pairs], nats/token; twice `together`, on average.
 
     After `swap_interactions` of the same swaps around the same base this reads the journal and runs nothing.
     """
-    asked = sorted({place for pair in pairs for place in pair})
+    indices = sorted({index for pair in pairs for index in pair})
     by_row = []
     for chunk in meter.chunks(rows):
-        for found in _chunk(meter, base, [swaps[place] for place in asked], chunk, seed, None):
+        for values in _chunk(meter, base, [swaps[index] for index in indices], chunk, seed, None):
             scores = {
-                place: _unpacked(value["scores"]).reshape(len(value["added"]), -1)
-                for place, value in zip(asked, found, strict=True)
+                index: _unpacked(value["scores"]).reshape(len(value["added"]), -1)  # [rows, samples]
+                for index, value in zip(indices, values, strict=True)
             }
             by_row.append(np.stack([(scores[u] * scores[v]).mean(axis=1) for u, v in pairs], axis=1))
     return np.concatenate(by_row)
 
 
 def _keys(meter: DamageMeter, base: Assignment, swaps: Sequence[Swap], batches: Sequence[Tensor], seed: int) -> list[Keys]:
+    """Return each swap's keys in the journal, one a batch."""
     start = [("swap by row", meter.identity, rows_sha256(batch), dict(base), seed) for batch in batches]
-    return [tuple(content_key(*own, swap.layer, dict(swap.assignment)) for own in start) for swap in swaps]
+    return [tuple(content_key(*of_batch, swap.layer, dict(swap.assignment)) for of_batch in start) for swap in swaps]
 
 
 def _counted(progress: Progress, before: int, total: int) -> Callable[[int], None]:
@@ -114,63 +110,64 @@ def _chunk(
     swaps: Sequence[Swap],
     batches: Sequence[Tensor],
     seed: int,
-    told: Callable[[int], None] | None,
+    report: Callable[[int], None] | None,
 ) -> list[list[Value]]:
-    """By batch: each swap, from the journal or measured: added damage of each row, and scores."""
+    """Return by batch and swap, from the journal or measured: added damage of each row, and scores."""
     keys = _keys(meter, base, swaps, batches, seed)
     known = {key: meter.journal.get(key) for of_swap in keys for key in of_swap}
-    missing = {own: swap for own, swap in zip(keys, swaps, strict=True) if any(known[key] is None for key in own)}
+    missing = {of_swap: swap for of_swap, swap in zip(keys, swaps, strict=True) if any(known[key] is None for key in of_swap)}
     done = len(batches) * (len(swaps) - len(missing))
     for group, values in _measured(meter, base, missing, batches, seed) if missing else ():
-        for own, of_swap in zip(group, values, strict=True):
-            new = dict(zip(own, of_swap, strict=True))
+        for keys_of_swap, of_swap in zip(group, values, strict=True):
+            new = dict(zip(keys_of_swap, of_swap, strict=True))
             meter.journal.put_all("interactions", new)
             known |= new
         done += len(batches) * len(group)
-        if told:
-            told(done)
-    if told:
-        told(len(batches) * len(swaps))
-    return [[known[own[number]] for own in keys] for number in range(len(batches))]  # type: ignore[misc]
+        if report:
+            report(done)
+    if report:
+        report(len(batches) * len(swaps))
+    return [[known[of_swap[index]] for of_swap in keys] for index in range(len(batches))]  # type: ignore[misc]
 
 
 @torch.no_grad()
 def _measured(
     meter: DamageMeter, base: Assignment, swaps: Mapping[Keys, Swap], batches: Sequence[Tensor], seed: int
 ) -> Iterator[tuple[Sequence[Keys], list[list[Value]]]]:
-    """Groups of swaps by their keys, with what was measured of each by batch."""
-    own = [batch.to(meter.decoder.device) for batch in batches]
-    meter.reference.see(own)
-    with meter.shelf() as shelf, meter.decoder.swapped(meter.bank.weights(base)):
-        recorded = record(meter.decoder, own, shelf)
-        for group in meter.groups(sorted(swaps, key=lambda keys: swaps[keys].layer), own):
+    """Yield groups of swaps by their keys, with what was measured of each by batch."""
+    batches = [batch.to(meter.decoder.device) for batch in batches]
+    meter.reference.see(batches)
+    with meter.budget.shelf() as shelf, meter.decoder.swapped(meter.bank.weights(base)):
+        recorded = record(meter.decoder, batches, shelf)
+        for group in meter.groups(sorted(swaps, key=lambda keys: swaps[keys].layer), batches):
             finals = meter.follow(recorded, [swaps[keys] for keys in group])
             by_batch = [
-                _against_base(meter, *one, seed) for one in zip(own, recorded.final, zip(*finals, strict=True), strict=True)
+                _against_base(meter, batch, final, of_batch, seed)
+                for batch, final, of_batch in zip(batches, recorded.final, zip(*finals, strict=True), strict=True)
             ]
             yield group, [list(of_swap) for of_swap in zip(*by_batch, strict=True)]
 
 
 def _against_base(meter: DamageMeter, batch: Tensor, base: Tensor, finals: Sequence[Tensor], seed: int) -> list[Value]:
-    """What each swap adds on one batch. base, finals: last hidden states [rows, tokens, width]"""
+    """Return what each swap adds on one batch. base, finals: last hidden states [rows, tokens, width]"""
     added = torch.zeros(len(finals), len(batch), dtype=torch.float64)
     scores: list[list[Tensor]] = [[] for _ in finals]
     points = [label_points(batch, seed, draw) for draw in range(LABELS)]
     for span in meter.spans(batch):
-        p = meter.reference.log_p(batch, span).exp()
-        logits = logits_of(meter.decoder, batch[:, span], cut(meter.decoder, base, span)).float()
+        p = meter.reference.log_p(batch, span).exp()  # [rows, tokens, vocabulary], as all logits here
+        logits = logits_of(meter.decoder, batch[:, span], slice_tokens(meter.decoder, base, span)).float()
         level = logits.logsumexp(-1)  # [rows, tokens]
         q = torch.softmax(logits, dim=-1)
-        labels = torch.stack([labels_at(q, own[:, span]) for own in points], dim=-1)
-        for place, final in enumerate(finals):
-            changed = logits_of(meter.decoder, batch[:, span], cut(meter.decoder, final, span)).float()
+        labels = torch.stack([labels_at(q, of_draw[:, span]) for of_draw in points], dim=-1)  # [rows, tokens, labels]
+        for index, final in enumerate(finals):
+            changed = logits_of(meter.decoder, batch[:, span], slice_tokens(meter.decoder, final, span)).float()
             moved = changed - logits
-            added[place] += (changed.logsumexp(-1) - level - (p * moved).sum(-1)).double().sum(-1).cpu()
-            scores[place].append(moved.gather(-1, labels) - (q * moved).sum(-1, keepdim=True))
+            added[index] += (changed.logsumexp(-1) - level - (p * moved).sum(-1)).double().sum(-1).cpu()
+            scores[index].append(moved.gather(-1, labels) - (q * moved).sum(-1, keepdim=True))
     check_range(added, "a quantized model", base.dtype)
     return [
-        {"added": (own / batch.shape[1]).tolist(), "scores": _packed(torch.cat(parts, dim=1))}
-        for own, parts in zip(added, scores, strict=True)
+        {"added": (of_swap / batch.shape[1]).tolist(), "scores": _packed(torch.cat(parts, dim=1))}
+        for of_swap, parts in zip(added, scores, strict=True)
     ]
 
 

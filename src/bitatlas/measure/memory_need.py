@@ -1,4 +1,4 @@
-"""How much memory a survey will need at its peak, with all weights in memory or with one decoder layer at a time; and which of both it will be.
+"""Estimates how much memory a survey will need at its peak, and chooses: all weights in memory, or one decoder layer at a time.
 
 The sum has a term for each thing that is alive at the same time: this process as it is, what is outside the layers, the weights (of all
 layers, or of the largest), its changes of weights in every format, the activations of one layer, a few arrays of logits, codes and hidden
@@ -20,42 +20,42 @@ import psutil
 import torch
 
 from bitatlas.errors import UserError
-from bitatlas.measure.damage import REFERENCE_BYTES, STATE_BYTES, Room, states_of
+from bitatlas.measure.damage import REFERENCE_BYTES, STATE_BYTES, StateBudget, states_of
 from bitatlas.model.layerwise import LOGIT_BYTES, batch_rows
-from bitatlas.quantize.bank import KEPT_BYTES
+from bitatlas.quantize.bank import CACHE_BYTES
 from bitatlas.records import ModelInfo, Module
 from bitatlas.records.sizes import dtype_bytes, kept_bytes
 from bitatlas.records.text import byte_size, given_size
 
 LIBRARIES_BYTES = 2**29  # what later stages import and allocate: tables, statistics, templates, the allocator's slack
 LOGIT_ARRAYS = 7  # alive at once where two models' logits are compared and sent backwards
-SHARE = 0.9  # of the memory at hand that is taken without being asked
+FREE_SHARE = 0.9  # of the memory at hand that is taken without being asked
 DEVICE_STATE_BYTES = 2**33  # of hidden states on an accelerator, where making weights of codes is what takes long
 LEAST_LOGITS = 2**24  # bytes of an array of logits, layer by layer
 LEAST_STATES = 2**24  # bytes of hidden states without which nothing can be measured
 
 
 @dataclass(frozen=True)
-class Need:
-    """Bytes at the peak, with the least room for hidden states (layer by layer, for codes too)."""
+class MemoryNeed:
+    """Bytes at the peak, with the least memory for hidden states (layer by layer, for codes too)."""
 
     whole: int
     streamed: int
     states: int = STATE_BYTES  # of that in memory: what one batch leaves in all layers
-    most_states: int = STATE_BYTES  # with which as many batches as pay go through a layer together
+    max_states: int = STATE_BYTES  # with which as many batches as pay go through a layer together
 
 
 @dataclass(frozen=True)
-class Way:
+class LoadMode:
     """How a survey will run. `predicted_bytes`: at the peak, of the host on a CPU, else of the device."""
 
     streamed: bool
-    room: Room
-    kept_bytes: int  # of unpacked codes in memory
+    state_budget: StateBudget
+    cache_bytes: int  # of unpacked codes in memory
     predicted_bytes: int
 
 
-def need(
+def estimate_memory(
     info: ModelInfo,
     modules: Sequence[Module],
     vocabulary: int,
@@ -64,8 +64,8 @@ def need(
     formats: int,
     dtype: torch.dtype,
     device: str,
-) -> Need:
-    """What a survey needs with so many rows of `row_length` tokens and so many formats."""
+) -> MemoryNeed:
+    """Return what a survey needs with so many rows of `row_length` tokens and so many formats."""
     size = dtype.itemsize
     outside = (info.other_bytes // dtype_bytes(info.dtype) if info.other_numbers is None else info.other_numbers) * size
     layers, stored = Counter[int](), Counter[int]()
@@ -76,9 +76,8 @@ def need(
     batch = batch_rows(row_length, vocabulary)
     tokens = batch * row_length
     wide = sum(out + inputs for out, inputs in (m.shape for m in modules if m.layer == modules[0].layer))
-    activations = (
-        8 * tokens * wide + 24 * max(batch, 8) * info.heads * row_length**2
-    )  # forwards and backwards; attention maps, eager
+    # forwards and backwards; attention maps, eager
+    activations = 8 * tokens * wide + 24 * max(batch, 8) * info.heads * row_length**2
     logits, least_logits = (
         LOGIT_ARRAYS * min(4 * tokens * vocabulary, most + 4 * batch * vocabulary) for most in (LOGIT_BYTES, LEAST_LOGITS)
     )
@@ -87,25 +86,24 @@ def need(
     base = (psutil.Process().memory_info().rss + LIBRARIES_BYTES) if device == "cpu" else 2**29
     fixed = base + outside
     state = tokens * modules[0].shape[1] * size
-    states, every = (n * states_of(info.layers, state) for n in (1, -(-rows // batch)))
-    kept = min(STATE_BYTES, rows * row_length * modules[0].shape[1] * size) + min(
-        REFERENCE_BYTES, 4 * rows * row_length * vocabulary
-    )
-    codes = min(KEPT_BYTES, formats * info.quantizable_weights) if device == "cpu" else 0
-    return Need(
-        fixed + max(loading, activations + logits + changes) + info.quantizable_weights * size + kept + states + codes,
+    states, all_states = (n * states_of(info.layers, state) for n in (1, -(-rows // batch)))
+    reference = min(STATE_BYTES, rows * row_length * modules[0].shape[1] * size)
+    reference += min(REFERENCE_BYTES, 4 * rows * row_length * vocabulary)
+    codes = min(CACHE_BYTES, formats * info.quantizable_weights) if device == "cpu" else 0
+    return MemoryNeed(
+        fixed + max(loading, activations + logits + changes) + info.quantizable_weights * size + reference + states + codes,
         fixed + max(loading, activations + least_logits + changes) + layer * size + max(stored.values()) + 4 * LEAST_STATES,
         states,
-        max(states, min(every, STATE_BYTES if device == "cpu" else DEVICE_STATE_BYTES)),
+        max(states, min(all_states, STATE_BYTES if device == "cpu" else DEVICE_STATE_BYTES)),
     )
 
 
-def choose_way(needed: Need, memory_bytes: int | None, device: str, folder: Path) -> Way:
-    """In memory where that fits into what was asked for, or into what is there; else layer by layer; UserError where neither does."""
-    limit = memory_bytes if memory_bytes is not None else at_hand(device)
+def choose_load_mode(needed: MemoryNeed, memory_bytes: int | None, device: str, folder: Path) -> LoadMode:
+    """Choose all weights in memory where that fits into `memory_bytes`, or what is free; else layer by layer; UserError where neither fits."""
+    limit = memory_bytes if memory_bytes is not None else available_bytes(device)
     if needed.whole <= limit:
-        more = min(needed.most_states - needed.states, (limit - needed.whole) // 4)
-        return Way(False, Room(needed.states + more), KEPT_BYTES, needed.whole + more)
+        more = min(needed.max_states - needed.states, (limit - needed.whole) // 4)
+        return LoadMode(False, StateBudget(needed.states + more), CACHE_BYTES, needed.whole + more)
     if needed.streamed > limit:
         asked = f"--memory {given_size(limit)}" if memory_bytes is not None else f"{byte_size(limit)} of memory are free here"
         shown = given_size if byte_size(limit) == byte_size(needed.streamed) else byte_size  # never "1.07 GB, 1.07 GB are needed"
@@ -114,21 +112,21 @@ def choose_way(needed: Need, memory_bytes: int | None, device: str, folder: Path
             f"(all weights in memory: {byte_size(needed.whole)}); shorter rows (--row-length) or fewer formats need less"
         )
     spare = min(limit - needed.streamed, 4 * 2**30) + 4 * LEAST_STATES
-    room = Room(spare // 5, spare // 5, LEAST_LOGITS, whole=False, folder=folder)
-    return Way(True, room, spare // 5, needed.streamed + spare - 4 * LEAST_STATES)
+    budget = StateBudget(spare // 5, spare // 5, LEAST_LOGITS, whole=False, folder=folder)
+    return LoadMode(True, budget, spare // 5, needed.streamed + spare - 4 * LEAST_STATES)
 
 
-def at_hand(device: str) -> int:
-    """Bytes that this process may reach: what it has and most of what is free, of the device or of the host (its control group's limit included)."""
+def available_bytes(device: str) -> int:
+    """Return the bytes that this process may reach: what it has and most of what is free, of the device or of the host, limits included."""
     if device.startswith("cuda"):
         free, _ = torch.cuda.mem_get_info(device)
-        return int(SHARE * free)
-    own = psutil.Process().memory_info().rss
-    return own + int(SHARE * min(psutil.virtual_memory().available, _group_free()))
+        return int(FREE_SHARE * free)
+    used = psutil.Process().memory_info().rss
+    return used + int(FREE_SHARE * min(psutil.virtual_memory().available, _group_free()))
 
 
 def _group_free() -> int:
-    """What the control group that this process is in still allows; no limit where there is none."""
+    """Return the bytes that the control group that this process is in still allows; no limit where there is none."""
     folder = Path("/sys/fs/cgroup")
     try:
         limit = (folder / "memory.max").read_text().strip()
@@ -138,7 +136,7 @@ def _group_free() -> int:
 
 
 def peak_bytes(device: str) -> int:
-    """The most that this process has had, of the device or of the host."""
+    """Return the most bytes that this process has had, of the device or of the host."""
     if device.startswith("cuda"):
         return int(torch.cuda.max_memory_reserved(device))
     unit = 1 if sys.platform == "darwin" else 1024

@@ -14,6 +14,7 @@ from __future__ import annotations
 from collections import defaultdict
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from itertools import takewhile
 from typing import TYPE_CHECKING, Any
 
 from lm_eval.models.huggingface import HFLM
@@ -29,7 +30,7 @@ class Scorer(HFLM):  # type: ignore[misc]
     """Scores the model that it is given, on the harness's requests."""
 
     def loglikelihood(self, requests: Sequence[Any], disable_tqdm: bool = False) -> list[tuple[float, bool]]:
-        """(summed log-likelihood in nats, whether greedy decoding writes it) of each request's (prompt, choice)."""
+        """Return (summed log-likelihood in nats, whether greedy decoding writes it) of each request's (prompt, choice)."""
         by_prompt: dict[str, list[int]] = defaultdict(list)
         for index, request in enumerate(requests):
             by_prompt[request.args[0]].append(index)
@@ -43,21 +44,21 @@ class Scorer(HFLM):  # type: ignore[misc]
         return list(self._loglikelihood_tokens(encoded, disable_tqdm=disable_tqdm))
 
     def tok_encode(self, string: str, **options: Any) -> list[int]:
-        """The harness's, with a tokenizer's complaint as a UserError."""
+        """Encode as the harness does, with a tokenizer's complaint as a UserError."""
         try:
             return list(super().tok_encode(string, **options))
         except Exception as error:  # tokenizers raises bare Exceptions, like for a missing unknown-token
             raise _unreadable(error) from None
 
     def tok_batch_encode(self, strings: list[str], **options: Any) -> Any:
-        """The same of many at once."""
+        """Encode many texts as the harness does, with a tokenizer's complaint as a UserError."""
         try:
             return super().tok_batch_encode(strings, **options)
         except Exception as error:
             raise _unreadable(error) from None
 
     def _check(self, request: Any, ids: Sequence[int], border: int) -> None:
-        """UserError for a choice that cannot be scored: the harness breaks on it."""
+        """Raise UserError for a choice that cannot be scored: the harness breaks on it."""
         where = f"--tasks {request.task_name}: a choice of item {request.doc['id']}"
         if border == 0 or border == len(ids):
             raise UserError(
@@ -76,14 +77,13 @@ def _unreadable(error: Exception) -> UserError:
 
 
 def _common(first: Sequence[int], second: Sequence[int]) -> int:
-    """How many tokens two sequences have in common at their beginning."""
-    pairs = enumerate(zip(first, second, strict=False))
-    return next((place for place, (a, b) in pairs if a != b), min(len(first), len(second)))
+    """Return how many tokens two sequences have in common at their beginning."""
+    return sum(1 for _ in takewhile(lambda pair: pair[0] == pair[1], zip(first, second, strict=False)))
 
 
 @contextmanager
 def greedy_alone(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> Iterator[None]:
-    """No generation settings but the ends of text that configuration and tokenizer name; the checkpoint's own are put back afterwards."""
+    """Leave the model no generation settings but the ends of text that configuration and tokenizer name; the checkpoint's own are put back afterwards."""
     config = model.config.get_text_config()
     ends = getattr(config, "eos_token_id", None)
     known = [*(ends if isinstance(ends, list) else [ends]), tokenizer.eos_token_id]

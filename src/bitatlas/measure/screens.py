@@ -1,13 +1,15 @@
-"""The three screens of true damage: every uniform width, every layer both ways, every unit both ways.
+"""Screens of true damage: every uniform width; every layer, unit and kind of module both ways; sampled orders; a task's own text.
 
 "Both ways": lowered around `uniform:high` (the first step down) and raised around `uniform:low` (the last step that is missing).
 One 2-bit module in a good model behaves unlike the same module in a bad one, so either direction alone misleads; their mean is the
 exact Shapley value of a quadratic damage model (see `findings`).
+Left out: kinds within a layer (the screen of units has those), orders of units (a hundred of them would take a hundred models an
+order), single modules and units on a task's text (the rows are too few), and damage on its answers alone.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -19,7 +21,15 @@ from bitatlas.progress import Reporter
 from bitatlas.records import Module
 from bitatlas.records.sizes import units_of
 
-STRONGEST = 12  # pairs of units that are told by name
+STRONGEST = 12  # pairs of units that are given by name
+KIND_ROWS = 32  # of the test rows, at most: whole models cannot resume at a layer, and kinds differ more than layers do
+ORDER_ROWS = 8  # of the test rows: the quadratic shares are taken on the same ones, so more would sharpen little
+SHORT_ORDER_ROWS = 4  # in a short survey: under ten seconds on the demo's 16 layers, a quarter of the whole check
+MOST_PAIRS, FEWEST_PAIRS = 6, 3
+MOST_MODELS = 192  # beyond which fewer pairs are drawn: on 8 rows about the cost of the screen of 16 layers on 64
+TASK_ROWS = 16
+ROW_LENGTH = 64  # tokens of a row of a task's text, at most: a few questions
+GENERAL_ROWS = 32  # one comparison serves all tasks, so it is the surer side
 
 
 @dataclass(frozen=True)
@@ -49,27 +59,27 @@ class UnitScreen:
 
     @property
     def damage(self) -> dict[str, dict[str, dict[str, float]]]:
-        """Means over rows: base -> unit -> format -> damage."""
+        """Return means over rows: base -> unit -> format -> damage."""
         return {
-            base: {unit: {name: float(rows.mean()) for name, rows in own.items()} for unit, own in units.items()}
+            base: {unit: {name: float(rows.mean()) for name, rows in formats.items()} for unit, formats in units.items()}
             for base, units in self.by_row.items()
         }
 
     @property
     def base(self) -> dict[str, float]:
-        """Mean over rows of the bases themselves."""
+        """Return the mean over rows of the bases themselves."""
         return {base: float(rows.mean()) for base, rows in self.base_by_row.items()}
 
 
 def uniform(modules: list[Module], name: str) -> dict[str, str]:
-    """Every module at one format."""
+    """Return the assignment of every module to one format."""
     return {module.name: name for module in modules}
 
 
 def screen_uniform(
     meter: DamageMeter, modules: list[Module], formats: tuple[str, ...], rows: Tensor, reporter: Reporter
 ) -> dict[str, np.ndarray]:
-    """Format -> damage of every module at it, float64 [rows]."""
+    """Measure every uniform width: format -> damage of every module at it, float64 [rows]."""
     with reporter.stage("uniform widths") as progress:
         return meter.plans({name: uniform(modules, name) for name in formats}, rows, progress)
 
@@ -77,28 +87,23 @@ def screen_uniform(
 def screen_layers(
     meter: DamageMeter, modules: list[Module], low: str, high: str, rows: Tensor, reporter: Reporter
 ) -> LayerScreen:
-    """Every layer lowered alone, and raised alone."""
-    found = {}
+    """Measure every layer lowered alone, and raised alone."""
+    damages = {}
     for name, base, other in (("lowered", high, low), ("raised", low, high)):
         layers = sorted({module.layer for module in modules})
         swaps = {str(i): Swap(i, {m.name: other for m in modules if m.layer == i}) for i in layers}
         with reporter.stage(f"layers {name} (base uniform:{base})") as progress:
             damage = meter.swaps(uniform(modules, base), swaps, rows, progress)
-        found[name] = np.stack([damage[str(i)] for i in layers])
-    return LayerScreen(**found)
+        damages[name] = np.stack([damage[str(i)] for i in layers])
+    return LayerScreen(**damages)
 
 
 def screen_units(
-    meter: DamageMeter,
-    modules: list[Module],
-    formats: tuple[str, ...],
-    rows: Tensor,
-    reporter: Reporter,
-    seed: int = 0,
+    meter: DamageMeter, modules: list[Module], formats: tuple[str, ...], rows: Tensor, reporter: Reporter, seed: int = 0
 ) -> UnitScreen:
-    """Every unit in every other format, around uniform high and around uniform low. `formats`: narrowest first.
+    """Measure every unit in every other format, around uniform high and around uniform low. `formats`: narrowest first.
 
-    Measured as swaps with interactions: a search that asks for the same swaps (`planning.refine`) finds them in the journal.
+    Measured as swaps with interactions: a search that asks for the same swaps (`plan.refine`) finds them in the journal.
     """
     units = units_of(modules)
     damage: dict[str, dict[str, dict[str, np.ndarray]]] = {}
@@ -110,37 +115,31 @@ def screen_units(
         changes = [(unit, name) for unit in units for name in formats if name != base]
         swaps = [Swap(unit.layer, {module.name: name for module in unit.modules}) for unit, name in changes]
         with reporter.stage(f"units, one at a time (base uniform:{base})") as progress:
-            found = swap_interactions(meter, whole, swaps, rows, seed, progress)
-        added = found.by_row
+            interactions = swap_interactions(meter, whole, swaps, rows, seed, progress)
+        added = interactions.by_row
         assert added is not None
         if base == formats[-1] and len(units) > 1:
-            lowered = [place for place, (_, name) in enumerate(changes) if name == formats[0]]
-            extra = 2 * found.together[np.ix_(lowered, lowered)]
-            pairs = _pairs(meter, whole, [swaps[place] for place in lowered], extra, rows, seed)
+            lowered = [index for index, (_, name) in enumerate(changes) if name == formats[0]]
+            extra = 2 * interactions.together[np.ix_(lowered, lowered)]
+            pairs = _strongest_pairs(meter, whole, [swaps[index] for index in lowered], extra, rows, seed)
         bases[f"uniform:{base}"] = level
-        own = damage[f"uniform:{base}"] = {unit.name: {} for unit in units}
+        by_unit = damage[f"uniform:{base}"] = {unit.name: {} for unit in units}
         for (unit, name), more in zip(changes, added.T, strict=True):
-            own[unit.name][name] = level + more
+            by_unit[unit.name][name] = level + more
     return UnitScreen(damage, bases, pairs)
 
 
-def _pairs(meter: DamageMeter, base: dict[str, str], swaps: list[Swap], extra: np.ndarray, rows: Tensor, seed: int) -> PairScreen:
-    """The matrix without its diagonal, and its strongest pairs row by row."""
+def _strongest_pairs(
+    meter: DamageMeter, base: dict[str, str], swaps: list[Swap], extra: np.ndarray, rows: Tensor, seed: int
+) -> PairScreen:
+    """Return the matrix `extra` without its diagonal, and its strongest pairs row by row."""
     np.fill_diagonal(extra, 0.0)
     upper = [(int(u), int(v)) for u, v in zip(*np.triu_indices(len(swaps), 1), strict=True)]
     strongest = sorted(upper, key=lambda pair: -extra[pair])[:STRONGEST]
     return PairScreen(extra, strongest, pair_rows(meter, base, swaps, strongest, rows, seed))
 
 
-# --- kinds -----------------------------------------------------------------------------------------------------------------
-
-# True damage of every kind of module, all layers at once: lowered around uniform high, raised around uniform low.
-#
-# One model a kind and direction, on half of the default test rows, so it costs a third of a screen of 16 layers. Units do not matter here: the modules of one kind are moved by themselves, also where
-# a runtime would have them share a format with others.
-# Left out: kinds within a layer; the screen of units has those.
-
-KIND_ROWS = 32  # of the test rows, at most: whole models cannot resume at a layer, and kinds differ more than layers do
+# --- kinds of modules --------------------------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
@@ -155,7 +154,11 @@ class KindScreen:
 def screen_kinds(
     meter: DamageMeter, modules: Sequence[Module], low: str, high: str, rows: Tensor, reporter: Reporter
 ) -> KindScreen:
-    """Every kind lowered alone, and raised alone."""
+    """Measure every kind of module, all layers at once: lowered around uniform high, raised around uniform low.
+
+    One model a kind and direction, on half of the default test rows, so it costs a third of a screen of 16 layers. Units do not matter
+    here: the modules of one kind are moved by themselves, also where a runtime would have them share a format with others.
+    """
     kinds = list(dict.fromkeys(module.kind for module in modules))
 
     def only(kind: str, there: str, elsewhere: str) -> dict[str, str]:
@@ -169,20 +172,7 @@ def screen_kinds(
     return KindScreen(kinds, lowered, raised)
 
 
-# --- orders ----------------------------------------------------------------------------------------------------------------
-
-# True damage along random orders of the layers: the sampled Shapley values that the quadratic shares are checked against.
-#
-# In an order, layers go from the high format to the low one, one after the other; what each adds when its turn comes is one sample of its
-# Shapley value, whatever the interactions. Orders come in pairs, each with its reverse (antithetic): in a quadratic game one pair is
-# exact, so what differs between pairs is interaction of three and more layers. A set of layers that two orders share is measured once.
-# Left out: orders of units (a hundred of them would take a hundred models an order).
-# Source: permutation sampling with antithetic pairs: Mitchell et al., JMLR 2022.
-
-ORDER_ROWS = 8  # of the test rows: the quadratic shares are taken on the same ones, so more would sharpen little
-SHORT_ORDER_ROWS = 4  # in a short survey: under ten seconds on the demo's 16 layers, a quarter of the whole check
-MOST_PAIRS, FEWEST_PAIRS = 6, 3
-MOST_MODELS = 192  # beyond which fewer pairs are drawn: on 8 rows about the cost of the screen of 16 layers on 64
+# --- orders of the layers ----------------------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
@@ -194,7 +184,7 @@ class OrderScreen:
 
 
 def pairs_for(layers: int, short: bool = False) -> int:
-    """Pairs of orders that are drawn; 0 where there is nothing to order."""
+    """Return the number of pairs of orders that are drawn; 0 where there is nothing to order."""
     if layers < 2:
         return 0
     return FEWEST_PAIRS if short else max(FEWEST_PAIRS, min(MOST_PAIRS, MOST_MODELS // (2 * (layers - 1))))
@@ -210,7 +200,15 @@ def screen_orders(
     reporter: Reporter,
     short: bool = False,
 ) -> OrderScreen | None:
-    """Sampled on the first of `rows` [rows, tokens]; None of a model with one layer. `short`: few orders on few rows."""
+    """Measure damage along random orders of the layers: sampled Shapley values, which the quadratic shares are checked against.
+
+    In an order, layers go from the high format to the low one, one after the other; what each adds when its turn comes is one sample of
+    its Shapley value, whatever the interactions. Orders come in pairs, each with its reverse (antithetic): in a quadratic game one pair
+    is exact, so what differs between pairs is interaction of three and more layers. A set of layers that two orders share is measured once.
+    Source: permutation sampling with antithetic pairs: Mitchell et al., JMLR 2022.
+
+    rows: [rows, tokens], of which the first are used. None of a model with one layer. `short`: few orders on few rows.
+    """
     layers = sorted({module.layer for module in modules})
     pairs = pairs_for(len(layers), short)
     if not pairs:
@@ -218,70 +216,54 @@ def screen_orders(
     rng = np.random.default_rng(seed)
     drawn = [[int(layer) for layer in rng.permutation(layers)] for _ in range(pairs)]
     orders = [order for first in drawn for order in (first, first[::-1])]
-    sets = {name_of(order[:place]): frozenset(order[:place]) for order in orders for place in range(len(order) + 1)}
+    sets = {set_name(order[:count]): frozenset(order[:count]) for order in orders for count in range(len(order) + 1)}
     plans = {name: {m.name: low if m.layer in chosen else high for m in modules} for name, chosen in sets.items()}
     with reporter.stage(f"{len(orders)} orders of the layers") as progress:
         damage = meter.plans(plans, rows[: SHORT_ORDER_ROWS if short else ORDER_ROWS], progress)
     added = np.empty((len(orders), len(damage[""]), len(layers)))
-    for number, order in enumerate(orders):
-        for place, layer in enumerate(order):
-            before, after = name_of(order[:place]), name_of(order[: place + 1])
-            added[number, :, layers.index(layer)] = damage[after] - damage[before]
+    for index, order in enumerate(orders):
+        for position, layer in enumerate(order):
+            before, after = set_name(order[:position]), set_name(order[: position + 1])
+            added[index, :, layers.index(layer)] = damage[after] - damage[before]
     return OrderScreen((added[::2] + added[1::2]) / 2, len(plans))
 
 
-def name_of(layers: Sequence[int]) -> str:
-    """One name for a set of layers."""
+def set_name(layers: Sequence[int]) -> str:
+    """Return one name for a set of layers."""
     return ",".join(map(str, sorted(layers)))
 
 
-# --- task text -------------------------------------------------------------------------------------------------------------
-
-# Damage on a task's own text: the questions of its items with their right answers, as the model reads them when it is asked.
-#
-# General text may miss what a task needs. So every uniform width and every layer, lowered alone and raised alone, is measured again on a few
-# short rows of each task's text. What is early in a row hurts otherwise than what is late, so the general text that they are compared with is
-# cut to the same length: the beginnings of test rows, spread evenly over them, measured in the same way. These rows describe; they do not
-# choose a plan, since they may hold items that are scored.
-# Left out: single modules and units (the rows are too few), and damage on the answers alone.
-
-TASK_ROWS = 16
-ROW_LENGTH = 64  # tokens, at most: a few questions
-GENERAL_ROWS = 32  # one comparison serves all tasks, so it is the surer side
+# --- a task's own text -------------------------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
-class TaskScreen:
+class TextScreen:
     """`widths`: format -> damage of every module at it, float64 [rows]."""
 
     widths: dict[str, np.ndarray]
     layers: LayerScreen
-    blocks: list[int] | None = None  # of the rows (see `evaluation.bootstrap`)
-
-
-def screen_tasks(
-    meter: DamageMeter, modules: list[Module], formats: tuple[str, ...], rows: Mapping[str, Tensor], reporter: Reporter
-) -> dict[str, TaskScreen]:
-    """Both screens on each task's rows, by task. `formats`: narrowest first."""
-    return {task: screen_text(meter, modules, formats, own, f"{task}: its own text", reporter) for task, own in rows.items()}
 
 
 def screen_text(
     meter: DamageMeter, modules: list[Module], formats: tuple[str, ...], rows: Tensor, name: str, reporter: Reporter
-) -> TaskScreen:
-    """Both screens on one text's rows: int64 [rows, length]."""
+) -> TextScreen:
+    """Measure every uniform width and every layer both ways on one text's rows, int64 [rows, length]. `formats`: narrowest first.
+
+    General text may miss what a task needs, so a task's own text is read: the questions of its items with their right answers, as the
+    model reads them when it is asked. These rows describe; they do not choose a plan, since they may hold items that are scored.
+    """
     reporter.say(f"{name}, {len(rows)} rows of {rows.shape[1]} tokens")
     widths = screen_uniform(meter, modules, formats, rows, reporter)
-    return TaskScreen(widths, screen_layers(meter, modules, formats[0], formats[-1], rows, reporter))
+    return TextScreen(widths, screen_layers(meter, modules, formats[0], formats[-1], rows, reporter))
 
 
-def general_rows(test: Tensor, length: int) -> Tensor:
-    """The first `length` tokens of test rows, spread over all of them; all rows where they are no longer (they were measured already)."""
+def general_rows(test: Tensor, length: int) -> tuple[Tensor, list[int]]:
+    """Return the general text to compare tasks' text with: the first `length` tokens of test rows spread over all, and their indices.
+
+    What is early in a row hurts otherwise than what is late, so lengths are the same. All rows where they are no longer than `length`:
+    these were measured already.
+    """
     if test.shape[1] <= length:
-        return test
-    return test[general_places(len(test)), :length]
-
-
-def general_places(rows: int) -> list[int]:
-    """Which of so many test rows are cut for `general_rows`."""
-    return [int(place) for place in np.unique(np.linspace(0, rows - 1, min(GENERAL_ROWS, rows)).round())]
+        return test, list(range(len(test)))
+    indices = [int(index) for index in np.unique(np.linspace(0, len(test) - 1, min(GENERAL_ROWS, len(test))).round())]
+    return test[indices, :length], indices

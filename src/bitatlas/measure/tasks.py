@@ -1,4 +1,4 @@
-"""Score a model that is in memory on items, through lm-evaluation-harness, one record an item.
+"""Scores a model that is in memory on items, through lm-evaluation-harness, one record an item.
 
 The harness does what it is trusted for: prompts, tokenization at the border of prompt and answer, batching, log-likelihoods,
 stopping, metrics. This file hands it the items in memory and the model as it is now, so that a caller may swap weights, score a
@@ -22,12 +22,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from bitatlas.data.numbers import plain_number, read_number, same_answer
-from bitatlas.data.tasks import (
-    TASKS,
-    Item,
-    Task,
-    items_sha256,
-)
+from bitatlas.data.tasks import TASKS, Item, Task, items_sha256
 from bitatlas.errors import UserError
 from bitatlas.measure.damage import DamageMeter
 from bitatlas.progress import Reporter
@@ -37,17 +32,14 @@ from bitatlas.records.journal import content_key
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+SHARD_ITEMS = 50  # of a task, between two entries of the journal
 TASK_FILES = Path(__file__).parent / "harness"
 
 
 def score_items(
-    model: PreTrainedModel,
-    tokenizer: PreTrainedTokenizerBase,
-    task: str,
-    items: Sequence[Item],
-    batch_size: int = 16,
+    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, task: str, items: Sequence[Item], batch_size: int = 16
 ) -> list[dict[str, Any]]:
-    """Let the model, with the weights it has now and where it is now, answer `items` of `task`; records in their order.
+    """Return the answers of the model, with the weights it has now and where it is now, to `items` of `task`: records in their order.
 
     A record: {"item": id, "correct": bool, "answer": str, "expected": str, "truncated": bool}, and of a task that writes also
     "output", the text; of choices also "correct_norm": right by log-likelihood per character ("acc_norm"). `answer` is the choice's text,
@@ -75,11 +67,12 @@ def score_items(
 
 
 def _harness_task(spec: Task, items: Sequence[Item], context: int) -> Any:
-    """The task file with these items and their examples in it."""
+    """Return the harness's task: the task file with these items and their examples in it."""
+    import yaml
     from datasets import Dataset
     from lm_eval.api.task import ConfigurableTask
 
-    config = _task_file(spec.form)
+    config = yaml.safe_load((TASK_FILES / f"{spec.form}.yaml").read_text(encoding="utf-8"))
     config["task"] = spec.name
     examples = items[0].get("examples", [])
     documents = [{name: value for name, value in item.items() if name != "examples"} for item in items]
@@ -94,22 +87,16 @@ def _harness_task(spec: Task, items: Sequence[Item], context: int) -> Any:
     return ConfigurableTask(config=config)
 
 
-def _task_file(form: str) -> dict[str, Any]:
-    import yaml
-
-    return dict(yaml.safe_load((TASK_FILES / f"{form}.yaml").read_text(encoding="utf-8")))
-
-
 # --- what was answered ---------------------------------------------------------------------------------------------------
 
 
 def number_right(form: str, item: Item, outputs: Sequence[str]) -> dict[str, float]:
-    """The harness's `process_results`: 1 where the number that is read equals the answer."""
+    """Return the harness's `process_results`: 1 where the number that is read equals the answer."""
     return {"exact_match": float(same_answer(read_number(form, outputs[0]), float(item["answer"])))}
 
 
 def _record(spec: Task, item: Item, sample: dict[str, Any], lm: Any) -> dict[str, Any]:
-    """What is kept of the harness's sample; "truncated" repeats its rule for what fits."""
+    """Return the record of the harness's sample; "truncated" repeats its rule for what fits."""
     prompt = sample["arguments"][0][0]
     if spec.is_choice:
         likelihoods = [likelihood for likelihood, _ in sample["filtered_resps"]]  # [choices], summed, nats
@@ -140,7 +127,7 @@ def _record(spec: Task, item: Item, sample: dict[str, Any], lm: Any) -> dict[str
 
 @contextmanager
 def _quiet() -> Iterator[None]:
-    """No progress bars and no logs below errors: in shards, the harness would print a page for each."""
+    """Silence progress bars and logs below errors: in shards, the harness would print a page for each."""
     from tqdm import tqdm
 
     loggers = [logging.getLogger(name) for name in ("lm_eval", "transformers", "datasets")]
@@ -163,7 +150,7 @@ def _quiet() -> Iterator[None]:
 
 @contextmanager
 def _special_tokens(tokenizer: PreTrainedTokenizerBase) -> Iterator[None]:
-    """The harness needs a token to pad with (masked, so any will do) and one to stop at; take them back afterwards."""
+    """Give the tokenizer a token to pad with (masked, so any will do) and one to stop at, within the block."""
     before = {name: getattr(tokenizer, name) for name in ("eos_token", "pad_token")}
     known = [tokenizer.eos_token, tokenizer.pad_token, tokenizer.unk_token, tokenizer.bos_token]
     spare = next((token for token in known if token is not None), None)
@@ -182,10 +169,6 @@ def _special_tokens(tokenizer: PreTrainedTokenizerBase) -> Iterator[None]:
 
 # --- shards ----------------------------------------------------------------------------------------------------------------
 
-# Score a task in shards, each journaled: an interrupted run goes on with the next, and no items are answered twice.
-
-SHARD_ITEMS = 50  # of a task, between two entries of the journal
-
 
 def score_shards(
     meter: DamageMeter,
@@ -196,7 +179,9 @@ def score_shards(
     assignment: Mapping[str, str],
     precision: str,
 ) -> list[dict[str, Any]]:
-    """Score items of a task with `assignment` in the place of the meter's model's weights: one record an item, in their order.
+    """Score items of a task with `assignment` in the place of the model's weights: one record an item, in their order.
+
+    In shards, each journaled: an interrupted run goes on with the next, and no items are answered twice.
 
     `precision`: the assignment's name, for the reader of the progress.
     """
@@ -219,7 +204,7 @@ def score_shards(
 
 
 def with_norms(scores: Sequence[TaskScore], lines: Iterable[Mapping[str, Any]]) -> list[TaskScore]:
-    """The scores with how many items are right by likelihood per character. lines: records with their task and precision."""
+    """Return the scores with how many items are right by likelihood per character. lines: records with their task and precision."""
     counts: dict[tuple[str, str], int] = {}
     for line in lines:
         if "correct_norm" in line:
@@ -229,5 +214,5 @@ def with_norms(scores: Sequence[TaskScore], lines: Iterable[Mapping[str, Any]]) 
 
 
 def right_of(answers: list[dict[str, Any]]) -> np.ndarray:
-    """bool [items]"""
+    """Return which answers are right: bool [items]."""
     return np.array([answer["correct"] for answer in answers], dtype=bool)

@@ -1,6 +1,6 @@
-"""What the weights of one module look like: sparsity, tails, and how far each format moves them.
+"""Profiles the weights of one module: sparsity, tails, and how far each format moves them.
 
-*Sparsity* is the share of weights with |w| below 1 % of the module's standard deviation; the curve over thresholds is kept, since
+*Sparsity* is the share of weights with |w| below 1 % of the module's standard deviation; the curve over thresholds is recorded, since
 that one threshold is a convention. Kurtosis, the largest weight and the share beyond 6 standard deviations tell about outliers
 (6 is the threshold of LLM.int8(), arXiv:2208.07339). These describe; they do not set bits.
 
@@ -26,7 +26,7 @@ BLOCK_WEIGHTS = 2**20  # in memory as float64 at a time
 
 
 def weight_profile(module: Module, weight: Tensor, quantized: Mapping[str, Tensor]) -> WeightProfile:
-    """Profile of one module. weight: [out, in]; quantized: format name -> dequantized weight [out, in].
+    """Return the profile of one module. weight: [out, in]; quantized: format name -> dequantized weight [out, in].
 
     A constant weight has no scale: its kurtosis and outlier ratio are 0, and its sparsity is the share of exact zeros.
     Raises UserError where the weight, or what a quantizer made of it, holds NaN or infinity; ValueError where a shape is wrong.
@@ -60,6 +60,7 @@ def weight_profile(module: Module, weight: Tensor, quantized: Mapping[str, Tenso
 
 
 def _check(module: Module, weight: Tensor, quantized: Mapping[str, Tensor]) -> None:
+    """Raise ValueError for a wrong shape, UserError for NaN or infinity."""
     for name, tensor in {"": weight, **quantized}.items():
         what = f"{module.name} as {name}" if name else module.name
         if tuple(tensor.shape) != module.shape:
@@ -70,17 +71,17 @@ def _check(module: Module, weight: Tensor, quantized: Mapping[str, Tensor]) -> N
 
 
 def _row_blocks(tensor: Tensor) -> Iterator[Tensor]:
-    """Blocks of whole rows [rows, in], about `BLOCK_WEIGHTS` weights each, in the tensor's own dtype."""
+    """Yield blocks of whole rows [rows, in], about `BLOCK_WEIGHTS` weights each, in the tensor's own dtype."""
     return iter(tensor.detach().split(max(1, BLOCK_WEIGHTS // tensor.shape[1])))
 
 
 def _blocks(tensor: Tensor) -> Iterator[Tensor]:
-    """The same blocks as float64 copies, which may be overwritten."""
+    """Yield the row blocks as float64 copies, which may be overwritten."""
     return (rows.to("cpu", torch.float64, copy=True) for rows in _row_blocks(tensor))
 
 
 def _counts(weight: Tensor, std: float) -> tuple[dict[float, int], int]:
-    """Weights below each threshold of the curve, and beyond the outlier threshold."""
+    """Count the weights below each threshold of the curve, and beyond the outlier threshold."""
     below = dict.fromkeys(THRESHOLDS, 0)
     beyond = 0
     for block in _blocks(weight):
@@ -93,7 +94,7 @@ def _counts(weight: Tensor, std: float) -> tuple[dict[float, int], int]:
 
 
 def _relative_error(weight: Tensor, other: Tensor) -> float:
-    """||W - Q||^2 / ||W||^2; of an all-zero weight the plain squared error, which is 0 unless a quantizer is broken."""
+    """Return ||W - Q||^2 / ||W||^2; of an all-zero weight the plain squared error, which is 0 unless a quantizer is broken."""
     error = norm = 0.0
     for rows, moved in zip(_blocks(weight), _blocks(other), strict=True):
         error += float((rows - moved).square_().sum())

@@ -1,4 +1,4 @@
-"""What measuring code knows of other processes: a protocol. Who they are and how they are reached is decided in `crew`.
+"""What measuring code knows of other processes: a protocol. Who they are and how they are reached is decided in `run.ray`.
 
 Workers measure ahead and journal what they measured; the caller then goes on as it would without them and finds everything in its
 journal. So code that measures needs to say only what is missing, and in which pieces it can be cut.

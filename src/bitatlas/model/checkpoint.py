@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from transformers import (
     MODEL_FOR_CAUSAL_LM_MAPPING,
     AutoModelForCausalLM,
@@ -31,31 +31,19 @@ from transformers import (
 from transformers.utils import logging
 
 from bitatlas.errors import UserError
-from bitatlas.model.calls import Calls, calls_of
-from bitatlas.model.decoder import Decoder, context_length, decoder_of, find_layers, layers_at, vocabulary_size
+from bitatlas.model.decoder import Decoder, context_length, decoder_of, find_layers, layers_at, memory_shape, vocabulary_size
 from bitatlas.model.folder import find_folder, read_config, sha256_of, weight_files
 from bitatlas.model.linear import is_linear, shape_of
-from bitatlas.model.memory_shape import memory_shape
 from bitatlas.model.streaming import open_stream, without_weights
 from bitatlas.model.tensor_files import Reader, Target, read_header, reason_of, targets_of
 from bitatlas.records import ModelInfo, Module
-from bitatlas.records.plan import MemoryShape
 from bitatlas.records.sizes import FUSED, kept_bytes
 
 DTYPE_NAMES = {"F64": "float64", "F32": "float32", "F16": "float16", "BF16": "bfloat16"}
-WEIGHTS = (
-    ".weight",
-    ".qweight",
-    ".weight_packed",
-    ".weight_scale",
-)  # what no quantized checkpoint can do without, where it has it
-PACKED = (
-    ".qweight",
-    ".weight_packed",
-    ".q_weight",
-    ".trellis",
-    ".SCB",
-)  # what a quantized module has in the place of its weight, or beside it
+# what no quantized checkpoint can do without, where it has it
+WEIGHTS = (".weight", ".qweight", ".weight_packed", ".weight_scale")
+# what a quantized module has instead of its weight, or beside it
+PACKED = (".qweight", ".weight_packed", ".q_weight", ".trellis", ".SCB")
 CAUSAL_TOLERANCE = 1e-4  # of the largest logit
 logging.disable_progress_bar()  # loading a local file; our own progress is enough
 
@@ -96,7 +84,7 @@ class Checkpoint:
         return decoder_of(model, self.layers_path, stream)
 
     def check_unchanged(self) -> None:
-        """UserError where a weights file is no longer the one that was hashed: what is read now is something else.
+        """Refuse, with UserError, a weights file that is no longer the one that was hashed: what is read now is something else.
 
         Only a file that was touched is hashed again.
         """
@@ -107,28 +95,25 @@ class Checkpoint:
         self.stamps[:] = now
 
     def skeleton(self) -> nn.Module:
-        """The model without its weights, on torch's meta device."""
+        """Return the model without its weights, on torch's meta device."""
         return skeleton_of(self.config, str(self.folder))
 
     def _check_unexpected(self, keys: list[str]) -> None:
-        """Tensors that transformers passed over: harmless buffers, or weights that the config has no place for."""
+        """Refuse, with UserError, tensors that transformers passed over, unless they are harmless buffers, or weights that the config has no place for."""
         layers = self.info.layers + int(getattr(self.config.get_text_config(), "num_nextn_predict_layers", None) or 0)
         linear = {module.name for module in self.modules}
         above, _, last = self.layers_path.rpartition(".")  # checkpoints of the bare base model leave out what is above
         inside = re.compile(rf"(?:{re.escape(above)}\.)?{re.escape(last)}\.(\d+)\.(.+)\.[^.]+")
         for key in keys:
-            found = inside.fullmatch(key)
-            if found and int(found[1]) >= layers:
+            match = inside.fullmatch(key)
+            if match and int(match[1]) >= layers:
                 raise UserError(f"{self.folder}: the weights hold {key}, but the config says {self.info.layers} layers")
-            if found and f"{self.layers_path}.{found[1]}.{found[2]}" in linear:
+            if match and f"{self.layers_path}.{match[1]}.{match[2]}" in linear:
                 raise UserError(f"{self.folder}: the weights hold {key}, which the config has no place for")
 
     def load_tokenizer(self) -> Any:
-        try:
-            with quiet_transformers():
-                return AutoTokenizer.from_pretrained(self.folder, local_files_only=True, trust_remote_code=False)
-        except Exception as error:  # tokenizers raises bare Exceptions
-            raise UserError(f"{self.folder}: no usable tokenizer ({reason_of(error)})") from None
+        """Return the checkpoint's tokenizer; UserError where there is none."""
+        return _load_tokenizer(self.folder, str(self.folder))
 
 
 def open_checkpoint(name: str, revision: str | None = None, fuse: bool = True) -> Checkpoint:
@@ -144,10 +129,26 @@ def open_checkpoint(name: str, revision: str | None = None, fuse: bool = True) -
     _check_stored(model, reader, targets, name)
     modules, left_out = _plannable(config, name, model, layers_path, fuse)
     modules = _with_sizes(modules, reader, targets)
-    layers = len(layers_at(model, layers_path))
+    layers, dtype = len(layers_at(model, layers_path)), _main_dtype(modules, reader, targets)
     with quiet_transformers():
         memory = memory_shape(model, modules, layers)
-    info = _describe(name, revision, config, files, reader, modules, layers, memory, _main_dtype(modules, reader, targets))
+    total = sum(map(reader.size_bytes, reader))
+    weights = sum(module.weights for module in modules)
+    info = ModelInfo(
+        name=Path(name).name if Path(name).is_dir() else name,
+        revision=revision,
+        weights_sha256=sha256_of(files),
+        architecture=(getattr(config, "architectures", None) or [config.model_type])[0],
+        layers=layers,
+        heads=int(getattr(config.get_text_config(), "num_attention_heads", 0) or 0),
+        context=context_length(config),
+        dtype=dtype,
+        quantizable_weights=weights,
+        other_bytes=total - sum(kept_bytes(module, dtype) for module in modules),
+        total_bytes=total,
+        memory=memory,
+        other_numbers=sum(math.prod(reader.shape(key)) for key in reader) - weights,
+    )
     notes = _notes(model, layers_path, modules, left_out)
     return Checkpoint(folder, config, info, modules, layers_path, files, stamps, notes, frozenset(targets))
 
@@ -155,46 +156,43 @@ def open_checkpoint(name: str, revision: str | None = None, fuse: bool = True) -
 def _plannable(
     config: Any, name: str, model: nn.Module, layers_path: str, fuse: bool
 ) -> tuple[list[Module], list[tuple[str, list[Module]]]]:
-    """The modules that a plan is made of, and those that it leaves out, by reason; UserError where there are none."""
+    """Return the modules that a plan is made of, and those that it leaves out, by reason; UserError where there are none."""
     every = linear_modules(model, layers_path, fuse)
-    calls = calls_in(config, name, layers_path, [module.name for module in every])
-    modules = linear_modules(model, layers_path, fuse, calls.idle | calls.unlike)
+    with without_weights():
+        probe = skeleton_of(config, name, "cpu")
+    with quiet_transformers():
+        calls = calls_of(probe, layers_path, [module.name for module in every])
+    modules = linear_modules(model, layers_path, fuse, calls.uncalled | calls.nonlinear)
     if not modules:
         raise UserError(
             f"{name}: no linear module of its decoder layers is called in a forward pass, so there is nothing to quantize"
         )
-    idle, unlike = ([module for module in every if module.name in names] for names in (calls.idle, calls.unlike - calls.idle))
-    held = {module.name for module in every}
-    shared = [module for module in _shared_modules(model, layers_path) if module.name not in held]
+    uncalled, nonlinear = (
+        [module for module in every if module.name in names] for names in (calls.uncalled, calls.nonlinear - calls.uncalled)
+    )
+    listed = {module.name for module in every}
+    shared = [module for module in _shared_modules(model, layers_path) if module.name not in listed]
     return modules, [
-        ("since the module is never called (its weight is read by others, or not used)", idle),
-        ("since the module does more with its weight than to multiply by it", unlike),
+        ("since the module is never called (its weight is read by others, or not used)", uncalled),
+        ("since the module does more with its weight than to multiply by it", nonlinear),
         ("since several layers share the weight", shared),
     ]
 
 
-def calls_in(config: Any, name: str, layers_path: str, names: list[str]) -> Calls:
-    """How a forward pass uses the linear modules `names`."""
-    with without_weights():
-        model = skeleton_of(config, name, "cpu")
-    with quiet_transformers():
-        return calls_of(model, layers_path, names)
-
-
 def _shared_modules(model: nn.Module, layers_path: str) -> list[Module]:
-    """Linear modules of the decoder layers whose weight is that of others, too."""
+    """Return the linear modules of the decoder layers whose weight is that of others, too."""
     uses = Counter(id(p) for _, p in model.named_parameters(remove_duplicate=False))
-    found = []
+    modules = []
     for index, layer in enumerate(layers_at(model, layers_path)):
         for path, module in layer.named_modules():
             if is_linear(module) and uses[id(module.weight)] > 1:
                 name = f"{layers_path}.{index}.{path}"
-                found.append(Module(name, index, path.rpartition(".")[2], shape_of(module), name))
-    return found
+                modules.append(Module(name, index, path.rpartition(".")[2], shape_of(module), name))
+    return modules
 
 
 def _check_stored(model: nn.Module, reader: Reader, targets: dict[str, Target], name: str) -> None:
-    """UserError, from the headers alone, for weights that are not this model's, or not a plain checkpoint's."""
+    """Refuse, with UserError and from the headers alone, weights that are not this model's, or not a plain checkpoint's."""
     parameters = dict(model.named_parameters(remove_duplicate=False))
     whole: dict[str, str] = {}
     for key, target in targets.items():
@@ -217,13 +215,13 @@ def _check_stored(model: nn.Module, reader: Reader, targets: dict[str, Target], 
 
 
 def _with_sizes(modules: list[Module], reader: Reader, targets: dict[str, Target]) -> list[Module]:
-    """The modules with the bytes of their weights in the files, where these lie there one by one."""
+    """Return the modules with the bytes of their weights in the files, where these lie there one by one."""
     sizes = {target.name: reader.size_bytes(key) for key, target in targets.items() if target.whole}
     return [replace(module, size_bytes=sizes.get(f"{module.name}.weight")) for module in modules]
 
 
 def _main_dtype(modules: list[Module], reader: Reader, targets: dict[str, Target]) -> str:
-    """The dtype of most linear weights, by bytes; of most tensors where these lie in the files in another form."""
+    """Return the dtype of most linear weights, by bytes; of most tensors where these lie in the files in another form."""
     linear = {f"{module.name}.weight" for module in modules}
     by_dtype: dict[bool, Counter[str]] = {True: Counter(), False: Counter()}  # linear weights, other tensors
     for key in reader:
@@ -234,7 +232,7 @@ def _main_dtype(modules: list[Module], reader: Reader, targets: dict[str, Target
 
 
 def open_model(name: str, device: str = "cpu") -> tuple[Any, Any]:
-    """(model, tokenizer) of any causal checkpoint that transformers loads, quantized ones included, for comparisons alone."""
+    """Return (model, tokenizer) of any causal checkpoint that transformers loads, quantized ones included, for comparisons alone."""
     folder = find_folder(name, None)
     config = read_config(folder, name, quantized=True)
     for file in weight_files(folder):
@@ -243,17 +241,21 @@ def open_model(name: str, device: str = "cpu") -> tuple[Any, Any]:
     if getattr(config, "quantization_config", None):  # a quantized layer makes and drops other tensors as it is loaded
         report["missing_keys"] = [key for key in report["missing_keys"] if key.endswith(WEIGHTS)]
     _check_loaded(report, name)
+    tokenizer = _load_tokenizer(folder, name)
+    return _placed(model, device), tokenizer
+
+
+def _load_tokenizer(folder: Path, name: str) -> Any:
     try:
         with quiet_transformers():
-            tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
+            return AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
     except Exception as error:  # tokenizers raises bare Exceptions
         raise UserError(f"{name}: no usable tokenizer ({reason_of(error)})") from None
-    return _placed(model, device), tokenizer
 
 
 @contextmanager
 def quiet_transformers() -> Iterator[None]:
-    """Without the warnings of transformers: what matters in them is checked and told in one line."""
+    """Silence the warnings of transformers within the block: what matters in them is checked and told in one line."""
     before = logging.get_verbosity()
     logging.set_verbosity_error()
     try:
@@ -263,7 +265,7 @@ def quiet_transformers() -> Iterator[None]:
 
 
 def _load(folder: Path, name: str, config: Any, dtype: torch.dtype) -> tuple[PreTrainedModel, dict[str, Any]]:
-    """The model, and what transformers reports of the loading; shapes that differ are in the report, not raised."""
+    """Return the model, and what transformers reports of the loading; shapes that differ are in the report, not raised."""
     try:
         with quiet_transformers():
             return auto_class(config).from_pretrained(
@@ -274,7 +276,7 @@ def _load(folder: Path, name: str, config: Any, dtype: torch.dtype) -> tuple[Pre
 
 
 def _check_loaded(report: dict[str, Any], name: str) -> None:
-    """UserError for tensors that are missing or of another shape: transformers would fill them with random numbers."""
+    """Refuse, with UserError, missing tensors and those of another shape: transformers would fill them with random numbers."""
     if report["missing_keys"]:
         missing = sorted(report["missing_keys"])
         raise UserError(f"{name}: the weights lack {len(missing)} tensors of the model, the first is {missing[0]}")
@@ -290,7 +292,7 @@ def _placed(model: PreTrainedModel, device: str) -> PreTrainedModel:
 
 
 def _without_rescaling(model: nn.Module) -> None:
-    """RWKV halves weights in place when it first runs, and hidden states between layers, against overflow; the function is the same without."""
+    """Keep RWKV from halving weights in place when it first runs, and hidden states between layers: the function is equal without."""
     config: Any = model.config
     if getattr(config, "rescale_every", None):
         config.rescale_every = 0
@@ -298,7 +300,7 @@ def _without_rescaling(model: nn.Module) -> None:
 
 @torch.no_grad()
 def check_causal(decoder: Decoder, name: str) -> None:
-    """UserError where a changed last token changes the logits before it: an encoder with a causal head, for one."""
+    """Refuse, with UserError, a model in which a changed last token changes the logits before it: an encoder with a causal head, for one."""
     model, ids = decoder.model, decoder.probe_ids().repeat(2, 1)
     ids[1, -1] = (ids[1, -1] + 1) % decoder.vocabulary
     try:
@@ -313,12 +315,12 @@ def check_causal(decoder: Decoder, name: str) -> None:
 
 
 def auto_class(config: Any) -> Any:
-    """What transformers opens a config with: as a causal language model, or, where it has none of this kind, with its eyes and ears."""
+    """Return what transformers opens a config with: as a causal language model, or, where it has none of this kind, with its eyes and ears."""
     return AutoModelForCausalLM if type(config) in MODEL_FOR_CAUSAL_LM_MAPPING else AutoModelForImageTextToText
 
 
 def skeleton_of(config: Any, name: str, device: str = "meta") -> nn.Module:
-    """The model of a config without its weights, on torch's meta device; another `device` is for its buffers (see `streaming`)."""
+    """Return the model of a config without its weights, on torch's meta device; another `device` is for its buffers (see `streaming`)."""
     try:
         with torch.device(device), quiet_transformers():
             model = auto_class(config).from_config(config, trust_remote_code=False)
@@ -329,7 +331,7 @@ def skeleton_of(config: Any, name: str, device: str = "meta") -> nn.Module:
 
 
 def linear_modules(model: nn.Module, layers_path: str, fuse: bool, left_out: Collection[str] = ()) -> list[Module]:
-    """Every linear module of the decoder layers, in the model's order, but for routers, weights that several modules share, and `left_out`."""
+    """Return every linear module of the decoder layers, in the model's order, but for routers, weights that several modules share, and `left_out`."""
     modules: list[Module] = []
     experts = _expert_counts(getattr(model, "config", None))
     uses = Counter(id(p) for _, p in model.named_parameters(remove_duplicate=False))
@@ -349,11 +351,10 @@ def linear_modules(model: nn.Module, layers_path: str, fuse: bool, left_out: Col
 
 
 def is_router(path: str, outputs: int, experts: Collection[int]) -> bool:
-    """Does a linear module choose the way (the scores of experts, one number that weighs an expert, the index of keys that are looked at)?
+    """Return whether a linear module routes: the scores of experts, one number that weighs an expert, the index of keys to look at.
 
-    Such choices have no gradient, and they are a few weights that every runtime keeps.
-
-    experts: numbers of experts in the config. An MLP's `gate_proj` is no router.
+    Such choices have no gradient, and they are a few weights that every runtime keeps. An MLP's `gate_proj` is no router.
+    experts: numbers of experts in the config.
     """
     words = path.split(".")
     if outputs == 1 or any("router" in word or "indexer" in word for word in words):
@@ -364,14 +365,14 @@ def is_router(path: str, outputs: int, experts: Collection[int]) -> bool:
 
 
 def _expert_counts(config: Any) -> set[int]:
-    """Every number in the config whose name speaks of experts."""
+    """Return every number in the config whose name speaks of experts."""
     content = config.get_text_config().to_dict() if config is not None else {}
     values = [*content.items(), *(item for part in content.values() if isinstance(part, dict) for item in part.items())]
     return {value for name, value in values if "expert" in str(name) and type(value) is int}
 
 
 def _kinds(paths: list[str]) -> dict[str, str]:
-    """A short name for what a module is: its last word, with the word before it where that is ambiguous (GPT-2's two c_proj)."""
+    """Return a short name for what each module is: its last word, with the word before it where that is ambiguous (GPT-2's two c_proj)."""
     plain = {path: re.sub(r"\.\d+(?=\.|$)", "", path) for path in paths}
     shared = Counter(word.rpartition(".")[2] for word in set(plain.values()))
     return {
@@ -381,7 +382,7 @@ def _kinds(paths: list[str]) -> dict[str, str]:
 
 
 def _notes(model: nn.Module, layers_path: str, modules: list[Module], left_out: Sequence[tuple[str, list[Module]]]) -> list[str]:
-    """What the plan does not cover. left_out: reasons, and the linear modules that are kept for them."""
+    """Return lines on what the plan does not cover. left_out: reasons, and the linear modules left out for them."""
     covered = sum(module.weights for module in modules)
     matrices = sum(p.numel() for p in model.get_submodule(layers_path).parameters() if p.dim() > 1)
     notes = []
@@ -390,14 +391,12 @@ def _notes(model: nn.Module, layers_path: str, modules: list[Module], left_out: 
             f"the plan covers {covered / matrices:.0%} of the layers' matrix weights: the others are not in linear modules of their own "
             "(fused experts, convolutions), or are named below, and keep their dtype"
         )
-    for reason, kept in left_out:
-        if kept:
-            notes.append(f"{_in_layers(kept, layers_path)}: not quantized, {reason}")
+    notes += [f"{_in_layers(group, layers_path)}: not quantized, {reason}" for reason, group in left_out if group]
     return notes
 
 
 def _in_layers(modules: list[Module], layers_path: str) -> str:
-    """Modules by their names, those of several layers together: model.layers.{0,1,2}.mixer.dt_proj"""
+    """Return modules by their names, those of several layers together: model.layers.{0,1,2}.mixer.dt_proj"""
     layers: dict[str, list[str]] = {}
     for module in modules:
         layer, _, rest = module.name.removeprefix(f"{layers_path}.").partition(".")
@@ -405,39 +404,8 @@ def _in_layers(modules: list[Module], layers_path: str) -> str:
     return ", ".join(f"{layers_path}.{{{','.join(of_rest)}}}.{rest}" for rest, of_rest in layers.items())
 
 
-def _describe(
-    name: str,
-    revision: str | None,
-    config: Any,
-    files: list[Path],
-    reader: Reader,
-    modules: list[Module],
-    layers: int,
-    memory: MemoryShape | str,
-    dtype: str,
-) -> ModelInfo:
-    total = sum(map(reader.size_bytes, reader))
-    weights = sum(module.weights for module in modules)
-    text = config.get_text_config()
-    return ModelInfo(
-        name=Path(name).name if Path(name).is_dir() else name,
-        revision=revision,
-        weights_sha256=sha256_of(files),
-        architecture=(getattr(config, "architectures", None) or [config.model_type])[0],
-        layers=layers,
-        heads=int(getattr(text, "num_attention_heads", 0) or 0),
-        context=context_length(config),
-        dtype=dtype,
-        quantizable_weights=weights,
-        other_bytes=total - sum(kept_bytes(module, dtype) for module in modules),
-        total_bytes=total,
-        memory=memory,
-        other_numbers=sum(math.prod(reader.shape(key)) for key in reader) - weights,
-    )
-
-
 def _stamp(file: Path) -> tuple[int, ...]:
-    """What a write changes, the times in ns; nothing for a file that is gone. The second time cannot be set by anyone."""
+    """Return what a write changes, the times in ns; nothing for a file that is gone. The second time cannot be set by anyone."""
     try:
         status = file.stat()
     except OSError:
@@ -457,3 +425,91 @@ def check_finite(checkpoint: Checkpoint, progress: Callable[[int, int], None] | 
             raise UserError(f"{checkpoint.info.name}: {name} holds {bad} NaN or infinite weights; nothing can be measured on it")
         if progress:
             progress(done, len(reader))
+
+
+# --- calls -----------------------------------------------------------------------------------------------------------------
+
+# Which linear modules of a model do their work when they are called, so that a quantized weight can be measured and packed.
+#
+# Some families have linear modules that only hold a weight: the module around them reads it and multiplies for itself (mamba's `dt_proj`), or
+# nothing reads it (keys and values of layers that use those of others). What is done to modules as they are called (curvature, input
+# moments, packed weights) passes such a weight by.
+#
+# A skeleton is asked, without any weight: every parameter is one number seen through the parameter's shape, every linear module answers
+# with a constant and tells that it was called, and a few tokens go through. No product is computed and
+# no memory is taken. An expert that no token came to is known by the others of its kind.
+
+TOKENS = 5  # that go through, of two rows
+
+
+@dataclass(frozen=True)
+class Calls:
+    """Names of linear modules. `uncalled` is empty where the model could not be run."""
+
+    uncalled: frozenset[str]  # their weight is read by others, or by nobody
+    nonlinear: frozenset[
+        str
+    ]  # more is done with their weight than to multiply (groups of inputs, each with a part of the weight)
+
+
+@torch.no_grad()
+def calls_of(model: Any, layers_path: str, names: list[str]) -> Calls:
+    """Return how the linear modules `names` of `model` are used, a skeleton (see `streaming.without_weights`) that is of no use afterwards."""
+    called: set[str] = set()
+    _placeholders(model)
+    modules = {name: model.get_submodule(name) for name in names}
+    overridden = [n for n, m in modules.items() if isinstance(m, nn.Linear) and type(m).forward is not nn.Linear.forward]
+    nonlinear = frozenset(name for name in overridden if not _multiplies(modules[name]))
+    model.set_experts_implementation("eager")  # fused kernels would need real weights
+    _answering(model, {id(module): name for name, module in modules.items()}, called)
+    try:
+        model(input_ids=torch.ones(2, TOKENS, dtype=torch.int64), use_cache=False)
+    except Exception:  # each family fails in its own way on numbers that mean nothing
+        return Calls(frozenset(), nonlinear)
+    kinds = {_of_experts(name, layers_path) for name in called}
+    return Calls(frozenset(name for name in names if _of_experts(name, layers_path) not in kinds), nonlinear)
+
+
+def _of_experts(name: str, layers_path: str) -> str:
+    """Return a module's name without the numbers behind its layer's, which all experts of a layer share."""
+    layer, _, rest = name.removeprefix(f"{layers_path}.").partition(".")
+    return f"{layer}." + re.sub(r"\.\d+(?=\.|$)", "", rest)
+
+
+def _multiplies(module: Any) -> bool:
+    """Return whether a module with a forward of its own gives what nn.Linear would, on some inputs."""
+    x = torch.rand(2, 3, module.in_features, generator=torch.Generator().manual_seed(0)).to(module.weight.dtype)
+    try:
+        result, expected = module(x), nn.functional.linear(x, module.weight, module.bias)
+        return result.shape == expected.shape and torch.allclose(result, expected, rtol=1e-2)
+    except Exception:  # it wants its inputs in another form
+        return False
+
+
+def _placeholders(model: nn.Module) -> None:
+    """Replace every parameter by one number seen through its shape."""
+    placeholders: dict[int, nn.Parameter] = {}
+    for module in model.modules():
+        for name, parameter in module._parameters.items():
+            if parameter is None:
+                continue
+            if id(parameter) not in placeholders:
+                number = torch.full((1,), 0.5).to(parameter.dtype)
+                placeholders[id(parameter)] = nn.Parameter(number.expand(parameter.shape), requires_grad=False)
+            module._parameters[name] = placeholders[id(parameter)]
+
+
+def _answering(model: nn.Module, names: dict[int, str], called: set[str]) -> None:
+    """Let every linear module answer with a constant from now on; `called` takes the names of those that `names` has by their id."""
+    for module in list(model.modules()):
+        # others may give more than a product (llama4's router)
+        if type(module).forward is nn.Linear.forward or id(module) in names:
+            module.forward = _answer(shape_of(module)[0], names.get(id(module), ""), called)  # type: ignore[method-assign]
+
+
+def _answer(width: int, name: str, called: set[str]) -> Any:
+    def forward(x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        called.add(name)
+        return x.new_full((*x.shape[:-1], width), 0.5)
+
+    return forward

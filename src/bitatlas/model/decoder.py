@@ -7,7 +7,8 @@ round. Of a model whose layers are read when they run (see `streaming`), the new
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections import Counter
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, field
 from functools import wraps
@@ -15,15 +16,19 @@ from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
+from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
 
 from bitatlas.errors import UserError
 from bitatlas.model.linear import is_linear, oriented, shape_of, weight_of
 from bitatlas.model.streaming import Stream
+from bitatlas.model.tensor_files import reason_of
+from bitatlas.records import Module
+from bitatlas.records.plan import CacheLayers, MemoryShape
 
 PROBE_TOKENS = 8  # of a text on which a model is tried
 UNKNOWN_CONTEXT = 2048  # tokens, where the config sets no limit
 
-Answer = TypeVar("Answer")
+Result = TypeVar("Result")
 
 
 @dataclass(frozen=True, eq=False)
@@ -41,7 +46,7 @@ class Decoder:
     width: int
     context: int
     stream: Stream | None = None
-    _known: dict[Callable[..., Any], Any] = field(default_factory=dict, init=False, repr=False)  # see `once`
+    _results: dict[Callable[..., Any], Any] = field(default_factory=dict, init=False, repr=False)  # see `once`
 
     @property
     def device(self) -> torch.device:
@@ -109,16 +114,16 @@ def decoder_of(model: Any, layers_path: str | None = None, stream: Stream | None
     )
 
 
-def once(ask: Callable[[Decoder], Answer]) -> Callable[[Decoder], Answer]:
-    """Make of `ask`, which tries something out on a decoder, a function that does so once for each decoder."""
+def once(probe: Callable[[Decoder], Result]) -> Callable[[Decoder], Result]:
+    """Make of `probe`, which tries something out on a decoder, a function that does so once for each decoder."""
 
-    @wraps(ask)
-    def known(decoder: Decoder) -> Answer:
-        if ask not in decoder._known:
-            decoder._known[ask] = ask(decoder)
-        return decoder._known[ask]  # type: ignore[no-any-return]
+    @wraps(probe)
+    def cached(decoder: Decoder) -> Result:
+        if probe not in decoder._results:
+            decoder._results[probe] = probe(decoder)
+        return decoder._results[probe]  # type: ignore[no-any-return]
 
-    return known
+    return cached
 
 
 # --- what a config and a skeleton tell ---------------------------------------------------------------------------------
@@ -137,7 +142,7 @@ def context_length(config: Any) -> int:
 
 def find_layers(model: nn.Module, name: str) -> str:
     """Return the path of the decoder layers: the outermost list of blocks with linear modules that holds most weights, in the part that reads text."""
-    found: list[tuple[int, str]] = []
+    candidates: list[tuple[int, str]] = []
     lists: list[str] = []
     inside = _text_path(model)
     for path, module in model.named_modules():
@@ -147,14 +152,14 @@ def find_layers(model: nn.Module, name: str) -> str:
             continue
         lists.append(path)
         if any(any(map(is_linear, block.modules())) for block in module) and not any(map(is_linear, module)):
-            found.append((sum(p.numel() for p in module.parameters()), path))
-    if not found:
+            candidates.append((sum(p.numel() for p in module.parameters()), path))
+    if not candidates:
         raise UserError(f"{name}: no decoder layers with linear modules were found, so there is nothing to quantize")
-    return max(found)[1]
+    return max(candidates)[1]
 
 
 def _text_path(model: nn.Module) -> str:
-    """The path, with its dot, of the decoder of a model that also sees or hears; "" of a language model."""
+    """Return the path, with its dot, of the decoder of a model that also sees or hears; "" of a language model."""
     get = getattr(model, "get_decoder", None)
     decoder = get() if get else None
     return next((f"{path}." for path, module in model.named_modules() if path and module is decoder), "")
@@ -165,3 +170,69 @@ def layers_at(model: nn.Module, path: str) -> nn.ModuleList:
     layers = model.get_submodule(path)
     assert isinstance(layers, nn.ModuleList)
     return layers
+
+
+# --- memory shape ----------------------------------------------------------------------------------------------------------
+
+# What a checkpoint's memory at run time depends on, read off its config: the cache that its skeleton makes, and a few widths.
+#
+# The layout of the cache is not guessed from names in the config, which differ by family (`num_kv_heads`, `multi_query`, `layer_types`,
+# ...): the skeleton on torch's meta device reads a few tokens, which costs no memory, and the cache that it fills is looked at.
+# Left out, and said so in one line: state-space and linear-attention layers, latent attention, routed experts, keys and values of
+# different widths, layers that share a cache. `plan/budget.py` has the formula.
+
+CACHE_PROBE_TOKENS = 3  # that the skeleton reads
+EXPERTS = ("num_experts", "num_local_experts", "n_routed_experts", "moe_num_experts")
+SCORES_HELD = ("falcon",)  # called fused, but torch has no fused kernel for one key head beside many query heads given as it is
+
+
+def memory_shape(model: Any, modules: Sequence[Module], layers: int) -> MemoryShape | str:
+    """Return the shape of the memory of `model`, a skeleton on the meta device; or, in a few words, why it cannot be told."""
+    config = model.config
+    text = config.get_text_config()
+    if getattr(text, "kv_lora_rank", None):
+        return "it caches latent attention, which runtimes store in different ways"
+    if any(getattr(text, name, None) for name in EXPERTS):
+        return "it routes tokens to experts, whose activations depend on the text"
+    try:
+        cache = _cache_of(model)
+        kinds = [_layer_of(layer) for layer in cache.layers]
+        hidden, heads, vocabulary = int(text.hidden_size), int(text.num_attention_heads), vocabulary_size(config)
+    except UnknownStateError as error:
+        return str(error)
+    except Exception as error:  # each family fails in its own way without weights
+        return f"its skeleton cannot be run ({reason_of(error)})"
+    if len(kinds) != layers:
+        return f"its cache has {len(kinds)} layers, the model {layers}"
+    inner = max((module.shape[1] for module in modules), default=hidden)
+    fused = getattr(text, "_attn_implementation", "eager") != "eager" and text.model_type not in SCORES_HELD
+    return MemoryShape(
+        hidden, max(inner, hidden), heads, vocabulary, fused,
+        [CacheLayers(count, *kind) for kind, count in Counter(kinds).items()],
+    )  # fmt: skip
+
+
+class UnknownStateError(Exception):
+    """Why the memory cannot be told, in a few words."""
+
+
+@torch.no_grad()
+def _cache_of(model: Any) -> Any:
+    tokens = torch.zeros((1, CACHE_PROBE_TOKENS), dtype=torch.int64, device="meta")
+    out = model(tokens, use_cache=True)
+    cache = getattr(out, "past_key_values", None) or getattr(out, "cache", None)  # the older and the newer name
+    if not hasattr(cache, "layers"):
+        raise UnknownStateError("it keeps a state that is not a cache of keys and values")
+    return cache
+
+
+def _layer_of(layer: Any) -> tuple[int, int, int | None]:
+    """Return (key/value heads, head width, window) of a layer of the cache."""
+    if type(layer) not in (DynamicLayer, DynamicSlidingWindowLayer):
+        raise UnknownStateError(f"a layer keeps more than keys and values by token ({type(layer).__name__})")
+    if not layer.is_initialized:
+        raise UnknownStateError("some layers use the cache of others")
+    if layer.keys.shape != layer.values.shape or layer.keys.shape[0] != 1:
+        raise UnknownStateError("its keys and values differ in shape")
+    _, heads, _, width = layer.keys.shape  # [1, heads, tokens, width]
+    return heads, width, layer.sliding_window if isinstance(layer, DynamicSlidingWindowLayer) else None

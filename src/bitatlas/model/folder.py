@@ -16,9 +16,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from transformers import (
-    AutoConfig,
-)
+from transformers import AutoConfig
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING_NAMES
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES, MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES
 
@@ -27,17 +25,8 @@ from bitatlas.model.tensor_files import LONGEST_REASON, reason_of
 from bitatlas.records.text import byte_size
 
 HUB_FILES = [
-    "*.safetensors",
-    "*.safetensors.index.json",
-    "*.json",
-    "tokenizer*",
-    "*.model",
-    "*.txt",
-    "*.jinja",
-    "*.md",
-    "LICENSE*",
-    "NOTICE*",
-]
+    "*.safetensors", "*.safetensors.index.json", "*.json", "tokenizer*", "*.model", "*.txt", "*.jinja", "*.md", "LICENSE*", "NOTICE*",
+]  # fmt: skip
 NOT_HUB_FILES = ["*/*", "consolidated*", "*.fp16.safetensors"]  # copies of the weights in other layouts
 WEIGHTS_FILE = "model.safetensors"
 INDEX_FILE = f"{WEIGHTS_FILE}.index.json"
@@ -50,10 +39,14 @@ PICKLES = (".bin", ".pt", ".pth", ".ckpt")
 ARCHIVES = (".zip", ".tar", ".gz", ".tgz", ".7z", ".xz", ".bz2")
 GGUF_HINT = "{}, weights already in llama.cpp's formats; give the checkpoint folder or hub name that it was made from"
 LONGEST_NAME = 100  # of a weights file; what a file system takes is a little more than 250 bytes
+COMPANIONS = (
+    "tokenizer*", "vocab*", "merges.txt", "*.model", "*.tiktoken", "special_tokens_map.json", "added_tokens.json", "generation_config.json",
+    "*processor_config.json", "chat_template*", "*.jinja", "LICENSE*", "LICENCE*", "NOTICE*", "COPYING*", "USE_POLICY*",
+)  # fmt: skip
 
 
 def find_folder(name: str, revision: str | None) -> Path:
-    """The local folder `name`, or a hub name's files in the hub's own cache; UserError where there is neither."""
+    """Return the local folder `name`, or the hub's own cache of the files of a hub name; UserError where there is neither."""
     if not name.strip():
         raise UserError("the model's name is empty: give a checkpoint folder, or a hub name like owner/model")
     try:
@@ -81,7 +74,7 @@ def find_folder(name: str, revision: str | None) -> Path:
 
 
 def _file_hint(file: Path) -> str:
-    """What a file is that was given in the place of a checkpoint's folder, and what to give."""
+    """Return what a file is that was given instead of a checkpoint's folder, and what to give."""
     ending = file.suffix.lower()
     if ending == ".gguf":
         return GGUF_HINT.format("is a GGUF file")
@@ -97,7 +90,7 @@ def _file_hint(file: Path) -> str:
 
 
 def read_config(folder: Path, name: str, quantized: bool = False) -> Any:
-    """The transformers config; UserError where it is unusable, of another kind of model, or quantized and not `quantized`."""
+    """Return the transformers config; UserError where it is unusable, of another kind of model, or quantized and not `quantized`."""
     if (folder / ADAPTER_FILE).is_file():
         raise UserError(
             f"{name}: {ADAPTER_FILE} makes this an adapter, which is not measured as it is; merge it into its base model first "
@@ -118,8 +111,8 @@ def read_config(folder: Path, name: str, quantized: bool = False) -> Any:
         raise UserError(f"{name}: is quantized already, in MLX's layout; give the unquantized checkpoint that it was made from")
     if settings and not quantized:
         method = settings.get("quant_method") if isinstance(settings, dict) else None
-        told = f", by {method}" if isinstance(method, str) else ""
-        raise UserError(f"{name}: is quantized already{told}; give the unquantized checkpoint that it was made from")
+        by = f", by {method}" if isinstance(method, str) else ""
+        raise UserError(f"{name}: is quantized already{by}; give the unquantized checkpoint that it was made from")
     if getattr(config, "transformers_weights", None):
         raise UserError(
             f"{name}: config.json names its weights (transformers_weights); call that file {WEIGHTS_FILE} and take the line out"
@@ -128,7 +121,7 @@ def read_config(folder: Path, name: str, quantized: bool = False) -> Any:
 
 
 def _refuse_code(folder: Path, name: str) -> None:
-    """What a config may ask transformers to run: Python files beside it, or attention code from the hub."""
+    """Refuse what a config may ask transformers to run: Python files beside it, or attention code from the hub."""
     try:
         content = json.loads((folder / "config.json").read_text(encoding="utf-8"))
     except (OSError, ValueError, RecursionError):
@@ -146,7 +139,7 @@ def _refuse_code(folder: Path, name: str) -> None:
 
 
 def _refuse_other_models(config: Any, name: str) -> None:
-    """Only decoder-only language models: the architecture's own name decides, since encoders have causal heads too."""
+    """Refuse all but decoder-only language models: the architecture's own name decides, since encoders have causal heads too."""
     architectures = getattr(config, "architectures", None) or []
     if not isinstance(architectures, list) or not all(isinstance(architecture, str) for architecture in architectures):
         raise UserError(f"{name}: config.json cannot be used (architectures is not a list of names)")
@@ -160,13 +153,8 @@ def _refuse_other_models(config: Any, name: str) -> None:
         )
 
 
-def has_safetensors(folder: Path) -> bool:
-    """Is there what transformers loads as safetensors weights?"""
-    return (folder / WEIGHTS_FILE).is_file() or (folder / INDEX_FILE).is_file()
-
-
 def weight_files(folder: Path) -> list[Path]:
-    """The files that a checkpoint's weights are: those that transformers loads, in its order, and no other in the folder.
+    """Return the files that a checkpoint's weights are: those that transformers loads, in its order, and no other in the folder.
 
     `model.safetensors` goes before an index; of an index all tensors of the shards that it names count, wherever it places them, a later
     shard's before an earlier one's. Hash, sizes, loading, streaming and copying all use this list.
@@ -198,7 +186,7 @@ def weight_files(folder: Path) -> list[Path]:
 
 
 def _layout_hint(folder: Path) -> str:
-    """What a folder without transformers' safetensors weights, or without a config, holds instead."""
+    """Return what a folder without transformers' safetensors weights, or without a config, holds instead."""
     if (folder / PICKLE_FILE).is_file() or (folder / f"{PICKLE_FILE}.index.json").is_file():
         return f"; {PICKLE_FILE} {_pickle_hint(str(folder))}"
     if (folder / WEIGHTS_FILE).is_symlink():
@@ -216,7 +204,7 @@ def _layout_hint(folder: Path) -> str:
 
 
 def _pickle_hint(folder: str) -> str:
-    """Why pickle is not read, and how transformers writes the model anew."""
+    """Return why pickle is not read, and how transformers writes the model anew."""
     return (
         "is pickle, which can run code as it is read: if you trust it, transformers writes the model anew, as safetensors: "
         f'AutoModelForCausalLM.from_pretrained("{folder}").save_pretrained("NEW_FOLDER"), and the same with AutoTokenizer'
@@ -224,7 +212,7 @@ def _pickle_hint(folder: str) -> str:
 
 
 def _indexed(index: Path) -> list[Path]:
-    """The shards that an index file names, all of them beside it."""
+    """Return the shards that an index file names, all of them beside it."""
     try:
         values = list(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values())
     except (OSError, ValueError, KeyError, AttributeError, TypeError, RecursionError) as error:
@@ -240,7 +228,7 @@ def _indexed(index: Path) -> list[Path]:
 
 
 def sha256_of(files: list[Path]) -> str:
-    """Of all bytes of the files, in their order."""
+    """Return the SHA-256 of all bytes of the files, in their order."""
     digest = hashlib.sha256()
     for file in files:
         with file.open("rb") as stream:
@@ -250,27 +238,17 @@ def sha256_of(files: list[Path]) -> str:
 
 
 def free_bytes(folder: Path) -> int:
-    """Bytes that can still be written below `folder`'s nearest existing parent."""
+    """Return the bytes that can still be written below `folder`'s nearest existing parent."""
     while not folder.exists():
         folder = folder.parent
-    status = os.statvfs(folder)
-    return status.f_bavail * status.f_frsize
+    return shutil.disk_usage(folder).free
 
 
-# --- place -----------------------------------------------------------------------------------------------------------------
-
-# Where a command writes a folder: checked before, written beside under a hidden name, renamed when it is whole.
-#
-# Also what of a checkpoint's folder belongs to the model beside its weights and config, and is carried over as it is.
-
-CARRIED = (
-    "tokenizer*", "vocab*", "merges.txt", "*.model", "*.tiktoken", "special_tokens_map.json", "added_tokens.json", "generation_config.json",
-    "*processor_config.json", "chat_template*", "*.jinja", "LICENSE*", "LICENCE*", "NOTICE*", "COPYING*", "USE_POLICY*",
-)  # fmt: skip
+# --- the folder that a command writes ----------------------------------------------------------------------------------
 
 
 def check_out(out: Path) -> None:
-    """UserError unless `out` can become a folder: new, or empty, in a folder that is there."""
+    """Refuse, with UserError, `out` unless it can become a folder: new, or empty, in a folder that is there."""
     if out.is_symlink() or (out.exists() and not out.is_dir()):
         raise UserError(f"--out {out}: is not a folder; give a new one")
     if out.is_dir() and any(out.iterdir()):
@@ -279,16 +257,16 @@ def check_out(out: Path) -> None:
         raise UserError(f"--out {out}: there is no folder {out.absolute().parent}")
 
 
-def check_room(out: Path, needed_bytes: int) -> None:
-    """UserError where the disk of `out` is too full."""
+def check_free_space(out: Path, needed_bytes: int) -> None:
+    """Refuse, with UserError, `out` on a disk that is too full."""
     free = free_bytes(out.absolute().parent)
     if free < needed_bytes:
         raise UserError(f"--out {out}: only {byte_size(free)} free on that disk; {byte_size(needed_bytes)} are needed")
 
 
 @contextmanager
-def beside(out: Path) -> Iterator[Path]:
-    """A folder to write to, which becomes `out` if the block ends well and goes away if it does not."""
+def atomic_folder(out: Path) -> Iterator[Path]:
+    """Give a hidden folder to write to, which becomes `out` if the block ends well and goes away if it does not."""
     folder = out.absolute().parent / f".{out.absolute().name}.partial"
     shutil.rmtree(folder, ignore_errors=True)
     folder.mkdir()
@@ -300,7 +278,7 @@ def beside(out: Path) -> Iterator[Path]:
         raise
 
 
-def carried(folder: Path) -> list[Path]:
-    """What else belongs to a model: tokenizer, processor (of a model that also sees), generation config, chat template, licence."""
-    files = {file for pattern in CARRIED for file in folder.glob(pattern) if file.is_file()}
+def companion_files(folder: Path) -> list[Path]:
+    """Return what else belongs to a model: tokenizer, processor (of a model that also sees), generation config, chat template, licence."""
+    files = {file for pattern in COMPANIONS for file in folder.glob(pattern) if file.is_file()}
     return sorted(files - set(weight_files(folder)))

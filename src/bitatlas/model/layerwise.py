@@ -2,8 +2,8 @@
 
 So a layer's weights are needed once for all of them, whether they are in memory or read for it (see `streaming`), and what lies in front of
 a change is computed once: `record` keeps what goes into every layer of a base, `follow` runs changes of it from the layer where
-they begin. The model's own forward does the rest, with every layer standing in: `enter` is all that comes before the layers (embeddings,
-masks, positions), `logits_of` all that comes behind them.
+they begin. The model's own forward does the rest, with every layer replaced: `layer_inputs` is all that comes before the layers
+(embeddings, masks, positions), `logits_of` all that comes behind them.
 
 Some families hand more from layer to layer than the hidden state: layers write keys and values into a dictionary from which later layers
 read. Every pass has its own copies of such containers (`Shared`), and one that begins behind the first layer begins with the base's.
@@ -27,7 +27,7 @@ from torch import Tensor, nn
 
 from bitatlas.errors import UserError
 from bitatlas.model.decoder import Decoder, once
-from bitatlas.model.hidden_states import Shelf
+from bitatlas.model.hidden_states import StateCache
 from bitatlas.model.linear import is_linear
 
 Call = tuple[tuple[Any, ...], dict[str, Any]]
@@ -38,19 +38,19 @@ CHAIN_TOLERANCE = 1e-3  # of the largest logit; a whole pass and one in pieces d
 
 
 def batch_rows(row_length: int, vocabulary: int) -> int:
-    """Rows in a batch: at most 16, and one batch's logits at most 64 MiB."""
+    """Return the rows of a batch: at most 16, and one batch's logits at most 64 MiB."""
     return max(1, min(16, LOGIT_BYTES // (4 * row_length * vocabulary)))
 
 
 def token_spans(rows: int, tokens: int, vocabulary: int, logit_bytes: int = LOGIT_BYTES) -> list[slice]:
-    """Runs of tokens whose logits, for all `rows`, take at most `logit_bytes`: one run, but for long rows of a large vocabulary."""
+    """Return runs of tokens whose logits, for all `rows`, take at most `logit_bytes`: one run, but for long rows of a large vocabulary."""
     step = max(1, logit_bytes // (4 * rows * vocabulary))
     return [slice(start, min(tokens, start + step)) for start in range(0, tokens, step)]
 
 
 @dataclass(frozen=True)
-class Start:
-    """What comes before the layers. `hidden` [rows, tokens, width] goes into layer 0, `calls[i]` beside it into layer i.
+class LayerInputs:
+    """What goes into the layers. `hidden` [rows, tokens, width] goes into layer 0, `calls[i]` beside it into layer i.
 
     `containers`: what several layers are called with and may write into, as it is before the first one.
     """
@@ -60,11 +60,11 @@ class Start:
     containers: list[Any] = field(default_factory=list)
 
     def fresh(self) -> Shared:
-        """The containers of a pass that begins at the first layer."""
+        """Return the containers of a pass that begins at the first layer."""
         return {id(container): copy.copy(container) for container in self.containers}
 
     def call(self, layer: int, shared: Shared) -> Call:
-        """What goes into a layer beside the hidden state, in the pass that `shared` belongs to."""
+        """Return what goes into a layer beside the hidden state, in the pass that `shared` belongs to."""
         args, kwargs = self.calls[layer]
         return tuple(shared.get(id(value), value) for value in args), {
             name: shared.get(id(value), value) for name, value in kwargs.items()
@@ -79,19 +79,19 @@ class Recorded:
     """
 
     ids: Sequence[Tensor]
-    starts: list[Start]
-    inputs: Shelf
+    starts: list[LayerInputs]
+    inputs: StateCache
     final: list[Tensor]  # [rows, tokens, width] each
     shared: dict[tuple[int, int], Shared] = field(default_factory=dict)  # (layer, batch) -> the containers in front of it
 
     def shared_at(self, layer: int, batch: int) -> Shared:
-        """The base's containers in front of a layer, to be written into."""
+        """Return the base's containers in front of a layer, to be written into."""
         before = self.shared.get((layer, batch))
-        return self.starts[batch].fresh() if before is None else forked(before)
+        return self.starts[batch].fresh() if before is None else copy_shared(before)
 
 
-def forked(shared: Shared) -> Shared:
-    """Containers of the same content."""
+def copy_shared(shared: Shared) -> Shared:
+    """Return containers of equal content."""
     return {key: copy.copy(container) for key, container in shared.items()}
 
 
@@ -103,13 +103,8 @@ class Job:
     at: Callable[[int], AbstractContextManager[Any]]
 
 
-def hidden_of(output: Any) -> Tensor:
-    """The hidden state in a layer's output, which comes first where there are several values."""
-    return output[0] if isinstance(output, tuple | list) else output
-
-
 def _split(args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Tensor, Call]:
-    """The hidden state that a layer was called with, and the other arguments."""
+    """Return the hidden state that a layer was called with, and the other arguments."""
     if args:
         return args[0], (args[1:], dict(kwargs))
     rest = dict(kwargs)
@@ -117,14 +112,15 @@ def _split(args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Tensor, Call]
 
 
 def run_layer(layer: nn.Module, hidden: Tensor, call: Call) -> Tensor:
-    """The hidden state [rows, tokens, width] after one layer."""
+    """Return the hidden state [rows, tokens, width] after one layer; of several values that a layer returns it is the first."""
     args, kwargs = call
-    return hidden_of(layer(hidden, *args, **kwargs))
+    output = layer(hidden, *args, **kwargs)
+    return output[0] if isinstance(output, tuple | list) else output
 
 
 @torch.no_grad()
-def enter(decoder: Decoder, input_ids: Tensor) -> Start:
-    """What goes into the layers for `input_ids` [rows, tokens]; no layer is run."""
+def layer_inputs(decoder: Decoder, input_ids: Tensor) -> LayerInputs:
+    """Return what goes into the layers for `input_ids` [rows, tokens]; no layer is run."""
     first: list[Tensor] = []
     calls: list[Call] = []
 
@@ -134,46 +130,46 @@ def enter(decoder: Decoder, input_ids: Tensor) -> Start:
         calls.append(call)
         return hidden
 
-    with _standing_in(decoder, note):
+    with _replaced_layers(decoder, note):
         decoder.model.base_model(input_ids=input_ids, use_cache=False)
-    return Start(first[0], calls, _containers(calls))
+    return LayerInputs(first[0], calls, _containers(calls))
 
 
 def _containers(calls: Sequence[Call]) -> list[Any]:
-    """The dictionaries and lists that more than one layer is called with."""
+    """Return the dictionaries and lists that more than one layer is called with."""
     every = [value for args, kwargs in calls for value in (*args, *kwargs.values()) if isinstance(value, MutableMapping | list)]
     count = Counter(map(id, every))
     return [value for value in {id(value): value for value in every}.values() if count[id(value)] > 1]
 
 
-def cut(decoder: Decoder, final: Tensor, span: slice) -> Tensor:
-    """The tokens `span` of `final`, which came out of the last layer (of some families with more axes than [rows, tokens, width])."""
+def slice_tokens(decoder: Decoder, final: Tensor, span: slice) -> Tensor:
+    """Return the tokens `span` of `final`, which came out of the last layer (of some families with more axes than [rows, tokens, width])."""
     axis = 1 if final.dim() == 3 else _token_axis(decoder)
     return final[(slice(None),) * axis + (span,)]
 
 
 def logits_of(decoder: Decoder, input_ids: Tensor, final: Tensor) -> Tensor:
-    """Logits [rows, tokens, vocabulary] of what came out of the last layer, `final` [rows, tokens, width]. Differentiable in `final`."""
+    """Return logits [rows, tokens, vocabulary] of what came out of the last layer, `final` [rows, tokens, width]. Differentiable in `final`."""
     if not is_chain(decoder):
         return final
     return _logits(decoder, input_ids, final)
 
 
 def _logits(decoder: Decoder, input_ids: Tensor, final: Tensor) -> Tensor:
-    with _standing_in(decoder, lambda args, kwargs: final):
+    with _replaced_layers(decoder, lambda args, kwargs: final):
         return decoder.model(input_ids=input_ids, use_cache=False).logits
 
 
 @torch.no_grad()
-def record(decoder: Decoder, batches: Sequence[Tensor], inputs: Shelf | None = None) -> Recorded:
-    """One pass over `batches` (int64 [rows, tokens] each, on the model's device). Without `inputs` only its end is kept."""
+def record(decoder: Decoder, batches: Sequence[Tensor], inputs: StateCache | None = None) -> Recorded:
+    """Run one pass over `batches` (int64 [rows, tokens] each, on the model's device). Without `inputs` only its end is kept."""
     if not is_chain(decoder):
-        return Recorded(batches, [], Shelf(0), [whole_logits(decoder, ids) for ids in batches])
+        return Recorded(batches, [], StateCache(0), [whole_logits(decoder, ids) for ids in batches])
     return _record(decoder, batches, inputs)
 
 
-def _record(decoder: Decoder, batches: Sequence[Tensor], inputs: Shelf | None) -> Recorded:
-    starts = [enter(decoder, ids) for ids in batches]
+def _record(decoder: Decoder, batches: Sequence[Tensor], inputs: StateCache | None) -> Recorded:
+    starts = [layer_inputs(decoder, ids) for ids in batches]
     hidden = [start.hidden for start in starts]
     shared = [start.fresh() for start in starts]
     before: dict[tuple[int, int], Shared] = {}
@@ -183,23 +179,23 @@ def _record(decoder: Decoder, batches: Sequence[Tensor], inputs: Shelf | None) -
                 if inputs is not None:
                     inputs.put((index, number), hidden[number])
                     if shared[number]:
-                        before[index, number] = forked(shared[number])
+                        before[index, number] = copy_shared(shared[number])
                 hidden[number] = run_layer(layer, hidden[number], start.call(index, shared[number]))
-    return Recorded(batches, starts, inputs if inputs is not None else Shelf(0), hidden, before)
+    return Recorded(batches, starts, inputs if inputs is not None else StateCache(0), hidden, before)
 
 
-def _called_layers(decoder: Decoder, starts: Sequence[Start]) -> Sequence[nn.Module]:
-    """The decoder layers that a pass runs: some lists go on behind the last of them."""
+def _called_layers(decoder: Decoder, starts: Sequence[LayerInputs]) -> Sequence[nn.Module]:
+    """Return the decoder layers that a pass runs: some lists go on behind the last of them."""
     layers = decoder.layers
     return list(layers)[: len(starts[0].calls)] if starts else list(layers)
 
 
 def begin(decoder: Decoder, batches: Sequence[Tensor]) -> Recorded:
-    """What goes into layer 0, for jobs that begin there; no layer is run."""
+    """Return what goes into layer 0, for jobs that begin there; no layer is run."""
     if not is_chain(decoder):
-        return Recorded(batches, [], Shelf(0), [])
-    starts = [enter(decoder, ids) for ids in batches]
-    inputs = Shelf(sum(start.hidden.nbytes for start in starts))
+        return Recorded(batches, [], StateCache(0), [])
+    starts = [layer_inputs(decoder, ids) for ids in batches]
+    inputs = StateCache(sum(start.hidden.nbytes for start in starts))
     for number, start in enumerate(starts):
         inputs.put((0, number), start.hidden)
     return Recorded(batches, starts, inputs, [])
@@ -207,16 +203,16 @@ def begin(decoder: Decoder, batches: Sequence[Tensor]) -> Recorded:
 
 @torch.no_grad()
 def follow(decoder: Decoder, recorded: Recorded, jobs: Sequence[Job]) -> list[list[Tensor]]:
-    """What comes out of the last layer, by job and batch; each job's change is in force from its layer on, the base's weights around it.
+    """Return what comes out of the last layer, by job and batch; each job's change is in force from its layer on, the base's weights around it.
 
     Call it in the block in which the base was recorded.
     """
     if not is_chain(decoder):
-        return [_whole(decoder, recorded, job) for job in jobs]
+        return [_run_whole(decoder, recorded, job) for job in jobs]
     return _follow(decoder, recorded, jobs)
 
 
-def _whole(decoder: Decoder, recorded: Recorded, job: Job) -> list[Tensor]:
+def _run_whole(decoder: Decoder, recorded: Recorded, job: Job) -> list[Tensor]:
     with ExitStack() as stack:
         for index in range(job.start, len(decoder.layers)):
             stack.enter_context(job.at(index))
@@ -229,27 +225,24 @@ def _follow(decoder: Decoder, recorded: Recorded, jobs: Sequence[Job]) -> list[l
     shared: list[list[Shared]] = [[] for _ in jobs]
     for index in range(min((job.start for job in jobs), default=len(layers)), len(layers)):
         with decoder.held(index):
-            begun = [recorded.inputs.get((index, b)) for b in range(len(recorded.ids))] if _any_starts(jobs, index) else []
+            starting = any(job.start == index for job in jobs)
+            inputs = [recorded.inputs.get((index, b)) for b in range(len(recorded.ids))] if starting else []
             for number, job in enumerate(jobs):
                 if job.start == index:
-                    states[number] = begun
+                    states[number] = inputs
                     shared[number] = [recorded.shared_at(index, b) for b in range(len(recorded.ids))]
                 if job.start <= index:
                     with job.at(index):
                         states[number] = [
-                            run_layer(layers[index], hidden, start.call(index, own))
-                            for hidden, start, own in zip(states[number], recorded.starts, shared[number], strict=True)
+                            run_layer(layers[index], hidden, start.call(index, containers))
+                            for hidden, start, containers in zip(states[number], recorded.starts, shared[number], strict=True)
                         ]
     return states
 
 
-def _any_starts(jobs: Sequence[Job], layer: int) -> bool:
-    return any(job.start == layer for job in jobs)
-
-
 @contextmanager
-def _standing_in(decoder: Decoder, answer: Callable[[tuple[Any, ...], dict[str, Any]], Tensor]) -> Iterator[None]:
-    """Within the block, no layer computes anything: each returns `answer(args, kwargs)`, in the form in which it returns its own."""
+def _replaced_layers(decoder: Decoder, answer: Callable[[tuple[Any, ...], dict[str, Any]], Tensor]) -> Iterator[None]:
+    """Replace every layer within the block by `answer(args, kwargs)`, returned in the form in which the layer returns its hidden state."""
     layers = decoder.layers
     more = _more_values(decoder)
     before = [layer.__dict__.get("forward") for layer in layers]
@@ -268,11 +261,11 @@ def _standing_in(decoder: Decoder, answer: Callable[[tuple[Any, ...], dict[str, 
             layer.forward = forward_of(layer)
         yield
     finally:
-        for layer, own in zip(layers, before, strict=True):
-            if own is None:
+        for layer, forward in zip(layers, before, strict=True):
+            if forward is None:
                 layer.__dict__.pop("forward", None)
             else:
-                layer.forward = own
+                layer.forward = forward
 
 
 class _SeenError(Exception):
@@ -282,13 +275,13 @@ class _SeenError(Exception):
 @once
 @torch.no_grad()
 def _more_values(decoder: Decoder) -> dict[type, int | None]:
-    """How many values a layer of each class returns behind the hidden state; None: it returns no tuple. Tried on one token."""
-    found: dict[type, int | None] = {}
+    """Return how many values a layer of each class returns behind the hidden state; None: it returns no tuple. Tried on one token."""
+    values: dict[type, int | None] = {}
     first = {type(layer): layer for layer in reversed(decoder.layers)}
 
     def look(module: nn.Module, args: Any, output: Any) -> None:
-        found[type(module)] = len(output) - 1 if isinstance(output, tuple | list) else None
-        if len(found) == len(first):
+        values[type(module)] = len(output) - 1 if isinstance(output, tuple | list) else None
+        if len(values) == len(first):
             raise _SeenError
 
     hooks = [layer.register_forward_hook(look) for layer in first.values()]
@@ -299,7 +292,7 @@ def _more_values(decoder: Decoder) -> dict[type, int | None]:
     finally:
         for hook in hooks:
             hook.remove()
-    return found
+    return values
 
 
 # --- is it a chain? ------------------------------------------------------------------------------------------------------------
@@ -307,7 +300,7 @@ def _more_values(decoder: Decoder) -> dict[type, int | None]:
 
 @torch.no_grad()
 def whole_logits(decoder: Decoder, input_ids: Tensor) -> Tensor:
-    """Logits [rows, tokens, vocabulary] of one pass of the model's own."""
+    """Return logits [rows, tokens, vocabulary] of one pass of the model's own."""
     return decoder.model(input_ids=input_ids, use_cache=False).logits  # type: ignore[no-any-return]
 
 
@@ -315,7 +308,7 @@ def whole_logits(decoder: Decoder, input_ids: Tensor) -> Tensor:
 def is_chain(decoder: Decoder) -> bool:
     """Return whether the model can be run layer by layer, tried on a few tokens."""
     try:
-        return _tried(decoder)
+        return _same_in_pieces(decoder)
     except UserError:
         raise
     except Exception:  # each family fails in its own way where a layer is called with less than it needs
@@ -323,40 +316,35 @@ def is_chain(decoder: Decoder) -> bool:
 
 
 @torch.no_grad()
-def _tried(decoder: Decoder) -> bool:
-    """Are passes in pieces the whole ones: of the model, of one that is changed in its first layer, and of the model again, side by side?"""
+def _same_in_pieces(decoder: Decoder) -> bool:
+    """Return whether passes in pieces are whole ones: of the model, of one changed in its first layer, and of the model again, side by side."""
     ids = decoder.probe_ids().repeat(2, 1)
     ids[1] = ids[1].flip(0)
-    halved = {name: 0.5 * decoder.weight(name) for name in _some_module(decoder)}
-    with Shelf(2**30) as shelf:
-        recorded = _record(decoder, [ids], shelf)
+    first = decoder.layers[0].named_modules(prefix=f"{decoder.layers_path}.0")
+    halved = {name: 0.5 * decoder.weight(name) for name in [name for name, module in first if is_linear(module)][:1]}
+    with StateCache(2**30) as states:
+        recorded = _record(decoder, [ids], states)
         jobs = [Job(0, lambda layer: decoder.swapped(halved if layer == 0 else {}))]
         jobs += [Job(start, lambda layer: decoder.swapped({})) for start in {0, len(decoder.layers) // 2}]
         changed, *same = (_logits(decoder, ids, final[0]) for final in _follow(decoder, recorded, jobs))
-    own = whole_logits(decoder, ids)
+    whole = whole_logits(decoder, ids)
     with decoder.swapped(halved):
-        truly = whole_logits(decoder, ids)
-    pairs = [(changed, truly), (_logits(decoder, ids, recorded.final[0]), own), *((logits, own) for logits in same)]
+        whole_changed = whole_logits(decoder, ids)
+    pairs = [(changed, whole_changed), (_logits(decoder, ids, recorded.final[0]), whole), *((logits, whole) for logits in same)]
     return all(bool((a - b).abs().max() <= CHAIN_TOLERANCE * b.abs().max()) for a, b in pairs)
-
-
-def _some_module(decoder: Decoder) -> list[str]:
-    """The first linear module of the first layer, by its name, if it has one."""
-    first = decoder.layers[0].named_modules(prefix=f"{decoder.layers_path}.0")
-    return [name for name, module in first if is_linear(module)][:1]
 
 
 @once
 @torch.no_grad()
 def _token_axis(decoder: Decoder) -> int:
-    """Which axis of a hidden state of four are the tokens."""
+    """Return which axis of a hidden state of four are the tokens."""
     ids = decoder.probe_ids().repeat(2, 1)
-    shape = enter(decoder, ids).hidden.shape
+    shape = layer_inputs(decoder, ids).hidden.shape
     return next(number for number in range(1, len(shape)) if shape[number - 1 : number + 1] == ids.shape)
 
 
 def rows_and_tokens(decoder: Decoder, hidden: Tensor) -> Tensor:
-    """A layer's hidden state as [rows, tokens, width]: of several streams side by side, the largest of each number's."""
+    """Return a layer's hidden state as [rows, tokens, width]: of several streams side by side, the largest of each number's."""
     if hidden.dim() == 3:
         return hidden
     axis = _token_axis(decoder)
@@ -364,7 +352,7 @@ def rows_and_tokens(decoder: Decoder, hidden: Tensor) -> Tensor:
 
 
 def check_chain(decoder: Decoder, name: str) -> None:
-    """UserError where activations leave the range of the model's dtype, or where a model that is streamed has to be run whole."""
+    """Refuse, with UserError, activations that leave the range of the model's dtype, and a streamed model that has to be run whole."""
     logits = whole_logits(decoder, decoder.probe_ids())
     check_range(logits, name)
     if decoder.stream is not None and not is_chain(decoder):
@@ -375,7 +363,7 @@ def check_chain(decoder: Decoder, name: str) -> None:
 
 
 def check_range(values: Tensor, name: str, dtype: torch.dtype | None = None) -> None:
-    """UserError where numbers are not finite that a model made in `dtype` (None: theirs)."""
+    """Refuse, with UserError, numbers that are not finite and that a model made in `dtype` (None: theirs)."""
     if bool(torch.isfinite(values).all()):
         return
     dtype = dtype or values.dtype

@@ -5,7 +5,7 @@ one NaN, seen through the parameter's shape, so that whatever would use it unrea
 everything that calls it works as on a whole model. `held` keeps a layer for several calls. A swap (see `decoder`) is put beside the file's weights
 and takes their place when a layer is read.
 
-Left out: checkpoints whose tensors are not named as the model's own parameters (transformers renames or merges them while it loads).
+Left out: checkpoints whose tensors become several parameters, or parts of one, while transformers loads them.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from bitatlas.model.linear import oriented
 from bitatlas.model.tensor_files import Reader, targets_of
 
 
-class Lookup(Mapping[str, Tensor]):
+class LazyMapping(Mapping[str, Tensor]):
     """A mapping whose values are made anew whenever they are asked for."""
 
     def __init__(self, names: Iterable[str], make: Callable[[str], Tensor]):
@@ -46,11 +46,12 @@ class Lookup(Mapping[str, Tensor]):
 
 
 class Stream:
-    """Reads the decoder layers of `model`. `check` is called before a layer is read: are the files still the same?"""
+    """Reads the decoder layers of `model`, whose parameters are the tensors `keys` of `reader`. `check` is called before a layer is
+    read: are the files still the same?"""
 
-    def __init__(self, model: nn.Module, layers_path: str, names: Names, check: Callable[[], None]):
+    def __init__(self, model: nn.Module, layers_path: str, reader: Reader, keys: Mapping[str, str], check: Callable[[], None]):
         self.model = model
-        self.reader = names.reader
+        self.reader = reader
         self.check = check
         self.reads = 0  # of layers, for those who count
         self._swaps: list[Mapping[str, Tensor]] = []
@@ -64,21 +65,20 @@ class Stream:
         weight = next(p for name, p in model.named_parameters() if not name.startswith(layers_path + "."))
         self._device, self._dtype = weight.device, weight.dtype
         for index, layer in enumerate(layers):
-            self._prepare(index, layer, f"{layers_path}.{index}", names)
+            self._prepare(index, layer, f"{layers_path}.{index}", keys)
 
-    def _prepare(self, index: int, layer: nn.Module, path: str, names: Names) -> None:
-        own = []
+    def _prepare(self, index: int, layer: nn.Module, path: str, keys: Mapping[str, str]) -> None:
+        parameters = []
         for module_name, module in layer.named_modules(prefix=path):
             self._layer_of[module_name] = index
             for name, parameter in module.named_parameters(recurse=False):
-                held_parameter = nn.Parameter(self._placeholder(parameter.shape), requires_grad=False)
-                module._parameters[name] = held_parameter
-                key = names.find(f"{module_name}.{name}", tuple(parameter.shape))
-                if key is None:
-                    raise _not_found(f"{module_name}.{name}")
-                self._keys[id(held_parameter)] = key
-                own.append((module_name, held_parameter, name == "weight"))
-        self._parameters.append(own)
+                placeholder = nn.Parameter(self._placeholder(parameter.shape), requires_grad=False)
+                module._parameters[name] = placeholder
+                if f"{module_name}.{name}" not in keys:
+                    raise _missing(f"{module_name}.{name}")
+                self._keys[id(placeholder)] = keys[f"{module_name}.{name}"]
+                parameters.append((module_name, placeholder, name == "weight"))
+        self._parameters.append(parameters)
         forward = layer.forward
 
         def run(*args: Any, **kwargs: Any) -> Any:
@@ -92,7 +92,7 @@ class Stream:
 
     @contextmanager
     def held(self, layer: int) -> Iterator[None]:
-        """Within the block the layer's weights are there."""
+        """Keep the layer's weights in memory within the block."""
         if not self._depth.get(layer):
             self.check()
             self.reads += 1
@@ -106,14 +106,14 @@ class Stream:
             if not self._depth[layer]:
                 for _, parameter, _ in self._parameters[layer]:
                     parameter.data = self._placeholder(parameter.shape)
-                trim()
+                release_free_memory()
 
     def layer_of(self, module: str) -> int:
-        """The decoder layer that a module is in."""
+        """Return the decoder layer that a module is in."""
         return self._layer_of[module]
 
     def weight(self, module: str) -> Tensor:
-        """The weight [out, in] that a linear module has now, swaps included."""
+        """Return the weight [out, in] that a linear module has now, swaps included."""
         owner = self.model.get_submodule(module)
         parameter = owner.weight
         assert isinstance(parameter, nn.Parameter)
@@ -121,13 +121,13 @@ class Stream:
         return oriented(owner, data)
 
     def stored(self, module: str) -> Tensor:
-        """The weight [out, in] of the checkpoint."""
+        """Return the checkpoint's weight [out, in] of a linear module."""
         owner = self.model.get_submodule(module)
         return oriented(owner, self._read(owner.weight))
 
     @contextmanager
     def swapped(self, weights: Mapping[str, Tensor]) -> Iterator[None]:
-        """Within the block module `name` has weight `weights[name]` [out, in], which is looked up when its layer is read."""
+        """Give module `name` the weight `weights[name]` [out, in] within the block; it is looked up when its layer is read."""
         self._swaps.append(weights)
         before: list[tuple[nn.Parameter, Tensor]] = []
         try:
@@ -164,61 +164,40 @@ def open_stream(
 
     UserError where a parameter is not in the files under its own name and shape.
     """
-    names, inside = Names(model, reader), f"{layers_path}."
-    absent = set()
-    for name, parameter in list(model.named_parameters(remove_duplicate=False)):
-        if name.startswith(inside):
-            continue
-        key = names.find(name, tuple(parameter.shape))
-        if key:
-            _replace(model, name, reader.read(key).to(device, dtype))
-        else:
-            absent.add(name)
+    parameters, inside = dict(model.named_parameters(remove_duplicate=False)), f"{layers_path}."
+    keys = {
+        target.name: key for key, target in targets_of(model, reader).items()
+        if target.whole and target.name in parameters and reader.shape(key) == tuple(parameters[target.name].shape)
+    }  # fmt: skip
+    outside = [name for name in parameters if not name.startswith(inside)]
+    for name in outside:
+        if name in keys:
+            owner, _, last = name.rpartition(".")
+            tensor = reader.read(keys[name]).to(device, dtype)
+            model.get_submodule(owner)._parameters[last] = nn.Parameter(tensor, requires_grad=False)
     # as transformers does it in memory: a head that the config ties and the file stores otherwise stays the file's
-    model.tie_weights(missing_keys=absent, recompute_mapping=False)
+    model.tie_weights(missing_keys=set(outside) - set(keys), recompute_mapping=False)
     missing = [name for name, p in model.named_parameters() if p.is_meta and not name.startswith(inside)]
     if missing:
-        raise _not_found(missing[0])
-    _buffers_to(model, device)
-    stream = Stream(model, layers_path, names, check)
+        raise _missing(missing[0])
+    for module in model.modules():
+        for name, buffer in module._buffers.items():
+            if buffer is not None:
+                module._buffers[name] = buffer.to(device)
+    stream = Stream(model, layers_path, reader, keys, check)
     model.eval().requires_grad_(False)
     return stream
 
 
-class Names:
-    """Where the model's parameters lie in the files, under whatever name transformers knows them there."""
-
-    def __init__(self, model: Any, reader: Reader):
-        self.reader = reader
-        self._key = {target.name: key for key, target in targets_of(model, reader).items() if target.whole}
-
-    def find(self, name: str, shape: tuple[int, ...]) -> str | None:
-        """The name in the files of parameter `name`."""
-        key = self._key.get(name)
-        return key if key is not None and self.reader.shape(key) == shape else None
-
-
-def _not_found(name: str) -> UserError:
+def _missing(name: str) -> UserError:
     return UserError(
         f"--memory: {name} is not in the weights files under that name and shape, so they cannot be read layer by layer"
     )
 
 
-def _replace(model: nn.Module, name: str, tensor: Tensor) -> None:
-    owner, _, last = name.rpartition(".")
-    model.get_submodule(owner)._parameters[last] = nn.Parameter(tensor, requires_grad=False)
-
-
-def _buffers_to(model: nn.Module, device: str) -> None:
-    for module in model.modules():
-        for name, buffer in module._buffers.items():
-            if buffer is not None:
-                module._buffers[name] = buffer.to(device)
-
-
 @contextmanager
 def without_weights() -> Iterator[None]:
-    """Within the block every new parameter is on torch's meta device, while buffers (rotary tables, masks) are real."""
+    """Put every new parameter of the block on torch's meta device, while buffers (rotary tables, masks) are real."""
     register = nn.Module.register_parameter
 
     def on_meta(module: nn.Module, name: str, parameter: nn.Parameter | None) -> None:
@@ -233,24 +212,23 @@ def without_weights() -> Iterator[None]:
         nn.Module.register_parameter = register  # type: ignore[method-assign]
 
 
-# --- allocator -------------------------------------------------------------------------------------------------------------
+# --- glibc's allocator -------------------------------------------------------------------------------------------------
 
-# glibc's malloc, told to hand back what is free: for a run that is promised to stay below some memory. Other C libraries have their own ways.
-#
-# By itself glibc learns to keep blocks of a layer's size, in pieces into which the next layer no longer fits.
+# A run that is promised to stay below some memory has to hand back what is free: by itself glibc learns to keep blocks of a layer's size, in
+# pieces into which the next layer no longer fits. Other C libraries have their own ways.
 
 MMAP_THRESHOLD = -3  # mallopt's number of it, in malloc.h
 # Larger blocks are handed back at once. Below, making each anew would cost more time (a third of a run at 1 MiB) than keeping costs memory.
 LARGE_BYTES = 2**25
 
 
-def return_large() -> None:
-    """From now on, large blocks go back to the system as soon as they are free."""
+def release_large_blocks() -> None:
+    """Let large blocks go back to the system as soon as they are free, from now on."""
     with suppress(OSError, AttributeError):
         ctypes.CDLL(None).mallopt(MMAP_THRESHOLD, LARGE_BYTES)
 
 
-def trim() -> None:
-    """What is free now goes back to the system."""
+def release_free_memory() -> None:
+    """Give what is free now back to the system."""
     with suppress(OSError, AttributeError):
         ctypes.CDLL(None).malloc_trim(0)

@@ -1,16 +1,20 @@
-"""Safetensors files written as a stream: every size is known before the first tensor is, so nothing is held back.
+"""Safetensors files: written as a stream, read one tensor at a time, and what transformers makes of the tensors in them.
 
-Tensors come in any order and go to their place in the file. Headers are written last: before that the files begin with zeros and
-nothing reads them. Left out: appending to files that exist, and several processes.
-Source: the safetensors format (8 bytes of header length, JSON header, tensors without holes).
+Every size is known before the first tensor is written, so nothing is held back: tensors come in any order and go to their offset in the
+file. Headers are written last: before that the files begin with zeros and nothing reads them.
+The safetensors library maps whole files, and every page that was looked at then counts as memory of this process, so a model that is read
+once layer by layer is, under a limit, as large as a model that is loaded. Plain reads leave nothing behind.
+Left out: appending to files that exist, and several processes.
+Sources: the safetensors format (8 bytes of header length, JSON header, tensors without holes); transformers 5.24, `core_model_loading`.
 """
 
 from __future__ import annotations
 
 import json
+import math
 import os
 import struct
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -19,12 +23,20 @@ import numpy as np
 import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
+from transformers.conversion_mapping import get_model_conversion_mapping
+from transformers.core_model_loading import WeightConverter, WeightRenaming, rename_source_key
 
 from bitatlas.errors import UserError
 
 SHARD_BYTES = 5 * 10**9
 ALIGNMENT = 8  # of where the tensors begin, as the library itself writes them
 INDEX = "model.safetensors.index.json"
+LONGEST_REASON = 200  # characters of a library's message that are repeated
+DTYPES = {
+    "F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16, "I64": torch.int64, "I32": torch.int32,
+    "I16": torch.int16, "I8": torch.int8, "U64": torch.uint64, "U32": torch.uint32, "U16": torch.uint16, "U8": torch.uint8, "BOOL": torch.bool,
+    "C64": torch.complex64, "F8_E4M3": torch.float8_e4m3fn, "F8_E5M2": torch.float8_e5m2,
+}  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -39,9 +51,7 @@ class Entry:
     @property
     def width(self) -> int:
         """Bytes of one element; 8 for an empty tensor."""
-        count = 1
-        for length in self.shape:
-            count *= length
+        count = math.prod(self.shape)
         return self.size_bytes // count if count else 8
 
 
@@ -59,8 +69,8 @@ class Shard:
         return len(self.header) + sum(self.sizes.values())
 
 
-def cut(entries: Sequence[Entry], limit: int = SHARD_BYTES) -> list[Shard]:
-    """Files of about `limit` bytes each, in the order of `entries`; a tensor larger than that has a file of its own."""
+def split_shards(entries: Sequence[Entry], limit: int = SHARD_BYTES) -> list[Shard]:
+    """Return files of about `limit` bytes each, in the order of `entries`; a tensor larger than that has a file of its own."""
     parts: list[list[Entry]] = [[]]
     room = limit
     for entry in entries:
@@ -69,31 +79,23 @@ def cut(entries: Sequence[Entry], limit: int = SHARD_BYTES) -> list[Shard]:
             room = limit
         parts[-1].append(entry)
         room -= entry.size_bytes
-    names = (
-        ["model.safetensors"]
-        if len(parts) == 1
-        else [f"model-{k:05}-of-{len(parts):05}.safetensors" for k in range(1, len(parts) + 1)]
-    )
-    return [_shard(name, part) for name, part in zip(names, parts, strict=True)]
+    if len(parts) == 1:
+        return [_shard("model.safetensors", entries)]
+    return [_shard(f"model-{k:05}-of-{len(parts):05}.safetensors", part) for k, part in enumerate(parts, start=1)]
 
 
 def _shard(name: str, entries: Iterable[Entry]) -> Shard:
-    """Wide elements come first, so that every tensor lies at a multiple of its element's width."""
+    """Return a file of `entries`. Wide elements come first, so that every tensor lies at a multiple of its element's width."""
     table: dict[str, object] = {"__metadata__": {"format": "pt"}}
-    at, ends = 0, {}
+    end, starts, sizes = 0, {}, {}
     for entry in sorted(entries, key=lambda entry: (-entry.width, entry.name)):
-        ends[entry.name] = (at, entry.size_bytes)
-        at += entry.size_bytes
-        table[entry.name] = {"dtype": entry.dtype, "shape": list(entry.shape), "data_offsets": [at - entry.size_bytes, at]}
+        starts[entry.name], sizes[entry.name] = end, entry.size_bytes
+        end += entry.size_bytes
+        table[entry.name] = {"dtype": entry.dtype, "shape": list(entry.shape), "data_offsets": [starts[entry.name], end]}
     text = json.dumps(table, separators=(",", ":"), ensure_ascii=False).encode()
     text += b" " * (-len(text) % ALIGNMENT)
     header = struct.pack("<Q", len(text)) + text
-    return Shard(
-        name,
-        header,
-        {key: len(header) + start for key, (start, _) in ends.items()},
-        {key: size for key, (_, size) in ends.items()},
-    )
+    return Shard(name, header, {key: len(header) + start for key, start in starts.items()}, sizes)
 
 
 class Writer:
@@ -103,7 +105,7 @@ class Writer:
         self.folder, self.shards = folder, list(shards)
         self._files: dict[str, BinaryIO] = {}
         self._missing = {name: size for shard in shards for name, size in shard.sizes.items()}
-        self._home = {name: shard for shard in shards for name in shard.offsets}
+        self._shard_of = {name: shard for shard in shards for name in shard.offsets}
 
     def __enter__(self) -> Writer:
         for shard in self.shards:
@@ -111,8 +113,8 @@ class Writer:
         return self
 
     def write(self, name: str, data: bytes) -> None:
-        """The next bytes of tensor `name`."""
-        shard, left = self._home[name], self._missing[name]
+        """Write the next bytes of tensor `name`."""
+        shard, left = self._shard_of[name], self._missing[name]
         if len(data) > left:
             raise ValueError(f"{name}: {len(data) - left} bytes too many")
         file = self._files[shard.name]
@@ -121,7 +123,7 @@ class Writer:
         self._missing[name] = left - len(data)
 
     def __exit__(self, kind: object, *_: object) -> None:
-        """Headers, only if all went well and every tensor is there."""
+        """Write the headers, only if all went well and every tensor is there."""
         try:
             if kind is None:
                 self._finish()
@@ -140,26 +142,22 @@ class Writer:
             file.flush()
             os.fsync(file.fileno())
         if len(self.shards) > 1:
-            (self.folder / INDEX).write_text(index_text(self.shards), encoding="utf-8")
+            files = {name: shard.name for name, shard in sorted(self._shard_of.items())}
+            total = sum(size for shard in self.shards for size in shard.sizes.values())
+            index = json.dumps({"metadata": {"total_size": total}, "weight_map": files}, indent=1)
+            (self.folder / INDEX).write_text(index + "\n", encoding="utf-8")
 
 
-def index_text(shards: Sequence[Shard]) -> str:
-    """The index of several files."""
-    places = {name: shard.name for shard in shards for name in shard.offsets}
-    total = sum(size for shard in shards for size in shard.sizes.values())
-    return json.dumps({"metadata": {"total_size": total}, "weight_map": dict(sorted(places.items()))}, indent=1) + "\n"
-
-
-LONGEST_REASON = 200  # characters of a library's message that are repeated
+# --- reading -----------------------------------------------------------------------------------------------------------
 
 
 def reason_of(error: BaseException) -> str:
-    """What a library said, on one line."""
+    """Return what a library said, on one line."""
     return " ".join(str(error).split())[:LONGEST_REASON] or type(error).__name__
 
 
 def read_header(file: Path) -> dict[str, Any]:
-    """The safetensors header, which the library takes too, of a file that is as long as the header says."""
+    """Return a file's safetensors header; UserError unless the library takes it too and the file is as long as it says."""
     try:
         size = file.stat().st_size
         with file.open("rb") as stream:
@@ -189,91 +187,73 @@ def _end(key: str, entry: dict[str, Any]) -> int:
     return end
 
 
-# --- reader ----------------------------------------------------------------------------------------------------------------
-
-# Tensors of safetensors files, read one at a time and only their own bytes.
-#
-# The safetensors library maps whole files; every page that was ever looked at then counts as memory of this process, so a model that is
-# read once layer by layer looks, and under a limit is, as large as a model that is loaded. Plain reads leave nothing behind.
-
-DTYPES = {
-    "F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16, "I64": torch.int64, "I32": torch.int32,
-    "I16": torch.int16, "I8": torch.int8, "U64": torch.uint64, "U32": torch.uint32, "U16": torch.uint16, "U8": torch.uint8, "BOOL": torch.bool,
-    "C64": torch.complex64, "F8_E4M3": torch.float8_e4m3fn, "F8_E5M2": torch.float8_e5m2,
-}  # fmt: skip
-
-
 @dataclass(frozen=True)
-class _Place:
+class _Stored:
     file: Path
-    word: str  # the header's for the dtype
+    dtype: str  # as the header names it
     shape: tuple[int, ...]
     start: int  # of its bytes in the file
     length: int
 
 
 class Reader:
-    """The tensors of `files` by name."""
+    """The tensors of `files` by name, each read alone."""
 
     def __init__(self, files: Sequence[Path]):
-        self._places: dict[str, _Place] = {}
+        self._tensors: dict[str, _Stored] = {}
         for file in files:
-            for key, entry in read_header(file).items():
+            header = read_header(file)
+            with file.open("rb") as stream:
+                data_start = 8 + int.from_bytes(stream.read(8), "little")
+            for key, entry in header.items():
                 if key != "__metadata__":
-                    self._places[key] = _place(file, entry)
+                    start, end = entry["data_offsets"]
+                    self._tensors[key] = _Stored(file, entry["dtype"], tuple(entry["shape"]), data_start + start, end - start)
 
     def __contains__(self, name: str) -> bool:
-        return name in self._places
+        return name in self._tensors
 
     def __iter__(self) -> Iterator[str]:
-        return iter(self._places)
+        return iter(self._tensors)
 
     def __len__(self) -> int:
-        return len(self._places)
+        return len(self._tensors)
 
     def shape(self, name: str) -> tuple[int, ...]:
-        return self._places[name].shape
+        """Return a tensor's shape; nothing is read."""
+        return self._tensors[name].shape
 
     def dtype(self, name: str) -> str:
-        """The header's word for it: "BF16"."""
-        return self._places[name].word
+        """Return a tensor's dtype as the header names it: "BF16"."""
+        return self._tensors[name].dtype
 
     def size_bytes(self, name: str) -> int:
-        return self._places[name].length
+        """Return the bytes of a tensor in its file; nothing is read."""
+        return self._tensors[name].length
 
     def read(self, name: str) -> Tensor:
-        """The tensor as it is stored; UserError where the file cannot be read, or holds a dtype that is not read."""
-        place = self._places[name]
-        dtype = DTYPES.get(place.word)
+        """Return the tensor as it is stored; UserError where the file cannot be read, or holds a dtype that is not read."""
+        stored = self._tensors[name]
+        dtype = DTYPES.get(stored.dtype)
         if dtype is None:
-            raise UserError(f"{place.file}: {name} is stored as {place.word}, which is not read")
-        if not place.length:
-            return torch.empty(place.shape, dtype=dtype)
+            raise UserError(f"{stored.file}: {name} is stored as {stored.dtype}, which is not read")
+        if not stored.length:
+            return torch.empty(stored.shape, dtype=dtype)
         try:
-            with place.file.open("rb") as stream:
-                stream.seek(place.start)
-                data = np.fromfile(stream, dtype=np.uint8, count=place.length)
+            with stored.file.open("rb") as stream:
+                stream.seek(stored.start)
+                data = np.fromfile(stream, dtype=np.uint8, count=stored.length)
         except OSError as error:
-            raise UserError(f"{place.file}: weights cannot be read ({reason_of(error)})") from None
-        if len(data) != place.length:
-            raise UserError(f"{place.file}: truncated while it was read")
-        return torch.from_numpy(data).view(dtype).reshape(place.shape)
+            raise UserError(f"{stored.file}: weights cannot be read ({reason_of(error)})") from None
+        if len(data) != stored.length:
+            raise UserError(f"{stored.file}: truncated while it was read")
+        return torch.from_numpy(data).view(dtype).reshape(stored.shape)
 
 
-def _place(file: Path, entry: dict[str, Any]) -> _Place:
-    start, end = entry["data_offsets"]
-    with file.open("rb") as stream:
-        header = int.from_bytes(stream.read(8), "little")
-    return _Place(file, entry["dtype"], tuple(entry["shape"]), 8 + header + start, end - start)
+# --- which parameter or buffer of the model each tensor becomes --------------------------------------------------------
 
-
-# --- naming ----------------------------------------------------------------------------------------------------------------
-
-# What transformers makes of the tensors in a checkpoint's files: which parameter or buffer of the model each of them becomes, if any.
-#
-# Names in files differ from the model's: with or without the base model's prefix, old names of the same thing, experts stored one by one.
-# transformers follows all of that by rules of its own; they are asked here, so that loading and streaming take the same tensors.
-# Source: transformers 5.24, `core_model_loading`.
+# Names in files differ from the model's: with or without the base model's prefix, old names, experts stored one by one. transformers
+# follows all of that by rules of its own; they are asked here, so that loading and streaming take the same tensors.
 
 
 @dataclass(frozen=True)
@@ -286,43 +266,32 @@ class Target:
 
 @dataclass(frozen=True)
 class Rules:
-    """transformers' own rules for one model. `rename(key, renamings, converters, prefix, wanted)` is its function that applies them."""
+    """transformers' own rules for one model, whose base model's parameters have `prefix`."""
 
     renamings: list[Any]
     converters: list[Any]
-    rename: Callable[..., tuple[str, str | None]]
     prefix: str
 
     @property
     def by_pattern(self) -> dict[str, Any]:
         return {pattern: converter for converter in self.converters for pattern in converter.source_patterns}
 
-    def target(self, key: str, wanted: Mapping[str, Any]) -> tuple[str, str | None]:
-        """(the model's name of what a tensor called `key` becomes, the pattern of the converter that makes it). `wanted`: the model's names."""
-        name, pattern = self.rename(key, self.renamings, self.converters, self.prefix, wanted)
+    def target(self, key: str, wanted: dict[str, Any]) -> tuple[str, str | None]:
+        """Return (the model's name of what tensor `key` becomes, the pattern of the converter that makes it). `wanted`: the model's names."""
+        name, pattern = rename_source_key(key, self.renamings, self.converters, self.prefix, wanted)
         return (key, None) if name not in wanted and key in wanted else (name, pattern)
 
 
 def rules_of(model: Any) -> Rules:
-    """By which transformers loads `model` (a skeleton will do); of a version without such a table, the base model's prefix alone."""
-    try:
-        from transformers.conversion_mapping import get_model_conversion_mapping
-        from transformers.core_model_loading import WeightConverter, WeightRenaming, rename_source_key
-    except ImportError:
-        return Rules([], [], _with_prefix, model.base_model_prefix)
+    """Return the rules by which transformers loads `model` (a skeleton will do)."""
     rules = get_model_conversion_mapping(model)
     renamings = [rule for rule in rules if isinstance(rule, WeightRenaming)]
     converters = [rule for rule in rules if isinstance(rule, WeightConverter)]
-    return Rules(renamings, converters, rename_source_key, model.base_model_prefix)
-
-
-def _with_prefix(key: str, renamings: Any, converters: Any, prefix: str, wanted: Mapping[str, Any]) -> tuple[str, None]:
-    candidates = (key, key.removeprefix(f"{prefix}."), f"{prefix}.{key}")
-    return next((name for name in candidates if name in wanted), key), None
+    return Rules(renamings, converters, model.base_model_prefix)
 
 
 def targets_of(model: Any, keys: Iterable[str]) -> dict[str, Target]:
-    """Tensor -> what it becomes in `model` (a skeleton will do). Tensors that are passed over are left out."""
+    """Return tensor -> what it becomes in `model` (a skeleton will do). Tensors that are passed over are left out."""
     rules, wanted, targets = rules_of(model), model.state_dict(), {}
     for key in keys:
         name, pattern = rules.target(key, wanted)

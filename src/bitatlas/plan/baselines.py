@@ -16,11 +16,10 @@ from numpy.typing import NDArray
 
 from bitatlas.errors import UserError
 from bitatlas.plan.budget import costs_of
+from bitatlas.plan.knapsack import Ints
 from bitatlas.records import Budget, ModelInfo, Module
 from bitatlas.records.formats import FORMATS, Format, by_width, get_format
 from bitatlas.records.sizes import Unit
-
-Ints = NDArray[np.int64]
 
 RANDOM_PLANS = 20
 UNIFORM, FIRST_HIGH, LAST_HIGH, RANDOM = "uniform", "first layers high", "last layers high", "random"
@@ -28,7 +27,7 @@ CRITICAL_HIGH = "most critical layers high"
 
 
 def most_critical_first(modules: Sequence[Module], damage: NDArray) -> list[int]:
-    """Layers, that with the most damage for its weights first. damage: [layers]"""
+    """Return the layers, that with the most damage for its weights first. damage: [layers]"""
     weights = np.bincount([module.layer for module in modules], [module.weights for module in modules])
     return [int(layer) for layer in np.argsort(-damage / weights, kind="stable")]
 
@@ -42,7 +41,7 @@ def baselines(
     most_critical: Sequence[int] = (),
     random: int = RANDOM_PLANS,
 ) -> list[tuple[str, Ints]]:
-    """(name, choice [units]) of every baseline, the same for the same seed.
+    """Return (name, choice [units]) of every baseline, the same for the same seed.
 
     cost: [units, formats] in whole numbers, `limit` the largest allowed sum. With `formats` the uniform one is named after its
     format. "First", "last" and "most critical" (layers in order, the most critical first) use the cheapest and the dearest format
@@ -73,7 +72,7 @@ def baselines(
 
 
 def outside_uniform(budget: Budget, units: Sequence[Unit], formats: Sequence[str], info: ModelInfo, limit: int) -> str | None:
-    """The dearest format outside `formats`, of a candidate's runtime, group size and symmetry, that fits everywhere and costs more than every
+    """Return the dearest format outside `formats`, of a candidate's runtime, group size and symmetry, that fits everywhere and costs more than every
     candidate that does; None where there is none."""
     kinds = {_kind(get_format(name)) for name in formats}
     others = [name for name, fmt in FORMATS.items() if name not in formats and _kind(fmt) in kinds]
@@ -90,7 +89,7 @@ def _kind(fmt: Format) -> tuple[str, int, bool]:
 
 
 def _layers_high(units: Sequence[Unit], cost: Ints, limit: int, low: int, high: int, layers: Iterable[int]) -> Ints:
-    """Whole layers raised in the order of `layers` while they fit; in the first that does not, the largest units that fit."""
+    """Return whole layers raised in the order of `layers` while they fit; in the first that does not, the largest units that fit."""
     choice = np.full(len(units), low, dtype=np.int64)
     extra = cost[:, high] - cost[:, low]
     slack = limit - int(cost[:, low].sum())
@@ -106,7 +105,7 @@ def _layers_high(units: Sequence[Unit], cost: Ints, limit: int, low: int, high: 
 
 
 def _random(cost: Ints, limit: int, low: int, generator: np.random.Generator) -> Ints:
-    """Units in random order get a random format among those that still fit; then, in another order, the dearest that fits."""
+    """Return a random plan: units in random order get a random format among those that still fit; then, in another order, the dearest that fits."""
     units, formats = cost.shape
     choice: Ints = np.full(units, low, dtype=np.int64)
     slack = limit - int(cost[:, low].sum())

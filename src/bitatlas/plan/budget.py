@@ -1,7 +1,7 @@
 """What a budget allows, in whole bits and bytes, and whether it is possible at all: asked before anything slow runs.
 
 Every kind of budget becomes the same thing: an integer cost per unit and format, and an integer limit that a plan must not
-exceed by one. `KINDS` is that table; a budget by device memory is one by size with less room (`memory.py` says how much less).
+exceed by one. `KINDS` is that table; a budget by device memory is one by size with less room (how much less is said below).
 Average code bits price the codes alone, so two formats of the same width cost the same there; their bytes differ.
 Left out: leaving single modules unquantized as an option (a unit always gets one of the candidate formats).
 """
@@ -14,16 +14,14 @@ from dataclasses import dataclass, replace
 from fractions import Fraction
 
 import numpy as np
-from numpy.typing import NDArray
 
 from bitatlas.errors import UserError
+from bitatlas.plan.knapsack import Ints
 from bitatlas.records import Budget, ModelInfo, Module
 from bitatlas.records.formats import Format, get_format, stored_bytes
 from bitatlas.records.plan import CacheLayers, MemoryShape, Workload
 from bitatlas.records.sizes import RANGE_DIGITS, Unit, dtype_bytes, parse_size, rounded_up, show_bytes, units_of
 from bitatlas.records.text import given
-
-Ints = NDArray[np.int64]
 
 EXACT_DIGITS = 20  # significant digits that show a number as it was given
 MEASURED = {"max_damage": "--max-damage", "protect": "--protect"}  # kinds whose size is sought, not given
@@ -39,7 +37,7 @@ class Costs:
 
 
 @dataclass(frozen=True)
-class Kind:
+class BudgetKind:
     """How one kind of budget is counted. `worth` turns a summed cost into the number the user gave, `allows` goes back."""
 
     flag: str
@@ -50,13 +48,10 @@ class Kind:
     show: Callable[[Fraction, int], str]  # (value, significant digits) -> text that can be typed again, rounded up
 
 
-# --- sizes as people write them ----------------------------------------------------------------------------------------
-
-
 # --- the kinds of budget -----------------------------------------------------------------------------------------------
 
-KINDS: dict[str, Kind] = {
-    "code_bits": Kind(
+KINDS: dict[str, BudgetKind] = {
+    "code_bits": BudgetKind(
         flag="--code-bits",
         what="bits",
         cost=lambda module, fmt: module.weights * fmt.bits,
@@ -64,7 +59,7 @@ KINDS: dict[str, Kind] = {
         allows=lambda value, weights, other: value * weights,
         show=rounded_up,
     ),
-    "stored_bits": Kind(
+    "stored_bits": BudgetKind(
         flag="--stored-bits",
         what="bytes",
         cost=lambda module, fmt: stored_bytes(module.shape, fmt),
@@ -72,7 +67,7 @@ KINDS: dict[str, Kind] = {
         allows=lambda value, weights, other: value * weights / 8,
         show=rounded_up,
     ),
-    "size": Kind(
+    "size": BudgetKind(
         flag="--size",
         what="bytes",
         cost=lambda module, fmt: stored_bytes(module.shape, fmt),
@@ -84,14 +79,14 @@ KINDS: dict[str, Kind] = {
 KINDS["vram"] = replace(KINDS["size"], flag="--vram")  # its other bytes hold the cache and the activations too
 
 
-def _kind(name: str) -> Kind:
+def _kind(name: str) -> BudgetKind:
     if name not in KINDS:
         raise ValueError(f"budget kind {name!r}: known are {', '.join(KINDS)} and max_damage")
     return KINDS[name]
 
 
 def costs_of(budget: Budget, units: Sequence[Unit], formats: Sequence[str], info: ModelInfo) -> Costs:
-    """The budget (`memory.settled`, where it has a workload) in whole numbers, cost: [units, formats].
+    """Return the budget (`resolve_budget`, where it has a workload) in whole numbers, cost: [units, formats].
 
     The limit is the largest sum whose value, as `size_of` prints it, is not above the budget's; it can be negative where
     the budget is impossible. A tolerated damage and a protected task have no limit: their costs are bytes.
@@ -100,7 +95,7 @@ def costs_of(budget: Budget, units: Sequence[Unit], formats: Sequence[str], info
         return Costs(_cost_table(KINDS["size"], units, formats), None, KINDS["size"].what)
     kind = _kind(budget.kind)
     weights = sum(unit.weights for unit in units)
-    other = info.other_bytes + beside_weights(budget)
+    other = info.other_bytes + runtime_bytes(budget)
     limit = math.floor(kind.allows(Fraction(budget.value), weights, other))
     # 2.9 as a float is a little below 29/10: the printed average of one more bit may still be 2.9
     if float(kind.worth(limit + 1, weights, other)) <= budget.value:
@@ -108,7 +103,7 @@ def costs_of(budget: Budget, units: Sequence[Unit], formats: Sequence[str], info
     return Costs(_cost_table(kind, units, formats), limit, kind.what)
 
 
-def _cost_table(kind: Kind, units: Sequence[Unit], formats: Sequence[str]) -> Ints:
+def _cost_table(kind: BudgetKind, units: Sequence[Unit], formats: Sequence[str]) -> Ints:
     table = [get_format(name) for name in formats]
     costs = [[sum(kind.cost(module, fmt) for module in unit.modules) for fmt in table] for unit in units]
     return np.array(costs, dtype=np.int64).reshape(len(units), len(table))  # [units, formats]
@@ -117,11 +112,12 @@ def _cost_table(kind: Kind, units: Sequence[Unit], formats: Sequence[str]) -> In
 def size_range(
     kind: str, modules: Sequence[Module], formats: Sequence[str], info: ModelInfo, beside: int = 0
 ) -> tuple[float, float]:
-    """(least, most) that these formats can give, in the unit of the budget's kind: bits a weight, or bytes with `beside` of them."""
+    """Return the (least, most) that these formats can give, in the unit of the budget's kind: bits a weight, or bytes with `beside` of them."""
     counted, units = _kind(kind), units_of(modules)
-    least, most = _extremes(_cost_table(counted, units, formats))
-    weights, other = sum(unit.weights for unit in units), info.other_bytes + beside
-    return float(counted.worth(least, weights, other)), float(counted.worth(most, weights, other))
+    weights = sum(unit.weights for unit in units)
+    ends = _extremes(_cost_table(counted, units, formats))
+    least, most = (float(counted.worth(total, weights, info.other_bytes + beside)) for total in ends)
+    return least, most
 
 
 def _extremes(cost: Ints) -> tuple[int, int]:
@@ -145,39 +141,34 @@ def check_budget(budget: Budget, modules: Sequence[Module], formats: Sequence[st
         raise UserError("the checkpoint has no linear weights that can be quantized")
     cost, weights = _cost_table(kind, units, formats), sum(unit.weights for unit in units)
     ends = _extremes(cost)
-    beside = beside_weights(budget)
+    beside = runtime_bytes(budget)
     least, most = (kind.worth(total, weights, info.other_bytes + beside) for total in ends)
     shown_least, shown_most = (kind.show(value, RANGE_DIGITS) for value in (least, most))
     possible = f"possible: {shown_least} to {shown_most}" if least < most else f"possible: {shown_least}"
     asked = f"{flag} {budget_text(budget)}"
+    typed_most = Fraction(parse_size(shown_most)) if kind.show is show_bytes else Fraction(float(shown_most))
     if budget.value < float(least):
-        who = _named(cost.sum(axis=0), ends[0], formats)
         load = budget.workload
         alone = f"; the cache of {load.context} tokens and the activations alone take {show_bytes(beside)}" if load else ""
-        raise UserError(f"{asked} is below {shown_least}, the least that {who}{alone}; {possible}")
-    if Fraction(budget.value) > max(most, _typed(kind, shown_most)):
-        who = _named(cost.sum(axis=0), ends[1], formats)
-        raise UserError(f"{asked} is above {shown_most}, the most that {who}; {possible}")
+        raise UserError(f"{asked} is below {shown_least}, the least that {_gives(cost, ends[0], formats)}{alone}; {possible}")
+    if Fraction(budget.value) > max(most, typed_most):
+        raise UserError(f"{asked} is above {shown_most}, the most that {_gives(cost, ends[1], formats)}; {possible}")
 
 
-def _named(totals: Ints, total: int, formats: Sequence[str]) -> str:
-    """The one format that reaches `total` everywhere, where there is one."""
-    reached = [name for name, own in zip(formats, totals, strict=True) if own == total]
+def _gives(cost: Ints, total: int, formats: Sequence[str]) -> str:
+    """Name the one format that reaches `total` everywhere, where there is one."""
+    reached = [name for name, whole in zip(formats, cost.sum(axis=0), strict=True) if whole == total]
     return f"{reached[0]} gives" if reached else "these formats give"
 
 
-def _typed(kind: Kind, text: str) -> Fraction:
-    return Fraction(parse_size(text)) if kind.show is show_bytes else Fraction(float(text))
-
-
 def budget_text(budget: Budget) -> str:
-    """The budget's value as it was given."""
+    """Return the budget's value as it was given."""
     is_size = budget.kind in KINDS and KINDS[budget.kind].show is show_bytes
-    return exact_bytes(math.floor(budget.value)) if is_size else given(budget.value)
+    return _exact_bytes(math.floor(budget.value)) if is_size else given(budget.value)
 
 
-def exact_bytes(whole: int) -> str:
-    """A size with all its digits, in the unit that it may have been given in: 1.5GiB, 1.234567MB."""
+def _exact_bytes(whole: int) -> str:
+    """Return a size with all its digits, in the unit that it may have been given in: 1.5GiB, 1.234567MB."""
     for name, size in (("TiB", 2**40), ("GiB", 2**30), ("MiB", 2**20)):
         if whole >= size and 100 * whole % size == 0:
             return f"{given(whole / size)}{name}"
@@ -185,7 +176,7 @@ def exact_bytes(whole: int) -> str:
 
 
 # --- memory ----------------------------------------------------------------------------------------------------------------
-
+#
 # What a device must hold besides the weights while the model runs at a context length: the KV cache and the activations.
 #
 #     memory = weights (`Size.total_bytes`: quantized modules and all that stays unquantized) + KV cache + activations
@@ -224,7 +215,7 @@ FLOAT32_BYTES = 4
 
 
 def workload_of(context: int | None, cache_dtype: str | None, batch: int | None, chunk: int | None) -> Workload:
-    """What was asked for, checked as far as that goes without a model; UserError naming the flag."""
+    """Return what was asked for, checked as far as that goes without a model; UserError naming the flag."""
     for flag, value in (("--context", context), ("--batch", batch), ("--chunk", chunk)):
         if value is not None and not 1 <= value <= LARGEST:
             raise UserError(f"{flag} {value}: must be 1 or more, and at most {LARGEST:,}")
@@ -233,8 +224,8 @@ def workload_of(context: int | None, cache_dtype: str | None, batch: int | None,
     return Workload(context, 1 if batch is None else batch, CHUNK if chunk is None else chunk, cache_dtype)
 
 
-def settled(budget: Budget, info: ModelInfo) -> Budget:
-    """The budget with all that the model decides: context, dtypes, and the bytes of cache and activations. Others as they are.
+def resolve_budget(budget: Budget, info: ModelInfo) -> Budget:
+    """Return the budget with all that the model decides: context, dtypes, and the bytes of cache and activations. Others as they are.
 
     UserError where the context is longer than the model's, or where the shape of the model's memory is not known.
     """
@@ -256,13 +247,13 @@ def settled(budget: Budget, info: ModelInfo) -> Budget:
     )
 
 
-def own_context_text(load: Workload) -> str:
-    """What is said where no context was asked for and the model's own was taken."""
+def default_context_text(load: Workload) -> str:
+    """Return what is said where no context was asked for and the model's own was taken."""
     return f"--context is not given: planned for the model's own, {load.context:,} tokens"
 
 
-def beside_weights(budget: Budget) -> int:
-    """Bytes that the budget must hold besides the weights: 0 unless it is a budget of memory. ValueError where not `settled`."""
+def runtime_bytes(budget: Budget) -> int:
+    """Return the bytes that the budget must hold besides the weights: 0 unless it is a budget of memory. ValueError where not resolved."""
     if budget.workload is None:
         return 0
     if not budget.workload.activation_bytes:
@@ -271,7 +262,7 @@ def beside_weights(budget: Budget) -> int:
 
 
 def cache_bytes(shape: MemoryShape, load: Workload) -> int:
-    """Bytes of the keys and values of the whole context, all layers and sequences. `load` with its context and dtypes."""
+    """Return the bytes of the keys and values of the whole context, all layers and sequences. `load` with its context and dtypes."""
     context, width = _known(load)
     numbers = sum(
         kind.layers * kind.kv_heads * kind.head_dim * min(context, kind.window or context) for kind in shape.layers
@@ -280,7 +271,7 @@ def cache_bytes(shape: MemoryShape, load: Workload) -> int:
 
 
 def activation_bytes(shape: MemoryShape, load: Workload) -> int:
-    """An upper bound of the bytes that are alive at once besides weights and cache, see the module's formula."""
+    """Return an upper bound of the bytes that are alive at once besides weights and cache, see the module's formula."""
     context, _ = _known(load)
     width = dtype_bytes(load.activation_dtype)
     chunk = min(load.chunk, context)
@@ -297,22 +288,22 @@ def activation_bytes(shape: MemoryShape, load: Workload) -> int:
 
 
 def _known(load: Workload) -> tuple[int, int]:
-    """(context, bytes of a number of the cache); ValueError where they are not settled."""
+    """Return (context, bytes of a number of the cache); ValueError where they are not known."""
     if load.context is None or load.cache_dtype is None:
         raise ValueError("the workload's context and cache dtype are not settled")
     return load.context, dtype_bytes(load.cache_dtype)
 
 
 def _keys_seen(kind: CacheLayers, context: int, chunk: int) -> int:
-    """Keys that the last pass sees in a layer: with a window, those before the pass and the pass itself."""
+    """Return the keys that the last pass sees in a layer: with a window, those before the pass and the pass itself."""
     return context if kind.window is None else min(context, kind.window - 1 + chunk)
 
 
 def _attention_bytes(shape: MemoryShape, kind: CacheLayers, load: Workload, keys: int) -> int:
     width, (context, cache_width) = dtype_bytes(load.activation_dtype), _known(load)
-    tokens, queries, own = load.batch * min(load.chunk, context), shape.heads * kind.head_dim, kind.kv_heads * kind.head_dim
-    projected = tokens * (width * (2 * queries + 4 * own) + 3 * FLOAT32_BYTES * queries)
-    copied = queries * (shape.heads != kind.kv_heads) + own * (kind.window is not None) + own * (cache_width != width)
+    tokens, queries, keys_wide = load.batch * min(load.chunk, context), shape.heads * kind.head_dim, kind.kv_heads * kind.head_dim
+    projected = tokens * (width * (2 * queries + 4 * keys_wide) + 3 * FLOAT32_BYTES * queries)
+    copied = queries * (shape.heads != kind.kv_heads) + keys_wide * (kind.window is not None) + keys_wide * (cache_width != width)
     unfused = tokens * shape.heads * keys * (3 * width + 2 * FLOAT32_BYTES) + 2 * FLOAT32_BYTES * load.batch * keys * queries
     scores = 0 if shape.fused else unfused
     return projected + tokens * keys * width + 2 * load.batch * keys * copied * width + scores

@@ -6,15 +6,15 @@ from one swap to about as far as one step of the refinement goes.
 
 *The prediction.* With every single change measured on the fit rows around the base, and the curvature between each two of them,
 
-    damage(plan) = damage(base) + sum of the changes' own damages + kept x sum over pairs of changes of their curvature,
+    damage(plan) = damage(base) + sum of the changes' own damages + share x sum over pairs of changes of their curvature,
 
-`kept` being the share, 0..1, that explains `TRAINING` other random plans best, measured on the fit rows too. The curvature is that of the
+the share, 0..1, being the one that explains `TRAINING` other random plans best, measured on the fit rows too. The curvature is that of the
 base model's own predictions (Gauss-Newton); at a base that is far from the reference, and for steps this long, it overstates how changes add
 to each other, because damage saturates. Neither the select rows nor the plans that judge it are seen by the prediction.
 
 *Beside it*, on the same plans: their damage measured on the fit rows, which no prediction from those rows can be expected to beat (where it ranks
-badly too, the rows are too few, not the prediction too poor); scores measured around the two uniform widths and added up (`choose`), and the second-order expansion alone
-(`expansion`), with single changes expanded instead of measured.
+badly too, the rows are too few, not the prediction too poor); scores measured around the two uniform widths and added up (`plan.search`), and the second-order
+expansion alone (`plan.expansion`), with single changes expanded instead of measured.
 
 Intervals are by bootstrap over the plans, all statistics from the same draws; a point's own interval is over rows.
 Left out: terms of three changes, and the noise of the rows in the intervals (all plans share the rows).
@@ -26,16 +26,14 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 
 import numpy as np
-from numpy.typing import NDArray
-from scipy.stats import rankdata
 
-from bitatlas.plan.expansion import quadratic
-from bitatlas.plan.refine import Change, Ints, Probe, Together
+from bitatlas.plan.expansion import quadratic_model
+from bitatlas.plan.knapsack import Floats, Ints
+from bitatlas.plan.refine import Change, MeasuredChanges, Probe
 from bitatlas.plan.search import Scores
 from bitatlas.records import Calibration, CalibrationPoint, Correlation, Measured
-from bitatlas.stats.bootstrap import RESAMPLES, Blocks, measured, percentile_interval
+from bitatlas.stats.bootstrap import RESAMPLES, Blocks, interval_ends, measured, rank_correlation
 
-Floats = NDArray[np.float64]
 MeasureRows = Callable[[Mapping[str, Ints], str], Mapping[str, np.ndarray]]  # (plans by name, split) -> damage [rows], nats/token
 
 PLANS = 50
@@ -51,22 +49,22 @@ MEASURED = "same plans measured on fit rows"
 
 
 def draw_plans(base: Ints, formats: int, count: int = PLANS, seed: int = 0) -> list[Ints]:
-    """Different random plans around `base` [units], as defined above; fewer than `count` where there are not so many."""
+    """Return different random plans around `base` [units], as defined above; fewer than `count` where there are not so many."""
     units = len(base)
     farthest = max(1, units // FARTHEST)
     generator = np.random.default_rng(seed)
-    seen, found = {base.tobytes()}, []
+    seen, plans = {base.tobytes()}, []
     for number in range(count):
         changed = 1 + number * farthest // count
         for _ in range(REDRAWS):
             plan = base.copy()
-            at = generator.choice(units, changed, replace=False)
-            plan[at] = (base[at] + generator.integers(1, formats, changed)) % formats
+            index = generator.choice(units, changed, replace=False)
+            plan[index] = (base[index] + generator.integers(1, formats, changed)) % formats
             if plan.tobytes() not in seen:
                 seen.add(plan.tobytes())
-                found.append(plan)
+                plans.append(plan)
                 break
-    return found
+    return plans
 
 
 @dataclass(frozen=True)
@@ -77,29 +75,29 @@ class Predictor:
     level: float  # damage of the base, nats/token
     added: Floats
     together: Floats
-    kept: float = 0.0
+    share: float = 0.0  # of the curvature between changes
 
     def parts(self, plan: Ints) -> tuple[float, float]:
-        """(damage of the base and of the single changes, curvature between them), nats/token"""
-        at = np.arange(len(plan)) * (len(self.added) // len(plan)) + plan
-        return self.level + float(self.added[at].sum()), float(self.together[np.ix_(at, at)].sum())
+        """Return (damage of the base and of the single changes, curvature between them), nats/token."""
+        index = np.arange(len(plan)) * (len(self.added) // len(plan)) + plan
+        return self.level + float(self.added[index].sum()), float(self.together[np.ix_(index, index)].sum())
 
-    def of(self, plan: Ints) -> float:
+    def predict(self, plan: Ints) -> float:
         alone, between = self.parts(plan)
-        return max(0.0, alone + self.kept * between)  # a divergence is never negative
+        return max(0.0, alone + self.share * between)  # a divergence is never negative
 
 
-def predictor(base: Ints, formats: int, level: float, changes: list[Change], found: Together) -> Predictor:
-    """The prediction from all single changes, measured; with nothing kept of the curvature between them."""
-    at = np.array([unit * formats + fmt for unit, fmt in changes])
+def predictor(base: Ints, formats: int, level: float, changes: list[Change], measured_changes: MeasuredChanges) -> Predictor:
+    """Return the prediction from all single changes, measured; with no share of the curvature between them."""
+    index = np.array([unit * formats + fmt for unit, fmt in changes])
     added, together = np.zeros(len(base) * formats), np.zeros((len(base) * formats,) * 2)
-    added[at] = found.added
-    together[np.ix_(at, at)] = found.together - np.diag(np.diag(found.together))
+    added[index] = measured_changes.added
+    together[np.ix_(index, index)] = measured_changes.together - np.diag(np.diag(measured_changes.together))
     return Predictor(base, level, added, together)
 
 
-def kept_share(model: Predictor, plans: list[Ints], damage: Floats) -> float:
-    """The share of the curvature between changes with the least squared error over `plans`, 0..1. damage: [plans], nats/token"""
+def curvature_share(model: Predictor, plans: list[Ints], damage: Floats) -> float:
+    """Return the share of the curvature between changes with the least squared error over `plans`, 0..1. damage: [plans], nats/token"""
     alone, between = np.array([model.parts(plan) for plan in plans]).T
     size = float(between @ between)
     return float(np.clip(between @ (damage - alone) / size, 0.0, 1.0)) if size > 0 else 0.0
@@ -119,23 +117,25 @@ def calibrate(
     changes = [(u, f) for u in range(len(base)) for f in range(formats) if f != base[u]]
     on_fit = measure({"": base, **_named(training)}, "fit")
     model = predictor(base, formats, float(on_fit[""].mean()), changes, probe.swaps(base, changes, "fit"))
-    kept = kept_share(model, training, np.array([on_fit[str(i)].mean() for i in range(len(training))])) if training else 0.0
-    model = replace(model, kept=kept)
-    expanded = quadratic(probe.curvature(base))
+    if training:
+        damage = np.array([on_fit[str(i)].mean() for i in range(len(training))])
+        model = replace(model, share=curvature_share(model, training, damage))
+    expanded = quadratic_model(probe.curvature(base))
     table = scores.tables["mean of both"]
     predicted = {
-        PREDICTION: np.array([model.of(plan) for plan in plans]),
+        PREDICTION: np.array([model.predict(plan) for plan in plans]),
         CURVATURE: np.array([model.level + expanded.value(plan) for plan in plans]),
         ADDED: np.array([scores.at_high + float(table[np.arange(len(plan)), plan].sum()) for plan in plans]),
     }
     again = measure(_named(plans), "fit")
     predicted[MEASURED] = np.array([again[str(i)].mean() for i in range(len(plans))])
-    found = measure({"": base, **_named(plans)}, "select")
+    on_select = measure({"": base, **_named(plans)}, "select")
     points = [
-        _point(int((plan != base).sum()), value, found[name], seed, blocks)
+        _point(int((plan != base).sum()), value, on_select[name], seed, blocks)
         for (name, plan), value in zip(_named(plans).items(), predicted[PREDICTION], strict=True)
     ]
-    return calibration(predicted, points, _point(0, model.level, found[""], seed, blocks), kept, len(training), seed)
+    centre = _point(0, model.level, on_select[""], seed, blocks)
+    return calibration(predicted, points, centre, model.share, len(training), seed)
 
 
 def _point(changed: int, predicted: float, rows: Floats, seed: int, blocks: Blocks) -> CalibrationPoint:
@@ -143,7 +143,7 @@ def _point(changed: int, predicted: float, rows: Floats, seed: int, blocks: Bloc
 
 
 def _split(drawn: list[Ints], seed: int) -> tuple[list[Ints], list[Ints]]:
-    """Plans to fit `kept` on, and plans to judge by, by chance; of few plans the same parts."""
+    """Split plans by chance into those that the share of the curvature is fitted on and those that judge; of few plans the same parts."""
     order = np.random.default_rng([seed, 1]).permutation(len(drawn))
     cut = len(drawn) * TRAINING // (PLANS + TRAINING)
     return [drawn[i] for i in order[:cut]], [drawn[i] for i in sorted(order[cut:])]
@@ -157,63 +157,44 @@ def calibration(
     predicted: Mapping[str, Floats],
     points: list[CalibrationPoint],
     centre: CalibrationPoint,
-    kept: float,
+    share: float,
     training: int,
     seed: int,
 ) -> Calibration:
-    """The record. predicted: name -> [plans], nats/token, `PREDICTION` and `MEASURED` among them; points: of the same plans."""
+    """Return the record. predicted: name -> [plans], nats/token, `PREDICTION` and `MEASURED` among them; points: of the same plans."""
     true = np.array([point.measured.mean for point in points])
-    draws = resampled_plans(len(true), seed)  # [resamples, plans]
-    rhos = {name: rank_correlation(values[draws], true[draws]) for name, values in predicted.items()}
-    ours = predicted[PREDICTION]
-    slopes, intercepts = line(ours[draws], true[draws])
-    slope, intercept = line(ours[None], true[None])
-    errors = np.abs(ours - true) / np.maximum(np.abs(true), LEAST)
     n = len(true)
+    draws = np.random.default_rng(seed).integers(n, size=(RESAMPLES, n))  # [resamples, plans], drawn with replacement
+    values = predicted[PREDICTION]
+    slope, intercept = line(values, true)
+    slopes, intercepts = line(values[draws], true[draws])
+    errors = np.abs(values - true) / np.maximum(np.abs(true), LEAST)
 
-    def number(value: float, values: Floats, unit: str) -> Measured:
-        return Measured(float(value), _ends(values, n), unit, "plan", "plans around it", n)
+    def number(value: float, resampled: Floats, unit: str) -> Measured:
+        return Measured(float(value), interval_ends(resampled, n), unit, "plan", "plans around it", n)
 
     def correlation(name: str) -> Correlation:
-        rho = rank_correlation(predicted[name][None], true[None])[0]
-        return Correlation(name, float(rho), _ends(rhos[name], n), n)
+        resampled = rank_correlation(predicted[name][draws], true[draws])
+        return Correlation(name, float(rank_correlation(predicted[name], true)), interval_ends(resampled, n), n)
 
     return Calibration(
         prediction=correlation(PREDICTION),
         others=[correlation(name) for name in predicted if name not in (PREDICTION, MEASURED)],
         on_fit=correlation(MEASURED),
-        slope=number(slope[0], slopes, "ratio"),
-        intercept=number(intercept[0], intercepts, "nats/token"),
+        slope=number(float(slope), slopes, "ratio"),
+        intercept=number(float(intercept), intercepts, "nats/token"),
         relative_error=number(float(errors.mean()), errors[draws].mean(axis=1), "share"),
-        kept=kept,
+        kept=share,
         training=training,
         centre=centre,
         points=points,
     )
 
 
-def resampled_plans(plans: int, seed: int) -> NDArray[np.int64]:
-    """Plans drawn with replacement: [resamples, plans]."""
-    return np.random.default_rng(seed).integers(plans, size=(RESAMPLES, plans))
-
-
-def rank_correlation(x: Floats, y: Floats) -> Floats:
-    """Spearman's rho of each row. x, y: [resamples, plans] -> [resamples]; ties get their mean rank, 0 where either is constant."""
-    a, b = (rankdata(values, axis=1) for values in (x, y))
-    a, b = a - a.mean(axis=1, keepdims=True), b - b.mean(axis=1, keepdims=True)
-    spread = np.sqrt((a**2).sum(axis=1) * (b**2).sum(axis=1))
-    return np.divide((a * b).sum(axis=1), spread, out=np.zeros_like(spread), where=spread > 0)
-
-
 def line(x: Floats, y: Floats) -> tuple[Floats, Floats]:
-    """Least-squares slope and intercept of y on x, of each row: [resamples, plans] -> two of [resamples]; slope 0 where x is constant."""
-    centre_x, centre_y = x.mean(axis=1), y.mean(axis=1)
-    a = x - centre_x[:, None]
-    size = (a**2).sum(axis=1)
-    slope = np.divide((a * y).sum(axis=1), size, out=np.zeros_like(size), where=size > 0)
+    """Return least-squares slope and intercept of y on x along the last axis: [..., plans] -> two of [...]; slope 0 where x is constant."""
+    centre_x, centre_y = x.mean(axis=-1), y.mean(axis=-1)
+    deviations = x - centre_x[..., None]
+    size = (deviations**2).sum(axis=-1)
+    slope = np.divide((deviations * y).sum(axis=-1), size, out=np.zeros_like(size), where=size > 0)
     return slope, centre_y - slope * centre_x
-
-
-def _ends(values: Floats, n: int) -> tuple[float, float]:
-    low, high = percentile_interval(values, n)
-    return float(low), float(high)

@@ -1,4 +1,4 @@
-"""Damage around a base to second order, for every unit and format at once: what `sensitivity.curvature` measures, as numbers.
+"""Damage around a base to second order, for every unit and format at once: what `measure.curvature` measures, as numbers.
 
 With z[u, f] = 1 where unit u leaves the base for format f, the damage of a plan is about
 
@@ -18,9 +18,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import numpy as np
-from numpy.typing import NDArray
 
-Floats = NDArray[np.float64]
+from bitatlas.plan.knapsack import Floats, Ints
 
 
 @dataclass(frozen=True)
@@ -38,30 +37,30 @@ class Quadratic:
 
     first: Floats  # [units, formats]
     matrix: Floats  # [units * formats, units * formats], symmetric, positive semidefinite
-    kept: float  # share of the off-diagonal that was kept, 0..1
+    shrinkage: float = 1.0  # what the off-diagonal was multiplied with, 0..1
 
-    def value(self, choice: NDArray[np.int64]) -> float:
-        """The predicted change of damage of a whole choice [units], nats/token."""
+    def value(self, choice: Ints) -> float:
+        """Return the predicted change of damage of a whole choice [units], nats/token."""
         units, formats = self.first.shape
-        at = np.arange(units) * formats + choice
-        return float(self.first.ravel()[at].sum() + self.matrix[np.ix_(at, at)].sum())
+        index = np.arange(units) * formats + choice
+        return float(self.first.ravel()[index].sum() + self.matrix[np.ix_(index, index)].sum())
 
 
-def quadratic(expansion: Expansion, keep: float | None = None) -> Quadratic:
-    """The quadratic model; `keep` fixes the share of the off-diagonal that is kept instead of cross-validating it."""
+def quadratic_model(expansion: Expansion, shrinkage: float | None = None) -> Quadratic:
+    """Return the quadratic model; `shrinkage` multiplies the off-diagonal, cross-validated where it is None."""
     rows, draws, units, formats = expansion.scores.shape
     scores = expansion.scores.reshape(rows, draws, units * formats)
     flat = scores.reshape(rows * draws, units * formats)
     matrix = flat.T @ flat / (2 * expansion.tokens * rows * draws)
-    kept = kept_share(scores) if keep is None else keep
+    shrinkage = shrinkage_factor(scores) if shrinkage is None else shrinkage
     diagonal = np.diag(matrix).copy()
-    matrix *= kept
+    matrix *= shrinkage
     np.fill_diagonal(matrix, diagonal)
-    return Quadratic(expansion.first.mean(axis=0), matrix, kept)
+    return Quadratic(expansion.first.mean(axis=0), matrix, shrinkage)
 
 
-def kept_share(scores: Floats) -> float:
-    """The share of the off-diagonal correlations to keep: least squared error on rows left out. scores: [rows, draws, n] -> 0..1.
+def shrinkage_factor(scores: Floats) -> float:
+    """Return the factor on the off-diagonal correlations of least squared error on rows left out. scores: [rows, draws, n] -> 0..1.
 
     With P_n = one row's mean of s s' (off-diagonal, s in standard deviations), the best factor is S / |mean P|^2, where S is the
     mean of <P_n, P_m> over pairs of different rows: an unbiased estimate of |E P|^2.
@@ -75,14 +74,14 @@ def kept_share(scores: Floats) -> float:
     # <s s', t t'> without the diagonal = (s.t)^2 - sum_i s_i^2 t_i^2
     inner = (flat @ flat.T) ** 2 - (flat**2) @ (flat**2).T
     between = inner.reshape(rows, draws, rows, draws).sum(axis=(1, 3))  # [rows, rows]
-    whole, own = float(between.sum()), float(np.trace(between))
-    signal, total = (whole - own) / (rows * (rows - 1)), whole / rows**2
+    whole, within = float(between.sum()), float(np.trace(between))
+    signal, total = (whole - within) / (rows * (rows - 1)), whole / rows**2
     return float(np.clip(signal / total, 0.0, 1.0)) if total > 0 else 0.0
 
 
-# --- between ---------------------------------------------------------------------------------------------------------------
-
-# Quadratic models between the two ends, from the two screens of single changes: where a search starts, and what guides it.
+# --- interpolated models ---------------------------------------------------------------------------------------------------
+#
+# Quadratic models between the two uniform bases, from the two screens of single changes: where a search starts, and what guides it.
 #
 # Around the widest formats damage is nearly quadratic, but low-bit plans are far from there; around the narrowest, interactions are
 # several times too strong. The mean of the two screens (the Shapley value of a quadratic damage) is the best additive table, and has no
@@ -98,16 +97,16 @@ SHARES = (0.25, 0.5, 0.75)  # k
 
 
 @dataclass(frozen=True)
-class Ends:
-    """Added damage of single changes at both ends, 0 where nothing changes, and half the curvature at the wide end. nats/token"""
+class InterpolatedModel:
+    """Added damage of single changes at both bases, 0 where nothing changes, and half the curvature at the wide one. nats/token"""
 
     wide: Floats  # [units, formats], around the last format everywhere
     narrow: Floats  # [units, formats], around the first format everywhere
     together: Floats  # [units * formats, units * formats], around the last format; symmetric, positive semidefinite
 
-    def model(self, share: float) -> Quadratic:
-        """The model of that share; its values are relative to the widest formats."""
+    def at(self, share: float) -> Quadratic:
+        """Return the model of that share k; its values are relative to the widest formats."""
         mean = (self.wide + self.narrow - self.narrow[:, -1:]) / 2
         linear = (1 - share) * mean + share * self.wide
         matrix = share * self.together
-        return Quadratic(linear - np.diag(matrix).reshape(linear.shape), matrix, 1.0)
+        return Quadratic(linear - np.diag(matrix).reshape(linear.shape), matrix)

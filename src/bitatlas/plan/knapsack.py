@@ -13,7 +13,7 @@ ones is a lower bound all the same: the gap is reported, never assumed.
 Ties: of the plans of least damage the one of least cost; of those the first in lexicographic order of `choice`, that is the
 narrower format (lower column) for the earlier unit.
 
-Left out: interactions between units and trust regions (`refine`).
+Left out: interactions between units and trust regions (`plan.refine`).
 Sources: Kellerer, Pferschy & Pisinger, Knapsack Problems (2004), chapter 11; Dudzinski & Walukiewicz 1987 (bounds and dominance).
 """
 
@@ -38,7 +38,7 @@ ROUND_OFF = 1e-12  # of the magnitudes in a bound: many times the float error, s
 
 
 @dataclass(frozen=True)
-class Solution:
+class KnapsackSolution:
     """`value` is what was made small; no assignment is below `bound`; `gap` = value - bound, 0.0 where the optimum is proven."""
 
     choice: Ints  # [units], column of the format
@@ -56,8 +56,8 @@ class _Problem:
     limit: int
 
 
-def solve_knapsack(damage: NDArray, cost: NDArray, limit: int) -> Solution:
-    """The assignment of least total damage whose cost is at most `limit`, never above it by one.
+def solve_knapsack(damage: NDArray, cost: NDArray, limit: int) -> KnapsackSolution:
+    """Return the assignment of least total damage whose cost is at most `limit`, never above it by one.
 
     damage: [units, formats], finite, may be negative, any unit (nats/token); cost: [units, formats], whole numbers.
     Raises UserError where nothing is that small, ValueError for wrong shapes or numbers that are not finite.
@@ -71,13 +71,13 @@ def solve_knapsack(damage: NDArray, cost: NDArray, limit: int) -> Solution:
     choice, bound = _solve(problem)
     value = math.fsum(_picked(damage, choice))
     if bound is None:
-        return Solution(choice, value, value, 0.0)
+        return KnapsackSolution(choice, value, value, 0.0)
     lowest = min(value, math.ldexp(bound + int(whole.min(axis=1).sum()), -shift))
-    return Solution(choice, value, lowest, value - lowest)
+    return KnapsackSolution(choice, value, lowest, value - lowest)
 
 
-def spent(cost: NDArray, choice: Ints | Sequence[int]) -> int:
-    """What a choice costs in all. cost: [units, formats], choice: [units]."""
+def total_cost(cost: NDArray, choice: Ints | Sequence[int]) -> int:
+    """Return what a choice costs in all. cost: [units, formats], choice: [units]."""
     return int(_picked(cost, choice).sum())
 
 
@@ -98,7 +98,7 @@ def _checked(damage: NDArray, cost: NDArray) -> tuple[Floats, Ints]:
 
 
 def _whole(damage: Floats) -> tuple[Ints, int]:
-    """damage times 2**shift, rounded: the finest power of two at which no sum overflows. A power of two changes no digit."""
+    """Return damage times 2**shift, rounded: the finest power of two at which no sum overflows. A power of two changes no digit."""
     largest = float(np.abs(damage).max(axis=1).sum())
     shift = DAMAGE_BITS - 1 - math.frexp(largest)[1] if largest > 0 else 0
     return np.rint(np.ldexp(damage, shift)).astype(np.int64), shift
@@ -112,19 +112,19 @@ def _picked(table: NDArray, choice: Ints | Sequence[int]) -> NDArray:
 
 
 def _solve(problem: _Problem) -> tuple[Ints, float | None]:
-    """(choice [units], lower bound on the value; None: the choice is proven optimal)."""
+    """Return (choice [units], lower bound on the value; None: the choice is proven optimal)."""
     best = _least_each(problem.value, problem.weight)
-    if spent(problem.weight, best) <= problem.limit:
+    if total_cost(problem.weight, best) <= problem.limit:
         return best, None
     price, low, high = _multiplier(problem)
     best = _rounded(problem, low, high)
     bound = 0.0
     for width in WIDTHS:
-        known = spent(problem.value, best)
+        known = total_cost(problem.value, best)
         width = max(WIDTHS[1], min(width, STATES_IN_ALL // len(best))) if width > WIDTHS[1] else width
-        found, dropped = _programme(problem, price, known, width)
-        if found is not None and spent(problem.value, found) <= known:  # as good: first by the rule for ties
-            best = found
+        choice, dropped = _programme(problem, price, known, width)
+        if choice is not None and total_cost(problem.value, choice) <= known:  # as good: first by the rule for ties
+            best = choice
         if dropped is None:
             return best, None
         bound = dropped
@@ -132,14 +132,14 @@ def _solve(problem: _Problem) -> tuple[Ints, float | None]:
 
 
 def _least_each(first: NDArray, second: NDArray) -> Ints:
-    """Per unit the column of least `first`, among equals of least `second`, among equals the lowest. [units]"""
+    """Return per unit the column of least `first`, among equals of least `second`, among equals the lowest. [units]"""
     tied = first == first.min(axis=1, keepdims=True)
     worst = second.max(axis=1, keepdims=True) + 1
     return np.where(tied, second, worst).argmin(axis=1)
 
 
 def _multiplier(problem: _Problem) -> tuple[float, Ints, Ints]:
-    """The price of weight at which the relaxation is tightest, and the two plans on either side of the limit there.
+    """Return the price of weight at which the relaxation is tightest, and the two plans on either side of the limit there.
 
     Secant steps on the lower hull of all (weight, value) sums: each step finds the plan lowest in the direction of the line
     through the present two, until there is none below it.
@@ -147,11 +147,11 @@ def _multiplier(problem: _Problem) -> tuple[float, Ints, Ints]:
     value, weight = problem.value, problem.weight
     fits, over = _least_each(weight, value), _least_each(value, weight)
     while True:
-        value_low, weight_low = (spent(table, fits) for table in (value, weight))
-        value_high, weight_high = (spent(table, over) for table in (value, weight))
+        value_low, weight_low = (total_cost(table, fits) for table in (value, weight))
+        value_high, weight_high = (total_cost(table, over) for table in (value, weight))
         price = (value_low - value_high) / (weight_high - weight_low)
         between = (value + price * weight).argmin(axis=1)
-        new_value, new_weight = (spent(table, between) for table in (value, weight))
+        new_value, new_weight = (total_cost(table, between) for table in (value, weight))
         line = value_low + price * weight_low
         if new_value + price * new_weight >= line * (1 - ROUND_OFF) or not weight_low < new_weight < weight_high:
             return price, fits, over
@@ -162,10 +162,10 @@ def _multiplier(problem: _Problem) -> tuple[float, Ints, Ints]:
 
 
 def _rounded(problem: _Problem, fits: Ints, over: Ints) -> Ints:
-    """A good plan: from `fits` towards `over`, largest steps first, then whatever still fits. [units]"""
+    """Return a good plan: from `fits` towards `over`, largest steps first, then whatever still fits. [units]"""
     units = np.arange(len(fits))
     choice = fits.copy()
-    slack = problem.limit - spent(problem.weight, choice)
+    slack = problem.limit - total_cost(problem.weight, choice)
     steps = problem.weight[units, over] - problem.weight[units, fits]
     for unit in np.argsort(-steps, kind="stable"):
         if problem.value[unit, over[unit]] < problem.value[unit, fits[unit]] and steps[unit] <= slack:
@@ -179,7 +179,7 @@ def _rounded(problem: _Problem, fits: Ints, over: Ints) -> Ints:
 
 
 def _programme(problem: _Problem, price: float, known: int, width: int) -> tuple[Ints | None, float | None]:
-    """One pass over the units with at most `width` states.
+    """Make one pass over the units with at most `width` states.
 
     Returns (best choice [units], None where no state is left; least bound among the states dropped for room, None where none was). States are in order of weight, so their values fall.
     """
@@ -211,7 +211,7 @@ def _programme(problem: _Problem, price: float, known: int, width: int) -> tuple
 
 
 def _undominated(keep: Ints, weight: Ints, value: Ints, order: Ints) -> Ints:
-    """The states (indices `keep`) that are not matched by a lighter and better one, by weight; of equal ones the first by `order`."""
+    """Return the states (indices `keep`) that are not matched by a lighter and better one, by weight; of equal ones the first by `order`."""
     ranked = keep[np.lexsort((order[keep], value[keep], weight[keep]))]
     values = value[ranked]
     lowest = np.minimum.accumulate(values)
@@ -219,7 +219,7 @@ def _undominated(keep: Ints, weight: Ints, value: Ints, order: Ints) -> Ints:
 
 
 def _for_room(keep: Ints, bound: Floats, width: int) -> tuple[Ints, float]:
-    """Half the room for the least bounds, half spread over the weights: closely tied bounds must not crowd out either end."""
+    """Choose half the room for the least bounds, half spread over the weights: closely tied bounds must not crowd out either end."""
     chosen = np.zeros(len(keep), dtype=bool)
     chosen[np.argsort(bound, kind="stable")[: width // 2]] = True
     chosen[np.linspace(0, len(keep) - 1, width // 2).astype(np.int64)] = True

@@ -23,10 +23,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from bitatlas.errors import UserError
-from bitatlas.plan.expansion import Floats, Quadratic
-from bitatlas.plan.knapsack import solve_knapsack, spent
+from bitatlas.plan.expansion import Quadratic
+from bitatlas.plan.knapsack import Floats, Ints, solve_knapsack, total_cost
 
-Ints = NDArray[np.int64]
 Move = tuple[float, list[tuple[int, int]]]  # damage added; (unit, its new format) once or twice
 
 PAIRED = 100  # changes that are tried in pairs, at most: 100 x 100 pairs a step
@@ -58,7 +57,7 @@ def solve_quadratic(
     radius: int | None = None,
     bounded: bool = True,
 ) -> QuadraticSolution:
-    """The plan of least predicted damage within `limit`, and with `radius` at most that many units away from `centre`.
+    """Return the plan of least predicted damage within `limit`, and with `radius` at most that many units away from `centre`.
 
     cost: [units, formats], whole numbers. `centre` [units] must itself fit the budget. Deterministic; never above the limit by one.
     The bound is valid for a positive semidefinite matrix; without `bounded` it is -inf.
@@ -67,7 +66,7 @@ def solve_quadratic(
     cost = np.asarray(cost, dtype=np.int64)
     units, formats = problem.first.shape
     linear = problem.first + np.diag(problem.matrix).reshape(units, formats)
-    if centre is not None and spent(cost, centre) > limit:
+    if centre is not None and total_cost(cost, centre) > limit:
         raise ValueError("centre: does not fit the budget")
     if int(cost.min(axis=1).sum()) > limit:
         raise UserError(f"the budget of {limit} is below {cost.min(axis=1).sum()}, the least that these formats give")
@@ -77,11 +76,11 @@ def solve_quadratic(
         if radius is not None:
             starts = [start for start in starts if (start != centre).sum() <= radius]
     search = _Search(problem, cost, limit, centre, radius)
-    found = [search.run(start) for start in starts]
+    plans = [search.run(start) for start in starts]
     generator = np.random.default_rng(units)
     for _ in range(min(RESTARTS, RESTART_SIZE // (units * formats))):
-        found.append(search.run(search.shaken(min(found, key=problem.value), generator)))
-    choice = min(found, key=lambda plan: (problem.value(plan), spent(cost, plan), tuple(plan)))
+        plans.append(search.run(search.shaken(min(plans, key=problem.value), generator)))
+    choice = min(plans, key=lambda plan: (problem.value(plan), total_cost(cost, plan), tuple(plan)))
     value = problem.value(choice)
     bound = min(value, lower_bound(problem, cost, limit)) if bounded else -np.inf
     return QuadraticSolution(choice, value, bound, value - bound)
@@ -109,12 +108,12 @@ class _Search:
         self.units, self.formats = problem.first.shape
         self.centre = np.full(self.units, -1) if centre is None or radius is None else np.asarray(centre)
         self.radius = self.units if radius is None else radius
-        self.diagonal = np.diag(problem.matrix).reshape(self.units, self.formats)
         self.tenure = TENURE + min(self.units // 10, 10)
 
     def run(self, start: Ints) -> Ints:
+        """Return the best plan on the way from `start`."""
         choice, best = start.copy(), start.copy()
-        field = self._field(choice)
+        field = _field(self.problem, choice)
         value = lowest = self.problem.value(choice)
         free_at = np.zeros(self.units, dtype=np.int64)
         last = 0
@@ -132,122 +131,122 @@ class _Search:
         return best
 
     def shaken(self, choice: Ints, generator: np.random.Generator) -> Ints:
-        """Some units set to random formats, as far as budget and distance allow."""
+        """Return `choice` with some units set to random formats, as far as budget and distance allow."""
         plan = choice.copy()
         for unit in generator.permutation(self.units)[: max(2, round(SHAKEN * self.units))].tolist():
             old, plan[unit] = plan[unit], generator.integers(self.formats)
-            far = self._distance(plan) > self.radius
-            if far or spent(self.cost, plan) > self.limit:
+            if self._distance(plan) > self.radius or total_cost(self.cost, plan) > self.limit:
                 plan[unit] = old
         return plan
 
     def _distance(self, choice: Ints) -> int:
         return int((choice != self.centre).sum()) if (self.centre >= 0).all() else 0
 
-    def _field(self, choice: Ints) -> Floats:
-        """2 sum_v Q[uf, v c_v], its own unit included. [units, formats]"""
-        at = np.arange(self.units) * self.formats + choice
-        return 2 * self.problem.matrix[at].sum(axis=0).reshape(self.units, self.formats)
-
     def _shift(self, field: Floats, unit: int, old: int, new: int) -> None:
         row = unit * self.formats
         field += 2 * (self.problem.matrix[row + new] - self.problem.matrix[row + old]).reshape(field.shape)
 
-    def moves(self, choice: Ints, field: Floats) -> Moves:
-        """All single changes."""
-        everyone = np.arange(self.units)
-        blocks = self.problem.matrix.reshape(self.units, self.formats, self.units, self.formats)
-        own = blocks[everyone, :, everyone, choice]  # [units, formats]: Q[uf, u c_u]
-        whole = self.problem.first + self.diagonal + field - 2 * own
-        added = whole - whole[everyone, choice][:, None]
-        unit, fmt = np.nonzero(np.arange(self.formats) != choice[:, None])
-        distance = (fmt != self.centre[unit]).astype(np.int64) - (choice[unit] != self.centre[unit])
-        return Moves(unit, fmt, added[unit, fmt], self.cost[unit, fmt] - self.cost[unit, choice[unit]], distance)
-
     def _best_move(self, choice: Ints, field: Floats, free: NDArray[np.bool_], aspired: float) -> Move | None:
-        """The move that adds least; units that are not free only where the result is the best so far."""
-        moves = self.moves(choice, field)
-        slack = self.limit - spent(self.cost, choice)
+        """Return the move that adds least; units that are not free only where the result is the best so far."""
+        moves = _moves(self.problem, self.cost, choice, field, self.centre)
+        slack = self.limit - total_cost(self.cost, choice)
         reach = self.radius - self._distance(choice)
         return min(self._offers(choice, moves, slack, reach, free, aspired), key=lambda move: move[0], default=None)
 
     def _offers(
         self, choice: Ints, moves: Moves, slack: int, reach: int, free: NDArray[np.bool_], aspired: float
     ) -> Iterator[Move]:
-        """The best single change and the best pair."""
+        """Yield the best single change and the best pair."""
         allowed = (moves.cost <= slack) & (moves.distance <= reach)
         allowed &= free[moves.unit] | (moves.damage < aspired - 1e-12)
         if allowed.any():
-            at = int(np.where(allowed, moves.damage, np.inf).argmin())
-            yield float(moves.damage[at]), [(int(moves.unit[at]), int(moves.format[at]))]
-        kept = promising(moves, slack)
-        unit, damage, cost, distance = (part[kept] for part in (moves.unit, moves.damage, moves.cost, moves.distance))
-        added = np.add.outer(damage, damage) + self._together(choice, moves, kept)
+            best = int(np.where(allowed, moves.damage, np.inf).argmin())
+            yield float(moves.damage[best]), [(int(moves.unit[best]), int(moves.format[best]))]
+        index = promising(moves, slack)
+        unit, damage, cost, distance = (part[index] for part in (moves.unit, moves.damage, moves.cost, moves.distance))
+        added = np.add.outer(damage, damage) + _together(self.problem, choice, moves, index)
         fits = (np.add.outer(cost, cost) <= slack) & (np.add.outer(distance, distance) <= reach)
         fits &= np.not_equal.outer(unit, unit)
         fits &= np.logical_and.outer(free[unit], free[unit]) | (added < aspired - 1e-12)
         if fits.any():
-            i, j = divmod(int(np.where(fits, added, np.inf).argmin()), len(kept))
-            yield float(added[i, j]), [(int(moves.unit[k]), int(moves.format[k])) for k in kept[[i, j]]]
+            i, j = divmod(int(np.where(fits, added, np.inf).argmin()), len(index))
+            yield float(added[i, j]), [(int(moves.unit[k]), int(moves.format[k])) for k in index[[i, j]]]
 
-    def _together(self, choice: Ints, moves: Moves, kept: Ints) -> Floats:
-        """What two changes add beyond their sum. [kept, kept]"""
-        new = moves.unit[kept] * self.formats + moves.format[kept]
-        old = moves.unit[kept] * self.formats + choice[moves.unit[kept]]
-        rows = self.problem.matrix[new] - self.problem.matrix[old]
-        return 2 * (rows[:, new] - rows[:, old])
+
+# --- moves -------------------------------------------------------------------------------------------------------------
+
+
+def _field(problem: Quadratic, choice: Ints) -> Floats:
+    """Return 2 sum_v Q[uf, v c_v], its own unit included. [units, formats]"""
+    units, formats = problem.first.shape
+    return 2 * problem.matrix[np.arange(units) * formats + choice].sum(axis=0).reshape(units, formats)
+
+
+def _moves(problem: Quadratic, cost: Ints, choice: Ints, field: Floats, centre: Ints) -> Moves:
+    """Return all single changes of `choice`; distances are from `centre`."""
+    units, formats = problem.first.shape
+    every = np.arange(units)
+    itself = problem.matrix.reshape(units, formats, units, formats)[every, :, every, choice]  # [units, formats]: Q[uf, u c_u]
+    whole = problem.first + np.diag(problem.matrix).reshape(units, formats) + field - 2 * itself
+    added = whole - whole[every, choice][:, None]
+    unit, fmt = np.nonzero(np.arange(formats) != choice[:, None])
+    distance = (fmt != centre[unit]).astype(np.int64) - (choice[unit] != centre[unit])
+    return Moves(unit, fmt, added[unit, fmt], cost[unit, fmt] - cost[unit, choice[unit]], distance)
+
+
+def single_changes(problem: Quadratic, cost: Ints, choice: Ints) -> Moves:
+    """Return all single changes of `choice`, with what each adds."""
+    return _moves(problem, cost, choice, _field(problem, choice), choice)
+
+
+def _together(problem: Quadratic, choice: Ints, moves: Moves, index: Ints) -> Floats:
+    """Return what two changes add beyond their sum. index: of changes -> [index, index]"""
+    formats = problem.first.shape[1]
+    new = moves.unit[index] * formats + moves.format[index]
+    old = moves.unit[index] * formats + choice[moves.unit[index]]
+    rows = problem.matrix[new] - problem.matrix[old]
+    return 2 * (rows[:, new] - rows[:, old])
 
 
 def promising(moves: Moves, slack: int) -> Ints:
-    """Indices of the changes that are worth trying in pairs: least damage at the price of cost that the changes themselves set."""
+    """Return the indices of the changes that are worth trying in pairs: least damage at the price of cost that the changes themselves set."""
     if len(moves.unit) <= PAIRED:
         return np.arange(len(moves.unit))
     saving = (moves.cost < 0) & (moves.damage > 0)
     price = float(np.min(moves.damage[saving] / -moves.cost[saving])) if saving.any() and slack < moves.cost.max() else 0.0
-    kept = []
+    chosen = []
     for side in (moves.cost > 0, moves.cost <= 0):
         index = np.flatnonzero(side)
-        kept.append(index[np.argsort((moves.damage + price * moves.cost)[index], kind="stable")[: PAIRED // 2]])
-    return np.sort(np.concatenate(kept))
+        chosen.append(index[np.argsort((moves.damage + price * moves.cost)[index], kind="stable")[: PAIRED // 2]])
+    return np.sort(np.concatenate(chosen))
 
 
-def single_changes(problem: Quadratic, cost: NDArray, choice: NDArray) -> Moves:
-    """All single changes of `choice`, with what each adds."""
-    cost, choice = np.asarray(cost, dtype=np.int64), np.asarray(choice, dtype=np.int64)
-    search = _Search(problem, cost, 0, None, None)
-    return search.moves(choice, search._field(choice))
-
-
-def recentred(problem: Quadratic, choice: NDArray) -> Quadratic:
-    """The same model with its values relative to `choice` [units]: each change from there adds `first` + its diagonal, pairs interact beyond."""
-    choice = np.asarray(choice, dtype=np.int64)
+def recentred(problem: Quadratic, choice: Ints) -> Quadratic:
+    """Return the model with its values relative to `choice` [units]: each change adds `first` + its diagonal, pairs interact beyond."""
     units, formats = problem.first.shape
     old = np.repeat(np.arange(units) * formats + choice, formats)  # the entry that each change leaves
     half = problem.matrix - problem.matrix[old]
     matrix = half - half[:, old]
-    search = _Search(problem, np.zeros((units, formats), dtype=np.int64), 0, None, None)
-    moves = search.moves(choice, search._field(choice))
+    moves = single_changes(problem, np.zeros((units, formats), dtype=np.int64), choice)
     added = np.zeros((units, formats))
     added[moves.unit, moves.format] = moves.damage
-    return Quadratic(added - np.diag(matrix).reshape(units, formats), matrix, problem.kept)
+    return Quadratic(added - np.diag(matrix).reshape(units, formats), matrix, problem.shrinkage)
 
 
-def nearest_plans(problem: Quadratic, cost: NDArray, limit: int, choice: NDArray, count: int) -> list[Ints]:
-    """The `count` plans one change or one pair of changes away from `choice`, within `limit`, that are predicted best, best first."""
-    cost, choice = np.asarray(cost, dtype=np.int64), np.asarray(choice, dtype=np.int64)
-    search = _Search(problem, cost, limit, None, None)
-    moves = search.moves(choice, search._field(choice))
-    slack = limit - spent(cost, choice)
-    kept = promising(moves, slack)
-    unit, damage, extra = moves.unit[kept], moves.damage[kept], moves.cost[kept]
-    pairs = np.add.outer(damage, damage) + search._together(choice, moves, kept)
-    pairs[(np.add.outer(extra, extra) > slack) | np.equal.outer(unit, unit) | np.tri(len(kept), dtype=bool)] = np.inf
+def nearest_plans(problem: Quadratic, cost: Ints, limit: int, choice: Ints, count: int) -> list[Ints]:
+    """Return the `count` plans one change or one pair of changes from `choice`, within `limit`, that are predicted best, best first."""
+    moves = single_changes(problem, cost, choice)
+    slack = limit - total_cost(cost, choice)
+    index = promising(moves, slack)
+    unit, damage, extra = moves.unit[index], moves.damage[index], moves.cost[index]
+    pairs = np.add.outer(damage, damage) + _together(problem, choice, moves, index)
+    pairs[(np.add.outer(extra, extra) > slack) | np.equal.outer(unit, unit) | np.tri(len(index), dtype=bool)] = np.inf
     added = np.concatenate([np.where(extra <= slack, damage, np.inf), pairs.ravel()])
     plans = []
-    for at in np.argsort(added, kind="stable")[:count]:
-        if np.isfinite(added[at]):
+    for best in np.argsort(added, kind="stable")[:count]:
+        if np.isfinite(added[best]):
             plan = choice.copy()
-            for k in kept[[at]] if at < len(kept) else kept[list(divmod(int(at) - len(kept), len(kept)))]:
+            for k in index[[best]] if best < len(index) else index[list(divmod(int(best) - len(index), len(index)))]:
                 plan[moves.unit[k]] = moves.format[k]
             plans.append(plan)
     return plans
@@ -257,13 +256,13 @@ def nearest_plans(problem: Quadratic, cost: NDArray, limit: int, choice: NDArray
 
 
 def lower_bound(problem: Quadratic, cost: Ints, limit: int) -> float:
-    """A number that no plan within the budget is below (without a trust region). nats/token"""
+    """Return a number that no plan within the budget is below (without a trust region). nats/token"""
     units, formats = problem.first.shape
-    # Q is a mixture: kept x (samples' second moment) + (1 - kept) x (its diagonal). The latter is linear in 0/1 variables.
-    spare = (1 - problem.kept) * np.diag(problem.matrix)
+    # Q is a mixture: shrinkage x (samples' second moment) + (1 - shrinkage) x (its diagonal). The latter is linear in 0/1 variables.
+    spare = (1 - problem.shrinkage) * np.diag(problem.matrix)
 
     def push(shares: Floats) -> Floats:
-        """The convex part times shares [units * formats], few of which are not 0."""
+        """Return the convex part times shares [units * formats], few of which are not 0."""
         some = np.flatnonzero(shares)
         return shares[some] @ problem.matrix[some] - spare * shares
 
@@ -286,27 +285,23 @@ def lower_bound(problem: Quadratic, cost: Ints, limit: int) -> float:
 
 
 def relaxed_knapsack(damage: Floats, cost: Ints, limit: int) -> Floats:
-    """Shares [units, formats] of least damage at a mean cost within `limit`: two plans at the right price of cost, mixed."""
+    """Return shares [units, formats] of least damage at a mean cost within `limit`: two plans at the right price of cost, mixed."""
 
-    def at(price: float) -> Ints:
+    def cheapest_at(price: float) -> Ints:
         return (damage + price * cost).argmin(axis=1)
 
-    over = at(0.0)
-    if spent(cost, over) <= limit:
-        return _one_hot(over, damage.shape[1])
+    one_hot, over = np.eye(damage.shape[1]), cheapest_at(0.0)
+    if total_cost(cost, over) <= limit:
+        return one_hot[over]
     low, high = 0.0, float(np.ptp(damage) + 1e-300)  # one unit of cost is dearer than any damage: the cheapest plan
     fits = np.where(cost == cost.min(axis=1, keepdims=True), damage, np.inf).argmin(axis=1)
     for _ in range(BISECTIONS):
         price = (low + high) / 2
-        choice = at(price)
-        if spent(cost, choice) <= limit:
+        choice = cheapest_at(price)
+        if total_cost(cost, choice) <= limit:
             high, fits = price, choice
         else:
             low, over = price, choice
-    low_cost, high_cost = spent(cost, fits), spent(cost, over)
+    low_cost, high_cost = total_cost(cost, fits), total_cost(cost, over)
     share = (limit - low_cost) / (high_cost - low_cost) if high_cost > low_cost else 0.0
-    return (1 - share) * _one_hot(fits, damage.shape[1]) + share * _one_hot(over, damage.shape[1])
-
-
-def _one_hot(choice: Ints, formats: int) -> Floats:
-    return np.eye(formats)[choice]
+    return (1 - share) * one_hot[fits] + share * one_hot[over]

@@ -1,6 +1,6 @@
 """From a few starting plans to one that no nearby plan beats: measure single changes, solve with their interactions, measure, go on.
 
-1. *Starts*: the plans that are handed in, and the best plans of the models between the two ends (`between`), whose measurements the
+1. *Starts*: the plans that are handed in, and the best plans of the interpolated models (`plan.expansion`), whose measurements the
    survey's screens have already paid for. All are measured; the best is the base.
 2. *Swaps*: the changes that look promising are measured one by one around the base, on the fit rows, with all their interactions. The solver
    picks a step of at most `radius` units. Measured better: the new base. Worse: half the radius.
@@ -20,10 +20,10 @@ from typing import Any, Protocol
 import numpy as np
 from numpy.typing import NDArray
 
-from bitatlas.plan.expansion import SHARES, Ends, Expansion, Quadratic
+from bitatlas.plan.expansion import SHARES, Expansion, InterpolatedModel, Quadratic
+from bitatlas.plan.knapsack import Ints
 from bitatlas.plan.quadratic import nearest_plans, recentred, single_changes, solve_quadratic
 
-Ints = NDArray[np.int64]
 Change = tuple[int, int]  # unit, format
 Step = dict[str, Any]
 
@@ -45,7 +45,7 @@ EFFORTS = {"full": Effort(8, 48, 20, 6), "short": Effort(2, 16, 16, 2), "draft":
 MEASURED_SWAPS = "measured swaps"
 
 
-class Together(Protocol):
+class MeasuredChanges(Protocol):
     """Changes around a base: true damage added [changes], and half the curvature between them [changes, changes]."""
 
     @property
@@ -59,14 +59,14 @@ class Probe:
     """The ways to the model. Choices are [units]; None is the reference. Columns of formats go from the narrowest to the widest."""
 
     curvature: Callable[[Ints | None], Expansion]
-    swaps: Callable[[Ints, Sequence[Change], str], Together]  # on the rows of that split
+    swaps: Callable[[Ints, Sequence[Change], str], MeasuredChanges]  # on the rows of that split
     damage: Callable[[Mapping[str, Ints]], Mapping[str, float]]  # on fit and select rows together, nats/token
     rounds_of: str = MEASURED_SWAPS  # what `swaps` gives, for the record
 
 
 @dataclass(frozen=True)
 class Refined:
-    """`damage`, `predicted`: nats/token; `gap`: of the solution of the model between the ends; `model`: what the last round knew."""
+    """`damage`, `predicted`: nats/token; `gap`: of the solution of the interpolated model; `model`: what the last round knew."""
 
     choice: Ints
     damage: float
@@ -83,8 +83,8 @@ class _Search:
     cost: Ints
     limit: int
     effort: Effort
-    told: Callable[[Step], None] | None
-    guide: Quadratic = field(default_factory=lambda: Quadratic(np.zeros((0, 0)), np.zeros((0, 0)), 1.0))
+    on_step: Callable[[Step], None] | None
+    guide: Quadratic = field(default_factory=lambda: Quadratic(np.zeros((0, 0)), np.zeros((0, 0))))
     base: Ints = field(default_factory=lambda: np.zeros(0, dtype=np.int64))
     damage: float = float("inf")
     predicted: float = float("nan")
@@ -92,7 +92,7 @@ class _Search:
     known: dict[bytes, float] = field(default_factory=dict)
 
     def measure(self, plans: Mapping[str, Ints]) -> dict[str, float]:
-        """Damage of plans by name; equal plans once."""
+        """Return the damage of plans by name; equal plans are measured once."""
         new = {name: plan for name, plan in plans.items() if plan.tobytes() not in self.known}
         for name, value in self.probe.damage(new).items() if new else ():
             self.known[new[name].tobytes()] = float(value)
@@ -104,20 +104,20 @@ class _Search:
         changed = int((plan != self.base).sum()) if len(self.base) else None
         numbers = {"predicted": _short(predicted), "damage": _short(damage)}
         self.steps.append({"kind": kind, "changed": changed, **numbers, "accepted": better, **more})
-        if self.told:
-            self.told(self.steps[-1])
+        if self.on_step:
+            self.on_step(self.steps[-1])
         if better:
             self.base, self.damage, self.predicted = plan.copy(), damage, predicted
         return better
 
 
 def _short(value: float) -> float | None:
-    """Six digits are enough for a record."""
+    """Return six digits, which are enough for a record; None of NaN or infinity."""
     return float(f"{value:.6g}") if np.isfinite(value) else None
 
 
 def step_text(step: Step) -> str:
-    """A step as a line for the screen."""
+    """Return a step as a line for the screen."""
     changed = f", {step['changed']} units changed" if step["changed"] else ""
     predicted = f" (predicted {step['predicted']:.4g})" if step["predicted"] is not None else ""
     return f"{step['kind']}{changed}: {step['damage']:.4g} nats/token{predicted}{', better' if step['accepted'] else ''}"
@@ -128,16 +128,16 @@ def refine(
     cost: NDArray,
     limit: int,
     starts: Mapping[str, NDArray],
-    told: Callable[[Step], None] | None = None,
+    on_step: Callable[[Step], None] | None = None,
     near: Refined | None = None,
     effort: str = "full",
 ) -> Refined:
-    """The best plan found within `limit`. cost: [units, formats], whole numbers; starts: name -> choice [units], each within `limit`.
+    """Return the best plan found within `limit`. cost: [units, formats], whole numbers; starts: name -> choice [units], each within `limit`.
 
-    `near`: what was found for a budget near this one. Its model gives a start and the first guide, in place of the models between the ends.
+    `near`: what was found for a budget near this one. Its model gives a start and the first guide, in place of the interpolated models.
     `effort`: a key of `EFFORTS`.
     """
-    search = _Search(probe, np.asarray(cost, dtype=np.int64), limit, EFFORTS[effort], told)
+    search = _Search(probe, np.asarray(cost, dtype=np.int64), limit, EFFORTS[effort], on_step)
     gap = _start(search, {name: np.asarray(choice, dtype=np.int64) for name, choice in starts.items()}, near)
     reason = _swap(search)
     return Refined(search.base, search.damage, search.predicted, gap, reason, search.steps, search.guide)
@@ -149,7 +149,7 @@ def refine(
 def _start(search: _Search, starts: Mapping[str, Ints], near: Refined | None) -> float:
     """Measure all starts; the base is the best. Returns the gap of the model that guides from there."""
     if near is None:
-        models, level = _between_ends(search)
+        models, level = _interpolated(search)
     else:
         models, level = {"near plan": near.model}, near.damage - near.model.value(near.choice)
     solutions = {name: solve_quadratic(model, search.cost, search.limit) for name, model in models.items()}
@@ -166,28 +166,32 @@ def _start(search: _Search, starts: Mapping[str, Ints], near: Refined | None) ->
     return solutions[guide].gap
 
 
-def _between_ends(search: _Search) -> tuple[dict[str, Quadratic], float]:
-    """The models between the ends by name, and the damage at the wide end that their values are added to."""
+def _interpolated(search: _Search) -> tuple[dict[str, Quadratic], float]:
+    """Return the interpolated models by name, and the damage at the wide end that their values are added to."""
     units, formats = search.cost.shape
     tables, together = [], np.zeros((units * formats, units * formats))
     for end in (0, formats - 1):
         changes = [(unit, fmt) for unit in range(units) for fmt in range(formats) if fmt != end]
-        found = search.probe.swaps(np.full(units, end), changes, "fit")
-        at = np.array([unit * formats + fmt for unit, fmt in changes])
+        measured = search.probe.swaps(np.full(units, end), changes, "fit")
+        index = _flat(changes, formats)
         table = np.zeros(units * formats)
-        table[at] = found.added
+        table[index] = measured.added
         tables.append(table.reshape(units, formats))
-    together[np.ix_(at, at)] = found.together  # of the wide end
-    ends = Ends(tables[1], tables[0], together)
+    together[np.ix_(index, index)] = measured.together  # of the wide end
+    ends = InterpolatedModel(tables[1], tables[0], together)
     level = search.measure({"": np.full(units, formats - 1)})[""]
-    return {f"{share:g} of the interactions at the wide end": ends.model(share) for share in SHARES}, level
+    return {f"{share:g} of the interactions at the wide end": ends.at(share) for share in SHARES}, level
+
+
+def _flat(changes: Sequence[Change], formats: int) -> Ints:
+    return np.array([unit * formats + fmt for unit, fmt in changes])
 
 
 # --- measured changes --------------------------------------------------------------------------------------------------
 
 
 def _swap(search: _Search) -> str:
-    """Rounds of measured swaps. Returns why they ended."""
+    """Measure swaps in rounds, and return why they ended."""
     radius = max(4, len(search.base) // 4)
     count = search.effort.swaps
     for _ in range(search.effort.rounds):
@@ -195,15 +199,14 @@ def _swap(search: _Search) -> str:
         fit = search.probe.swaps(search.base, changes, "fit")
         measured = _measured(search, changes, fit.added, fit.together)
         if not _steps(search, "swaps", measured, radius):
-            changes_fit = {change: i for i, change in enumerate(changes)}
+            row = {change: i for i, change in enumerate(changes)}
             search.guide = measured.guide
             changes = _promising(search, search.effort.later, set(changes))
-            at = [changes_fit[change] for change in changes]
+            index = [row[change] for change in changes]
             select = search.probe.swaps(search.base, changes, "select")
-            added, together = (fit.added[at] + select.added) / 2, (fit.together[np.ix_(at, at)] + select.together) / 2
-            measured = _measured(search, changes, added, together)
-            found = _steps(search, "swaps", measured, radius, rows="fit and select") or _try_pairs(search, measured)
-            if not found:
+            together = (fit.together[np.ix_(index, index)] + select.together) / 2
+            measured = _measured(search, changes, (fit.added[index] + select.added) / 2, together)
+            if not (_steps(search, "swaps", measured, radius, rows="fit and select") or _try_pairs(search, measured)):
                 search.guide = measured.guide
                 return "no change and no pair of changes that looked promising was measured better"
         search.guide, count = measured.guide, search.effort.later
@@ -220,23 +223,22 @@ class _Measured:
 
 def _measured(search: _Search, changes: Sequence[Change], added: np.ndarray, together: np.ndarray) -> _Measured:
     units, formats = search.cost.shape
-    at = np.array([unit * formats + fmt for unit, fmt in changes])
+    index = _flat(changes, formats)
     old = recentred(search.guide, search.base)
     matrix = old.matrix.copy()
-    matrix[np.ix_(at, at)] = together
+    matrix[np.ix_(index, index)] = together
     first = old.first.ravel().copy()
-    first[at] = added - np.diag(together)
+    first[index] = added - np.diag(together)
     allowed = np.zeros(units * formats, dtype=bool)
-    allowed[at] = allowed[np.arange(units) * formats + search.base] = True
-    alone = np.where(allowed, first, FORBIDDEN)
+    allowed[index] = allowed[np.arange(units) * formats + search.base] = True
+    only = np.where(allowed, first, FORBIDDEN).reshape(units, formats)
     return _Measured(
-        Quadratic(alone.reshape(units, formats), np.where(np.outer(allowed, allowed), matrix, 0.0), 1.0),
-        Quadratic(first.reshape(units, formats), matrix, 1.0),
+        Quadratic(only, np.where(np.outer(allowed, allowed), matrix, 0.0)), Quadratic(first.reshape(units, formats), matrix)
     )
 
 
 def _steps(search: _Search, kind: str, measured: _Measured, radius: int, **more: Any) -> bool:
-    """Solve and measure, with a smaller radius after each failure, until a plan is better. Was one?"""
+    """Solve and measure, with a smaller radius after each failure, until a plan is better; return whether one was."""
     while radius >= 1:
         solution = solve_quadratic(measured.problem, search.cost, search.limit, search.base, radius, bounded=False)
         changed = int((solution.choice != search.base).sum())
@@ -250,7 +252,7 @@ def _steps(search: _Search, kind: str, measured: _Measured, radius: int, **more:
 
 
 def _try_pairs(search: _Search, measured: _Measured) -> bool:
-    """Measure the nearest plans that look best; the best of them is offered."""
+    """Measure the nearest plans that look best, and offer the best of them; return whether it was better."""
     near = nearest_plans(measured.problem, search.cost, search.limit, search.base, 2 * search.effort.pairs)
     plans = {str(i): plan for i, plan in enumerate(near) if plan.tobytes() not in search.known}
     plans = dict(list(plans.items())[: search.effort.pairs])
@@ -263,21 +265,21 @@ def _try_pairs(search: _Search, measured: _Measured) -> bool:
 
 
 def _promising(search: _Search, count: int, among: set[Change] | None = None) -> list[Change]:
-    """The `count` single changes that look best to the guide at the budget's price, up and down alike."""
+    """Return the `count` single changes that look best to the guide at the budget's price, up and down alike."""
     moves = single_changes(search.guide, search.cost, search.base)
     every = list(zip(moves.unit.tolist(), moves.format.tolist(), strict=True))
     index = np.array([i for i, change in enumerate(every) if among is None or change in among], dtype=np.int64)
     damage, extra = moves.damage[index], moves.cost[index]
     ranks = damage + _price(damage, extra) * extra
-    kept: list[int] = []
+    chosen: list[int] = []
     for side, other in ((extra > 0, extra <= 0), (extra <= 0, extra > 0)):
         room = max(count // 2, count - int(other.sum()))
-        own = np.flatnonzero(side)
-        kept += index[own[np.argsort(ranks[own], kind="stable")[:room]]].tolist()
-    return [every[i] for i in sorted(kept)]
+        members = np.flatnonzero(side)
+        chosen += index[members[np.argsort(ranks[members], kind="stable")[:room]]].tolist()
+    return [every[i] for i in sorted(chosen)]
 
 
 def _price(damage: np.ndarray, extra: np.ndarray) -> float:
-    """Damage that a unit of cost is worth at the base: the median over changes that trade one for the other."""
+    """Return the damage that a unit of cost is worth at the base: the median over changes that trade one for the other."""
     trading = (damage * extra < 0) & (extra != 0)
     return float(np.median(-damage[trading] / extra[trading])) if trading.any() else 0.0

@@ -11,12 +11,12 @@ from torch import Tensor
 
 from bitatlas.errors import UserError
 from bitatlas.model.decoder import Decoder
-from bitatlas.quantize import autoround, gptq, hqq, rtn
+from bitatlas.quantize import autoround, ggml, gptq, hqq, rtn
 from bitatlas.quantize.codes import Codes
-from bitatlas.quantize.ggml import Blocks, quantize_weight
+from bitatlas.quantize.ggml import Blocks
 from bitatlas.records.formats import FORMATS, LLAMA_CPP, Format
 
-PIECES_EACH = 4  # of a bank's pieces, for a worker: modules differ in size
+WORKER_PIECES = 4  # of a bank, for a worker: modules differ in size
 
 Quantize = Callable[[Decoder, Sequence[str], Sequence[Format], Tensor | None], Iterator[tuple[str, Sequence[Codes | Blocks]]]]
 
@@ -42,25 +42,25 @@ class Quantizer:
     by_format: bool = False  # one run over the whole model makes a format, whichever modules are asked for
 
     def pieces(self, modules: Sequence[str], formats: Sequence[str], slots: int) -> list[tuple[list[str], list[str]]]:
-        """Modules and formats cut into what `slots` workers make at a time, each making as little twice as the method allows."""
+        """Cut modules and formats into what `slots` workers make at a time, each making as little twice as the method allows."""
         if self.by_format:
             return [(list(modules), [name]) for name in formats]
         # fitted ones pass through all layers before a module's own, so each worker gets one run of neighbours
-        count = slots if self.uses_rows else PIECES_EACH * slots
+        count = slots if self.uses_rows else WORKER_PIECES * slots
         size = max(1, -(-len(modules) // count))
         return [(list(modules[start : start + size]), list(formats)) for start in range(0, len(modules), size)]
 
     def check(self, formats: Sequence[Format]) -> None:
-        """UserError where its package is missing, or where it cannot do one of `formats`."""
+        """Raise UserError where its package is missing, or where it cannot do one of `formats`."""
         foreign = [fmt for fmt in formats if fmt.runtime != self.runtime]
         if foreign:
-            able = [one.name for one in QUANTIZERS.values() if one.runtime == foreign[0].runtime]
-            made = (
-                f"formats of {self.runtime} ({', '.join(name for name, fmt in FORMATS.items() if fmt.runtime == self.runtime)})"
-            )
+            able = [quantizer.name for quantizer in QUANTIZERS.values() if quantizer.runtime == foreign[0].runtime]
+            formats_made = "integer formats"
+            if self.runtime:
+                names = (name for name, fmt in FORMATS.items() if fmt.runtime == self.runtime)
+                formats_made = f"formats of {self.runtime} ({', '.join(names)})"
             raise UserError(
-                f"--quantizer {self.name}: makes {made if self.runtime else 'integer formats'} alone; "
-                f"for {foreign[0].name} give --quantizer {' or '.join(able)}"
+                f"--quantizer {self.name}: makes {formats_made} alone; for {foreign[0].name} give --quantizer {' or '.join(able)}"
             )
         if self.package and importlib.util.find_spec(self.package) is None:
             extra = self.extra or self.name
@@ -73,7 +73,7 @@ class Quantizer:
 
 
 def one_by_one(quantize: Callable[[Tensor, Format], Codes | Blocks]) -> Quantize:
-    """Make of a function of one weight and one format what a `Quantizer` calls. The rows are not looked at."""
+    """Return what a `Quantizer` calls, made of a function of one weight and one format. The rows are not looked at."""
 
     def quantize_modules(
         decoder: Decoder, modules: Sequence[str], formats: Sequence[Format], rows: Tensor | None
@@ -95,20 +95,14 @@ QUANTIZERS: dict[str, Quantizer] = {
             "autoround", autoround.quantize, uses_rows=True, version=1, package="auto_round", needs_all=True, by_format=True
         ),
         Quantizer(
-            LLAMA_CPP,
-            one_by_one(quantize_weight),
-            uses_rows=False,
-            version=1,
-            package="llama_cpp",
-            extra="gguf",
-            runtime=LLAMA_CPP,
+            LLAMA_CPP, one_by_one(ggml.quantize), uses_rows=False, version=1, package="llama_cpp", extra="gguf", runtime=LLAMA_CPP
         ),
     )
 }
 
 
 def get_quantizer(name: str) -> Quantizer:
-    """The quantizer called `name`; UserError with the valid names otherwise."""
+    """Return the quantizer called `name`; UserError with the valid names otherwise."""
     if name not in QUANTIZERS:
         near = difflib.get_close_matches(name, QUANTIZERS, n=1, cutoff=0.0)[0]
         raise UserError(f"--quantizer: unknown quantizer {name!r}; nearest is {near!r} (valid: {', '.join(QUANTIZERS)})")

@@ -44,7 +44,7 @@ FOLDERS = ("AR_WORK_SPACE", "AUTO_ROUND_CACHE")  # where it would write, by envi
 def quantize(
     decoder: Decoder, modules: Sequence[str], formats: Sequence[Format], rows: Tensor | None
 ) -> Iterator[tuple[str, list[Codes]]]:
-    """Every module in every format, fitted on `rows` int64 [rows, tokens]; UserError without them.
+    """Yield every module in every format, fitted on `rows` int64 [rows, tokens]; UserError without them.
 
     The first module comes when the last format's run is done. Which modules are asked for changes nothing about their codes.
     """
@@ -56,24 +56,24 @@ def quantize(
 def _quantize(
     decoder: Decoder, modules: Sequence[str], formats: Sequence[Format], rows: Tensor
 ) -> Iterator[tuple[str, list[Codes]]]:
-    found: dict[str, list[Codes]] = {name: [] for name in modules}
+    codes: dict[str, list[Codes]] = {name: [] for name in modules}
     for fmt in formats:
         tuned = tune(decoder, fmt, rows)
         for name in modules:
-            found[name].append(recover(tuned, name, fmt))
-    yield from found.items()
+            codes[name].append(recover(tuned, name, fmt))
+    yield from codes.items()
 
 
 def tune(decoder: Decoder, fmt: Format, rows: Tensor, steps: int = STEPS) -> nn.Module:
-    """A copy of the model whose quantizable modules have weights in `fmt`, as the package leaves them: with `scale` and `zp`."""
-    own = copy.deepcopy(decoder.model)
-    chosen = {module.name for module in linear_modules(own, decoder.layers_path, fuse=False)}
-    others = [name for name, module in own.named_modules() if is_linear(module) and name not in chosen]
-    with _apart(), torch.enable_grad():
+    """Return a copy of the model whose quantizable modules have weights in `fmt`, as the package leaves them: with `scale` and `zp`."""
+    model = copy.deepcopy(decoder.model)
+    chosen = {module.name for module in linear_modules(model, decoder.layers_path, fuse=False)}
+    others = [name for name, module in model.named_modules() if is_linear(module) and name not in chosen]
+    with _isolated(), torch.enable_grad():
         from auto_round import AutoRound
 
         runner = AutoRound(
-            own,
+            model,
             tokenizer=object(),  # it wants one; rows that are tokens already need none
             bits=fmt.bits,
             group_size=fmt.group_size,
@@ -89,7 +89,7 @@ def tune(decoder: Decoder, fmt: Format, rows: Tensor, steps: int = STEPS) -> nn.
             iters=steps,
             seed=SEED,
             amp=False,
-            device_map=str(next(own.parameters()).device),
+            device_map=str(next(model.parameters()).device),
             enable_torch_compile=False,
             low_cpu_mem_usage=False,
         )
@@ -97,7 +97,7 @@ def tune(decoder: Decoder, fmt: Format, rows: Tensor, steps: int = STEPS) -> nn.
 
 
 def recover(tuned: nn.Module, name: str, fmt: Format) -> Codes:
-    """The codes behind module `name` of a model that `tune` returned.
+    """Return the codes behind module `name` of a model that `tune` returned.
 
     UserError where the package left the module alone; RuntimeError where the codes do not give its weight back, bit for bit.
     """
@@ -109,8 +109,10 @@ def recover(tuned: nn.Module, name: str, fmt: Format) -> Codes:
     scale = module.scale.detach().to(weight.device).reshape(shape)
     zero = torch.as_tensor(module.zp).detach().to(weight.device)
     zero = zero.reshape(shape) if zero.numel() > 1 else zero.expand(shape)
-    wide = [part.float().repeat_interleave(fmt.group_size, dim=1)[:, : weight.shape[1]] for part in (scale, zero)]
-    integers = ((weight.float() / wide[0]).round() + wide[1]).clamp(0, 2**fmt.bits - 1)
+    wide_scale, wide_zero = (
+        part.float().repeat_interleave(fmt.group_size, dim=1)[:, : weight.shape[1]] for part in (scale, zero)
+    )  # [out, in]
+    integers = ((weight.float() / wide_scale).round() + wide_zero).clamp(0, 2**fmt.bits - 1)
     codes = Codes(integers.to(torch.uint8), scale.half(), zero.to(torch.uint8), fmt.group_size)
     if not torch.equal(codes.weight(weight.dtype), weight):
         raise RuntimeError(f"{name}: auto-round's weights are not codes of {fmt.name}; another version of the package?")
@@ -118,8 +120,8 @@ def recover(tuned: nn.Module, name: str, fmt: Format) -> Codes:
 
 
 @contextlib.contextmanager
-def _apart() -> Iterator[None]:
-    """Within the block nothing is told on the terminal, nothing stays on disk, and the process's random states come back after."""
+def _isolated() -> Iterator[None]:
+    """Write nothing to the terminal and leave nothing on disk within the block; put the process's random states back after it."""
     states = random.getstate(), np.random.get_state()
     environment = {name: os.environ.get(name) for name in FOLDERS}
     disabled = logging.root.manager.disable

@@ -1,11 +1,11 @@
 """Every module in every candidate format, on disk, so that any plan is assembled without quantizing again.
 
-One safetensors file a module and format: packed codes, scales, zero-points (or a runtime's own blocks), in exactly the bytes that `formats.stored_bytes` counts.
-A bank belongs to the weights, the quantizer and, where the quantizer uses them, the rows it was fitted on; its folder is named after
+One safetensors file a module and format: packed codes, scales, zero-points (or a runtime's own blocks), in exactly the bytes that
+`formats.stored_bytes` counts. A bank belongs to the weights, the quantizer and, where the quantizer uses them, the rows it was fitted on; its folder is named after
 these, so banks of several quantizers lie side by side and none is taken for another. Each file is written beside and renamed: an
 interrupted run goes on with the next module. Each carries a hash of what it holds: a damaged or changed file is made again.
 
-Unpacked codes of the last used modules are kept in memory. Without a folder everything stays in memory. Of a streamed model (see
+Unpacked codes of the last used modules are cached. Without a folder everything stays in memory. Of a streamed model (see
 `streaming`) nothing is held of the weights themselves: what is asked for is read, or made of its codes, when it is looked up.
 Left out: weights for runtimes (their layouts differ; see `export`), and more than one process writing at a time.
 """
@@ -26,7 +26,7 @@ from torch import Tensor
 from bitatlas.data.rows import rows_sha256
 from bitatlas.errors import UserError
 from bitatlas.model.decoder import Decoder
-from bitatlas.model.streaming import Lookup
+from bitatlas.model.streaming import LazyMapping
 from bitatlas.quantize import get_quantizer
 from bitatlas.quantize.codes import Codes, pack, unpack
 from bitatlas.quantize.ggml import Blocks
@@ -36,13 +36,13 @@ from bitatlas.records.formats import FORMATS, Format, stored_bytes
 from bitatlas.records.journal import content_key
 
 BANK = "bank"  # folder of quantized weights, in a run's folder
-KEPT_BYTES = 2**31  # of unpacked codes in memory
+CACHE_BYTES = 2**31  # of unpacked codes in memory
 HEADER_BYTES = 1024  # of one file, at most
 Key = tuple[str, str]  # module, format
 Progress = Callable[[int, int], None]
 Helper = Callable[
     [dict[str, list[str]], Progress | None], None
-]  # makes (module -> formats) in other processes, in the bank's folder
+]  # makes module -> formats in other processes, in the bank's folder
 
 
 class Bank:
@@ -58,11 +58,10 @@ class Bank:
         folder: Path | None = None,
         weights_sha256: str = "",
         identity: str | None = None,
-        kept_bytes: int = KEPT_BYTES,
     ):
         """rows: int64 [rows, tokens], for quantizers that are fitted on inputs. `folder`: where banks lie; None: in memory.
 
-        `identity`: of a bank made earlier, whose rows are not at hand. `kept_bytes`: of unpacked codes that stay in memory.
+        `identity`: of a bank made earlier, whose rows are not at hand.
         """
         self.formats = dict(formats)
         self.decoder = decoder
@@ -73,21 +72,23 @@ class Bank:
         self.modules = list(modules)
         # The tensors themselves, not the parameters: a swap exchanges the parameter's storage and leaves these as they are.
         self._reference: Mapping[str, Tensor] = (
-            Lookup(self.modules, decoder.stream.stored) if decoder.stream else {name: decoder.weight(name) for name in modules}
+            LazyMapping(self.modules, decoder.stream.stored)
+            if decoder.stream
+            else {name: decoder.weight(name) for name in modules}
         )
-        self._kept_limit = kept_bytes
+        self.cache_bytes = CACHE_BYTES  # of unpacked codes that stay in memory
         self.folder = folder / f"{quantizer}-{content_key(weights_sha256, self.identity)[:12]}" if folder else None
-        self._kept: OrderedDict[Key, Codes | Blocks] = OrderedDict()
-        self._kept_bytes = 0
+        self._cache: OrderedDict[Key, Codes | Blocks] = OrderedDict()
+        self._cached_bytes = 0
         self.helper: Helper | None = None
         self._ready: set[Key] = set()
 
-    def fill(self, formats: Sequence[str], progress: Callable[[int, int], None] | None = None) -> None:
+    def fill(self, formats: Sequence[str], progress: Progress | None = None) -> None:
         """Quantize whatever is missing of all modules in `formats`."""
         self.ready([(module, name) for module in self.modules for name in formats], progress)
 
-    def ready(self, keys: Iterable[Key], progress: Callable[[int, int], None] | None = None) -> None:
-        """Make all of `keys` (module, format); other processes help where a helper is set, and then find their files."""
+    def ready(self, keys: Iterable[Key], progress: Progress | None = None) -> None:
+        """Make all of `keys` (module, format) that are missing, in other processes where a helper is set."""
         new = [key for key in keys if key not in self._ready]
         if self.helper and self.folder:
             self._describe()
@@ -96,25 +97,25 @@ class Bank:
         self._ready.update(new)
 
     def holds(self, assignment: Mapping[str, str]) -> bool:
-        """Is all of it there already?"""
-        return all(key in self._kept or self._readable(key) for key in assignment.items())
+        """Return whether all of `assignment` (module -> format) is there already."""
+        return all(key in self._cache or self._readable(key) for key in assignment.items())
 
     def codes(self, module: str, format_name: str) -> Codes | Blocks:
-        """Codes of one module in one format; made now if they are missing."""
+        """Return the codes of one module in one format; made now if they are missing."""
         key = (module, format_name)
-        if key not in self._kept:
+        if key not in self._cache:
             self._make([key])
-        self._kept.move_to_end(key)
-        return self._kept[key]
+        self._cache.move_to_end(key)
+        return self._cache[key]
 
     def reference(self, module: str) -> Tensor:
-        """The unquantized weight [out, in]."""
+        """Return the unquantized weight [out, in]."""
         return self._reference[module]
 
     def weights(self, assignment: Mapping[str, str]) -> Mapping[str, Tensor]:
-        """Module name -> weight [out, in] in its assigned format, in the model's dtype and on its device; of a streamed model, when looked up."""
+        """Return module -> weight [out, in] in its assigned format, in the model's dtype, on its device; of a streamed model, when looked up."""
         if self.decoder.stream:
-            return Lookup(assignment, lambda module: self._weight(module, assignment[module]))
+            return LazyMapping(assignment, lambda module: self._weight(module, assignment[module]))
         self._make(list(assignment.items()))
         return {module: self._weight(module, name) for module, name in assignment.items()}
 
@@ -125,36 +126,37 @@ class Bank:
 
     # --- making what is missing ------------------------------------------------------------------------------------------
 
-    def _make(self, keys: Iterable[Key], progress: Callable[[int, int], None] | None = None) -> None:
+    def _make(self, keys: Iterable[Key], progress: Progress | None = None) -> None:
         missing = self._missing(keys)
-        for wanted in dict.fromkeys(tuple(names) for names in missing.values()):
-            self._quantize([module for module, names in missing.items() if tuple(names) == wanted], wanted, progress)
+        for formats in dict.fromkeys(tuple(names) for names in missing.values()):
+            self._quantize([module for module, names in missing.items() if tuple(names) == formats], formats, progress)
 
     def _missing(self, keys: Iterable[Key]) -> dict[str, list[str]]:
-        """Module -> formats that are neither in memory nor whole on disk."""
+        """Return module -> formats that are neither in memory nor whole on disk."""
         missing: dict[str, list[str]] = {}
         for module, name in keys:
-            if (module, name) not in self._kept and not self._readable((module, name)):
+            if (module, name) not in self._cache and not self._readable((module, name)):
                 missing.setdefault(module, []).append(name)
         return missing
 
-    def _quantize(self, modules: list[str], names: Sequence[str], progress: Callable[[int, int], None] | None) -> None:
+    def _quantize(self, modules: list[str], names: Sequence[str], progress: Progress | None) -> None:
         table = [self.formats[name] for name in names]
         with self.decoder.swapped(self._reference):  # whatever swap is going on around us
-            for done, (module, found) in enumerate(self.quantizer.quantize(self.decoder, modules, table, self.rows), start=1):
-                for name, codes in zip(names, found, strict=True):
+            results = self.quantizer.quantize(self.decoder, modules, table, self.rows)
+            for done, (module, of_formats) in enumerate(results, start=1):
+                for name, codes in zip(names, of_formats, strict=True):
                     if self.folder:
                         self._write((module, name), codes)
-                    self._keep((module, name), codes)
+                    self._add((module, name), codes)
                 if progress:
                     progress(done, len(modules))
 
-    def _keep(self, key: Key, codes: Codes | Blocks) -> None:
-        """In memory; the least recently used give way, if they can be read again."""
-        self._kept[key] = codes
-        self._kept_bytes += codes.held_bytes
-        while self.folder and self._kept_bytes > self._kept_limit and len(self._kept) > 1:
-            self._kept_bytes -= self._kept.popitem(last=False)[1].held_bytes
+    def _add(self, key: Key, codes: Codes | Blocks) -> None:
+        """Add to the cache; the least recently used give way, if they can be read again."""
+        self._cache[key] = codes
+        self._cached_bytes += codes.held_bytes
+        while self.folder and self._cached_bytes > self.cache_bytes and len(self._cache) > 1:
+            self._cached_bytes -= self._cache.popitem(last=False)[1].held_bytes
 
     # --- files -----------------------------------------------------------------------------------------------------------
 
@@ -163,47 +165,47 @@ class Bank:
         return self.folder / key[1] / f"{key[0]}.safetensors"
 
     def _readable(self, key: Key) -> bool:
-        """Is there a whole file? What is there is read, and kept, so that a damaged one is found out now."""
+        """Return whether there is a whole file. What is there is read into the cache, so that a damaged one is found out now."""
         if self.folder is None or not self._file(key).is_file():
             return False
         try:
-            self._keep(key, self._read(key))
+            self._add(key, self._read(key))
         except (SafetensorError, KeyError, ValueError, OSError):
             return False
         return True
 
     def _read(self, key: Key) -> Codes | Blocks:
-        return from_tensors(load_sealed(self._file(key), " ".join(key)), self.formats[key[1]], self.decoder.shape(key[0]))
+        return from_tensors(load_checked(self._file(key), " ".join(key)), self.formats[key[1]], self.decoder.shape(key[0]))
 
     def _write(self, key: Key, codes: Codes | Blocks) -> None:
         file = self._file(key)
         file.parent.mkdir(parents=True, exist_ok=True)
         self._describe()
-        save_sealed(to_tensors(codes, self.formats[key[1]]), file, " ".join(key))
+        save_checked(to_tensors(codes, self.formats[key[1]]), file, " ".join(key))
 
     def _describe(self) -> None:
-        """For people who look into the folder."""
+        """Write what the codes are of, for people who look into the folder."""
         assert self.folder is not None
         self.folder.mkdir(parents=True, exist_ok=True)
-        note = self.folder / "bank.json"
-        if not note.exists():
-            write_text(note, json.dumps({"schema": "bitatlas.bank/1", "codes_are_of": self.identity}, indent=1) + "\n")
+        file = self.folder / "bank.json"
+        if not file.exists():
+            write_text(file, json.dumps({"schema": "bitatlas.bank/1", "codes_are_of": self.identity}, indent=1) + "\n")
 
 
 def disk_bytes(modules: Sequence[Module], formats: Sequence[str]) -> int:
-    """What a bank of these modules in these formats takes on disk, at most."""
+    """Return the bytes that a bank of these modules in these formats takes on disk, at most."""
     return sum(stored_bytes(m.shape, FORMATS[name]) + HEADER_BYTES for m in modules for name in formats)
 
 
 def bank_of_plan(plan: Plan, plan_file: Path, decoder: Decoder, modules: Sequence[str]) -> Bank:
-    """The weights of `modules` that the plan is about: from its survey's bank, or quantized again where they depend on the model alone."""
-    places = [folder / BANK for folder in (plan_file.parent, plan_file.parent.parent) if (folder / BANK).is_dir()]
+    """Return the bank of a plan's `modules`: its survey's, or a new one where the codes depend on the model alone; else UserError."""
+    folders = [folder / BANK for folder in (plan_file.parent, plan_file.parent.parent) if (folder / BANK).is_dir()]
     bank = Bank(
         decoder,
         modules,
         plan.quantizer,
         plan.formats,
-        folder=places[0] if places else None,
+        folder=folders[0] if folders else None,
         weights_sha256=plan.model.weights_sha256,
         identity=plan.codes or None,
     )
@@ -215,59 +217,54 @@ def bank_of_plan(plan: Plan, plan_file: Path, decoder: Decoder, modules: Sequenc
     return bank
 
 
-# --- codes as tensors, in exactly the bytes that `formats.stored_bytes` counts ---
+# --- what a file holds ------------------------------------------------------------------------------------------------------
 
 
-def to_tensors(found: Codes | Blocks, fmt: Format) -> dict[str, Tensor]:
-    """What a file holds, on the CPU."""
-    if isinstance(found, Blocks):
-        return {"blocks": found.blocks.cpu().contiguous()}
-    tensors = {"codes": pack(found.codes.cpu(), fmt.bits), "scale": found.scale.cpu().contiguous()}
+def to_tensors(codes: Codes | Blocks, fmt: Format) -> dict[str, Tensor]:
+    """Return what a file holds, on the CPU, in exactly the bytes that `formats.stored_bytes` counts."""
+    if isinstance(codes, Blocks):
+        return {"blocks": codes.blocks.cpu().contiguous()}
+    tensors = {"codes": pack(codes.codes.cpu(), fmt.bits), "scale": codes.scale.cpu().contiguous()}
     if not fmt.symmetric:
-        tensors["zero"] = found.zero.cpu().contiguous()
+        tensors["zero"] = codes.zero.cpu().contiguous()
     return tensors
 
 
 def from_tensors(tensors: Mapping[str, Tensor], fmt: Format, shape: tuple[int, int]) -> Codes | Blocks:
-    """The inverse, for a weight [out, in]. KeyError, ValueError where the file is not one of this format and shape."""
+    """Return the codes of a weight [out, in] that `to_tensors` gave. KeyError, ValueError for tensors of another format or shape."""
     if fmt.runtime:
-        wanted = (shape[0], shape[1] * (fmt.bits * fmt.group_size + fmt.scale_bits) // (8 * fmt.group_size))
-        if tuple(tensors["blocks"].shape) != wanted:
-            raise ValueError(f"blocks of shape {tuple(tensors['blocks'].shape)}, not {wanted}")
+        expected = (shape[0], shape[1] * (fmt.bits * fmt.group_size + fmt.scale_bits) // (8 * fmt.group_size))
+        if tuple(tensors["blocks"].shape) != expected:
+            raise ValueError(f"blocks of shape {tuple(tensors['blocks'].shape)}, not {expected}")
         return Blocks(tensors["blocks"], fmt.own_name)
     scale = tensors["scale"]
     zero = tensors["zero"] if "zero" in tensors else torch.full_like(scale, 2 ** (fmt.bits - 1), dtype=torch.uint8)
     return Codes(unpack(tensors["codes"], fmt.bits, shape), scale, zero, fmt.group_size)
 
 
-# --- sealed ----------------------------------------------------------------------------------------------------------------
-
-# Safetensors files that carry a hash of what they hold, so that a byte that changed on the disk is found and not computed with.
-#
-# The format itself has no checksum: a changed byte in a tensor is another number and nothing else. The SHA-256 of names, dtypes, shapes
-# and bytes stands in the file's metadata, with the file's own name in it, so that one file is not taken for another.
-# Left out: protection against someone who means to change it, who would change the hash too.
-
-SEAL = "sha256"
+# Safetensors has no checksum: a byte that changed on the disk is another number and nothing else. So the SHA-256 of names, dtypes, shapes
+# and bytes stands in a file's metadata, with the file's own name in it, so that one file is not taken for another. Left out: protection
+# against someone who means to change it, who would change the hash too.
+CHECKSUM = "sha256"
 
 
-def save_sealed(tensors: Mapping[str, Tensor], file: Path, name: str) -> None:
-    """Write `tensors` to `file`, beside first, then renamed; OSError where the disk does not take them."""
-    # A file that a power cut empties fails its seal and is made again, so it need not be waited for.
-    write_bytes(file, save(dict(tensors), metadata={SEAL: _seal(tensors, name)}), sync=False)
+def save_checked(tensors: Mapping[str, Tensor], file: Path, name: str) -> None:
+    """Write `tensors` to `file` with their checksum, beside first, then renamed; OSError where the disk does not take them."""
+    # A file that a power cut empties fails its check and is made again, so it need not be waited for.
+    write_bytes(file, save(dict(tensors), metadata={CHECKSUM: _checksum(tensors, name)}), sync=False)
 
 
-def load_sealed(file: Path, name: str) -> dict[str, Tensor]:
-    """What was saved under `name`; ValueError or the library's own error where the file holds anything else."""
+def load_checked(file: Path, name: str) -> dict[str, Tensor]:
+    """Read what was saved under `name`; ValueError or the library's own error where the file holds anything else."""
     with safe_open(file, framework="pt") as reader:
         tensors = {key: reader.get_tensor(key) for key in reader.keys()}  # noqa: SIM118 (safe_open is not a dict)
-        seal = (reader.metadata() or {}).get(SEAL)
-    if seal != _seal(tensors, name):
+        checksum = (reader.metadata() or {}).get(CHECKSUM)
+    if checksum != _checksum(tensors, name):
         raise ValueError(f"{file}: holds something else than was written")
     return tensors
 
 
-def _seal(tensors: Mapping[str, Tensor], name: str) -> str:
+def _checksum(tensors: Mapping[str, Tensor], name: str) -> str:
     digest = hashlib.sha256(name.encode())
     for key, tensor in sorted(tensors.items()):
         digest.update(f"\n{key} {tensor.dtype} {list(tensor.shape)}\n".encode())

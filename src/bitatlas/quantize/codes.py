@@ -1,4 +1,4 @@
-"""Integer codes with a scale and a zero-point for every group of consecutive inputs, and how codes are packed."""
+"""Integer codes with a scale and a zero-point for every group of consecutive inputs, and how codes are packed into bytes."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ from torch import Tensor
 
 SMALLEST_SCALE = 2.0**-24  # smallest positive float16
 LARGEST_SCALE = 65504.0  # largest float16
+WORD_CODES = 8  # codes of b bits fill exactly b bytes: they are combined into one 64-bit word, whose lowest b bytes are stored
 
 
 @dataclass(frozen=True)
@@ -26,7 +27,7 @@ class Codes:
 
     @property
     def held_bytes(self) -> int:
-        """In memory, about."""
+        """Bytes in memory, about."""
         return self.codes.numel()
 
     def to(self, device: torch.device) -> Codes:
@@ -50,42 +51,36 @@ def grouped(weight: Tensor, size: int) -> list[Tensor]:
     return [part for part in parts if part.numel()]
 
 
-# --- packing ---------------------------------------------------------------------------------------------------------------
-
-# Codes of 1 to 8 bits as a stream of bytes: little-endian, no padding but at the very end.
-#
-# Eight codes of b bits are exactly b bytes, so eight are combined into one 64-bit word and its lowest b bytes kept. This is the form in
-# which `bank` stores codes, and its length is what `formats.stored_bytes` counts; runtimes have their own layouts.
-
-TOGETHER = 8  # codes of b bits fill b whole bytes
-
-
 def packed_bytes(count: int, bits: int) -> int:
-    """Bytes of `count` codes of `bits` bits."""
+    """Return the bytes of `count` codes of `bits` bits."""
     return math.ceil(count * bits / 8)
 
 
 def pack(codes: Tensor, bits: int) -> Tensor:
-    """codes: uint8 of any shape, each below 2**bits -> uint8 [ceil(codes * bits / 8)]. ValueError for a code that does not fit."""
+    """Pack codes of 1 to 8 bits into a stream of bytes: little-endian, no padding but at the very end.
+
+    codes: uint8 of any shape, each below 2**bits -> uint8 [ceil(codes * bits / 8)]. ValueError for a code that does not fit. This is
+    the form in which `bank` stores codes, and its length is what `formats.stored_bytes` counts; runtimes have their own layouts.
+    """
     _check(bits)
     flat = codes.flatten()
     if flat.numel() and int(flat.max()) >> bits:
         raise ValueError(f"codes up to {int(flat.max())} do not fit {bits} bits")
-    padded = torch.nn.functional.pad(flat, (0, -flat.numel() % TOGETHER)).view(-1, TOGETHER)
-    words = (padded.long() << _shifts(bits, TOGETHER)).sum(-1, keepdim=True)  # disjoint bits: the sum is their union
+    padded = torch.nn.functional.pad(flat, (0, -flat.numel() % WORD_CODES)).view(-1, WORD_CODES)  # [words, 8]
+    words = (padded.long() << _shifts(bits, WORD_CODES)).sum(-1, keepdim=True)  # disjoint bits: the sum is their union
     stream = (words >> _shifts(8, bits)) & 0xFF  # [words, bits]
     return stream.to(torch.uint8).flatten()[: packed_bytes(flat.numel(), bits)]
 
 
 def unpack(packed: Tensor, bits: int, shape: tuple[int, ...]) -> Tensor:
-    """The inverse of `pack`: uint8 of `shape`. ValueError where the length is not that of `shape`."""
+    """Return the codes that `pack` packed: uint8 of `shape`. ValueError where the length is not that of `shape`."""
     _check(bits)
     count = math.prod(shape)
     if packed.numel() != packed_bytes(count, bits):
         raise ValueError(f"{packed.numel()} bytes are not {count} codes of {bits} bits")
-    stream = torch.nn.functional.pad(packed, (0, -packed.numel() % bits)).view(-1, bits)
+    stream = torch.nn.functional.pad(packed, (0, -packed.numel() % bits)).view(-1, bits)  # [words, bits]
     words = (stream.long() << _shifts(8, bits)).sum(-1, keepdim=True)
-    codes = (words >> _shifts(bits, TOGETHER)) & (2**bits - 1)
+    codes = (words >> _shifts(bits, WORD_CODES)) & (2**bits - 1)
     return codes.to(torch.uint8).flatten()[:count].view(shape)
 
 

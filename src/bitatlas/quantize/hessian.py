@@ -1,4 +1,4 @@
-"""What goes into the modules: the mean of x xᵀ over all tokens of some rows, for every distinct input of a decoder.
+"""Hessians of the modules: the mean of x xᵀ over all tokens of some rows, for every distinct input x of a decoder.
 
 A quantizer that looks at the data needs no more than this matrix: the squared error of an output row with weight error e is
 e H eᵀ. The decoder runs layer by layer, with one layer's matrices in memory; every layer's hidden state is computed once, from
@@ -11,6 +11,7 @@ decoder layers, which bitatlas never quantizes.
 
 from __future__ import annotations
 
+from collections import Counter, defaultdict
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
@@ -19,53 +20,52 @@ import torch
 from torch import Tensor, nn
 
 from bitatlas.model.decoder import Decoder
-from bitatlas.model.layerwise import batch_rows, enter, is_chain, run_layer, whole_logits
+from bitatlas.model.layerwise import batch_rows, is_chain, layer_inputs, run_layer, whole_logits
 
 Run = Callable[[int, Callable[[], None]], None]  # (layer, called before each batch)
 
 
-def input_moments(decoder: Decoder, modules: Sequence[str], rows: Tensor) -> Iterator[tuple[list[str], Tensor]]:
-    """For every distinct input: the modules that it goes into, and the mean of x xᵀ over the tokens of `rows` [rows, tokens].
+def input_hessians(decoder: Decoder, modules: Sequence[str], rows: Tensor) -> Iterator[tuple[list[str], Tensor]]:
+    """Yield for every distinct input the modules that it goes into, and the mean of x xᵀ over the tokens of `rows` [rows, tokens].
 
     The matrix is float64 [in, in], on the model's device where that has float64. An input that no token reached (an expert that
     was never chosen) has a matrix of zeros. Lazy, layer by layer; the model must hold the reference weights all the while.
     Raises ValueError for a module outside the decoder layers.
     """
-    layers = [_inside(decoder.model, layer, modules) for layer in decoder.layers]
+    layers = [_modules_in(decoder.model, layer, modules) for layer in decoder.layers]
     if sum(map(len, layers)) < len(set(modules)):
         raise ValueError("a module outside the decoder layers has no recorded input")
     batches = rows.split(batch_rows(rows.shape[1], decoder.vocabulary))
-    run = _pieces(decoder, batches) if is_chain(decoder) else _whole(decoder, batches)
-    for number, named in enumerate(layers):
-        if not any(layers[number:]):
+    run = _layer_runner(decoder, batches) if is_chain(decoder) else _model_runner(decoder, batches)
+    for index, layer_modules in enumerate(layers):
+        if not any(layers[index:]):
             return
-        sums = _Sums()
-        with decoder.held(number):
-            with sums.watching(named), torch.no_grad():
-                run(number, sums.next_batch)
-            for name in named:
-                if name not in sums.owner:
+        sums = InputSums()
+        with decoder.held(index):
+            with sums.watching(layer_modules), torch.no_grad():
+                run(index, sums.next_batch)
+            for name in layer_modules:
+                if name not in sums.modules:
                     sums.add(name, torch.zeros(1, decoder.shape(name)[1], device=decoder.device))
             yield from sums.means()
 
 
-def _pieces(decoder: Decoder, batches: Sequence[Tensor]) -> Run:
-    """Every batch through one layer after the other."""
-    starts = [enter(decoder, batch.to(decoder.device)) for batch in batches]
+def _layer_runner(decoder: Decoder, batches: Sequence[Tensor]) -> Run:
+    """Return what sends every batch through one layer after the other."""
+    starts = [layer_inputs(decoder, batch.to(decoder.device)) for batch in batches]
     hidden, shared = [start.hidden for start in starts], [start.fresh() for start in starts]
 
     def run(layer: int, next_batch: Callable[[], None]) -> None:
-        for batch, start in enumerate(starts):
+        for index, start in enumerate(starts):
             if layer < len(start.calls):
                 next_batch()
-                call = start.call(layer, shared[batch])
-                hidden[batch] = run_layer(decoder.layers[layer], hidden[batch], call)
+                hidden[index] = run_layer(decoder.layers[layer], hidden[index], start.call(layer, shared[index]))
 
     return run
 
 
-def _whole(decoder: Decoder, batches: Sequence[Tensor]) -> Run:
-    """The whole model on every batch, again for each layer: no more than one layer's matrices are in memory."""
+def _model_runner(decoder: Decoder, batches: Sequence[Tensor]) -> Run:
+    """Return what runs the whole model on every batch, again for each layer, so that no more than one layer's matrices are in memory."""
 
     def run(layer: int, next_batch: Callable[[], None]) -> None:
         for batch in batches:
@@ -75,42 +75,47 @@ def _whole(decoder: Decoder, batches: Sequence[Tensor]) -> Run:
     return run
 
 
-def input_of(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Tensor:
-    """What a linear module was called with."""
+def module_input(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Tensor:
+    """Return what a linear module was called with."""
     return next(iter((*args, *kwargs.values())))  # type: ignore[no-any-return]
 
 
-def precise(values: Tensor) -> Tensor:
-    """`values` as float64, on the same device where that has float64."""
+def to_float64(values: Tensor) -> Tensor:
+    """Return `values` as float64, on the same device where that has float64."""
     return (values.cpu() if values.device.type == "mps" else values).double()
 
 
-def _inside(model: nn.Module, layer: nn.Module, modules: Sequence[str]) -> dict[str, nn.Module]:
-    """Those of `modules` that are in `layer`."""
+def _modules_in(model: nn.Module, layer: nn.Module, names: Sequence[str]) -> dict[str, nn.Module]:
+    """Return those of the modules called `names` that are in `layer`."""
     inner = {id(module) for module in layer.modules()}
-    found = {name: model.get_submodule(name) for name in modules}
-    return {name: module for name, module in found.items() if id(module) in inner}
+    modules = {name: model.get_submodule(name) for name in names}
+    return {name: module for name, module in modules.items() if id(module) in inner}
 
 
-class _Sums:
-    """The running sums of one layer's inputs. The first module that a tensor goes into *owns* the sum; the others share it."""
+class InputSums:
+    """Sums of x xᵀ over one layer's inputs, one for every set of modules that were called with the same tensors."""
 
     def __init__(self) -> None:
-        self.owner: dict[str, str] = {}
-        self._total: dict[str, Tensor] = {}
-        self._tokens: dict[str, int] = {}
-        self._shared: dict[str, tuple[Tensor, int]] = {}  # the owner's sum and tokens when a module last had the same input
-        self._latest: dict[str, Tensor] = {}  # by owner, of this batch: kept alive, so that `is` means the same tensor
+        self.modules: dict[str, None] = {}  # in the order in which they were first called
+        self._sums: dict[tuple[str, ...], tuple[Tensor, int]] = {}  # modules called with the same tensor -> sum, tokens
+        self._calls: list[tuple[Tensor, list[str]]] = []  # of this batch: kept alive, so that `is` means the same tensor
 
     def next_batch(self) -> None:
-        self._latest = {}
+        """Add up what came since the last call."""
+        for inputs, modules in self._calls:
+            flat = inputs.detach().reshape(-1, inputs.shape[-1]).float()  # [tokens, in]
+            product = to_float64(flat.T @ flat)
+            key = tuple(modules)
+            total, tokens = self._sums.get(key, (None, 0))
+            self._sums[key] = product if total is None else total + product, tokens + len(flat)
+        self._calls = []
 
     @contextmanager
     def watching(self, modules: Mapping[str, nn.Module]) -> Iterator[None]:
-        """Within the block, what goes into `modules` is added up."""
+        """Add up what goes into `modules` within the block."""
 
         def hook_of(name: str) -> Any:
-            return lambda module, args, kwargs: self.add(name, input_of(args, kwargs))
+            return lambda module, args, kwargs: self.add(name, module_input(args, kwargs))
 
         hooks = [module.register_forward_pre_hook(hook_of(name), with_kwargs=True) for name, module in modules.items()]
         try:
@@ -120,33 +125,25 @@ class _Sums:
                 hook.remove()
 
     def add(self, name: str, inputs: Tensor) -> None:
-        """`inputs` [..., in] goes into module `name`."""
-        tokens = inputs.numel() // inputs.shape[-1]
-        if self.owner.get(name, "") != name:
-            owner = next((owner for owner, tensor in self._latest.items() if tensor is inputs), name)
-            before = self._shared[name][1] if name in self._shared else 0
-            if owner == self.owner.get(name, owner) and owner != name and self._tokens[owner] == before + tokens:
-                self.owner[name] = owner  # both had the same so far
-                self._shared[name] = self._total[owner], self._tokens[owner]
+        """Take note that `inputs` [..., in] go into module `name`; the tensor must stay as it is until the next batch."""
+        self.modules[name] = None
+        for tensor, modules in self._calls:
+            if tensor is inputs and name not in modules:
+                modules.append(name)
                 return
-            self._part(name)
-        self._latest[name] = inputs
-        flat = inputs.detach().reshape(-1, inputs.shape[-1]).float()
-        product = precise(flat.T @ flat)
-        self._total[name] = self._total[name] + product if name in self._total else product
-        self._tokens[name] = self._tokens.get(name, 0) + tokens
-
-    def _part(self, name: str) -> None:
-        """From here on `name` goes its own way, from what it had together with another."""
-        self.owner[name] = name
-        if name in self._shared:
-            self._total[name], self._tokens[name] = self._shared.pop(name)
+        self._calls.append((inputs, [name]))
 
     def means(self) -> Iterator[tuple[list[str], Tensor]]:
-        """The modules that share an input, and its matrix; each is forgotten once handed out."""
-        for name, (_, tokens) in list(self._shared.items()):
-            if tokens != self._tokens[self.owner[name]]:
-                self._part(name)
-        for owner in list(self._total):
-            sharing = [name for name, own in self.owner.items() if own == owner]
-            yield sharing, self._total.pop(owner) / max(1, self._tokens[owner])
+        """Yield the modules that had the same inputs throughout, and their mean; sums are dropped after their last use."""
+        self.next_batch()
+        sharing: dict[tuple[tuple[str, ...], ...], list[str]] = defaultdict(list)
+        for name in self.modules:
+            sharing[tuple(key for key in self._sums if name in key)].append(name)
+        uses = Counter(key for keys in sharing for key in keys)
+        for keys, names in sharing.items():
+            totals, tokens = zip(*(self._sums[key] for key in keys), strict=True)
+            uses.subtract(keys)
+            for key in keys:
+                if not uses[key]:
+                    del self._sums[key]
+            yield names, sum(totals[1:], totals[0]) / max(1, sum(tokens))

@@ -19,7 +19,7 @@ from bitatlas.records.formats import Format
 
 
 def quantize(weight: Tensor, fmt: Format) -> Codes:
-    """Codes of `weight` [out, in], zero-points float16; the last group of a row may be short."""
+    """Return codes of `weight` [out, in], zero-points float16; the last group of a row may be short."""
     whole = weight.shape[1] // fmt.group_size * fmt.group_size
     pieces = [piece for piece in (weight[:, :whole], weight[:, whole:]) if piece.numel()]
     parts = [_quantize(piece.detach().float(), fmt.bits, min(fmt.group_size, piece.shape[1])) for piece in pieces]
@@ -30,7 +30,7 @@ def quantize(weight: Tensor, fmt: Format) -> Codes:
 
 
 def _quantize(weight: Tensor, bits: int, size: int) -> tuple[Tensor, Tensor, Tensor]:
-    """`weight` [out, in], whole groups of `size` -> the package's codes [out, in], scale and zero-point [out, groups]."""
+    """Return the package's codes [out, in], scale and zero-point [out, groups] of `weight` [out, in], whole groups of `size`."""
     from hqq.core.quantize import Quantizer
 
     codes, meta = Quantizer.quantize(
@@ -43,7 +43,7 @@ def _quantize(weight: Tensor, bits: int, size: int) -> tuple[Tensor, Tensor, Ten
 
 
 def _within_float16(weight: Tensor, codes: Tensor, scale: Tensor, zero: Tensor, top: int) -> tuple[Tensor, Tensor, Tensor]:
-    """The same, but for groups whose range needs a larger scale than float16 has: the largest, and the codes nearest on that grid."""
+    """Replace, where a group's range needs a larger scale than float16 has: by the largest, and the codes nearest on that grid."""
     fits = scale <= LARGEST_SCALE  # [out, groups]; false for what overflowed on the way
     held = torch.where(fits, scale, LARGEST_SCALE)
     zero = torch.where(fits, zero, (zero / held * scale).nan_to_num(0).clamp(-LARGEST_SCALE, LARGEST_SCALE))

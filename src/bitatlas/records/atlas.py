@@ -33,7 +33,7 @@ class TokensInfo:
     by_document: bool = False  # a block is a whole document (or some short ones); else a stretch of one
 
     def blocks(self, split: str) -> list[int] | None:
-        """The block of each row of a split; None in an atlas from before rows had blocks."""
+        """Return the block of each row of a split; None in an atlas from before rows had blocks."""
         return self.splits[split].blocks or None
 
 
@@ -154,9 +154,7 @@ class Layer:
     criticality: Measured  # share of the damage / share of the weights
     q_value: float  # two-sided, criticality = 1, Benjamini-Hochberg over layers
     verdict: str  # "critical", "safe", "light" or "uncertain"
-    rows_needed: int | None = (
-        None  # uncertain, or light: about so many rows would tell (10 000: or more); None: no number of rows would
-    )
+    rows_needed: int | None = None  # uncertain or light: about so many rows would tell (10 000: or more); None: no number would
     q_is_bound: bool = False  # resampling gives no smaller one: printed with "<"
 
 
@@ -260,7 +258,7 @@ class TaskScore:
 
 @dataclass(frozen=True)
 class NoLoss:
-    """The test of "no loss within `margin_points`" on a pair; p-values are one-sided (see `evaluation.no_loss`)."""
+    """The test of "no loss within `margin_points`" on a pair; p-values are one-sided (see `stats.margin`)."""
 
     margin_points: float
     ci90: tuple[float, float]  # of the difference, points: its lower end is what the score test compares with the margin
@@ -297,9 +295,7 @@ class TaskDamage:
     task: str
     uniform: dict[str, Measured]  # format -> every module at it
     criticality: list[Measured]
-    q_values: list[
-        float
-    ]  # two-sided, criticality as on general text of the same length, Benjamini-Hochberg over tasks and layers
+    q_values: list[float]  # two-sided, criticality as on general text of that length, Benjamini-Hochberg over tasks and layers
     agreement: Correlation | None  # of criticality here and on that general text, over layers
     general: list[Measured] = field(default_factory=list)  # criticality on test rows cut to the task's length
 

@@ -1,7 +1,6 @@
-"""Records -> JSON files and back.
+"""Write records as JSON files and read them, and write any file whole or not at all.
 
 Reading validates types (pydantic reads plain dataclasses), so a damaged file is one clear line and not a traceback later.
-Writing is whole or not at all.
 """
 
 from __future__ import annotations
@@ -14,7 +13,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
-from typing import TypeVar
+from typing import Any, TypeVar
 
 from bitatlas.errors import UserError
 from bitatlas.records import ATLAS_SCHEMA, PLAN_SCHEMA, Atlas, Plan
@@ -25,7 +24,7 @@ Record = TypeVar("Record", Plan, Atlas)
 
 
 def to_json(record: Plan | Atlas) -> str:
-    """JSON text, schema first; the same record gives the same bytes."""
+    """Return a record as JSON text, schema first; equal records give equal bytes."""
     content = asdict(record)
     content = {"schema": content.pop("schema"), **content}
     return json.dumps(content, indent=1, ensure_ascii=False, allow_nan=False) + "\n"
@@ -43,7 +42,7 @@ def read_record(path: Path, kind: type[Record]) -> Record:
 
 
 def parse_record(text: str, path: str, kind: type[Record]) -> Record:
-    """The same from JSON text; `path` is where it was found, for messages."""
+    """Validate the JSON text of a record; `path` is where it came from, for messages. UserError as of `read_record`."""
     from pydantic import TypeAdapter, ValidationError
 
     try:
@@ -51,26 +50,20 @@ def parse_record(text: str, path: str, kind: type[Record]) -> Record:
     except (ValueError, RecursionError) as error:
         raise UserError(f"{path}: not readable JSON ({error})") from None
     expected = PLAN_SCHEMA if kind is Plan else ATLAS_SCHEMA
-    found = content.get("schema") if isinstance(content, dict) else None
-    if found != expected:
-        raise UserError(f"{path}: schema is {found!r}, expected {expected!r}")
+    schema = content.get("schema") if isinstance(content, dict) else None
+    if schema != expected:
+        raise UserError(f"{path}: schema is {schema!r}, expected {expected!r}")
     try:
-        record = TypeAdapter(kind).validate_python(content)
+        record: Any = TypeAdapter(kind).validate_python(content)
     except ValidationError as error:
         first = error.errors()[0]
-        place = ".".join(map(str, first["loc"]))
-        raise UserError(f"{path}: {place}: {first['msg']}") from None
-    for plan in _plans_in(record):
+        raise UserError(f"{path}: {'.'.join(map(str, first['loc']))}: {first['msg']}") from None
+    plans = [record.plan, *record.plans] if isinstance(record, Atlas) else [record]
+    for plan in filter(None, plans):
         unknown = sorted(set(plan.modules.values()) - set(plan.formats))
         if unknown:
             raise UserError(f"{path}: modules have the format {unknown[0]!r}, which formats does not describe")
-    return record
-
-
-def _plans_in(record: Plan | Atlas) -> list[Plan]:
-    if isinstance(record, Plan):
-        return [record]
-    return [*([record.plan] if record.plan else []), *record.plans]
+    return record  # type: ignore[no-any-return]
 
 
 def _refuse_constant(name: str) -> None:
@@ -78,12 +71,12 @@ def _refuse_constant(name: str) -> None:
 
 
 def plan_place(plan: Plan) -> str:
-    """Where a plan of the curve lies, from the survey's folder."""
+    """Return the path of a plan of the curve, relative to the survey's folder."""
     return f"{CURVE_FOLDER}/plan-{plan.budget.value:.0f}.json"
 
 
 def write_plans(folder: Path, plans: Sequence[Plan]) -> None:
-    """The curve's plans as files; no new folder for none."""
+    """Write the curve's plans as files of the survey's `folder`; no new folder for none."""
     if plans:
         (folder / CURVE_FOLDER).mkdir(exist_ok=True)
     for plan in plans:
@@ -91,18 +84,18 @@ def write_plans(folder: Path, plans: Sequence[Plan]) -> None:
 
 
 def drop_other_plans(folder: Path, plans: Sequence[Plan]) -> None:
-    """Away with the plans of an earlier curve."""
+    """Delete the plans of an earlier curve."""
     for old in set((folder / CURVE_FOLDER).glob("plan-*.json")) - {folder / plan_place(plan) for plan in plans}:
         old.unlink()
 
 
 def write_text(path: Path, text: str) -> None:
-    """`write_bytes` of UTF-8 text."""
+    """Write UTF-8 text, whole or not at all."""
     write_bytes(path, text.encode("utf-8"))
 
 
 def write_bytes(path: Path, content: bytes, sync: bool = True) -> None:
-    """Write beside, then rename: a reader never sees half a file. `sync`: and a power cut loses nothing."""
+    """Write a file whole or not at all: beside it first, then renamed. `sync`: a power cut loses nothing either."""
     with writing(path):
         handle, beside = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
         try:
@@ -120,7 +113,7 @@ def write_bytes(path: Path, content: bytes, sync: bool = True) -> None:
 
 @contextmanager
 def writing(path: Path) -> Iterator[None]:
-    """What goes wrong in the block goes wrong with `path`: a full disk's error does not say which file it was."""
+    """Give an OSError of the block the file name `path`: a full disk's error does not say which file it was."""
     try:
         yield
     except OSError as error:
@@ -129,7 +122,7 @@ def writing(path: Path) -> Iterator[None]:
 
 @contextmanager
 def all_or_none(folder: Path) -> Iterator[Path]:
-    """A folder to write files to, which go to their places in `folder` together when the block ends well.
+    """Give a folder to write files to, which go to their places in `folder` together when the block ends well.
 
     If it does not, as on a full disk, `folder` stays as it was. What a killed process left is removed by the next.
     """
@@ -139,8 +132,8 @@ def all_or_none(folder: Path) -> Iterator[Path]:
     try:
         yield beside
         for file in sorted(file for file in beside.rglob("*") if file.is_file()):
-            place = folder / file.relative_to(beside)
-            place.parent.mkdir(parents=True, exist_ok=True)
-            os.replace(file, place)
+            target = folder / file.relative_to(beside)
+            target.parent.mkdir(parents=True, exist_ok=True)
+            os.replace(file, target)
     finally:
         shutil.rmtree(beside, ignore_errors=True)

@@ -8,7 +8,7 @@ A group size need not divide a row: the last, short group is a group of its own,
 
 Beside these stand formats that a runtime defines (`runtime`), under that runtime's own names: llama.cpp's `q4_k` and others. Their group
 is llama.cpp's block, `bits` its codes, `scale_bits` everything else in the block, so the same arithmetic gives their exact bytes; the
-block must divide the row (`check_rows`). Bytes and sizes of blocks: ggml-common.h; what needs an importance matrix or was made for
+block must divide the row (`sizes.check_rows`). Bytes and sizes of blocks: ggml-common.h; what needs an importance matrix or was made for
 ternary weights is not offered.
 Left out: other codebook and floating-point formats (they come with their runtimes).
 """
@@ -17,9 +17,7 @@ from __future__ import annotations
 
 import difflib
 import math
-from collections.abc import Iterable
 from dataclasses import dataclass
-from typing import Protocol
 
 from bitatlas.errors import UserError
 
@@ -43,16 +41,6 @@ LLAMA_CPP_BLOCKS = {
     "iq3_s": (3, 256, 110, True),
     "iq4_xs": (4, 256, 136, True),
 }
-
-
-class Weight(Protocol):
-    """What `check_rows` asks of a module."""
-
-    @property
-    def name(self) -> str: ...
-
-    @property
-    def shape(self) -> tuple[int, int]: ...
 
 
 @dataclass(frozen=True)
@@ -97,7 +85,7 @@ INTEGER_FORMATS: dict[str, Format] = {name: fmt for name, fmt in FORMATS.items()
 
 
 def get_format(name: str) -> Format:
-    """The format called `name`; raises UserError with the nearest valid name."""
+    """Return the format called `name`; UserError with the nearest valid name."""
     if name in FORMATS:
         return FORMATS[name]
     near = difflib.get_close_matches(name, FORMATS, n=1, cutoff=0.0)[0]
@@ -108,39 +96,18 @@ def get_format(name: str) -> Format:
 
 
 def takes(fmt: Format, in_features: int) -> bool:
-    """Can a row of so many inputs be stored in this format?"""
+    """Return whether a row of `in_features` inputs can be stored in this format."""
     return not fmt.runtime or in_features % fmt.group_size == 0
 
 
-def check_rows(modules: Iterable[Weight], formats: Iterable[str], flag: str = "--formats") -> None:
-    """UserError naming `flag`, the first module whose rows one of `formats` cannot take, and the nearest format that takes them."""
-    table = [get_format(name) for name in formats]
-    for module in modules:
-        width = module.shape[1]
-        for fmt in table:
-            if takes(fmt, width):
-                continue
-            able = [other for other in FORMATS.values() if other.runtime == fmt.runtime and takes(other, width)]
-            near = min(able, key=lambda other: abs(_row_bits(other) - _row_bits(fmt)), default=None)
-            told = f"; the nearest that takes them is {near.name}" if near else f"; no format of {fmt.runtime} takes them"
-            raise UserError(
-                f"{flag}: {module.name} has rows of {width}, which {fmt.name} cannot take (whole blocks of {fmt.group_size}){told}"
-            )
-
-
-def _row_bits(fmt: Format) -> float:
-    """Stored bits a weight, in a row of whole groups."""
-    return fmt.bits + (fmt.scale_bits + fmt.zero_bits) / fmt.group_size
-
-
 def group_count(shape: tuple[int, int], group_size: int) -> int:
-    """Groups of a weight [out, in]: each row is cut into ceil(in / group_size) groups."""
+    """Return the number of groups of a weight [out, in]: each row is cut into ceil(in / group_size) groups."""
     out_features, in_features = shape
     return out_features * math.ceil(in_features / group_size)
 
 
 def stored_bytes(shape: tuple[int, int], fmt: Format) -> int:
-    """Exact bytes of one weight [out, in]: codes (padded to a whole byte a module), scales and zero-points."""
+    """Return the exact bytes of one weight [out, in]: codes (padded to a whole byte a module), scales and zero-points."""
     out_features, in_features = shape
     codes = math.ceil(out_features * in_features * fmt.bits / 8)
     extra = math.ceil(group_count(shape, fmt.group_size) * (fmt.scale_bits + fmt.zero_bits) / 8)
@@ -148,5 +115,5 @@ def stored_bytes(shape: tuple[int, int], fmt: Format) -> int:
 
 
 def by_width(names: list[str] | tuple[str, ...]) -> list[str]:
-    """Format names from the narrowest to the widest (by bits, then by what a weight really costs)."""
+    """Return format names from the narrowest to the widest (by bits, then by what a weight really costs)."""
     return sorted(names, key=lambda name: (get_format(name).bits, stored_bytes((1, 4096), get_format(name))))

@@ -22,12 +22,12 @@ VERSION = 3  # raise it when a measurement's meaning changes: older entries are 
 
 
 def content_key(*parts: Any) -> str:
-    """A hash of anything JSON can hold."""
+    """Return a hash of anything JSON can hold."""
     text = json.dumps([VERSION, *parts], sort_keys=True, separators=(",", ":"))
     return hashlib.sha256(text.encode()).hexdigest()
 
 
-def _check(key: str, value: str) -> str:
+def _checksum(key: str, value: str) -> str:
     return hashlib.sha256(f"{key} {value}".encode()).hexdigest()[:16]
 
 
@@ -40,10 +40,10 @@ class Journal:
             raise UserError(
                 f"{path.parent}: is read-only, but the run's journal goes there; choose another --out, or copy the folder"
             )
-        with self._told():
+        with self._readable_errors():
             self._db = sqlite3.connect(path or ":memory:", timeout=1)
         try:
-            with self._told():
+            with self._readable_errors():
                 self._open()
         except UserError:
             self._db.close()
@@ -64,7 +64,7 @@ class Journal:
             raise self._unusable(damage)
 
     @contextmanager
-    def _told(self) -> Iterator[None]:
+    def _readable_errors(self) -> Iterator[None]:
         """Turn SQLite's errors (damaged file, full disk, no permission) into one clear line."""
         try:
             yield
@@ -78,18 +78,18 @@ class Journal:
             raise self._unusable(error) from None
 
     def _unusable(self, reason: object) -> UserError:
-        told = " ".join(str(reason).split())
+        line = " ".join(str(reason).split())
         return UserError(
-            f"{self.path}: the run's journal cannot be used ({told}); repair the disk, or start again with another --out"
+            f"{self.path}: the run's journal cannot be used ({line}); repair the disk, or start again with another --out"
         )
 
     def get(self, key: str) -> Any | None:
-        """The measurement under `key`, or None."""
-        with self._told():
+        """Return the measurement under `key`, or None."""
+        with self._readable_errors():
             row = self._db.execute("SELECT value, hash FROM measured WHERE key = ?", (key,)).fetchone()
         if row is None:
             return None
-        if _check(key, row[0]) != row[1]:
+        if _checksum(key, row[0]) != row[1]:
             raise self._unusable("a measurement in it is not what was written")
         return json.loads(row[0])
 
@@ -100,22 +100,22 @@ class Journal:
     def put_all(self, stage: str, values: Mapping[str, Any]) -> None:
         """Record measurements by key, all of them or none."""
         texts = {key: json.dumps(value, allow_nan=False) for key, value in values.items()}
-        with self._told():
+        with self._readable_errors():
             self._db.executemany(
                 "INSERT OR REPLACE INTO measured VALUES (?, ?, ?, ?)",
-                [(key, stage, text, _check(key, text)) for key, text in texts.items()],
+                [(key, stage, text, _checksum(key, text)) for key, text in texts.items()],
             )
             self._db.commit()
 
     def entries(self) -> list[tuple[str, str, Any]]:
-        """Everything that was put: key, stage, value."""
-        with self._told():
-            found = self._db.execute("SELECT key, stage, value FROM measured").fetchall()
-        return [(key, stage, json.loads(value)) for key, stage, value in found]
+        """Return (key, stage, value) of every measurement."""
+        with self._readable_errors():
+            rows = self._db.execute("SELECT key, stage, value FROM measured").fetchall()
+        return [(key, stage, json.loads(value)) for key, stage, value in rows]
 
     def claim(self, weights_sha256: str, model: str) -> None:
         """Tie the journal to one model; UserError where it already belongs to another."""
-        with self._told():
+        with self._readable_errors():
             row = self._db.execute("SELECT value FROM run WHERE name = 'weights_sha256'").fetchone()
             if row is None:
                 self._db.executemany("INSERT INTO run VALUES (?, ?)", [("weights_sha256", weights_sha256), ("model", model)])
@@ -127,9 +127,6 @@ class Journal:
                 f"--out {self.path.parent if self.path else ''}: holds a run of {owner[0]} with other weights; choose another folder"
             )
 
-    def count(self) -> int:
-        with self._told():
-            return int(self._db.execute("SELECT COUNT(*) FROM measured").fetchone()[0])
-
     def close(self) -> None:
+        """Close the file, so that another process may open it."""
         self._db.close()

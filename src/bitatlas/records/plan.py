@@ -99,7 +99,7 @@ class Baseline:
 
     @property
     def is_random(self) -> bool:
-        """Drawn, and no rule that somebody would follow."""
+        """Return whether it was drawn, and is no rule that somebody would follow."""
         return self.name.startswith("random")
 
 
@@ -130,11 +130,7 @@ class Plan:
     schema: str = PLAN_SCHEMA
 
 
-# --- memory ----------------------------------------------------------------------------------------------------------------
-
-# What a running model holds besides its weights, as records: what that depends on (of the model), and what was asked for (of the user).
-#
-# Part of `ModelInfo` and `Budget` in `records/`; `planning/memory.py` has the formula, `shape.py` reads a model's shape.
+# --- device memory: what it depends on (of the model), and what was asked for (of the user) ----------------------------
 
 
 @dataclass(frozen=True)
@@ -149,7 +145,7 @@ class CacheLayers:
 
 @dataclass(frozen=True)
 class MemoryShape:
-    """What the memory of a running model depends on besides its weights (`planning/memory.py` has the formula)."""
+    """What the memory of a running model depends on besides its weights (`plan/budget.py` has the formula, `model/memory_shape.py` reads it)."""
 
     hidden: int
     inner: int  # widest input of a linear module: the inner width of the MLP

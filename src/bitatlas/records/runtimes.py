@@ -1,4 +1,4 @@
-"""What each runtime can hold: one table for the report, which imports no torch, and for the exports."""
+"""Which formats each runtime can hold: the report's table of runtimes (no torch), and how an exporter states its own."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ RUNTIMES = {
 
 
 def fits(runtime: Runtime, plan: Plan, modules: list[Module]) -> bool:
-    """Whether a runtime has all formats of a plan, for rows of these widths."""
+    """Return whether a runtime has all formats of a plan, for the rows of these modules."""
     used = [(module, plan.formats[plan.modules[module.name]]) for module in modules if module.name in plan.modules]
     if not used or not all(runtime.holds(fmt) for _, fmt in used):
         return False
@@ -51,10 +51,12 @@ def fits(runtime: Runtime, plan: Plan, modules: list[Module]) -> bool:
 class Holds(Protocol):
     """What a runtime can hold."""
 
-    def fits(self, fmt: Format) -> bool: ...
+    def fits(self, fmt: Format) -> bool:
+        """Return whether the runtime can hold `fmt`."""
+        ...
 
     def nearest(self, fmt: Format) -> str:
-        """The name of the held format that is nearest to `fmt`."""
+        """Return the name of the held format that is nearest to `fmt`."""
         ...
 
 
@@ -73,7 +75,7 @@ class Integers:
         return fmt.bits in self.bits and fmt.group_size in self.group_sizes and fmt.symmetric in self.symmetric
 
     def nearest(self, fmt: Format) -> str:
-        """By width first (the wider of two), then symmetry, then group size (the smaller of two)."""
+        """Return the nearest by width (the wider of two), then symmetry, then group size (the smaller of two)."""
         held = [other for other in FORMATS.values() if self.fits(other)]
 
         def distance(other: Format) -> tuple[float, ...]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from fractions import Fraction
 
@@ -13,17 +13,14 @@ from numpy.typing import NDArray
 
 from bitatlas.errors import UserError
 from bitatlas.records import ModelInfo, Module, Plan, Size
-from bitatlas.records.formats import get_format, stored_bytes
+from bitatlas.records.formats import FORMATS, Format, get_format, stored_bytes, takes
 
 SIZE_UNITS = {"": 1, "b": 1} | {
     f"{letter}{infix}b": base**power for power, letter in enumerate("kmgt", start=1) for infix, base in (("", 1000), ("i", 1024))
 }
-
-
 FUSED = {"q_proj": "qkv", "k_proj": "qkv", "v_proj": "qkv", "gate_proj": "gate_up", "up_proj": "gate_up"}
-
-
 RANGE_DIGITS = 4  # significant digits of a possible range
+DTYPE_BYTES = {"float64": 8, "float32": 4, "float16": 2, "bfloat16": 2, "float8_e4m3fn": 1, "float8_e5m2": 1}
 
 
 @dataclass(frozen=True)
@@ -37,7 +34,7 @@ class Unit:
 
 
 def units_of(modules: Sequence[Module]) -> list[Unit]:
-    """Units in the order in which their first module comes. ValueError where a unit spans layers."""
+    """Return the units in the order in which their first module comes. ValueError where a unit spans layers."""
     groups: dict[str, list[Module]] = {}
     for module in modules:
         groups.setdefault(module.unit, []).append(module)
@@ -50,24 +47,24 @@ def units_of(modules: Sequence[Module]) -> list[Unit]:
 
 
 def unlike_partners(plan: Plan) -> tuple[str, str, str, str] | None:
-    """(module, its format, other module, its format) of the first two that runtimes like vLLM make one matrix of and that differ."""
+    """Return (module, its format, other module, its format) of the first two whose formats differ and that runtimes like vLLM fuse."""
     first: dict[str, tuple[str, str]] = {}
     for name, format_name in plan.modules.items():
         parent, _, last = name.rpartition(".")
         if last in FUSED:
-            other, told = first.setdefault(f"{parent}.{FUSED[last]}", (name, format_name))
-            if told != format_name:
-                return name, format_name, other, told
+            other, other_format = first.setdefault(f"{parent}.{FUSED[last]}", (name, format_name))
+            if other_format != format_name:
+                return name, format_name, other, other_format
     return None
 
 
 def assignment_of(units: Sequence[Unit], formats: Sequence[str], choice: NDArray[np.integer]) -> dict[str, str]:
-    """choice: [units], columns of `formats` -> module name -> format name."""
+    """Return module name -> format name. choice: [units], each unit's index into `formats`."""
     return {module.name: formats[int(k)] for unit, k in zip(units, choice, strict=True) for module in unit.modules}
 
 
 def size_of(modules: Sequence[Module], assignment: dict[str, str], info: ModelInfo) -> Size:
-    """The exact size of a plan. Modules not in `assignment` stay as the checkpoint stores them and count in `total_bytes` alone.
+    """Return the exact size of a plan. Modules not in `assignment` stay as the checkpoint stores them and count in `total_bytes` alone.
 
     With nothing assigned both averages are the stored width of the modules' weights, in the mean.
     Raises UserError where the assignment names a module that the checkpoint lacks, or an unknown format.
@@ -75,24 +72,24 @@ def size_of(modules: Sequence[Module], assignment: dict[str, str], info: ModelIn
     unknown = sorted(set(assignment) - {module.name for module in modules})
     if unknown:
         raise UserError(f"the plan names {len(unknown)} modules that the checkpoint lacks, for example {unknown[0]!r}")
-    weights = code_bits = quantized_bytes = kept = 0
+    weights = code_bits = quantized_bytes = unquantized_bytes = 0
     for module in modules:
         if module.name not in assignment:
-            kept += kept_bytes(module, info.dtype)
+            unquantized_bytes += kept_bytes(module, info.dtype)
             continue
         fmt = get_format(assignment[module.name])
         weights += module.weights
         code_bits += module.weights * fmt.bits
         quantized_bytes += stored_bytes(module.shape, fmt)
-    total = info.other_bytes + quantized_bytes + kept
+    total = info.other_bytes + quantized_bytes + unquantized_bytes
     if not weights:
-        width = 8 * kept / sum(module.weights for module in modules) if modules else 8.0 * dtype_bytes(info.dtype)
+        width = 8 * unquantized_bytes / sum(module.weights for module in modules) if modules else 8.0 * dtype_bytes(info.dtype)
         return Size(width, width, 0, total)
     return Size(code_bits / weights, 8 * quantized_bytes / weights, quantized_bytes, total)
 
 
 def parse_size(text: str, flag: str = "--size") -> int:
-    """Bytes from "4GiB", "600MB", "1.5 GiB" or "123456"; UserError naming `flag` otherwise. A part of a byte is dropped."""
+    """Return the bytes that "4GiB", "600MB", "1.5 GiB" or "123456" names; UserError naming `flag` otherwise. A part of a byte is dropped."""
     match = re.fullmatch(r"\s*(\d+(?:\.\d*)?|\.\d+)\s*([a-z]*)\s*", text, re.IGNORECASE | re.ASCII)
     unit = match.group(2).lower() if match else ""
     if match is None or unit not in SIZE_UNITS:
@@ -106,17 +103,14 @@ def parse_size(text: str, flag: str = "--size") -> int:
 
 
 def show_bytes(value: int | Fraction, digits: int = RANGE_DIGITS) -> str:
-    """A size that `parse_size` reads again, rounded up to `digits` significant digits: 1234567 -> "1.235MB"."""
+    """Return a size as text that `parse_size` reads again, rounded up to `digits` significant digits: 1234567 -> "1.235MB"."""
     power = min(4, max(0, (len(str(math.floor(value))) - 1) // 3))
     text = rounded_up(Fraction(value) / 1000**power, digits).removesuffix(".0")
     return f"{text}{('', 'k', 'M', 'G', 'T')[power]}B"
 
 
-DTYPE_BYTES = {"float64": 8, "float32": 4, "float16": 2, "bfloat16": 2, "float8_e4m3fn": 1, "float8_e5m2": 1}
-
-
 def dtype_bytes(dtype: str) -> int:
-    """Bytes of one number of a dtype ("bfloat16", "torch.float32"); UserError for a dtype that is not known."""
+    """Return the bytes of one number of a dtype ("bfloat16", "torch.float32"); UserError for a dtype that is not known."""
     name = dtype.removeprefix("torch.")
     if name not in DTYPE_BYTES:
         raise UserError(f"the checkpoint's dtype {dtype!r} is not supported (known: {', '.join(DTYPE_BYTES)})")
@@ -124,12 +118,36 @@ def dtype_bytes(dtype: str) -> int:
 
 
 def kept_bytes(module: Module, dtype: str) -> int:
-    """Bytes of a module that stays as it is, in a checkpoint whose other modules are of `dtype`."""
+    """Return the bytes of a module that stays unquantized, in a checkpoint whose other modules are of `dtype`."""
     return module.size_bytes if module.size_bytes is not None else module.weights * dtype_bytes(dtype)
 
 
 def rounded_up(value: Fraction, digits: int) -> str:
-    """Decimal text with at least one decimal, rounded up: a budget typed from what is shown is never too small."""
-    places = max(1, digits - len(str(math.floor(value))))
-    head, tail = divmod(math.ceil(value * 10**places), 10**places)
-    return f"{head}.{f'{tail:0{places}d}'.rstrip('0') or '0'}"
+    """Return decimal text with at least one decimal, rounded up: a budget typed from what is shown is never too small."""
+    decimals = max(1, digits - len(str(math.floor(value))))
+    head, tail = divmod(math.ceil(value * 10**decimals), 10**decimals)
+    return f"{head}.{f'{tail:0{decimals}d}'.rstrip('0') or '0'}"
+
+
+# --- rows that a format takes ------------------------------------------------------------------------------------------
+
+
+def check_rows(modules: Iterable[Module], formats: Iterable[str], flag: str = "--formats") -> None:
+    """Refuse formats that rows do not fit: UserError with `flag`, the first such module and the nearest format that takes its rows."""
+    table = [get_format(name) for name in formats]
+    for module in modules:
+        width = module.shape[1]
+        for fmt in table:
+            if takes(fmt, width):
+                continue
+            able = [other for other in FORMATS.values() if other.runtime == fmt.runtime and takes(other, width)]
+            near = min(able, key=lambda other: abs(_row_bits(other) - _row_bits(fmt)), default=None)
+            advice = f"the nearest that takes them is {near.name}" if near else f"no format of {fmt.runtime} takes them"
+            raise UserError(
+                f"{flag}: {module.name} has rows of {width}, which {fmt.name} cannot take (whole blocks of {fmt.group_size}); {advice}"
+            )
+
+
+def _row_bits(fmt: Format) -> float:
+    """Return the stored bits per weight, in a row of whole groups."""
+    return fmt.bits + (fmt.scale_bits + fmt.zero_bits) / fmt.group_size

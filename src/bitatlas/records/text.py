@@ -1,4 +1,4 @@
-"""Numbers, intervals and layers as text, the same in every sentence, table and chart.
+"""Numbers, intervals and layers as text, alike in every sentence, table and chart.
 
 Numbers carry as many decimals as their interval supports (two digits of its width), so nothing suggests more than was measured.
 """
@@ -20,7 +20,7 @@ _STEERING = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\u061c\u200e\u200f\u202a-\u2
 
 
 def number(value: float, decimals: int | None = None) -> str:
-    """A number as text; without `decimals`, three significant digits. Thousands are grouped, minus is the real sign."""
+    """Return a number as text; without `decimals`, three significant digits. Thousands are grouped, minus is the real sign."""
     if decimals is None:
         decimals = 2 if value == 0 else max(0, 2 - math.floor(math.log10(abs(value))))
         if decimals > 6:
@@ -32,14 +32,14 @@ def number(value: float, decimals: int | None = None) -> str:
 
 
 def given(value: float) -> str:
-    """A number that somebody gave, with all its digits: 3, 2.9, 1.9999999."""
+    """Return a number that somebody gave, with all its digits: 3, 2.9, 1.9999999."""
     if float(value).is_integer() and abs(value) < 2**53:
         return str(int(value))
     return f"{Decimal(repr(float(value))):f}" if 1e-12 < abs(value) < 1 else repr(float(value))
 
 
 def decimals_of(low: float, high: float, least: int = 0) -> int:
-    """Decimals that show two digits of an interval's width: 0.031 wide gives 3."""
+    """Return the decimals that show two digits of an interval's width: 0.031 wide gives 3."""
     width = high - low
     if width <= 0:
         return least or 3
@@ -47,19 +47,19 @@ def decimals_of(low: float, high: float, least: int = 0) -> int:
 
 
 def percent(share: float, decimals: int = 1) -> str:
-    """A share 0..1 as a percentage."""
+    """Return a share 0..1 as a percentage."""
     return number(100 * share, decimals) + "%"
 
 
 def shown(m: Measured) -> tuple[float, tuple[float, float] | None, str]:
-    """Mean, interval and unit as they are printed: shares become percentages; 0..1 measures and ratios have no unit sign."""
+    """Return mean, interval and unit as they are printed: shares become percentages; 0..1 measures and ratios have no unit sign."""
     if m.unit == "share":
         return 100 * m.mean, (100 * m.ci95[0], 100 * m.ci95[1]) if m.ci95 else None, "%"
     return m.mean, m.ci95, "" if m.unit in ("0..1", "ratio") else m.unit
 
 
 def interval(m: Measured | None, unit: bool = False) -> str:
-    """`0.214 [0.199, 0.232]`, with the unit if asked for (percentages always); "no interval" is said where there is none."""
+    """Return `0.214 [0.199, 0.232]`, with the unit if asked for (percentages always); "no interval" is said where there is none."""
     if m is None:
         return NOT_MEASURED
     mean, ci95, sign = shown(m)
@@ -75,19 +75,19 @@ def interval(m: Measured | None, unit: bool = False) -> str:
 
 
 def rows_of(m: Measured) -> str:
-    """`64 test rows`, or `64 test rows in 12 blocks` where blocks of rows were resampled."""
+    """Return `64 test rows`, or `64 test rows in 12 blocks` where blocks of rows were resampled."""
     kind = f"{m.rows} " if m.rows in ("fit", "select", "test") else ""
     blocks = "" if m.blocks is None else f" in {m.blocks} block{'' if m.blocks == 1 else 's'}"
     return f"{m.n:,} {kind}rows{blocks}"
 
 
 def against_chance(score: TaskScore) -> str:
-    """`above chance`, `below chance` or `at chance`."""
+    """Return `above chance`, `below chance` or `at chance`."""
     return "above chance" if score.above_chance else "below chance" if score.below_chance else "at chance"
 
 
 def byte_size(count: int) -> str:
-    """Bytes in the decimal unit that fits: 1.68 MB."""
+    """Return bytes in the decimal unit that fits: 1.68 MB."""
     value, units = float(count), ["bytes", "kB", "MB", "GB", "TB"]
     while value >= 1000 and len(units) > 1:
         value, units = value / 1000, units[1:]
@@ -95,7 +95,7 @@ def byte_size(count: int) -> str:
 
 
 def given_size(count: int) -> str:
-    """The same of a size that somebody gave, with all its digits: 1.50 MB, 1.234567 MB."""
+    """Return bytes that somebody gave in the decimal unit that fits, with all their digits: 1.50 MB, 1.234567 MB."""
     rounded, (_, unit) = byte_size(count), byte_size(count).split()
     power = ("bytes", "kB", "MB", "GB", "TB").index(unit)
     exact = f"{Decimal(count).scaleb(-3 * power):f}"
@@ -104,7 +104,7 @@ def given_size(count: int) -> str:
 
 
 def memory_text(plan: Plan) -> str:
-    """What the plan's device memory is made of; "" where its budget is another."""
+    """Return what the plan's device memory is made of; "" where its budget is another."""
     load = plan.budget.workload
     if load is None:
         return ""
@@ -119,12 +119,12 @@ def memory_text(plan: Plan) -> str:
 
 
 def protect_text(plan: Plan) -> str:
-    """`demo_questions=5pp`, as it was asked for; "" where the budget is another."""
+    """Return `demo_questions=5pp`, the protected tasks as they were asked for; "" where the budget is another."""
     return ", ".join(f"{task}={given(points)}pp" for task, points in (plan.budget.protect or {}).items())
 
 
 def p_value(p: float | None, bound: bool = False) -> str:
-    """`p` as text; below 0.0001, and where resampling cannot give a smaller one (`bound`), only the bound, rounded up."""
+    """Return `p` as text; below 0.0001, and where resampling cannot give a smaller one (`bound`), only the bound, rounded up."""
     if p is None:
         return ""
     if p < 1e-4:
@@ -134,13 +134,13 @@ def p_value(p: float | None, bound: bool = False) -> str:
 
 
 def p_is(p: float, bound: bool = False, letter: str = "p") -> str:
-    """`p = 0.012`, or the bound."""
+    """Return `p = 0.012`, or the bound."""
     text = p_value(p, bound)
     return f"{letter} {text}" if text.startswith("<") else f"{letter} = {text}"
 
 
 def runs(layers: Iterable[int]) -> str:
-    """Layer numbers as runs: `0–3, 7`."""
+    """Return layer numbers as runs: `0–3, 7`."""
     parts: list[list[int]] = []
     for layer in sorted(layers):
         if parts and layer == parts[-1][1] + 1:
@@ -151,18 +151,16 @@ def runs(layers: Iterable[int]) -> str:
 
 
 def named_layers(layers: Sequence[int]) -> str:
-    """`layer 3` or `layers 0–3, 7`."""
+    """Return `layer 3` or `layers 0–3, 7`."""
     return f"{'layer' if len(layers) == 1 else 'layers'} {runs(layers)}"
 
 
 def listed(parts: Iterable[str]) -> str:
-    """`a`, `a and b`, `a, b and c`; `none` of nothing."""
-    found = list(parts)
-    if len(found) < 2:
-        return found[0] if found else "none"
-    return f"{', '.join(found[:-1])} and {found[-1]}"
+    """Return `a`, `a and b`, `a, b and c`; `none` of nothing."""
+    *first, last = [*parts] or ["none"]
+    return f"{', '.join(first)} and {last}" if first else last
 
 
 def visible(text: str) -> str:
-    """Every character that a terminal would obey, as its escape: an ESC becomes the four letters \\x1b."""
+    """Return text in which every character that a terminal would obey is its escape: an ESC becomes the four letters \\x1b."""
     return _STEERING.sub(lambda m: f"\\x{ord(m[0]):02x}" if ord(m[0]) < 256 else f"\\u{ord(m[0]):04x}", text)

@@ -1,6 +1,6 @@
-"""What the report advises: the answer in two sentences, and the four parts of the optimization strategy.
+"""What the report advises: the answer in two sentences, the four parts of the optimization strategy, why a module has its bits.
 
-Both follow from verdicts and the plan in the atlas; nothing is weighed anew here. A plan that lost to a baseline is not recommended,
+All of it follows from verdicts and the plan in the atlas; nothing is weighed anew here. A plan that lost to a baseline is not recommended,
 and a task that does not beat chance supports no advice about bits. A layer's verdict says how harmful the layer is, not how many bits
 it gets: the plan decides that by module.
 """
@@ -12,27 +12,21 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 
 from bitatlas.findings.shares import VERDICTS
-from bitatlas.plan.judge import relation, scores_of, subject_of
+from bitatlas.plan.judge import problem_of, relation, scores_of
 from bitatlas.records import Atlas, Finding, Plan
 from bitatlas.records.text import MINUS, NOT_MEASURED, byte_size, interval, named_layers, number, percent
-from bitatlas.report.facts import (
-    low_share,
-    narrowest_bits,
-    outside_formats,
-    precision_name,
-    task_names,
-    whole_layers,
-    width_of,
-    with_verdict,
-)
+from bitatlas.report.facts import low_share, narrowest_bits, outside_formats, precision_name, task_names, width_of, with_verdict
 
 # --- the answer ------------------------------------------------------------------------------------------------------
 
 
 def answer(atlas: Atlas) -> str:
-    """The run's answer: what the plan does or why it is not recommended, which layers are critical, which safe."""
-    layers = _layer_clause(atlas)
-    return f"{_plan_clause(atlas)}. {layers[:1].upper()}{layers[1:]}."
+    """Return the run's answer: what the plan does or why it is not recommended, which layers are critical, which safe."""
+    return f"{_plan_clause(atlas)}. {_capital(_layer_clause(atlas))}."
+
+
+def _capital(text: str) -> str:
+    return f"{text[:1].upper()}{text[1:]}"
 
 
 def _plan_clause(atlas: Atlas) -> str:
@@ -51,7 +45,7 @@ def _plan_clause(atlas: Atlas) -> str:
 
 
 def _reason(plan: Plan) -> str:
-    """The verdict's reason on one line, without the word that is printed before it.
+    """Return the verdict's reason on one line, without the word that is printed before it.
 
     Where a format that was not in --formats does less damage than the plan, it ends with the advice to add it.
     """
@@ -67,19 +61,19 @@ def _reason(plan: Plan) -> str:
 def _layer_clause(atlas: Atlas) -> str:
     if not atlas.layers:
         return "the layers were not measured"
-    critical, safe, light, open_ = (with_verdict(atlas, verdict) for verdict in VERDICTS)
+    critical, safe, light, uncertain = (with_verdict(atlas, verdict) for verdict in VERDICTS)
     low = width_of(atlas, atlas.low)
     stay = f"{_are(critical)} critical ({_harm('critical', critical)})" if critical else "no layer is shown to be critical"
     go = f"{_are(safe)} safe at {low} ({_harm('safe', safe)})" if safe else f"no layer is shown to be safe at {low}"
     go += _together(atlas, safe)
     other = f"{_are(light)} light ({_harm('light', light)}), " if light else ""
-    rest = f"{_are(open_)} uncertain" if open_ else "none is uncertain"
+    rest = f"{_are(uncertain)} uncertain" if uncertain else "none is uncertain"
     decides = "; the plan decides by module" if atlas.plan else ""
     return f"{stay}, {go}, {other}and {rest}{decides}"
 
 
 def _together(atlas: Atlas, safe: list[int]) -> str:
-    """What safe layers do when all of them are lowered; "" where that was not measured."""
+    """Return what safe layers do when all of them are lowered; "" where that was not measured."""
     joint = atlas.joint
     if joint is None or not safe:
         return ""
@@ -94,7 +88,7 @@ def _are(layers: list[int]) -> str:
 
 
 def _harm(verdict: str, layers: list[int]) -> str:
-    """What a verdict on layers says, and no more than was measured."""
+    """Return what a verdict on layers says, and no more than was measured."""
     its = "its" if len(layers) == 1 else "their"
     if verdict == "critical":
         return f"more harmful than {its} size"
@@ -116,7 +110,7 @@ class Advice:
 
 
 def strategy(atlas: Atlas) -> list[Advice]:
-    """The four parts of the strategy, always all four: the mixed plan, safe layers, critical layers, tasks."""
+    """Return the four parts of the strategy, always all four: the mixed plan, safe layers, critical layers, tasks."""
     return [
         Advice("MIXED", ("uncertain", "light"), "Mixed precision strategy", _mixed(atlas)),
         Advice("SAFE", ("safe",), _group_title(atlas, "safe"), _group(atlas, "safe")),
@@ -134,19 +128,16 @@ def _mixed(atlas: Atlas) -> list[str]:
         lines.append(f"Plan: {number(size.code_bits, 2)} code bits, {number(size.stored_bits, 2)} stored bits")
         lines.append(f"Whole model: {byte_size(size.total_bytes)}, from {byte_size(atlas.model.total_bytes)}")
         lines.append(f"Damage: {interval(atlas.plan.damage.measured, unit=True)}")
-        lines += [f"{part[:1].upper()}{part[1:]}" for part in plan_verdict(atlas).split("; ")]
+        lines += map(_capital, plan_verdict(atlas).split("; "))
         lines += _by_layers(atlas)
-    open_ = with_verdict(atlas, "uncertain")
-    if open_:
-        lines.append(f"Uncertain, so left to the plan: {named_layers(open_)}")
-    light = with_verdict(atlas, "light")
-    if light:
-        lines.append(f"Light, so left to the plan: {named_layers(light)}")
+    for verdict in ("uncertain", "light"):
+        if layers := with_verdict(atlas, verdict):
+            lines.append(f"{verdict.capitalize()}, so left to the plan: {named_layers(layers)}")
     return lines
 
 
 def plan_verdict(atlas: Atlas) -> str:
-    """Whether the plan is recommended, with the reason that the record gives."""
+    """Return whether the plan is recommended, with the reason that the record gives."""
     if atlas.plan is None:
         return "No plan was made"
     word = {True: "Recommended", False: "Not recommended", None: "Not judged against baselines"}[atlas.plan.recommended]
@@ -155,14 +146,15 @@ def plan_verdict(atlas: Atlas) -> str:
 
 
 def _by_layers(atlas: Atlas) -> list[str]:
-    """What raising whole layers by criticality does at the plan's size, where that was measured."""
-    other = whole_layers(atlas)
+    """Return what raising whole layers by criticality does at the plan's size, where that was measured."""
+    baselines = atlas.plan.baselines if atlas.plan else []
+    other = next((baseline for baseline in baselines if baseline.name == "most critical layers high"), None)
     if other is None:
         return []
-    said = f"Raising whole critical layers instead does {interval(other.damage, unit=True)} at the same size"
+    text = f"Raising whole critical layers instead does {interval(other.damage, unit=True)} at the same size"
     if other.difference is None:
-        return [said]
-    return [f"{said}; the plan {relation(other.difference)} it (plan minus this: {interval(other.difference)})"]
+        return [text]
+    return [f"{text}; the plan {relation(other.difference)} it (plan minus this: {interval(other.difference)})"]
 
 
 def _group_title(atlas: Atlas, verdict: str) -> str:
@@ -171,9 +163,8 @@ def _group_title(atlas: Atlas, verdict: str) -> str:
         return f"Layers: {NOT_MEASURED}"
     if not layers:
         return f"No layer shown to be safe at {width}" if verdict == "safe" else "No layer shown to be critical"
-    name = named_layers(layers)
     heading = f"{width} safe" if verdict == "safe" else f"keep {width} first"
-    return f"{name[:1].upper()}{name[1:]}: {heading}"
+    return f"{_capital(named_layers(layers))}: {heading}"
 
 
 def _group(atlas: Atlas, verdict: str) -> list[str]:
@@ -185,13 +176,13 @@ def _group(atlas: Atlas, verdict: str) -> list[str]:
     share, its = low_share(atlas, layers), "its" if len(layers) == 1 else "their"
     if share is None:
         return [count, "Bits are decided by module, in a plan; none was made"]
-    said = [count, f"The plan decides by module: {percent(share, 0)} of {its} weights at {narrowest_bits(atlas)}-bit"]
+    lines = [count, f"The plan decides by module: {percent(share, 0)} of {its} weights at {narrowest_bits(atlas)}-bit"]
     joint = _together(atlas, layers).strip(" ()") if verdict == "safe" else ""
-    return [*said, f"{joint[:1].upper()}{joint[1:]}"] if joint else said
+    return [*lines, _capital(joint)] if joint else lines
 
 
 def task_claim(atlas: Atlas) -> Finding | None:
-    """The finding on whether some task needs more bits than others."""
+    """Return the finding on whether some task needs more bits than others."""
     about = [finding for finding in atlas.findings if finding.topic == "tasks"]
     return next((finding for finding in about if "precision" in finding.claim or "protect" in finding.claim), None)
 
@@ -212,26 +203,25 @@ def _tasks(atlas: Atlas) -> list[str]:
     return lines
 
 
-# --- reasons ---------------------------------------------------------------------------------------------------------------
-
-# Why a module has its bits: what the next wider and the next narrower format would cost and save, and what else the bytes would buy.
+# --- why a module has its bits ---------------------------------------------------------------------------------------
 #
-# Every amount is measured: the unit alone, one step between two neighbouring formats, as the mean of what it does at base uniform high and
-# at base uniform low, on the fit rows. That mean is a table that the planner chooses from (`planning.choose`), so the words are about the numbers
-# that decided. A refined plan was searched on from there with its interactions, which no single step shows.
-# The page's script says the same sentences about every other plan, from the same parts (`Steps`).
+# What the next wider and the next narrower format would cost and save, and what else the bytes would buy. Every amount is measured: the
+# unit alone, one step between two neighbouring formats, as the mean of what it does at base uniform high and at base uniform low, on the
+# fit rows. That mean is a table that the planner chooses from (`plan.judge.scores_of`), so the sentences are about the numbers that
+# decided. A refined plan was searched on from there with its interactions, which no single step shows.
+# The page's script makes these sentences for every other plan from the same parts (`Steps`).
 
 
 @dataclass(frozen=True)
 class Step:
-    """From a format to the next wider one: exact bytes, and damage saved, nats/token (negative where it does harm)."""
+    """A step from a format to the next wider one: exact bytes, and damage saved, nats/token (negative where it does harm)."""
 
     bytes: int
     saved: float
 
     @property
     def parts(self) -> tuple[str, str, str]:
-        """Bytes, what raising does, what lowering does, as text."""
+        """Return bytes, what raising does and what lowering does, as text."""
         amount = number(abs(self.saved))
         up, down = ("save", "cost") if self.saved >= 0 else ("cost", "save")
         return byte_size(self.bytes), f"{up} {amount}", f"{down} {amount}"
@@ -239,7 +229,10 @@ class Step:
 
 @dataclass(frozen=True)
 class Steps:
-    """`steps[unit][k]`: from format k to k + 1 of `formats`, narrowest first. `names`, `modules`: how a unit is called, how many share it."""
+    """All steps: `steps[unit][k]` goes from format k to k + 1 of `formats`, narrowest first.
+
+    names: unit -> its name for people. modules: unit -> how many modules share its format.
+    """
 
     formats: list[str]
     steps: dict[str, list[Step]]
@@ -247,12 +240,10 @@ class Steps:
     modules: dict[str, int]
 
     def raises(self, assignment: Mapping[str, int]) -> list[tuple[str, str]]:
-        """The two best uses of more bytes in a plan (unit -> format's place), by damage saved a byte: (unit, sentence)."""
-        open_ = [(unit, k) for unit, k in assignment.items() if k + 1 < len(self.formats)]
-        best = sorted(
-            open_, key=lambda one: (-self.steps[one[0]][one[1]].saved / max(1, self.steps[one[0]][one[1]].bytes), one[0])
-        )
-        return [(unit, self._use(unit, k)) for unit, k in best[:2]]
+        """Return the two best uses of more bytes in a plan (unit -> index of its format), by damage saved a byte: (unit, sentence)."""
+        steps = [(unit, k, self.steps[unit][k]) for unit, k in assignment.items() if k + 1 < len(self.formats)]
+        best = sorted(steps, key=lambda entry: (-entry[2].saved / max(1, entry[2].bytes), entry[0]))
+        return [(unit, self._use(unit, k)) for unit, k, _ in best[:2]]
 
     def _use(self, unit: str, k: int) -> str:
         size, saves, _ = self.steps[unit][k].parts
@@ -260,28 +251,25 @@ class Steps:
         return f"The best other use of more bytes: {self.names[unit]} to {self.formats[k + 1]}, {size} for {amount} nats/token."
 
     def sentence(self, unit: str, k: int, raises: list[tuple[str, str]]) -> str:
-        """Why the unit has format `k`, in a plan with these `raises`."""
+        """Return why the unit has format `k`, in a plan with these `raises`."""
         others = self.modules[unit] - 1
         it = "it" if not others else f"it and the {others} that share{'s' if others == 1 else ''} its format"
-        said = []
+        sentences = []
         if k + 1 < len(self.formats):
             size, up, _ = self.steps[unit][k].parts
-            said.append(f"Raising {it} to {self.formats[k + 1]} would cost {size} and {up} nats/token.")
+            sentences.append(f"Raising {it} to {self.formats[k + 1]} would cost {size} and {up} nats/token.")
         if k > 0:
             size, _, down = self.steps[unit][k - 1].parts
-            said.append(f"Lowering {it} to {self.formats[k - 1]} would free {size} and {down} nats/token.")
+            sentences.append(f"Lowering {it} to {self.formats[k - 1]} would free {size} and {down} nats/token.")
         other = next((use for name, use in raises if name != unit), "")
-        return " ".join([*said, *([other] if other else [])])
+        return " ".join([*sentences, *([other] if other else [])])
 
 
 def steps_of(atlas: Atlas) -> Steps | None:
-    """The steps of every unit; None where the screens of units are not in the atlas."""
-    if any(
-        f"uniform:{name}" not in atlas.unit_damage or f"uniform:{name}" not in atlas.base_damage
-        for name in (atlas.low, atlas.high)
-    ):
+    """Return the steps of every unit; None where the screens of units are not in the atlas."""
+    if not {f"uniform:{atlas.low}", f"uniform:{atlas.high}"} <= set(atlas.unit_damage) & set(atlas.base_damage):
         return None
-    subject = subject_of(atlas)
+    subject = problem_of(atlas)
     formats, units = list(subject.formats), subject.units
     table = scores_of(atlas).tables["mean of both"]  # [units, formats], nats/token
     sizes = {unit.name: [sum(atlas.module_bytes[m.name][name] for m in unit.modules) for name in formats] for unit in units}
@@ -296,7 +284,7 @@ def steps_of(atlas: Atlas) -> Steps | None:
 
 
 def basis(atlas: Atlas) -> str:
-    """What the amounts rest on."""
+    """Return what the amounts rest on."""
     return (
         f"Costs and savings: the unit alone, mean of bases uniform:{atlas.high} and uniform:{atlas.low}, on fit rows "
         "(one number, no interval)."

@@ -2,7 +2,7 @@
 
 A stop is a plan whose damage was measured on the test rows: the survey's own, those of the curve, and the two uniform ends. Sizes
 between them have no stop, because nothing was measured there. Each stop is plain HTML, so a page without scripts shows them all.
-Memory at a context is `planning.memory`'s formula, worked out here for a few contexts; the page picks a number and computes none.
+Memory at a context is `plan.budget`'s formula, worked out here for a few contexts; the page picks a number and computes none.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from typing import Any
 from markupsafe import Markup
 
 from bitatlas.plan.budget import activation_bytes, cache_bytes, workload_of
-from bitatlas.records import Atlas, Baseline, Budget, Plan, PlanDamage, PlanModel, Uniform
+from bitatlas.records import Atlas, Budget, Module, Plan, PlanDamage, PlanModel, Uniform
 from bitatlas.records.files import plan_place, to_json
 from bitatlas.records.plan import MemoryShape
 from bitatlas.records.runtimes import RUNTIMES, fits
@@ -30,7 +30,7 @@ HALF, NARROW = 460, 350  # px of the comparison beside the numbers, and on a pho
 
 @dataclass(frozen=True)
 class Stop:
-    """One place of the slider. `place`: the plan's file from the report's folder; `kept`: whether it lies there; `point`: its mark in the chart."""
+    """One stop of the slider. `place`: the plan's file from the report's folder; `kept`: whether it lies there; `point`: its mark in the chart."""
 
     plan: Plan
     name: str
@@ -47,29 +47,29 @@ class Stop:
 
     @property
     def told(self) -> str:
-        """The stop in a sentence, for ears."""
+        """Return the stop in a sentence, for screen readers."""
         return f"{self.size}, {number(self.plan.size.code_bits, 2)} code bits: damage {interval(self.plan.damage.measured, unit=True)}; {self.name}"
 
 
 def stops(atlas: Atlas) -> list[Stop]:
-    """From the smallest plan to the largest; none where no plan was measured."""
+    """Return the stops from the smallest plan to the largest; none where no plan was measured."""
     own = atlas.plan
     if own is None or own.damage.measured is None:
         return []
-    found = [(own, "the survey's plan", "plan.json", True, "plan", "plan")]
+    result = [_stop(atlas, own, "the survey's plan", "plan.json", True, "plan", "plan")]
     for plan in atlas.plans:
-        name = f"plan of at most {byte_size(int(plan.budget.value))}"
-        found.append((plan, "plan for this size", plan_place(plan), True, name, ""))
+        point = f"plan of at most {byte_size(int(plan.budget.value))}"
+        result.append(_stop(atlas, plan, "plan for this size", plan_place(plan), True, point, ""))
     for uniform in atlas.uniform:
         if uniform.format in (atlas.low, atlas.high):
             plan = _uniform_plan(atlas, own, uniform)
             name, place = f"uniform {uniform.format}", f"plan-uniform-{uniform.format}.json"
-            found.append((plan, name, place, False, name, f"uniform:{uniform.format}"))
-    return [_stop(atlas, *one) for one in sorted(found, key=lambda one: (one[0].size.total_bytes, one[2]))]
+            result.append(_stop(atlas, plan, name, place, False, name, f"uniform:{uniform.format}"))
+    return sorted(result, key=lambda stop: (stop.plan.size.total_bytes, stop.place))
 
 
 def _uniform_plan(atlas: Atlas, own: Plan, uniform: Uniform) -> Plan:
-    """Every module at one format, as a plan."""
+    """Return the plan with every module at one format."""
     return Plan(
         PlanModel(atlas.model.name, atlas.model.revision, atlas.model.weights_sha256),
         {uniform.format: atlas.formats[uniform.format]},
@@ -84,8 +84,10 @@ def _uniform_plan(atlas: Atlas, own: Plan, uniform: Uniform) -> Plan:
 
 
 def _stop(atlas: Atlas, plan: Plan, name: str, place: str, kept: bool, point: str, precision: str) -> Stop:
-    seen = replace(atlas, plan=plan)
+    with_plan = replace(atlas, plan=plan)
     compared = bool(plan.baselines)
+    format_name = name.removeprefix("uniform ")
+    alone = f"Every module at {format_name}: one end of what these formats give, so there is no other plan of this size."
     return Stop(
         plan=plan,
         name=name,
@@ -94,10 +96,10 @@ def _stop(atlas: Atlas, plan: Plan, name: str, place: str, kept: bool, point: st
         point=point,
         size=byte_size(plan.size.total_bytes),
         facts=_facts(plan),
-        verdict=_verdict(seen, name, compared),
+        verdict=advice.plan_verdict(with_plan) if compared else alone,
         tasks=_tasks(atlas, precision),
-        wide=charts.baselines(seen, HALF) if compared else None,
-        narrow=charts.baselines(seen, NARROW) if compared else None,
+        wide=charts.baselines(with_plan, HALF) if compared else None,
+        narrow=charts.baselines(with_plan, NARROW) if compared else None,
         commands=commands(atlas, plan, place),
     )
 
@@ -106,37 +108,25 @@ def _facts(plan: Plan) -> list[tuple[str, str, str]]:
     size, damage = plan.size, plan.damage.measured
     rests = f"{damage.n} {damage.rows} rows" if damage else ""
     bits = f"{number(size.code_bits, 2)} code bits, {number(size.stored_bits, 2)} stored bits"
-    found = [
+    result = [
         ("Size of the whole model", byte_size(size.total_bytes), bits),
         ("Damage", facts.mean_text(damage), f"{facts.ends_text(damage)}; {rests}"),
     ]
-    rule = _best_rule(plan)
-    if rule is not None:
-        difference = f"; plan minus this {interval(rule.difference)}" if rule.difference else ""
-        found.append(("Best simple rule", facts.mean_text(rule.damage), f"nats/token: {rule.name}{difference}"))
-    return found
-
-
-def _best_rule(plan: Plan) -> Baseline | None:
-    """The baseline that is no random plan with the least damage."""
-    rules = [one for one in plan.baselines if not one.is_random]
-    return min(rules, key=lambda one: one.damage.mean, default=None)
-
-
-def _verdict(atlas: Atlas, name: str, compared: bool) -> str:
-    if compared:
-        return advice.plan_verdict(atlas)
-    return f"Every module at {name.removeprefix('uniform ')}: one end of what these formats give, so there is no other plan of this size."
+    rules = [baseline for baseline in plan.baselines if not baseline.is_random]
+    if rules:
+        best = min(rules, key=lambda baseline: baseline.damage.mean)
+        difference = f"; plan minus this {interval(best.difference)}" if best.difference else ""
+        result.append(("Best simple rule", facts.mean_text(best.damage), f"nats/token: {best.name}{difference}"))
+    return result
 
 
 def _tasks(atlas: Atlas, precision: str) -> list[list[str]]:
-    """Task, right of all, accuracy with its interval, and the comparison with the reference; empty where no task was run at this plan."""
+    """Return task, right of all, accuracy with its interval, and the comparison with the reference; empty where no task was run at this plan."""
     rows = []
     for score in atlas.tasks:
         if score.precision == precision and score.n:
-            low, high = (number(100 * end, 1) for end in score.wilson95)
             pair = facts.comparison(atlas, score.task, precision)
-            accuracy = f"{percent(score.correct / score.n)} [{low}, {high}]"
+            accuracy = f"{percent(score.correct / score.n)} {facts.wilson_text(score)}"
             rows.append([score.task, f"{score.correct}/{score.n}", accuracy, pair.verdict if pair else "not compared"])
     return rows
 
@@ -146,7 +136,7 @@ def _tasks(atlas: Atlas, precision: str) -> list[list[str]]:
 
 @dataclass(frozen=True)
 class Memory:
-    """Bytes beside the weights. `beside[cache][context]`: (cache, activations); `told`: what is said where nothing is known."""
+    """Bytes beside the weights. `beside[cache][context]`: (cache, activations); `told`: what the page says where nothing is known."""
 
     contexts: list[int]
     caches: list[str]
@@ -154,29 +144,23 @@ class Memory:
     told: str = ""
 
     def where(self, atlas: Atlas) -> str:
-        """The context that stands there before anybody chooses: the model's own."""
+        """Return the context that stands there before anybody chooses: the model's own."""
         return f"{atlas.model.context:,} tokens"
 
     def total(self, plan: Plan, cache: int, context: int) -> tuple[str, str]:
-        """All of it, and what it is made of, as text."""
-        kept, alive = self.beside[cache][context]
-        weights = plan.size.total_bytes
-        parts = {"weights": weights, "cache": kept, "activations": alive}
-        return byte_size(weights + kept + alive), " + ".join(f"{byte_size(n)} {name}" for name, n in parts.items())
+        """Return the sum with the weights, and what it is made of, as text."""
+        parts = dict(zip(("weights", "cache", "activations"), (plan.size.total_bytes, *self.beside[cache][context]), strict=True))
+        return byte_size(sum(parts.values())), " + ".join(f"{byte_size(n)} {name}" for name, n in parts.items())
 
 
 def memory_of(atlas: Atlas) -> Memory:
-    """One sequence, passes of 512 tokens, at contexts that double up to the model's own."""
+    """Return the memory of one sequence, passes of 512 tokens, at contexts that double up to the model's own."""
     shape = atlas.model.memory
     if not isinstance(shape, MemoryShape):
         reason = shape or "this survey does not hold what it depends on"
         return Memory([], [], [], f"Memory beside the weights cannot be told: {reason}.")
-    own, contexts = atlas.model.context, []
-    step = min(FIRST_CONTEXT, own)
-    while step < own:
-        contexts.append(step)
-        step *= 2
-    contexts.append(own)
+    longest = atlas.model.context
+    contexts = [*(length for k in range(longest.bit_length()) if (length := FIRST_CONTEXT << k) < longest), longest]
     beside = []
     for cache in CACHES:
         loads = [replace(workload_of(n, cache, None, None), activation_dtype=atlas.model.dtype) for n in contexts]
@@ -184,32 +168,28 @@ def memory_of(atlas: Atlas) -> Memory:
     return Memory(contexts, list(CACHES.values()), beside)
 
 
-# --- commands --------------------------------------------------------------------------------------------------------------
-
-# The commands that go on from a plan, as text to copy: verify, apply, and every runtime whose files `bitatlas export` can write of it.
-#
-# What a runtime can hold is told again here in one line each, because the export itself needs torch and a report does not; a test
-# compares the two for every format.
+# --- commands that go on from a plan, as text to copy -----------------------------------------------------------------
 
 
 def commands(atlas: Atlas, plan: Plan, place: str) -> list[str]:
-    """Shell commands for the folder of the report. `place`: the plan's file, from there."""
+    """Return shell commands for the folder of the report: verify, apply, and an export to every runtime that holds the plan.
+
+    place: the plan's file, from there.
+    """
     model, file = shlex.quote(str(atlas.settings.get("model", atlas.model.name))), shlex.quote(place)
     used = {name: plan.formats[name] for name in plan.modules.values()}
-    found = [f"bitatlas verify {model} {file}"]
+    result = [f"bitatlas verify {model} {file}"]
     stem = place.rpartition("/")[2].removesuffix(".json")
     if not any(fmt.runtime for fmt in used.values()):
-        found.append(f"bitatlas apply {model} {file} --out {shlex.quote(f'{stem}-packed')}")
+        result.append(f"bitatlas apply {model} {file} --out {shlex.quote(f'{stem}-packed')}")
     for name, runtime in RUNTIMES.items():
         if fits(runtime, plan, atlas.modules):
-            given = f" --model {model}" if runtime.model else ""
-            found.append(f"bitatlas export {file} --to {name}{given} --out {shlex.quote(f'{stem}-{name}')}")
-    return found
+            option = f" --model {model}" if runtime.model else ""
+            result.append(f"bitatlas export {file} --to {name}{option} --out {shlex.quote(f'{stem}-{name}')}")
+    return result
 
 
-# --- slider ----------------------------------------------------------------------------------------------------------------
-
-# What the page's script needs to show another plan in the same heat map, and to hand out its plan.json: numbers and texts, as JSON.
+# --- what the page's script needs to show another plan in the same heat map, and to hand out its plan.json, as JSON ------
 #
 # The script computes nothing that could be wrong: texts come from here, bits are looked up by cell. A plan.json is kept without its list
 # of modules, which is the same names in every plan; the script puts that between `head` and `tail`, so what is copied is the file to the byte.
@@ -218,12 +198,11 @@ CODES = "0123456789abcdefghijklmnopqrstuvwxyz"  # one letter a format, and "-" f
 
 
 def slider_data(atlas: Atlas, stops: list[Stop], memory: Memory) -> Markup:
-    """The JSON text for the page's data block: no character of it can end the block or open another."""
+    """Return the JSON text for the page's data block: no character of it can end the block or open another."""
     cells = heat.cells_of(atlas)
-    count = len(memory.contexts)
     formats = list(dict.fromkeys(name for stop in stops for name in stop.plan.formats))
     modules = list(dict.fromkeys(name for stop in stops for name in stop.plan.modules))
-    places = {name: place for place, name in enumerate(modules)}
+    index_of = {name: index for index, name in enumerate(modules)}
     plans = [_plan(stop.plan, cells, formats, modules) for stop in stops]
     bits = {text for plan in plans for text in plan["bits"]}
     widest = heat.widest_bits(atlas)
@@ -231,14 +210,18 @@ def slider_data(atlas: Atlas, stops: list[Stop], memory: Memory) -> Markup:
         "formats": formats,
         "modules": modules,
         "cells": [
-            [f"Layer {layer}, {kind}", *_members(cells, number, places)] for number, (layer, kind) in enumerate(cells.keys)
+            [f"Layer {layer}, {kind}", *_members(members, index_of)]
+            for (layer, kind), members in zip(cells.keys, cells.members, strict=True)
         ],
         "units": _units(cells),
         "order": cells.steps.formats if cells.steps else [],
         "shades": {text: heat.shade(float(text), widest) for text in sorted(bits) if text},
         "plans": plans,
         "memory": [
-            [[memory.total(stop.plan, cache, context) for context in range(count)] for cache in range(len(memory.caches))]
+            [
+                [memory.total(stop.plan, cache, context) for context in range(len(memory.contexts))]
+                for cache in range(len(memory.caches))
+            ]
             for stop in stops
         ],
     }
@@ -251,26 +234,25 @@ def _plan(plan: Plan, cells: heat.Cells, formats: list[str], modules: list[str])
     listed = ",\n".join(f"  {json.dumps(name, ensure_ascii=False)}: {json.dumps(plan.modules[name])}" for name in plan.modules)
     if list(plan.modules) == modules and listed in head:
         head, _, tail = head.partition(listed)
-    own = "".join(CODES[formats.index(plan.modules[name])] if name in plan.modules else "-" for name in modules)
+    codes = "".join(CODES[formats.index(plan.modules[name])] if name in plan.modules else "-" for name in modules)
     mean = [facts.mean_bits(plan, members) for members in cells.members]
     return {
         "head": head,
         "tail": tail,
-        "modules": own,
+        "modules": codes,
         "bits": ["" if bits is None else heat.bits_text(bits) for bits in mean],
         "raises": cells.raises(plan),
     }
 
 
-def _members(cells: heat.Cells, number: int, places: dict[str, int]) -> tuple[list[int], str]:
-    """Places of a cell's modules, and its unit where it has one alone."""
-    members = cells.members[number]
+def _members(members: list[Module], index_of: dict[str, int]) -> tuple[list[int], str]:
+    """Return the indices of a cell's modules, and its unit where it has one alone."""
     units = {module.unit for module in members}
-    return [places[module.name] for module in members if module.name in places], units.pop() if len(units) == 1 else ""
+    return [index_of[module.name] for module in members if module.name in index_of], units.pop() if len(units) == 1 else ""
 
 
 def _units(cells: heat.Cells) -> dict[str, Any]:
-    """Unit -> modules, and the parts of its sentences, step by step."""
+    """Return unit -> modules, and the parts of its sentences, step by step."""
     if cells.steps is None:
         return {}
-    return {unit: [cells.steps.modules[unit], [step.parts for step in own]] for unit, own in cells.steps.steps.items()}
+    return {unit: [cells.steps.modules[unit], [step.parts for step in steps]] for unit, steps in cells.steps.steps.items()}

@@ -35,7 +35,7 @@ from bitatlas.report.tables import tables
 _KEPT = re.compile(r"(\[[−0-9., ]+\])|\d+–\d+|\bn = \d+|\b\d-bit\b|(?<!\w)--[a-z]+")
 LONG_TABLE = 12  # rows from which a table starts folded
 LONG_LAYERS = 40  # the same for the table of layers
-STACKED = ("folk",)  # tables with sentences: on a phone a row's cells stand below each other
+STACKED = ("folk",)  # keys of tables with sentences: on a phone a row's cells stand below each other
 
 
 @dataclass(frozen=True)
@@ -48,23 +48,23 @@ class Tile:
 
 
 def html(atlas: Atlas) -> str:
-    """The whole of report.html; same atlas, same text."""
-    script = f"{_asset('report.js')}\n{_asset('budget.js')}"
+    """Return the whole of report.html; the same atlas gives the same text."""
+    script = f"{_read('assets/report.js').strip()}\n{_read('assets/budget.js').strip()}"
     digest = base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()
     environment = Environment(autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True)
     environment.filters["kept"] = keep_together
-    template = environment.from_string(_read("templates", "report.html.j2"))
-    at, beside = stops(atlas), memory_of(atlas)
+    template = environment.from_string(_read("templates/report.html.j2"))
+    plans, memory = stops(atlas), memory_of(atlas)
     page = template.render(
         atlas=atlas,
         title=facts.title_of(atlas),
         formats=facts.formats_text(atlas),
         answer=advice.answer(atlas),
         tiles=_tiles(atlas),
-        stops=at,
-        own=next((place for place, stop in enumerate(at) if stop.plan is atlas.plan), 0),
-        memory=beside,
-        slider=slider_data(atlas, at, beside),
+        stops=plans,
+        own=next((index for index, stop in enumerate(plans) if stop.plan is atlas.plan), 0),
+        memory=memory,
+        slider=slider_data(atlas, plans, memory),
         figures=figures(atlas),
         rows=diagram.rows(atlas),
         link_note=LINK_NOTE,
@@ -80,9 +80,9 @@ def html(atlas: Atlas) -> str:
         critical=facts.critical_lines(atlas),
         numbers_of=numbers_of,
         facts=facts,
-        is_long=_is_long,
+        long_table=LONG_TABLE,
         long_layers=LONG_LAYERS,
-        style=Markup(_asset("report.css")),
+        style=Markup(_read("assets/report.css").strip()),
         script=Markup(script),
         script_sha256=digest,
     )
@@ -90,7 +90,7 @@ def html(atlas: Atlas) -> str:
 
 
 def keep_together(text: str) -> Markup:
-    """Escaped text in which intervals, ranges, counts, widths and options are not torn apart at a line's end, and intervals stand back."""
+    """Return escaped text in which intervals, ranges, counts, widths and options are not torn apart at a line's end, and intervals stand back."""
     return Markup(_KEPT.sub(lambda m: f'<span class="{"ci" if m[1] else "nb"}">{m[0]}</span>', str(escape(text))))
 
 
@@ -100,25 +100,15 @@ def write_reports(atlas: Atlas, out_dir: Path) -> None:
     write_text(out_dir / "report.html", html(atlas))
 
 
-def _read(folder: str, name: str) -> str:
-    return resources.files("bitatlas.report").joinpath(folder, name).read_text(encoding="utf-8")
-
-
-def _asset(name: str) -> str:
-    return _read("assets", name).strip()
-
-
-def _is_long(table: Table) -> bool:
-    return len(table.rows) >= LONG_TABLE
+def _read(path: str) -> str:
+    return resources.files("bitatlas.report").joinpath(path).read_text(encoding="utf-8")
 
 
 def _tiles(atlas: Atlas) -> list[Tile]:
     tiles = []
     if atlas.plan is not None:
-        size = atlas.plan.size
-        tiles.append(
-            Tile("Plan's damage", facts.mean_text(atlas.plan.damage.measured), facts.ends_text(atlas.plan.damage.measured))
-        )
+        size, damage = atlas.plan.size, atlas.plan.damage.measured
+        tiles.append(Tile("Plan's damage", facts.mean_text(damage), facts.ends_text(damage)))
         bits = f"{number(size.stored_bits, 2)} stored bits, from {byte_size(atlas.model.total_bytes)}"
         tiles.append(Tile(f"Plan's size, {number(size.code_bits, 2)} code bits", byte_size(size.total_bytes), bits))
     for uniform in atlas.uniform:
@@ -128,9 +118,7 @@ def _tiles(atlas: Atlas) -> list[Tile]:
     return tiles
 
 
-# --- links -----------------------------------------------------------------------------------------------------------------
-
-# Where on the page a finding's numbers stand: the id of a table, or of a section where that table has no rows.
+# --- links to a finding's numbers: a table, or its section where the table has no rows -------------------------------
 #
 # Left out: a link to the very row; a finding mostly rests on several.
 
@@ -161,21 +149,17 @@ SECTIONS = {
 }
 
 
-class Place(NamedTuple):
+class Target(NamedTuple):
     """A link's end: an id of the page, and what stands there."""
 
     id: str
     title: str
 
 
-def numbers_of(finding: Finding, tables: Collection[Table]) -> Place:
-    """The table with a finding's numbers; its section where the table is empty, the method where the topic has none.
-
-    tables: those of the page.
-    """
-    fits = (key for topic, said, key in TABLES if topic == finding.topic and said in finding.claim)
-    wanted = next(fits, None)
+def numbers_of(finding: Finding, tables: Collection[Table]) -> Target:
+    """Return the one of the page's `tables` with a finding's numbers; its section where that is empty, the method where the topic has none."""
+    wanted = next((key for topic, words, key in TABLES if topic == finding.topic and words in finding.claim), None)
     for table in tables:
         if table.key == wanted and table.rows:
-            return Place(f"table-{table.key}", table.title)
-    return Place(*SECTIONS.get(finding.topic, ("method", "Method and provenance")))
+            return Target(f"table-{table.key}", table.title)
+    return Target(*SECTIONS.get(finding.topic, ("method", "Method and provenance")))

@@ -23,22 +23,23 @@ MARKS = {
     "safe": "✅",
     "light": "🟣",
     "uncertain": "⚠️",
+    "falls": "📉",
+    "rises": "📈",
 }
-MARKS |= {"falls": "📉", "rises": "📈"}
 
 # an interval of numbers is no link, and an underscore between word characters is no emphasis: both stay readable
 _ESCAPED = re.compile(r"(\[[−0-9., ]+\](?![\[(:])|(?<=[^\W_])_(?=[^\W_]))|([\\`*_\[\]{}#|~$!@])")
 
 
 def escape(text: str) -> str:
-    """Text as literal Markdown on one line, fit for a table cell."""
+    """Return text as literal Markdown on one line, fit for a table cell."""
     line = " ".join(text.split())
     line = line.replace("&", "&amp;").replace("<", "&lt;").replace(">", "&gt;")
     return _ESCAPED.sub(lambda match: match[1] or f"\\{match[2]}", line)
 
 
 def markdown(atlas: Atlas) -> str:
-    """The whole of report.md, ending in a newline; same atlas, same text."""
+    """Return the whole of report.md, ending in a newline; the same atlas gives the same text."""
     blocks = [
         "# Quantization Analysis Overview",
         f"## {escape(facts.title_of(atlas))} Strategic Analysis",
@@ -56,20 +57,16 @@ def markdown(atlas: Atlas) -> str:
 
 def _key_findings(atlas: Atlas) -> list[str]:
     blocks = ["## Key Findings", "**Critical Layers Identified:**"]
-    blocks.append("\n".join(f"- {_critical_mark(line)}{escape(line)}" for line in facts.critical_lines(atlas)))
-    for title, found in facts.findings_by_topic(atlas).items():
-        blocks.append(f"**{escape(title)}:**")
-        blocks.append("\n".join(_finding_line(finding) for finding in found))
+    lines = facts.critical_lines(atlas)
+    blocks.append("\n".join(f"- {'🔴 ' if line.startswith('Layer ') else ''}{escape(line)}" for line in lines))
+    for title, findings in facts.findings_by_topic(atlas).items():
+        blocks += [f"**{escape(title)}:**", "\n".join(map(_finding_line, findings))]
     return blocks
 
 
-def _critical_mark(line: str) -> str:
-    return "🔴 " if line.startswith("Layer ") else ""
-
-
 def _finding_line(finding: Finding) -> str:
-    rests = facts.evidence(finding)
-    evidence = f" ({escape('; '.join(rests))})" if rests else ""
+    parts = facts.evidence(finding)
+    evidence = f" ({escape('; '.join(parts))})" if parts else ""
     mark = f"{MARKS[finding.verdict]} " if finding.verdict in MARKS else "✅ " if finding.verdict.startswith("no loss") else ""
     return f"- {mark}{escape(finding.claim)}: **{escape(finding.verdict)}**. {escape(finding.text)}{evidence}"
 

@@ -1,6 +1,6 @@
-"""The boxes and arrows of the overview, once, for Mermaid and for the page: five groups, their cards, their links.
+"""The overview: its boxes and arrows (five groups, their cards, their links) for the page, and the same as Mermaid source.
 
-Links. A solid link means "belongs to" or "leads to": a layer or its attention to the zone it lies in, a zone to the part of the
+Links: a solid link means "belongs to" or "leads to": a layer or its attention to the zone it lies in, a zone to the part of the
 strategy that its verdict asks for. A dotted link says what follows from a task's score: to the most critical layers drawn (at most
 three) where the score is shown to fall, because wider formats would be spent there first (it does not say that those layers gave the
 wrong answers); else to the strategy's card on tasks, labelled with the reason why no bits follow.
@@ -15,6 +15,7 @@ from dataclasses import dataclass, field
 from bitatlas.records import Atlas, AttentionLayer, Layer, TaskScore, Zone
 from bitatlas.records.text import NOT_MEASURED, against_chance, interval, number, percent
 from bitatlas.report import advice, facts
+from bitatlas.report.facts import wilson_text
 
 CLASS_OF = {"critical": "critical", "safe": "safe", "light": "light", "uncertain": "warning"}
 LINK_NOTE = (
@@ -58,37 +59,35 @@ class Overview:
 
 
 def overview_of(atlas: Atlas) -> Overview:
-    """The boxes and arrows for one atlas."""
+    """Return the boxes and arrows of one atlas."""
     chosen = facts.select_layers(atlas)
     layers = [record for record in atlas.layers if record.layer in chosen]
     attention = {record.layer: record for record in facts.attention_at(atlas)}
     lowered = {record.layer: record for record in facts.attention_at(atlas, f"uniform:{atlas.low}")}
     low = facts.width_of(atlas, atlas.low)
-    seen = [layer for layer in chosen if attention]
-    nothing = NOT_MEASURED
+    with_attention = chosen if attention else []
     return Overview(
         f"{facts.title_of(atlas).upper().replace(' VS ', ' vs ')} QUANTIZATION ANALYSIS",
-        [_task(atlas, i, score) for i, score in enumerate(atlas.tasks)] or [Card("NOTASKS", "Tasks", [nothing])],
-        [_layer(atlas, record) for record in layers] or [Card("NOLAYERS", "Layer criticality", [nothing])],
-        [_attention(layer, attention.get(layer), lowered.get(layer), low) for layer in seen]
-        or [Card("NOATTENTION", "Attention", [nothing])],
-        [_zone(atlas, i, zone) for i, zone in enumerate(atlas.zones)] or [Card("NOZONES", "Zones", [nothing])],
+        [_task(atlas, i, score) for i, score in enumerate(atlas.tasks)] or [Card("NOTASKS", "Tasks", [NOT_MEASURED])],
+        [_layer(atlas, record) for record in layers] or [Card("NOLAYERS", "Layer criticality", [NOT_MEASURED])],
+        [_attention(layer, attention.get(layer), lowered.get(layer), low) for layer in with_attention]
+        or [Card("NOATTENTION", "Attention", [NOT_MEASURED])],
+        [_zone(atlas, i, zone) for i, zone in enumerate(atlas.zones)] or [Card("NOZONES", "Zones", [NOT_MEASURED])],
         [Card(part.key, part.title, part.lines, "recommendation") for part in advice.strategy(atlas)],
-        [*_task_links(atlas, layers), *_zone_links(atlas, layers, seen)],
+        [*_task_links(atlas, layers), *_zone_links(atlas, layers, with_attention)],
         chosen,
     )
 
 
-def _task(atlas: Atlas, place: int, score: TaskScore) -> Card:
-    low, high = (number(100 * end, 1) for end in score.wilson95)
+def _task(atlas: Atlas, index: int, score: TaskScore) -> Card:
     accuracy = percent(score.correct / score.n) if score.n else NOT_MEASURED
     lines = [
         f"{facts.precision_name(atlas, score.precision)}: {accuracy} accuracy",
         f"{score.correct}/{score.n} correct",
-        f"95%: [{low}, {high}]",
+        f"95%: {wilson_text(score)}",
     ]
     chance = [] if score.above_chance else [f"{against_chance(score)} ({percent(score.chance, 0)})"]
-    return Card(f"T{place}", f"{score.task.replace('_', ' ')} dataset", lines + chance)
+    return Card(f"T{index}", f"{score.task.replace('_', ' ')} dataset", lines + chance)
 
 
 def _layer(atlas: Atlas, record: Layer) -> Card:
@@ -103,7 +102,7 @@ def _layer(atlas: Atlas, record: Layer) -> Card:
 
 
 def _attention(layer: int, record: AttentionLayer | None, lowered: AttentionLayer | None, low: str) -> Card:
-    """Attention of a layer; `lowered` is the same in the whole model at the low width, beside it where both were measured."""
+    """Return the attention of a layer; `lowered` is the same in the whole model at the low width, beside it where both were measured."""
     title = f"Layer {layer} attention"
     if record is None:
         return Card(f"ATT{layer}", title, [NOT_MEASURED], "attention")
@@ -118,7 +117,7 @@ def _attention(layer: int, record: AttentionLayer | None, lowered: AttentionLaye
     return Card(f"ATT{layer}", title, lines, "attention")
 
 
-def _zone(atlas: Atlas, place: int, zone: Zone) -> Card:
+def _zone(atlas: Atlas, index: int, zone: Zone) -> Card:
     high, low = facts.width_of(atlas, atlas.high), facts.width_of(atlas, atlas.low)
     marks = {
         "safe": f"Safe for {low}",
@@ -130,11 +129,11 @@ def _zone(atlas: Atlas, place: int, zone: Zone) -> Card:
     if zone.low_share is not None:
         lines.append(f"Plan: {percent(zone.low_share, 0)} at {facts.narrowest_bits(atlas)}-bit")
     css = CLASS_OF.get(zone.verdict, "warning")
-    return Card(f"Z{place}", facts.zone_title(zone), lines, css, marks.get(zone.verdict, zone.verdict))
+    return Card(f"Z{index}", facts.zone_title(zone), lines, css, marks.get(zone.verdict, zone.verdict))
 
 
 def task_conclusion(atlas: Atlas, score: TaskScore) -> tuple[str, bool]:
-    """What follows from a score: the label of its dotted link, and whether the link goes to layers."""
+    """Return what follows from a score: the label of its dotted link, and whether the link goes to layers."""
     if score.precision == "reference":
         return "reference", False
     pair = facts.comparison(atlas, score.task, score.precision)
@@ -148,32 +147,27 @@ def task_conclusion(atlas: Atlas, score: TaskScore) -> tuple[str, bool]:
 def _task_links(atlas: Atlas, layers: list[Layer]) -> list[Link]:
     targets = [f"L{record.layer}" for record in facts.most_critical(layers)]
     links = []
-    for place, score in enumerate(atlas.tasks):
+    for index, score in enumerate(atlas.tasks):
         label, to_layers = task_conclusion(atlas, score)
         ends = targets if to_layers and targets else ["TASKS"]
-        links += [Link(f"T{place}", end, label, dotted=True) for end in ends]
+        links += [Link(f"T{index}", end, label, dotted=True) for end in ends]
     return links or [Link("NOTASKS", "TASKS", dotted=True)]
 
 
 def _zone_links(atlas: Atlas, layers: list[Layer], attention: list[int]) -> list[Link]:
-    links = []
     members = [(f"L{r.layer}", r.layer) for r in layers] + [(f"ATT{layer}", layer) for layer in attention]
-    for key, layer in members:
-        zone = facts.zone_of(atlas, layer)
-        if zone is not None:
-            links.append(Link(key, f"Z{atlas.zones.index(zone)}"))
-    for place, zone in enumerate(atlas.zones):
-        links += [Link(f"Z{place}", part.key) for part in advice.strategy(atlas) if zone.verdict in part.follows]
+    zone_of = {layer: i for i, zone in enumerate(atlas.zones) for layer in range(zone.first, zone.last + 1)}
+    links = [Link(key, f"Z{zone_of[layer]}") for key, layer in members if layer in zone_of]
+    parts = advice.strategy(atlas)
+    links += [Link(f"Z{i}", part.key) for i, zone in enumerate(atlas.zones) for part in parts if zone.verdict in part.follows]
     return links
 
 
-# --- mermaid ---------------------------------------------------------------------------------------------------------------
-
-# The overview as Mermaid source: `graph TD`, five groups, links and class definitions, in the form that users asked for.
+# --- Mermaid: `graph TD`, five groups, links and class definitions ---------------------------------------------------
 #
 # Text is data: every label is quoted, and every character that could mean something to Mermaid or to HTML is written as a
 # numeric entity (`#60;`); node names are ours alone. So a model named like a script or like Mermaid syntax is only a name.
-# What the boxes and links mean is told in `cards`. Left out: themes, directives, and a `direction` for the outer group: Mermaid 11
+# Left out: themes, directives, and a `direction` for the outer group: Mermaid 11
 # then lays it out across, which stays readable on a page (1,800 px wide, not 7,000).
 
 CLASSES = {
@@ -199,7 +193,7 @@ _ESCAPED = re.compile(r"(\[[−0-9., ]+\])|([^\w .,:()%+=/?×–—…\-−✅�
 
 
 def escape(text: str) -> str:
-    """Text as a part of a quoted Mermaid label: one line, cut at LONGEST, special characters as numeric entities."""
+    """Return text as a part of a quoted Mermaid label: one line, cut at LONGEST, special characters as numeric entities."""
     line = " ".join(text.split())
     line = line if len(line) <= LONGEST else line[: LONGEST - 1] + "…"
     line = _ESCAPED.sub(lambda match: match[1] or f"#{ord(match[2])};", line)
@@ -207,7 +201,7 @@ def escape(text: str) -> str:
 
 
 def overview(atlas: Atlas) -> str:
-    """The Mermaid source of the overview, ending in a newline; same atlas, same text."""
+    """Return the Mermaid source of the overview, ending in a newline; the same atlas gives the same text."""
     view = overview_of(atlas)
     lines = ["graph TD", f'    subgraph QUANT ["{escape(f"🎯 {view.title}: {atlas.model.name}")}"]']
     for (key, title), cards in zip(GROUPS, _groups(view), strict=True):

@@ -1,6 +1,6 @@
 """The tables of the report, as plain text cells: report.md and report.html print the same ones, each with its own escaping.
 
-A table says what it rests on (base, rows, n) once in its note; where a table mixes bases, the base is a column.
+Those on attention are in `attention_tables`, on tasks' widths in `task_tables`, beside a chart in `charts`. A table says what it rests on (base, rows, n) once in its note; where a table mixes bases, the base is a column.
 A table that has nothing to show stays, with the word "not measured", so that a missing measurement is seen.
 Left out: the long per-module and per-head tables; they lie beside the atlas as Parquet.
 """
@@ -10,7 +10,7 @@ from __future__ import annotations
 import json
 from collections.abc import Callable
 
-from bitatlas.records import Atlas, Correlation, KindDamage, Layer, Measured, Plan, TaskPair, UnitDamage, WeightProfile, Zone
+from bitatlas.records import Atlas, Correlation, KindDamage, Layer, Measured, Plan, TaskPair, UnitDamage, WeightProfile
 from bitatlas.records.text import (
     NOT_MEASURED,
     against_chance,
@@ -27,12 +27,15 @@ from bitatlas.report import advice, facts
 from bitatlas.report.attention_tables import ablation_table, drift_table, precision_table, profile_table
 from bitatlas.report.charts.heat import interaction_table
 from bitatlas.report.charts.panels import prediction_table
-from bitatlas.report.facts import Table
-from bitatlas.report.task_tables import margin_text, text_table, width_table
+from bitatlas.report.facts import Table, basis, precision_name, wilson_text
+from bitatlas.report.task_tables import NO_TASKS, margin_text, text_table, width_table
+
+MOST_UNITS = 10  # that are shown; all are in the atlas
+EVIDENCE = ("Damage lowered, nats/token", "Damage raised, nats/token", "Share of damage", "Criticality", "q")  # columns
 
 
 def tables(atlas: Atlas) -> list[Table]:
-    """All tables, in the order of the report."""
+    """Return all tables, in the order of the report."""
     makers: tuple[Callable[[Atlas], Table], ...] = (
         uniform_damage,
         layer_table,
@@ -60,7 +63,11 @@ def tables(atlas: Atlas) -> list[Table]:
     return [make(atlas) for make in makers]
 
 
+# --- damage ----------------------------------------------------------------------------------------------------------
+
+
 def uniform_damage(atlas: Atlas) -> Table:
+    """Make the table of uniform plans."""
     rows = [
         [
             u.format,
@@ -72,39 +79,62 @@ def uniform_damage(atlas: Atlas) -> Table:
         ]
         for u in atlas.uniform
     ]
-    note = f"Every module at one format. Damage: {_rest([u.damage for u in atlas.uniform])}."
+    note = f"Every module at one format. Damage: {basis(u.damage for u in atlas.uniform)}."
     head = ["Format", "Code bits", "Stored bits", "Quantized modules", "Whole model", "Damage, nats/token"]
     return Table("uniform", "Uniform damage", note, head, rows)
 
 
+def evidence(record: Layer | UnitDamage | KindDamage) -> list[str]:
+    """Return the cells below `EVIDENCE`."""
+    measured = (record.lowered, record.raised, record.share, record.criticality)
+    return [*map(interval, measured), p_value(record.q_value, record.q_is_bound)]
+
+
 def layer_table(atlas: Atlas) -> Table:
+    """Make the table of layers."""
     total = sum(record.weights for record in atlas.layers) or 1
     rows = [
-        [
-            str(r.layer),
-            percent(r.weights / total),
-            *evidence(r),
-            r.verdict,
-            _bits(facts.plan_bits(atlas, r.layer)),
-        ]
+        [str(r.layer), percent(r.weights / total), *evidence(r), r.verdict, _decimals(facts.plan_bits(atlas, r.layer), 2, "")]
         for r in atlas.layers
     ]
     note = (
-        f"Lowered: the layer at {atlas.low}, all others at {atlas.high} ({_rest([r.lowered for r in atlas.layers])}). "
-        f"Raised: the reverse ({_rest([r.raised for r in atlas.layers])}). Share and criticality: "
-        f"{_rest([r.share for r in atlas.layers])}. q: criticality = 1, two-sided, Benjamini-Hochberg over layers."
+        f"Lowered: the layer at {atlas.low}, all others at {atlas.high} ({basis(r.lowered for r in atlas.layers)}). "
+        f"Raised: the reverse ({basis(r.raised for r in atlas.layers)}). Share and criticality: "
+        f"{basis(r.share for r in atlas.layers)}. q: criticality = 1, two-sided, Benjamini-Hochberg over layers."
     )
-    lowered, raised = "Damage lowered, nats/token", "Damage raised, nats/token"
-    criticality = "Criticality (1 = as its size)"
-    head = ["Layer", "Weights", lowered, raised, "Share of damage", criticality, "q", "Verdict", "Plan, code bits"]
+    head = ["Layer", "Weights", *EVIDENCE[:3], "Criticality (1 = as its size)", "q", "Verdict", "Plan, code bits"]
     return Table("layers", "Layers", note, head, rows)
 
 
+def kind_table(atlas: Atlas) -> Table:
+    """Make the table of kinds of modules, each in all layers together."""
+    total = sum(kind.weights for kind in atlas.kinds) or 1
+    rows = [[kind.kind, str(kind.modules), percent(kind.weights / total), *evidence(kind)] for kind in atlas.kinds]
+    note = (
+        f"All modules of a kind together. Lowered: at {atlas.low}, all others at {atlas.high}; raised: the reverse. Share and criticality: "
+        f"{basis(kind.share for kind in atlas.kinds)}. q: criticality = 1, two-sided, Benjamini-Hochberg over kinds."
+    )
+    return Table("kinds", "Kinds of modules", note, ["Kind", "Modules", "Weights", *EVIDENCE], rows)
+
+
+def unit_table(atlas: Atlas) -> Table:
+    """Make the table of the most critical units, worst first."""
+    total = sum(unit.weights for unit in atlas.units) or 1
+    worst = sorted(atlas.units, key=lambda unit: (-unit.criticality.mean, unit.unit))[:MOST_UNITS]
+    rows = [[unit.unit, str(unit.layer), percent(unit.weights / total, 2), *evidence(unit)] for unit in worst]
+    note = (
+        f"The {len(rows)} with the highest criticality of {len(atlas.units)} units (modules that share one format); all are in atlas.json. "
+        f"Share and criticality: {basis(unit.share for unit in worst)}. q: Benjamini-Hochberg over all units."
+    )
+    return Table("units", "Most critical units", note, ["Unit", "Layer", "Weights", *EVIDENCE], rows)
+
+
 def zone_table(atlas: Atlas) -> Table:
+    """Make the table of zones."""
     rows = [
         [
             facts.zone_title(zone),
-            _border(zone),
+            f"{zone.first} [{zone.border95[0]}, {zone.border95[1]}]" if zone.border95 else str(zone.first),
             interval(zone.criticality),
             zone.verdict,
             NOT_MEASURED if zone.low_share is None else percent(zone.low_share),
@@ -114,24 +144,17 @@ def zone_table(atlas: Atlas) -> Table:
     note = (
         "Contiguous runs of layers found by optimal segmentation of criticality, not fixed thirds; the interval of a zone's first layer is "
         "over rows, with as many zones. "
-        f"Criticality: {_rest([zone.criticality for zone in atlas.zones])}."
+        f"Criticality: {basis(zone.criticality for zone in atlas.zones)}."
     )
-    head = [
-        "Zone",
-        "Starts at layer",
-        "Criticality",
-        "Verdict",
-        f"Weights that the plan puts at {facts.narrowest_bits(atlas)}-bit",
-    ]
+    low = f"Weights that the plan puts at {facts.narrowest_bits(atlas)}-bit"
+    head = ["Zone", "Starts at layer", "Criticality", "Verdict", low]
     return Table("zones", "Zones", note, head, rows)
 
 
 def plan_table(atlas: Atlas) -> Table:
-    """The plan, then its baselines, least damage first."""
-    plan, head = (
-        atlas.plan,
-        ["Plan", "Code bits", "Quantized modules", "Damage, nats/token", "Our plan minus this, nats/token"],
-    )
+    """Make the table of the plan, then its baselines, least damage first."""
+    plan = atlas.plan
+    head = ["Plan", "Code bits", "Quantized modules", "Damage, nats/token", "Our plan minus this, nats/token"]
     if plan is None:
         return Table("plan", "Plan and baselines", "", head, empty="No plan was made.")
     ours = ["our plan", number(plan.size.code_bits, 2), byte_size(plan.size.quantized_bytes)]
@@ -141,20 +164,28 @@ def plan_table(atlas: Atlas) -> Table:
         difference = "" if other.difference is None else interval(other.difference)
         rows.append([other.name, *size, interval(other.damage), difference])
     predicted = "" if plan.damage.predicted is None else f" Predicted damage: {number(plan.damage.predicted)} nats/token."
-    rest = _rest([plan.damage.measured, *(b.damage for b in plan.baselines)])
+    damages = [plan.damage.measured, *(b.damage for b in plan.baselines)]
     note = (
-        f"Plans that anybody could have made, at most as large as ours; differences paired by row. Damage: {rest}.{predicted} "
+        f"Plans that anybody could have made, at most as large as ours; differences paired by row. Damage: {basis(damages)}.{predicted} "
         f"Budget: {_budget_text(plan)}. {advice.plan_verdict(atlas)}"
     )
     return Table("plan", "Plan and baselines", note, head, rows)
 
 
+def _budget_text(plan: Plan) -> str:
+    memory = memory_text(plan)
+    return f"vram. {memory}" if memory else f"{plan.budget.kind} {protect_text(plan) or number(plan.budget.value)}"
+
+
+# --- tasks -----------------------------------------------------------------------------------------------------------
+
+
 def task_table(atlas: Atlas) -> Table:
+    """Make the table of scores."""
     rows = []
     for s in atlas.tasks:
-        low, high = (number(100 * end, 1) for end in s.wilson95)
-        accuracy = f"{percent(s.correct / s.n)} [{low}, {high}]" if s.n else NOT_MEASURED
-        precision = facts.precision_name(atlas, s.precision)
+        accuracy = f"{percent(s.correct / s.n)} {wilson_text(s)}" if s.n else NOT_MEASURED
+        precision = precision_name(atlas, s.precision)
         norm = "" if s.correct_norm is None or not s.n else percent(s.correct_norm / s.n)
         rows.append([s.task, precision, f"{s.correct}/{s.n}", accuracy, norm, percent(s.chance, 0), against_chance(s)])
     note = (
@@ -162,14 +193,15 @@ def task_table(atlas: Atlas) -> Table:
         f"choices, by likelihood per character. {facts.few_shot_text(atlas)}"
     )
     head = ["Task", "Precision", "Correct", "Accuracy", "acc_norm", "Chance", "Against chance"]
-    return Table("tasks", "Tasks", note, head, rows, "Not measured: the run was asked for no tasks.")
+    return Table("tasks", "Tasks", note, head, rows, NO_TASKS)
 
 
 def pair_table(atlas: Atlas) -> Table:
+    """Make the table of pairs of precisions, on the same items."""
     rows = [
         [
             pair.task,
-            f"{facts.precision_name(atlas, pair.first)} → {facts.precision_name(atlas, pair.second)}",
+            _arrow(atlas, pair),
             pair.verdict,
             interval(pair.difference),
             f"{pair.lost} lost, {pair.gained} gained",
@@ -189,32 +221,38 @@ def pair_table(atlas: Atlas) -> Table:
     )
     head = ["Task", "Pair", "Verdict", "Difference, points", "Flips", "p", "Holm p", "Detectable, points", "Items needed"]
     head += [f"No loss{margin_text(atlas)}, Holm p", "90% interval, points", "Items for no loss"]
-    told = any(finding.topic == "tasks" for finding in atlas.findings)  # then the findings have these sentences
-    said = [
-        f"{pair.task}, {facts.precision_name(atlas, pair.first)} → {facts.precision_name(atlas, pair.second)}: {pair.text}"
-        for pair in atlas.task_pairs
-        if pair.text and not told
-    ]
-    return Table("pairs", "Task pairs", note, head, rows, "Not measured: the run was asked for no tasks.", said)
+    points = [f"{pair.task}, {_arrow(atlas, pair)}: {pair.text}" for pair in atlas.task_pairs if pair.text]
+    if any(finding.topic == "tasks" for finding in atlas.findings):  # then the findings have these sentences
+        points = []
+    return Table("pairs", "Task pairs", note, head, rows, NO_TASKS, points)
+
+
+def _arrow(atlas: Atlas, pair: TaskPair) -> str:
+    return f"{precision_name(atlas, pair.first)} → {precision_name(atlas, pair.second)}"
+
+
+def _no_loss_cells(pair: TaskPair) -> list[str]:
+    if pair.no_loss is None:
+        return [NOT_MEASURED, "", ""]
+    low, high = (number(end, 1) for end in pair.no_loss.ci90)
+    return [p_value(pair.no_loss.holm_p), f"[{low}, {high}]", f"about {pair.no_loss.items_needed:,}"]
+
+
+# --- weights ---------------------------------------------------------------------------------------------------------
 
 
 def weight_table(atlas: Atlas) -> Table:
+    """Make the table of each layer's weights; a cell is "not measured" where a module of the layer lacks the value."""
     layers = sorted({profile.layer for profile in atlas.weights})
     formats = list(dict.fromkeys(name for profile in atlas.weights for name in profile.relative_error))
     rows = []
     for layer in layers:
         inside = [profile for profile in atlas.weights if profile.layer == layer]
-        errors = [_weighted(inside, lambda p, name=name: p.relative_error.get(name)) for name in formats]  # type: ignore[misc]
-        rows.append(
-            [
-                str(layer),
-                _percent(_weighted(inside, lambda p: p.sparsity), 2),
-                _number(_weighted(inside, lambda p: p.kurtosis)),
-                number(max(p.outlier_ratio for p in inside)),
-                _percent(_weighted(inside, lambda p: p.outlier_share), 4),
-                *(_percent(error, 2) for error in errors),
-            ]
-        )
+        errors = [_mean(inside, lambda p, name=name: p.relative_error.get(name)) for name in formats]  # type: ignore[misc]
+        sparsity, beyond = _mean(inside, lambda p: p.sparsity), _mean(inside, lambda p: p.outlier_share)
+        kurtosis, outlier = _mean(inside, lambda p: p.kurtosis), max(p.outlier_ratio for p in inside)
+        cells = [str(layer), _percent(sparsity, 2), _decimals(kurtosis), number(outlier), _percent(beyond, 4)]
+        rows.append([*cells, *(_percent(error, 2) for error in errors)])
     note = (
         "Means over the layer's modules, weighted by their size; exact, so without intervals. Sparsity: share of weights with "
         "|w| below 1% of the module's standard deviation. Error: ‖W − Q(W)‖² / ‖W‖²."
@@ -223,39 +261,81 @@ def weight_table(atlas: Atlas) -> Table:
     return Table("weights", "Weights", note, [*head, *(f"Error at {name}" for name in formats)], rows)
 
 
+def _mean(profiles: list[WeightProfile], value: Callable[[WeightProfile], float | None]) -> float | None:
+    """Return the mean weighted by size; None if a profile has no value."""
+    return None if any(value(profile) is None for profile in profiles) else facts.weighted_mean(profiles, value)
+
+
+def _percent(share: float | None, decimals: int) -> str:
+    return NOT_MEASURED if share is None else percent(share, decimals)
+
+
+def _decimals(value: float | None, decimals: int | None = None, missing: str = NOT_MEASURED) -> str:
+    return missing if value is None else number(value, decimals)
+
+
 def sparsity_table(atlas: Atlas) -> Table:
-    """The curve over thresholds beside a Gaussian's."""
-    found = atlas.sparsity
+    """Make the table of weights near 0: the curve over thresholds beside a Gaussian's."""
+    curve = atlas.sparsity
     head = ["Threshold, σ", "Weights below it", "Of a Gaussian", "Times a Gaussian's", "Verdict"]
-    if found is None:
-        return Table("sparsity", "Weights near 0", "", head, empty="Not measured.")
+    if curve is None:
+        return Table("sparsity", "Weights near 0", "", head)
     rows = [
         [
-            percent(one.threshold),
-            percent(one.share, 3),
-            percent(one.gaussian, 3),
-            interval(Measured(one.share / one.gaussian, one.ratio95, "ratio", "reference", "weights", 0)),
-            {"as many": "as a Gaussian's", "inconclusive": "inconclusive"}.get(one.verdict, f"{one.verdict} than a Gaussian's"),
+            percent(point.threshold),
+            percent(point.share, 3),
+            percent(point.gaussian, 3),
+            interval(Measured(point.share / point.gaussian, point.ratio95, "ratio", "reference", "weights", 0)),
+            {"as many": "as a Gaussian's", "inconclusive": "inconclusive"}.get(
+                point.verdict, f"{point.verdict} than a Gaussian's"
+            ),
         ]
-        for one in found.curve
+        for point in curve.curve
     ]
     note = (
         "All modules, each by its own standard deviation; intervals are those of so many independent weights. More or fewer: beyond 10 %. Layers "
-        f"{'differ' if found.differ else 'do not differ'} at 1 % of σ: {percent(min(found.layers), 2)} to {percent(max(found.layers), 2)}, chi-squared "
-        f"{p_is(found.p_value)}, standard deviation between them beyond chance {percent(found.spread)} of the mean (5 % count)."
+        f"{'differ' if curve.differ else 'do not differ'} at 1 % of σ: {percent(min(curve.layers), 2)} to {percent(max(curve.layers), 2)}, chi-squared "
+        f"{p_is(curve.p_value)}, standard deviation between them beyond chance {percent(curve.spread)} of the mean (5 % count)."
     )
     return Table("sparsity", "Weights near 0", note, head, rows)
 
 
-def folk_table(atlas: Atlas) -> Table:
+# --- measures and rules ----------------------------------------------------------------------------------------------
+
+
+def correlation_table(atlas: Atlas) -> Table:
+    """Make the table of every cheap measure against measured damage, over layers and over units."""
+    layers = {record.measure: record for record in atlas.correlations}
+    units = {record.measure: record for record in atlas.unit_correlations}
     rows = [
-        [
-            f.claim,
-            f.verdict,
-            f.text,
-            interval(f.evidence, unit=True) if f.evidence else "",
-            p_value(f.p_value, f.p_is_bound),
-        ]
+        [name, _rho(layers.get(name)), _chance(layers.get(name)), _rho(units.get(name))]
+        for name in dict.fromkeys([*layers, *units])
+    ]
+    note = (
+        "Spearman's ρ of a cheap measure with criticality (layers) or with the share of the damage (units). Intervals are over rows, for these "
+        "layers and units; they say nothing about other layers. q: against measures as smooth over depth that have nothing to do with damage, "
+        "Benjamini-Hochberg over all measures; the findings and the folk rules rest on it. Units differ in size, so there the number of "
+        "weights is itself a measure to beat."
+    )
+    counts = [records[0].n if records else 0 for records in (atlas.correlations, atlas.unit_correlations)]
+    head = ["Measure", f"ρ over {counts[0]} layers", "q over layers", f"ρ over {counts[1]} units"]
+    return Table("correlations", "Cheap measures against damage", note, head, rows)
+
+
+def _chance(record: Correlation | None) -> str:
+    if record is None:
+        return NOT_MEASURED
+    return "not tested" if record.q_value is None else p_value(record.q_value, record.q_is_bound)
+
+
+def _rho(record: Correlation | None) -> str:
+    return facts.correlation_text(record) if record else NOT_MEASURED
+
+
+def folk_table(atlas: Atlas) -> Table:
+    """Make the table of rules of thumb."""
+    rows = [
+        [f.claim, f.verdict, f.text, interval(f.evidence, unit=True) if f.evidence else "", p_value(f.p_value, f.p_is_bound)]
         for f in atlas.findings
         if f.topic == "folk"
     ]
@@ -265,6 +345,8 @@ def folk_table(atlas: Atlas) -> Table:
     )
     return Table("folk", "Folk rules", note, ["Rule", "Verdict", "What was seen", "Evidence", "p"], rows, "None was tested.")
 
+
+# --- words and provenance --------------------------------------------------------------------------------------------
 
 DEFINITIONS = {
     "damage": "KL(reference ‖ quantized) of the next-token distribution, mean over tokens, in nats/token",
@@ -293,11 +375,12 @@ DEFINITIONS = {
 
 
 def definition_table(atlas: Atlas) -> Table:
+    """Make the table of the report's words."""
     return Table("definitions", "Definitions", "", ["Word", "Meaning"], [list(pair) for pair in DEFINITIONS.items()])
 
 
 def provenance_table(atlas: Atlas) -> Table:
-    """What the numbers came from. No time, no machine: the same inputs give the same bytes."""
+    """Make the table of what the numbers came from. No time, no machine: the same inputs give the same bytes."""
     model, tokens = atlas.model, atlas.tokens
     rows = [
         ["model", f"{model.name}{' @ ' + model.revision if model.revision else ''}"],
@@ -320,143 +403,5 @@ def provenance_table(atlas: Atlas) -> Table:
     return Table("provenance", "Provenance", "", ["What", "Value"], rows)
 
 
-def _no_loss_cells(pair: TaskPair) -> list[str]:
-    shown = pair.no_loss
-    if shown is None:
-        return [NOT_MEASURED, "", ""]
-    low, high = (number(end, 1) for end in shown.ci90)
-    return [p_value(shown.holm_p), f"[{low}, {high}]", f"about {shown.items_needed:,}"]
-
-
-# --- small helpers ---------------------------------------------------------------------------------------------------
-
-
-def _rest(measured: list[Measured] | list[Measured | None]) -> str:
-    return facts.basis(measured)
-
-
 def _plain(value: object) -> str:
     return value if isinstance(value, str) else json.dumps(value, ensure_ascii=False, sort_keys=True)
-
-
-def _budget_text(plan: Plan) -> str:
-    memory = memory_text(plan)
-    return f"vram. {memory}" if memory else f"{plan.budget.kind} {protect_text(plan) or number(plan.budget.value)}"
-
-
-def _border(zone: Zone) -> str:
-    return f"{zone.first} [{zone.border95[0]}, {zone.border95[1]}]" if zone.border95 else str(zone.first)
-
-
-def _bits(bits: float | None) -> str:
-    return "" if bits is None else number(bits, 2)
-
-
-def _weighted(profiles: list[WeightProfile], value: Callable[[WeightProfile], float | None]) -> float | None:
-    """Mean over profiles, weighted by their weights; None if any has no value."""
-    values = [(value(profile), profile.weights) for profile in profiles]
-    known = [(v, weights) for v, weights in values if v is not None]
-    return sum(v * weights for v, weights in known) / sum(w for _, w in known) if len(known) == len(values) else None
-
-
-def _percent(share: float | None, decimals: int) -> str:
-    return NOT_MEASURED if share is None else percent(share, decimals)
-
-
-def _number(value: float | None) -> str:
-    return NOT_MEASURED if value is None else number(value)
-
-
-# --- inside ----------------------------------------------------------------------------------------------------------------
-
-# The tables on what is inside the layers: kinds of modules, the most critical units, and cheap measures against their damage.
-
-MOST_UNITS = 10  # that are shown; all are in the atlas
-EVIDENCE = ("Damage lowered, nats/token", "Damage raised, nats/token", "Share of damage", "Criticality", "q")  # columns
-
-
-def evidence(one: Layer | UnitDamage | KindDamage) -> list[str]:
-    """The cells below `EVIDENCE`."""
-    measured = (one.lowered, one.raised, one.share, one.criticality)
-    return [*(interval(value) for value in measured), p_value(one.q_value, one.q_is_bound)]
-
-
-def kind_table(atlas: Atlas) -> Table:
-    """Every kind of module, in all layers together."""
-    total = sum(kind.weights for kind in atlas.kinds) or 1
-    rows = [
-        [
-            kind.kind,
-            str(kind.modules),
-            percent(kind.weights / total),
-            *evidence(kind),
-        ]
-        for kind in atlas.kinds
-    ]
-    note = (
-        f"All modules of a kind together. Lowered: at {atlas.low}, all others at {atlas.high}; raised: the reverse. Share and criticality: "
-        f"{facts.basis([kind.share for kind in atlas.kinds])}. q: criticality = 1, two-sided, Benjamini-Hochberg over kinds."
-    )
-    head = ["Kind", "Modules", "Weights", *EVIDENCE]
-    return Table("kinds", "Kinds of modules", note, head, rows, "Not measured.")
-
-
-def unit_table(atlas: Atlas) -> Table:
-    """The most critical units, worst first."""
-    total = sum(unit.weights for unit in atlas.units) or 1
-    worst = sorted(atlas.units, key=lambda unit: (-unit.criticality.mean, unit.unit))[:MOST_UNITS]
-    rows = [
-        [
-            unit.unit,
-            str(unit.layer),
-            percent(unit.weights / total, 2),
-            *evidence(unit),
-        ]
-        for unit in worst
-    ]
-    note = (
-        f"The {len(rows)} with the highest criticality of {len(atlas.units)} units (modules that share one format); all are in atlas.json. "
-        f"Share and criticality: {facts.basis([unit.share for unit in worst])}. q: Benjamini-Hochberg over all units."
-    )
-    head = ["Unit", "Layer", "Weights", *EVIDENCE]
-    return Table("units", "Most critical units", note, head, rows, "Not measured.")
-
-
-def correlation_table(atlas: Atlas) -> Table:
-    """Every cheap measure against measured damage, over layers and over units."""
-    layers = {one.measure: one for one in atlas.correlations}
-    units = {one.measure: one for one in atlas.unit_correlations}
-    rows = [
-        [name, _rho(layers.get(name)), _chance(layers.get(name)), _rho(units.get(name))]
-        for name in dict.fromkeys([*layers, *units])
-    ]
-    note = (
-        "Spearman's ρ of a cheap measure with criticality (layers) or with the share of the damage (units). Intervals are over rows, for these "
-        "layers and units; they say nothing about other layers. q: against measures as smooth over depth that have nothing to do with damage, "
-        "Benjamini-Hochberg over all measures; the findings and the folk rules rest on it. Units differ in size, so there the number of "
-        "weights is itself a measure to beat."
-    )
-    head = [
-        "Measure",
-        f"ρ over {_count(atlas.correlations)} layers",
-        "q over layers",
-        f"ρ over {_count(atlas.unit_correlations)} units",
-    ]
-    return Table("correlations", "Cheap measures against damage", note, head, rows)
-
-
-def _count(found: list[Correlation]) -> str:
-    return str(found[0].n) if found else "0"
-
-
-def _chance(one: Correlation | None) -> str:
-    if one is None:
-        return NOT_MEASURED
-    return "not tested" if one.q_value is None else p_value(one.q_value, one.q_is_bound)
-
-
-def _rho(one: Correlation | None) -> str:
-    if one is None:
-        return NOT_MEASURED
-    ends = f"[{number(one.ci95[0], 2)}, {number(one.ci95[1], 2)}]" if one.ci95 else "[no interval]"
-    return f"{number(one.rho, 2)} {ends}"

@@ -1,4 +1,4 @@
-"""From the evidence to the atlas, and from the atlas to files. Nothing is measured here: numbers in, records and files out."""
+"""Assemble the atlas of the evidence, and write its files. Nothing is measured here: numbers in, records and files out."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from bitatlas.records.files import all_or_none, drop_other_plans, to_json, write
 from bitatlas.records.formats import stored_bytes
 from bitatlas.records.sizes import size_of
 from bitatlas.report.html import write_reports
-from bitatlas.run.prepare import Run
+from bitatlas.run.prepare import Session
 from bitatlas.stats.bootstrap import measured
 
 LIBRARIES = ("bitatlas", "torch", "transformers", "lm_eval", "numpy", "scipy")
@@ -38,27 +38,27 @@ class Screens:
     units: UnitScreen
 
 
-def assemble(run: Run, evidence: Evidence, screens: Screens) -> Atlas:
+def assemble(session: Session, evidence: Evidence, screens: Screens) -> Atlas:
     """Return the finished atlas: the evidence, and the conclusions drawn from it."""
-    settings, modules, tasks = run.settings, run.checkpoint.modules, evidence.tasks
+    settings, modules, tasks = session.settings, session.checkpoint.modules, evidence.tasks
     formats = settings.format_table()
     conclusions = conclude(evidence, settings.tolerance_nats, settings.seed)
     return Atlas(
-        model=run.checkpoint.info,
+        model=session.checkpoint.info,
         settings=settings.recorded(),
         versions={"python": platform.python_version()} | {name: version(name) for name in LIBRARIES},
         formats=formats,
         quantizer=settings.quantizer,
         high=settings.high,
         low=settings.low,
-        tokens=run.rows.info,
+        tokens=session.rows.info,
         modules=modules,
         module_bytes={m.name: {name: stored_bytes(m.shape, fmt) for name, fmt in formats.items()} for m in modules},
         unit_damage=screens.units.damage,
         base_damage=screens.units.base,
         uniform=screens.uniform,
         joint=evidence.damage.joint,
-        interactions=interactions_of(run, screens.units.pairs),
+        interactions=interactions_of(session, screens.units.pairs),
         weights=evidence.weights,
         tasks=tasks.scores,
         task_pairs=tasks.pairs,
@@ -68,23 +68,28 @@ def assemble(run: Run, evidence: Evidence, screens: Screens) -> Atlas:
     )
 
 
-def interactions_of(run: Run, pairs: PairScreen | None) -> UnitInteractions | None:
+def interactions_of(session: Session, pairs: PairScreen | None) -> UnitInteractions | None:
     """Return the pairs of units as a record, numbers cut to three digits; None of a single unit."""
     if pairs is None:
         return None
-    units, base = [unit.name for unit in run.subject.units], f"uniform:{run.settings.high}"
-    blocks = run.rows.blocks("fit")[: len(pairs.by_row)]
+    units, base = [unit.name for unit in session.subject.units], f"uniform:{session.settings.high}"
+    blocks = session.rows.blocks("fit")[: len(pairs.by_row)]
     named = [
-        UnitPair(units[u], units[v], measured(rows, "nats/token", base, "fit", run.settings.seed, blocks))
+        UnitPair(units[u], units[v], measured(rows, "nats/token", base, "fit", session.settings.seed, blocks))
         for (u, v), rows in zip(pairs.pairs, pairs.by_row.T, strict=True)
     ]
     below = [[float(f"{value:.2e}") for value in row[:index]] for index, row in enumerate(pairs.extra)]
-    return UnitInteractions(base, run.settings.low, units, below, named)
+    return UnitInteractions(base, session.settings.low, units, below, named)
 
 
-def uniform_records(run: Run, widths: Mapping[str, np.ndarray]) -> list[Uniform]:
+def uniform_records(session: Session, widths: Mapping[str, np.ndarray]) -> list[Uniform]:
     """Return size and damage of every uniform width; widths: format -> [test rows], nats/token."""
-    modules, info, seed, blocks = run.checkpoint.modules, run.checkpoint.info, run.settings.seed, run.rows.blocks("test")
+    modules, info, seed, blocks = (
+        session.checkpoint.modules,
+        session.checkpoint.info,
+        session.settings.seed,
+        session.rows.blocks("test"),
+    )
     return [
         Uniform(
             name,
@@ -99,8 +104,7 @@ def uniform_records(run: Run, widths: Mapping[str, np.ndarray]) -> list[Uniform]
 
 
 def write_outputs(out: Path, atlas: Atlas, tables: Mapping[str, Lines]) -> None:
-    """All files of a finished survey, together: where one cannot be written, those of an earlier run stay as they were."""
-
+    """Write all files of a finished survey, together: where one cannot be written, those of an earlier run stay as they were."""
     with all_or_none(out) as folder:
         write_tables(folder / "tables", tables)
         write_text(folder / "atlas.json", to_json(atlas))

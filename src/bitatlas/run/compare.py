@@ -1,4 +1,4 @@
-"""Any two checkpoints or plans on the same rows and the same items, paired: damage between them, and every task's difference.
+"""Compare any two checkpoints or plans on the same rows and the same items, paired: damage between them, and every task's difference.
 
 Reads whatever transformers loads, quantized checkpoints included, so that a model from another tool is judged by the same rules. A plan
 (its file, or its survey's folder) is its checkpoint with the weights of the survey's bank, or quantized again where no text was needed.
@@ -61,10 +61,10 @@ def compare_models(options: CompareOptions) -> Comparison:
     names = check_task_names(options.tasks or ())
     if not names and options.tokens is None:
         raise UserError("--tokens, --tasks: give a text, tasks, or both: there is nothing to compare the models on")
-    place = check_device(options.device)
+    device = check_device(options.device)
     data = Path(options.task_data) if options.task_data else None
     items = {task: load_items(task, data, options.limit, options.seed, options.few_shot) for task in names}
-    models = [_open(name, other, place) for name, other in ((first, second), (second, first))]
+    models = [_open(name, other, device) for name, other in ((first, second), (second, first))]
     damage, losses, difference = None, None, None
     if options.tokens is not None:
         with reporter.stage("damage and loss") as progress:
@@ -72,13 +72,13 @@ def compare_models(options: CompareOptions) -> Comparison:
     outcomes: dict[str, dict[str, np.ndarray]] = {task: {} for task in items}
     lines: list[dict[str, Any]] = []
     labels = _labels(first, second)
-    for task, of_task in items.items():
+    for task, task_items in items.items():
         for label, (model, tokenizer) in zip(labels, models, strict=True):
             with reporter.stage(f"{task} ({label})"):
-                answers = score_items(model, tokenizer, task, of_task)
+                answers = score_items(model, tokenizer, task, task_items)
             outcomes[task][label] = right_of(answers)
             lines += [{"task": task, "precision": label, **answer} for answer in answers]
-    scores, pairs = compare_all(outcomes, {task: chance_level(of_task) for task, of_task in items.items()}, margin)
+    scores, pairs = compare_all(outcomes, {task: chance_level(task_items) for task, task_items in items.items()}, margin)
     return Comparison(*labels, damage, losses, difference, with_norms(scores, lines), pairs)
 
 
@@ -86,7 +86,7 @@ def compare_models(options: CompareOptions) -> Comparison:
 
 
 def _open(name: str, other: str, device: str) -> tuple[Any, Any]:
-    """(model, tokenizer) of a checkpoint, or of a plan's checkpoint with the plan's weights in it. `other`: what it is compared with."""
+    """Open (model, tokenizer) of a checkpoint, or of a plan's checkpoint with the plan's weights in it. `other`: what it is compared with."""
     plan_file = _plan_file(name)
     if plan_file is not None:
         return _open_plan(plan_file, other, device)
@@ -99,7 +99,7 @@ def _open(name: str, other: str, device: str) -> tuple[Any, Any]:
 
 
 def _plan_file(name: str) -> Path | None:
-    """The plan that an argument means: a file, or a survey's folder; a folder that is a checkpoint is one."""
+    """Return the plan that an argument means: a file, or a survey's folder; a folder that is a checkpoint is one."""
     path = Path(name).expanduser()
     if path.is_dir() and (path / "plan.json").is_file() and not (path / "config.json").exists():
         return path / "plan.json"
@@ -107,7 +107,7 @@ def _plan_file(name: str) -> Path | None:
 
 
 def _open_plan(plan_file: Path, other: str, device: str) -> tuple[Any, Any]:
-    """The checkpoint is what it is compared with, where that is what the plan was made for; else the one that its survey names."""
+    """Open a plan. Its checkpoint is what it is compared with, where that is what the plan was made for; else the one that its survey names."""
     plan = read_record(plan_file, Plan)
     checkpoint = None
     if _plan_file(other) is None:
@@ -132,7 +132,7 @@ def _open_plan(plan_file: Path, other: str, device: str) -> tuple[Any, Any]:
 
 
 def _labels(first: str, second: str) -> tuple[str, str]:
-    """The folders' names, or the whole words where these are equal."""
+    """Return the folders' names, or the whole words where these are equal."""
     short = Path(first).name, Path(second).name
     return short if short[0] != short[1] else (first, second) if first != second else (f"{first} (A)", f"{second} (B)")
 
@@ -141,28 +141,29 @@ def _labels(first: str, second: str) -> tuple[str, str]:
 def _on_rows(
     models: list[tuple[Any, Any]], options: CompareOptions, progress: Any
 ) -> tuple[Measured, tuple[Measured, Measured], Measured]:
-    tokens, row_length, seed = str(options.tokens), options.row_length, options.seed
+    """Measure (KL(A || B), cross-entropy of each, B minus A) on the test rows, nats/token."""
+    tokens, length = str(options.tokens), options.row_length
     (model_a, tokenizer), (model_b, other) = models
     if tokenizer.get_vocab() != other.get_vocab():
         raise UserError("--tokens: the models' tokenizers differ, so their distributions cannot be compared; compare on --tasks")
-    context = min(int(getattr(m.config.get_text_config(), "max_position_embeddings", row_length)) for m in (model_a, model_b))
+    context = min(int(getattr(m.config.get_text_config(), "max_position_embeddings", length)) for m in (model_a, model_b))
     vocabulary = min(vocabulary_size(m.config) for m in (model_a, model_b))
     documents = read_documents(tokens)
-    chosen = make_rows(documents, tokenizer, tokens, options.rows, row_length, context, seed, vocabulary=vocabulary)
-    rows, blocks = chosen.test, chosen.blocks("test")
-    batches = rows.split(batch_rows(row_length, len(tokenizer)))
-    found: list[Tensor] = []
+    rows = make_rows(documents, tokenizer, tokens, options.rows, length, context, options.seed, vocabulary=vocabulary)
+    batches = rows.test.split(batch_rows(length, len(tokenizer)))
+    values: list[Tensor] = []  # of each batch: [3, rows]
     for done, batch in enumerate(batches, start=1):
         logits = [model(input_ids=batch.to(model.device), use_cache=False).logits.float() for model, _ in models]
-        logits = [part[..., : min(each.shape[-1] for each in logits)] for part in logits]  # padded vocabularies may differ
-        logs = [torch.log_softmax(part, -1) for part in logits]
-        nll = [-log[:, :-1].gather(-1, batch[:, 1:, None].to(log.device)).squeeze(-1).double().mean(-1) for log in logs]
-        found.append(torch.stack([kl_per_row(logs[0], logits[1]), *nll]))
+        width = min(part.shape[-1] for part in logits)  # padded vocabularies may differ
+        logits = [part[..., :width] for part in logits]  # [rows, tokens, vocabulary]
+        log_p = [torch.log_softmax(part, -1) for part in logits]
+        nll = [-log[:, :-1].gather(-1, batch[:, 1:, None].to(log.device)).squeeze(-1).double().mean(-1) for log in log_p]
+        values.append(torch.stack([kl_per_row(log_p[0], logits[1]), *nll]))
         progress(done, len(batches))
-    kl, first, second = torch.cat(found, dim=1).cpu().numpy()
-    names = _labels("A", "B")
+    kl, first, second = torch.cat(values, dim=1).cpu().numpy()
+    blocks = rows.blocks("test")
 
-    def record(values: np.ndarray, name: str) -> Measured:
-        return measured(values, "nats/token", name, "test", seed, blocks)
+    def record(by_row: np.ndarray, name: str) -> Measured:
+        return measured(by_row, "nats/token", name, "test", options.seed, blocks)
 
-    return record(kl, names[0]), (record(first, names[0]), record(second, names[1])), record(second - first, names[0])
+    return record(kl, "A"), (record(first, "A"), record(second, "B")), record(second - first, "A")

@@ -1,4 +1,4 @@
-"""What the commands and the Python functions take: name, type, default, help text and completion of every option, told once.
+"""Declare what the commands and the Python functions take: name, type, default, help text and completion of every option, once.
 
 One record a command. The command line is made of it by `cli.options`, the parameters of a Python function by `api.taking`,
 and what a survey does by `Settings.of`. Imports nothing slow: `--help` waits for this file.
@@ -17,7 +17,7 @@ from bitatlas.errors import UserError
 QUANTIZER_NAMES = ("rtn", "gptq", "hqq", "autoround", "llama.cpp")
 RUNTIME_NAMES = ("vllm", "mlx", "torchao", "llm-compressor", "gptqmodel", "autoround", "exllamav3", "llama.cpp")
 
-Place = str | PathLike[str]
+StrPath = str | PathLike[str]
 RowCounts = tuple[int, int, int]
 DEFAULT_ROWS = (24, 24, 64)
 
@@ -39,7 +39,7 @@ class Option:
 
 @dataclass(frozen=True)
 class Argument(Option):
-    """A field that the command line takes by its place."""
+    """A field that the command line takes by its position."""
 
     may_be_empty: bool = True
     metavar: str | None = None
@@ -60,12 +60,12 @@ def task_names() -> tuple[str, ...]:
 
 
 def split_names(text: str) -> tuple[str, ...]:
-    """`a, b` -> ("a", "b")."""
+    """Split `a, b` -> ("a", "b")."""
     return tuple(name.strip() for name in text.split(",") if name.strip())
 
 
 def parse_rows(text: str) -> RowCounts:
-    """`24,24,64` -> (fit, select, test)."""
+    """Parse `24,24,64` -> (fit, select, test)."""
     if not re.fullmatch(r"[0-9]{1,9}(,[0-9]{1,9}){2}", text.replace(" ", "")):
         default = ",".join(map(str, DEFAULT_ROWS))
         raise UserError(f"--rows {text}: give three numbers, fit,select,test, like {default}")
@@ -74,7 +74,7 @@ def parse_rows(text: str) -> RowCounts:
 
 
 def check_seed(seed: int) -> None:
-    """UserError for a seed that the random generators do not take."""
+    """Refuse a seed that the random generators do not take."""
     if seed < 0:
         raise UserError(f"--seed {seed}: must be 0 or more")
 
@@ -87,14 +87,14 @@ Rows = Annotated[
     RowCounts, Option("Rows to find, choose and judge a plan on: fit,select,test.", parse=parse_rows, may_be_empty=True)
 ]
 Device = Annotated[str, Option("cpu, cuda, mps or auto.")]
-Folder = Annotated[Place, Argument("Folder of a finished survey.", parse=Path)]
-PlannedModel = Annotated[Place, Argument("The checkpoint that the plan was made for.")]
-PlanFile = Annotated[Place, Argument("A plan.json.", parse=Path, metavar="PLAN")]
+Folder = Annotated[StrPath, Argument("Folder of a finished survey.", parse=Path)]
+PlannedModel = Annotated[StrPath, Argument("The checkpoint that the plan was made for.")]
+PlanFile = Annotated[StrPath, Argument("A plan.json.", parse=Path, metavar="PLAN")]
 
 
 @dataclass(frozen=True, kw_only=True)
 class BudgetOptions:
-    """A budget: at most one of them, but that context, cache dtype, batch and chunk belong to `vram`."""
+    """Options of a budget: at most one of them, but that context, cache dtype, batch and chunk belong to `vram`."""
 
     code_bits: Annotated[float | None, Option("Budget: bits of the codes alone, per weight (the usual '3-bit').")] = None
     stored_bits: Annotated[float | None, Option("Budget: all stored bits of the quantized modules, per weight.")] = None
@@ -124,10 +124,10 @@ class BudgetOptions:
 
 @dataclass(frozen=True, kw_only=True)
 class RowOptions:
-    """What text is measured on."""
+    """Options of the text that is measured on."""
 
     tokens: Annotated[
-        Place | None,
+        StrPath | None,
         Option("Text to measure on: a text file, JSON lines or a JSON list (field text), or hub:owner/name[:config[:split]]."),
     ] = None
     rows: Rows = DEFAULT_ROWS
@@ -136,7 +136,7 @@ class RowOptions:
 
 @dataclass(frozen=True, kw_only=True)
 class TaskOptions:
-    """What tasks are scored, and when one is held."""
+    """Options of the tasks that are scored, and when one is held."""
 
     tasks: Annotated[
         Sequence[str] | None,
@@ -147,7 +147,7 @@ class TaskOptions:
         ),
     ] = None
     task_data: Annotated[
-        Place | None, Option("Folder with the tasks' files (SVAMP.json, ARC-Easy-test.jsonl, ...), instead of the hub.")
+        StrPath | None, Option("Folder with the tasks' files (SVAMP.json, ARC-Easy-test.jsonl, ...), instead of the hub.")
     ] = None
     limit: Annotated[int | None, Option("At most so many items a task.")] = 300
     few_shot: Annotated[
@@ -161,7 +161,7 @@ class TaskOptions:
 
 @dataclass(frozen=True, kw_only=True)
 class Candidates:
-    """Which codes there are to choose from."""
+    """Options of the codes that there are to choose from."""
 
     formats: Annotated[
         Sequence[str] | None,
@@ -184,10 +184,10 @@ class Candidates:
 
 @dataclass(frozen=True)
 class SurveyOptions(TaskOptions, RowOptions, BudgetOptions, Candidates):  # a record's last base comes first
-    """Of `survey`."""
+    """Options of `survey`."""
 
-    model: Annotated[Place | None, Argument("Checkpoint folder or hub name. Default: the bundled demo model.")] = None
-    out: Annotated[Place, Option("Folder for the run's files.", parse=Path)] = "bitatlas-out"
+    model: Annotated[StrPath | None, Argument("Checkpoint folder or hub name. Default: the bundled demo model.")] = None
+    out: Annotated[StrPath, Option("Folder for the run's files.", parse=Path)] = "bitatlas-out"
     _: KW_ONLY
     tolerance: Annotated[float, Option("A layer is safe only if lowering it adds at most this, nats/token.")] = 0.05
     fuse: Annotated[
@@ -223,11 +223,11 @@ class SurveyOptions(TaskOptions, RowOptions, BudgetOptions, Candidates):  # a re
 
 @dataclass(frozen=True)
 class PlanOptions(BudgetOptions):
-    """Of `plan`."""
+    """Options of `plan`."""
 
     folder: Folder
     _: KW_ONLY
-    out: Annotated[Place | None, Option("File for the plan. Default: FOLDER/plan-<budget>.json.", parse=Path)] = None
+    out: Annotated[StrPath | None, Option("File for the plan. Default: FOLDER/plan-<budget>.json.", parse=Path)] = None
     curve: Annotated[bool, Option("Verified plans at sizes from the smallest to the largest; needs the model.")] = False
     points: Annotated[int | None, Option("Plans on the curve. Default: 7.")] = None
     model: Annotated[str | None, Option("Where the model is now, for --curve and --protect.")] = None
@@ -237,11 +237,11 @@ class PlanOptions(BudgetOptions):
 
 @dataclass(frozen=True)
 class VerifyOptions(RowOptions):
-    """Of `verify`."""
+    """Options of `verify`."""
 
     model: PlannedModel
     plan_or_checkpoint: Annotated[
-        Place, Argument("A plan.json, a folder that apply wrote, or a GGUF.", parse=Path, metavar="PLAN_OR_CHECKPOINT")
+        StrPath, Argument("A plan.json, a folder that apply wrote, or a GGUF.", parse=Path, metavar="PLAN_OR_CHECKPOINT")
     ]
     _: KW_ONLY
     tasks: Annotated[
@@ -255,12 +255,12 @@ class VerifyOptions(RowOptions):
 
 @dataclass(frozen=True)
 class CompareOptions(TaskOptions, RowOptions):
-    """Of `compare`."""
+    """Options of `compare`."""
 
     first: Annotated[
-        Place, Argument("A checkpoint, quantized or not, a plan.json, or a survey's folder (its plan).", metavar="MODEL_A")
+        StrPath, Argument("A checkpoint, quantized or not, a plan.json, or a survey's folder (its plan).", metavar="MODEL_A")
     ]
-    second: Annotated[Place, Argument("Another one, or another plan.", metavar="MODEL_B")]
+    second: Annotated[StrPath, Argument("Another one, or another plan.", metavar="MODEL_B")]
     _: KW_ONLY
     rows: Rows = (2, 2, 64)
     device: Device = "cpu"
@@ -270,18 +270,18 @@ class CompareOptions(TaskOptions, RowOptions):
 
 @dataclass(frozen=True)
 class ApplyOptions:
-    """Of `apply`."""
+    """Options of `apply`."""
 
     model: PlannedModel
     plan: PlanFile
-    out: Annotated[Place, Option("A new folder for the packed checkpoint.", parse=Path)]
+    out: Annotated[StrPath, Option("A new folder for the packed checkpoint.", parse=Path)]
     _: KW_ONLY
     quiet: Quiet = False
 
 
 @dataclass(frozen=True)
 class ExportOptions:
-    """Of `export`."""
+    """Options of `export`."""
 
     plan: PlanFile
     _: KW_ONLY
@@ -289,14 +289,14 @@ class ExportOptions:
         str,
         Option("The runtime: mlx, vllm, torchao, gptqmodel, ...; docs/runtimes.md has them all.", values=lambda: RUNTIME_NAMES),
     ]
-    out: Annotated[Place, Option("A new folder for what the runtime reads.", parse=Path)]
+    out: Annotated[StrPath, Option("A new folder for what the runtime reads.", parse=Path)]
     model: Annotated[str | None, Option("The checkpoint that the plan was made for; needed where weights are written.")] = None
     quiet: Quiet = False
 
 
 @dataclass(frozen=True)
 class ReportOptions:
-    """Of `report`."""
+    """Options of `report`."""
 
     folder: Folder
     _: KW_ONLY

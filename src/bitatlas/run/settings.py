@@ -1,4 +1,4 @@
-"""What a survey is asked to do, validated when constructed; messages name the flag."""
+"""Settle what a survey is asked to do, validated when constructed; messages name the flag."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 from typing import Any
 
-import bitatlas.data.demo as demo
+import bitatlas.data as demo
 from bitatlas.data.tasks import check_task_names
 from bitatlas.errors import UserError
 from bitatlas.plan.budget import workload_of
@@ -109,7 +109,7 @@ class Settings:
         return {name: FORMATS[name] for name in self.formats}
 
     def torch_dtype(self, device: str) -> Any:
-        """What the model computes in on a device; UserError for a word that is no such dtype."""
+        """Return what the model computes in on a device; UserError for a word that is no such dtype."""
         import torch
 
         if self.dtype not in DTYPES:
@@ -117,13 +117,10 @@ class Settings:
         return getattr(torch, ("float32" if device == "cpu" else "bfloat16") if self.dtype == "auto" else self.dtype)
 
     def recorded(self) -> dict[str, Any]:
-        """What goes into the atlas: everything that a result depends on."""
+        """Return what goes into the atlas: everything that a result depends on."""
         content = asdict(self)
         del content["memory_bytes"]  # changes no result
-        content["formats"] = list(self.formats)
-        content["rows"] = list(self.rows)
-        content["tasks"] = list(self.tasks)
-        return content
+        return content | {"formats": list(self.formats), "rows": list(self.rows), "tasks": list(self.tasks)}
 
 
 def parse_formats(names: Sequence[str]) -> tuple[str, ...]:
@@ -135,7 +132,7 @@ def parse_formats(names: Sequence[str]) -> tuple[str, ...]:
 
 
 def default_budget(formats: Sequence[str]) -> Budget:
-    """Code bits half-way between the narrowest and the widest format."""
+    """Return code bits half-way between the narrowest and the widest format."""
     widths = [FORMATS[name].bits for name in formats]
     return Budget("code_bits", (min(widths) + max(widths)) / 2)
 
@@ -166,17 +163,17 @@ def parse_budget(options: BudgetOptions) -> Budget | None:
 
 
 def parse_protect(words: Sequence[str]) -> dict[str, float]:
-    """`svamp=1pp` -> {"svamp": 1.0}, for each word; UserError for an unknown task, or one that comes twice."""
-    found: dict[str, float] = {}
+    """Parse `svamp=1pp` -> {"svamp": 1.0}, for each word; UserError for an unknown task, or one that comes twice."""
+    margins: dict[str, float] = {}
     for word in words:
         name, equals, points = word.partition("=")
         if not equals:
             raise UserError(f"--protect {word}: give a task and the points that it may lose, like svamp=1pp")
         (task,) = check_task_names([name], "--protect") or [""]
-        if not task or task in found:
+        if not task or task in margins:
             raise UserError(f"--protect {word}: {'give a task, like svamp=1pp' if not task else f'{task} comes twice'}")
-        found[task] = parse_points(points, f"--protect {task}")
-    return found
+        margins[task] = parse_points(points, f"--protect {task}")
+    return margins
 
 
 def _positive(kind: str, value: float) -> float:
@@ -186,19 +183,18 @@ def _positive(kind: str, value: float) -> float:
 
 
 def check_device(device: str) -> str:
-    """`auto` -> the best device at hand; UserError where the named one is not there."""
+    """Return the device, for `auto` the best one at hand; UserError where the named one is not there."""
     import torch
 
     if device == "auto":
         return "cuda" if torch.cuda.is_available() else "cpu"
     name, colon, number = device.partition(":")
-    there = {"cpu": True, "cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available()}
-    if name not in there or (colon and not re.fullmatch("[0-9]{1,4}", number)):
+    available = {"cpu": True, "cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available()}
+    if name not in available or (colon and not re.fullmatch("[0-9]{1,4}", number)):
         raise UserError(f"--device {device}: unknown; one of cpu, cuda, cuda:0, mps, auto")
-    if not there[name]:
-        raise UserError(
-            f"--device {device}: not available on this machine; here: {', '.join(d for d, ok in there.items() if ok)}"
-        )
+    if not available[name]:
+        here = ", ".join(kind for kind, is_here in available.items() if is_here)
+        raise UserError(f"--device {device}: not available on this machine; here: {here}")
     count = torch.cuda.device_count() if name == "cuda" else 1
     if colon and int(number) >= count:
         raise UserError(f"--device {device}: this machine has {count} of them, counted from 0")

@@ -1,7 +1,9 @@
-"""Does a plan keep its promise? Its size recomputed, its damage measured again, both against what the plan says.
+"""Measure whether a plan keeps its promise: its size recomputed, its damage measured again, both against what the plan says.
 
 Given a folder that `apply` wrote, the checkpoint in it is what is measured: loaded by transformers as anybody would load it, its
-files' sizes taken from the disk, its tasks scored where they are asked for.
+files' sizes taken from the disk, its tasks scored where they are asked for. Given a GGUF, it is run in llama.cpp on the test rows, beside
+the reference model in transformers; its own tensors say which types and how many bytes it holds. A GGUF that llama-quantize made is
+verified too, where the plan lies beside it as plan.json.
 """
 
 from __future__ import annotations
@@ -19,14 +21,14 @@ from bitatlas.data.rows import Rows, make_rows
 from bitatlas.data.tasks import chance_level
 from bitatlas.data.texts import read_documents
 from bitatlas.errors import UserError
-from bitatlas.export.card import VERIFIED, atlas_beside, story_beside
+from bitatlas.export.card import VERIFIED, atlas_beside, evidence_beside
 from bitatlas.export.gguf.names import weight_names
-from bitatlas.export.gguf.run import Session, opened
+from bitatlas.export.gguf.run import LlamaSession, open_gguf
 from bitatlas.export.gguf.write import PLAN_KEY
-from bitatlas.export.packed import card_of, check_fits, check_package, draw, promised_disk_bytes
+from bitatlas.export.packed import blueprint_of, card_of, check_fits, check_package, promised_disk_bytes
 from bitatlas.export.trial import open_packed
 from bitatlas.measure.damage import DamageMeter, kl_per_row
-from bitatlas.measure.tasks import score_items
+from bitatlas.measure.tasks import right_of, score_items
 from bitatlas.model.checkpoint import Checkpoint, check_finite, open_checkpoint
 from bitatlas.model.decoder import Decoder
 from bitatlas.model.folder import weight_files
@@ -39,8 +41,8 @@ from bitatlas.records.files import parse_record, read_record, write_text
 from bitatlas.records.formats import FORMATS
 from bitatlas.records.journal import Journal
 from bitatlas.records.sizes import size_of
-from bitatlas.run.options import Place, VerifyOptions, check_seed
-from bitatlas.run.prepare import rows_and_items, rows_of_survey, settings_of
+from bitatlas.run.options import StrPath, VerifyOptions, check_seed
+from bitatlas.run.prepare import rows_of_survey, settings_of, split_tasks
 from bitatlas.run.settings import check_device
 from bitatlas.stats.bootstrap import measured
 from bitatlas.stats.paired import compare_all
@@ -94,25 +96,23 @@ def verify_plan(options: VerifyOptions) -> Verification:
     `tasks`: of the survey's, with a checkpoint alone. `card`: write what was found into the checkpoint's README.md.
     """
     check_seed(options.seed)
-    plan_file, reporter, card, tasks = Path(options.plan_or_checkpoint), Reporter(options.quiet), options.card, options.tasks
+    plan_file, reporter = Path(options.plan_or_checkpoint), Reporter(options.quiet)
+    for_folder = options.card or options.tasks
     if plan_file.suffix == ".gguf" and not plan_file.is_dir():
-        if card or tasks:
+        if for_folder:
             raise UserError("--card, --tasks: belong to a packed checkpoint, not to a GGUF")
         return verify_gguf(options)
     folder = plan_file if plan_file.is_dir() else None
-    if folder is None and (card or tasks):
+    if folder is None and for_folder:
         raise UserError("--card, --tasks: belong to a packed checkpoint; give the folder that apply wrote")
     if folder is not None:
         check_package()
         plan_file = folder / "plan.json"
     plan = read_record(plan_file, Plan)
-    checkpoint = open_checkpoint(str(options.model), plan.model.revision, fuse=False)
-    check_fits(plan, checkpoint)
-    chosen = rows_for(plan_file, checkpoint, options)
-    test, blocks = chosen.test, chosen.blocks("test")
-    items = _items(plan_file, plan, checkpoint, tasks or ())
-    check_finite(checkpoint)
-    decoder = checkpoint.load_model(check_device(options.device))
+    checkpoint, rows = _open_planned(plan, plan_file, options)
+    test = rows.test
+    items = _items(plan_file, plan, options.tasks or ())
+    decoder = _load(checkpoint, options)
     disk: tuple[int, int] | None = None
     checks: tuple[TaskCheck, ...] = ()
     if folder is None:
@@ -122,38 +122,48 @@ def verify_plan(options: VerifyOptions) -> Verification:
             nats = meter.plans({"plan": plan.modules}, test, progress)["plan"]
     else:
         packed, tokenizer = open_packed(folder, check_device(options.device))
-        promised = promised_disk_bytes(plan, draw(plan, checkpoint, checkpoint.skeleton()))
-        disk = promised, sum(file.stat().st_size for file in weight_files(folder))
+        promised = promised_disk_bytes(plan, blueprint_of(plan, checkpoint, checkpoint.skeleton()))
+        disk = promised, _disk_bytes(folder)
         with reporter.stage("damage of the checkpoint") as progress:
-            nats = between(decoder, packed, test, progress)
+            nats = kl_between(decoder, packed, test, progress)
         checks = tuple(_check_task(packed, tokenizer, *entry, reporter) for entry in items)
-    found = _judge(plan, checkpoint, measured(nats, "nats/token", "plan", "test", options.seed, blocks), disk, checks)
-    if folder is not None and card:
-        _write_card(folder, plan, checkpoint, found, options.tokens)
-    return found
-
-
-def _judge(
-    plan: Plan, checkpoint: Checkpoint, damage: Measured, disk: tuple[int, int] | None, checks: tuple[TaskCheck, ...]
-) -> Verification:
+    damage = measured(nats, "nats/token", "plan", "test", options.seed, rows.blocks("test"))
     size = size_of(checkpoint.modules, plan.modules, checkpoint.info)
     size_kept = size == plan.size and (disk is None or disk[0] == disk[1])
-    return Verification(plan, size, damage, size_kept, disk, checks)
+    result = Verification(plan, size, damage, size_kept, disk, checks)
+    if folder is not None and options.card:
+        _write_card(folder, checkpoint, result, options.tokens)
+    return result
+
+
+def _open_planned(plan: Plan, plan_file: Path, options: VerifyOptions) -> tuple[Checkpoint, Rows]:
+    checkpoint = open_checkpoint(str(options.model), plan.model.revision, fuse=False)
+    check_fits(plan, checkpoint)
+    return checkpoint, rows_for(plan_file, checkpoint, options)
+
+
+def _load(checkpoint: Checkpoint, options: VerifyOptions) -> Decoder:
+    check_finite(checkpoint)
+    return checkpoint.load_model(check_device(options.device))
+
+
+def _disk_bytes(folder: Path) -> int:
+    return sum(file.stat().st_size for file in weight_files(folder))
 
 
 @torch.no_grad()
-def between(decoder: Decoder, packed: Any, rows: Tensor, progress: Callable[[int, int], None]) -> np.ndarray:
-    """KL(decoder || packed) of two models of one vocabulary, rows int64 [rows, tokens] -> float64 [rows], nats/token."""
-    found, batches = [], rows.split(batch_rows(rows.shape[1], decoder.vocabulary))
+def kl_between(decoder: Decoder, packed: Any, rows: Tensor, progress: Callable[[int, int], None]) -> np.ndarray:
+    """Return KL(decoder || packed) of two models of one vocabulary, rows int64 [rows, tokens] -> float64 [rows], nats/token."""
+    values, batches = [], rows.split(batch_rows(rows.shape[1], decoder.vocabulary))
     for done, batch in enumerate(batches, start=1):
         logits = [model(input_ids=batch.to(model.device), use_cache=False).logits.float() for model in (decoder.model, packed)]
-        found.append(kl_per_row(torch.log_softmax(logits[0], -1), logits[1]).cpu())
+        values.append(kl_per_row(torch.log_softmax(logits[0], -1), logits[1]).cpu())
         progress(done, len(batches))
-    return torch.cat(found).numpy()
+    return torch.cat(values).numpy()
 
 
 def rows_for(plan_file: Path, checkpoint: Checkpoint, options: VerifyOptions) -> Rows:
-    """Of the text that is given, or those of the survey in whose folder `plan_file` lies."""
+    """Return the rows of the text that is given, or those of the survey in whose folder `plan_file` lies."""
     if options.tokens is None:
         atlas = atlas_beside(plan_file.absolute())
         if atlas is None or atlas.model.weights_sha256 != checkpoint.info.weights_sha256:
@@ -170,43 +180,37 @@ def rows_for(plan_file: Path, checkpoint: Checkpoint, options: VerifyOptions) ->
 # --- tasks and the card ------------------------------------------------------------------------------------------------
 
 
-def _items(plan_file: Path, plan: Plan, checkpoint: Checkpoint, names: Sequence[str]) -> list[tuple[TaskScore, list[Any]]]:
-    """What each task promised, and its items; UserError for a task that promised nothing."""
+def _items(plan_file: Path, plan: Plan, names: Sequence[str]) -> list[tuple[TaskScore, list[Any]]]:
+    """Return what each task promised, and its items; UserError for a task that promised nothing."""
     if not names or list(names) == ["none"]:
         return []
     atlas = atlas_beside(plan_file.absolute())
-    promised = {score.task: score for score in story_beside(plan_file, plan).tasks}
+    promised = {score.task: score for score in evidence_beside(plan_file, plan).tasks}
     missing = [name for name in names if name not in promised]
     if atlas is None or missing:
-        told = f"it promised {', '.join(promised)}" if promised else "no survey of this plan with tasks lies beside it"
-        raise UserError(f"--tasks {','.join(names)}: nothing was promised about {(missing or names)[0]}: {told}")
-    _, items = rows_and_items(replace(settings_of(atlas), tasks=tuple(names)), checkpoint, checkpoint.load_tokenizer())
-    return [(promised[name], items[name]) for name in names]
+        known = f"it promised {', '.join(promised)}" if promised else "no survey of this plan with tasks lies beside it"
+        raise UserError(f"--tasks {','.join(names)}: nothing was promised about {(missing or names)[0]}: {known}")
+    split = split_tasks(settings_of(atlas), names)
+    return [(promised[name], split[name][0]) for name in names]
 
 
 def _check_task(model: Any, tokenizer: Any, promised: TaskScore, items: list[Any], reporter: Reporter) -> TaskCheck:
-
     with reporter.stage(promised.task):
-        right = np.array([answer["correct"] for answer in score_items(model, tokenizer, promised.task, items)])
+        right = right_of(score_items(model, tokenizer, promised.task, items))
     scores, _ = compare_all({promised.task: {"plan": right}}, {promised.task: chance_level(items)})
     return TaskCheck(promised.task, promised.correct, promised.n, scores[0])
 
 
-def _write_card(folder: Path, plan: Plan, checkpoint: Checkpoint, found: Verification, tokens: Place | None) -> None:
-    """The card again, with what was found here in the place of what the survey measured."""
-    story = story_beside(folder / "plan.json", plan)
+def _write_card(folder: Path, checkpoint: Checkpoint, result: Verification, tokens: StrPath | None) -> None:
+    """Write the card again, with what was found here in the place of what the survey measured."""
+    story = evidence_beside(folder / "plan.json", result.plan)
     text = Path(tokens).name if tokens else story.text
-    story = replace(story, text=text, damage=found.damage, tasks=tuple(check.found for check in found.tasks), source=VERIFIED)
-    size = sum(file.stat().st_size for file in weight_files(folder))
-    write_text(folder / "README.md", card_of(plan, checkpoint, story, size))
+    scores = tuple(check.found for check in result.tasks)
+    story = replace(story, text=text, damage=result.damage, tasks=scores, source=VERIFIED)
+    write_text(folder / "README.md", card_of(result.plan, checkpoint, story, _disk_bytes(folder)))
 
 
-# --- verify ----------------------------------------------------------------------------------------------------------------
-
-# Does a GGUF keep its plan's promise? It is run in llama.cpp on the test rows, beside the reference model in transformers.
-#
-# The file's own tensors say which types and how many bytes it holds. A file that llama-quantize made is verified too, where the plan lies
-# beside it as plan.json.
+# --- GGUF ----------------------------------------------------------------------------------------------------------------
 
 ROW = "in the file, bytes"
 
@@ -217,39 +221,37 @@ def verify_gguf(options: VerifyOptions) -> Verification:
     check_packages(str(file))
     reader = _open(file)
     plan = _plan_of(file, reader)
-    checkpoint = open_checkpoint(str(options.model), plan.model.revision, fuse=False)
-    check_fits(plan, checkpoint)
-    chosen = rows_for(file, checkpoint, options)
-    test = chosen.test
+    checkpoint, rows = _open_planned(plan, file, options)
+    length = rows.test.shape[1]
     context = reader.fields.get(f"{reader.fields['general.architecture'].contents()}.context_length")
-    if context is not None and test.shape[1] > context.contents():
-        raise UserError(f"--row-length {test.shape[1]}: the GGUF's context is {context.contents()} tokens; give at most that")
-    check_finite(checkpoint)
-    decoder = checkpoint.load_model(check_device(options.device))
-    with opened(file, test.shape[1]) as session, reporter.stage("damage in llama.cpp") as progress:
-        nats = damage_in_llama_cpp(decoder, session, test, progress)
-    damage = measured(nats, "nats/token", "plan", "test", options.seed, chosen.blocks("test"))
-    found, held = _held(reader, plan, checkpoint)
-    size = size_of(checkpoint.modules, found, checkpoint.info)
-    kept = found == plan.modules and size == plan.size and held == plan.size.quantized_bytes
-    disk = plan.size.quantized_bytes, held
-    return Verification(plan, size, damage, kept, disk, disk_what=ROW)
+    if context is not None and length > context.contents():
+        raise UserError(f"--row-length {length}: the GGUF's context is {context.contents()} tokens; give at most that")
+    decoder = _load(checkpoint, options)
+    with open_gguf(file, length) as session, reporter.stage("damage in llama.cpp") as progress:
+        nats = damage_in_llama_cpp(decoder, session, rows.test, progress)
+    damage = measured(nats, "nats/token", "plan", "test", options.seed, rows.blocks("test"))
+    formats, count = _formats_and_bytes(reader, checkpoint)
+    size, promised = size_of(checkpoint.modules, formats, checkpoint.info), plan.size.quantized_bytes
+    size_kept = formats == plan.modules and size == plan.size and count == promised
+    return Verification(plan, size, damage, size_kept, (promised, count), disk_what=ROW)
 
 
 @torch.no_grad()
-def damage_in_llama_cpp(decoder: Decoder, session: Session, rows: Tensor, progress: Callable[[int, int], None]) -> np.ndarray:
-    """KL(reference || the GGUF), rows int64 [rows, tokens] -> float64 [rows], nats/token."""
+def damage_in_llama_cpp(
+    decoder: Decoder, session: LlamaSession, rows: Tensor, progress: Callable[[int, int], None]
+) -> np.ndarray:
+    """Return KL(reference || the GGUF), rows int64 [rows, tokens] -> float64 [rows], nats/token."""
     if session.vocabulary != decoder.vocabulary:
         raise UserError(f"the GGUF has {session.vocabulary} tokens, the model {decoder.vocabulary}")
-    found = []
+    values = []
     for done, row in enumerate(rows, start=1):
         reference = whole_logits(decoder, row[None].to(decoder.device)).float().cpu()
         session.clear()
         session.decode(row.tolist())
         logits = torch.from_numpy(session.logits(len(row)))[None]  # [1, tokens, vocabulary]
-        found.append(kl_per_row(torch.log_softmax(reference, -1), logits))
+        values.append(kl_per_row(torch.log_softmax(reference, -1), logits))
         progress(done, len(rows))
-    return torch.cat(found).numpy()
+    return torch.cat(values).numpy()
 
 
 def _open(file: Path) -> Any:
@@ -272,16 +274,16 @@ def _plan_of(file: Path, reader: Any) -> Plan:
     return read_record(file.parent / "plan.json", Plan)
 
 
-def _held(reader: Any, plan: Plan, checkpoint: Checkpoint) -> tuple[dict[str, str], int]:
-    """(module -> format, bytes of these modules) as the file's own tensors have it."""
+def _formats_and_bytes(reader: Any, checkpoint: Checkpoint) -> tuple[dict[str, str], int]:
+    """Return (module -> format, bytes of these modules) as the file's own tensors have it."""
     tensors = {tensor.name: tensor for tensor in reader.tensors}
     names = weight_names([m.name for m in checkpoint.modules], checkpoint.config.model_type, checkpoint.info.layers)
-    found, held = {}, 0
+    formats, count = {}, 0
     for module, name in names.items():
         if name not in tensors:
             raise UserError(f"the GGUF lacks {name}, which {module} should be")
         kind = tensors[name].tensor_type.name.lower()
         if kind in FORMATS:
-            found[module] = kind
-            held += int(tensors[name].n_bytes)
-    return {name: found[name] for name in plan.modules if name in found} | found, held
+            formats[module] = kind
+            count += int(tensors[name].n_bytes)
+    return formats, count

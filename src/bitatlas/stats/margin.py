@@ -32,10 +32,13 @@ GRID = 41  # rates of gained items that the exact test tries
 TIE = 1e-9  # outcomes whose statistics differ by less speak equally clearly
 NEGLIGIBLE = 1e-13  # probability of a number of gained items that is not looked at
 MOST_ITEMS = 10_000_000  # of a number of items that is told
+HALVINGS = 56  # of an interval at most 2 wide: below the spacing of floats near 1
+
+Floats = NDArray[np.float64]
 
 
 def parse_points(text: str, flag: str) -> float:
-    """Percentage points from "1pp", "0.5" or "2 points"; UserError naming `flag` otherwise."""
+    """Return the percentage points that "1pp", "0.5" or "2 points" names; UserError naming `flag` otherwise."""
     match = re.fullmatch(r"\s*([0-9]{1,3}(?:\.[0-9]{0,6})?|\.[0-9]{1,6})\s*(?:pp|points?)?\s*", text, re.ASCII)
     points = float(match.group(1)) if match else 0.0
     if not 0 < points < 100:
@@ -44,54 +47,55 @@ def parse_points(text: str, flag: str) -> float:
 
 
 def score_p(lost: int, gained: int, n: int, margin: float) -> float:
-    """One-sided p of "a share `margin` or more is lost", by Tango's score test."""
-    return float(ndtr(-score_z(lost, gained, n, -margin)))
+    """Return the one-sided p of "a share `margin` or more is lost", by Tango's score test."""
+    return float(ndtr(-tango_z(lost, gained, n, -margin)))
 
 
 @lru_cache(maxsize=65536)
 def exact_p(lost: int, gained: int, n: int, margin: float) -> float:
-    """The same, exact: the largest probability of outcomes at least as clear, over all rates of flips at a loss of `margin`."""
-    most_lost = _most_lost(float(score_z(lost, gained, n, -margin)), n, margin)
+    """Return the exact one-sided p of "a share `margin` or more is lost": the largest probability of outcomes at least as clear, over
+    all rates of flips at a loss of `margin`."""
+    most_lost = _most_lost(float(tango_z(lost, gained, n, -margin)), n, margin)
     gains = (1 - margin) / 2 * np.linspace(0, 1, GRID) ** 2  # rates of gained items; close together near 0, where p changes fast
     for _ in range(2):  # the second time between the neighbours of the best
-        found = _probability(most_lost, n, margin, gains)
-        best, place = float(found.max()), int(found.argmax())
-        gains = np.linspace(gains[max(0, place - 1)], gains[min(len(gains) - 1, place + 1)], GRID)
+        probabilities = _probability(most_lost, n, margin, gains)
+        best, index = float(probabilities.max()), int(probabilities.argmax())
+        gains = np.linspace(gains[max(0, index - 1)], gains[min(len(gains) - 1, index + 1)], GRID)
     return min(1.0, max(best, float(_probability(most_lost, n, margin, gains).max())))
 
 
 def _most_lost(z: float, n: int, margin: float) -> Floats:
-    """[n + 1], by gained items: the largest number of lost ones whose statistic is still at least `z`; -1 for none."""
+    """Return, by gained items [n + 1], the largest number of lost ones whose statistic is still at least `z`; -1 for none."""
     gained = np.arange(n + 1)
     low, high = np.full(n + 1, -1), n - gained  # the statistic falls with every lost item
     while (open_ := low < high).any():
         middle = (low + high + 1) // 2
-        clear = score_z(middle, gained, n, -margin) >= z - TIE
+        clear = tango_z(middle, gained, n, -margin) >= z - TIE
         low, high = np.where(open_ & clear, middle, low), np.where(open_ & ~clear, middle - 1, high)
     return low
 
 
 def _probability(most_lost: Floats, n: int, margin: float, gains: Floats) -> Floats:
-    """[gains]: probability of outcomes within `most_lost`, where a share `gain` is gained and `gain + margin` lost."""
-    found = np.zeros(len(gains))
+    """Return by `gains` the probability of outcomes within `most_lost`, where a share `gain` is gained and `gain + margin` lost."""
+    probabilities = np.zeros(len(gains))
     gained = np.arange(n + 1)
     ways = log_gamma(n + 1) - log_gamma(gained + 1) - log_gamma(n - gained + 1)
-    for place, gain in enumerate(gains):
+    for index, gain in enumerate(gains):
         weight = np.exp(ways + xlogy(gained, gain) + xlog1py(n - gained, -gain))  # [n + 1], binomial
         counted = (weight > NEGLIGIBLE) & (most_lost >= 0)
         share = min(1.0, (gain + margin) / (1 - gain))  # lost, of the items that are not gained
-        found[place] = (weight[counted] * bdtr(most_lost[counted], n - gained[counted], share)).sum()
-    return found
+        probabilities[index] = (weight[counted] * bdtr(most_lost[counted], n - gained[counted], share)).sum()
+    return probabilities
 
 
 @lru_cache(maxsize=65536)
 def no_loss_p(lost: int, gained: int, n: int, margin: float) -> float:
-    """One-sided p of "a share `margin` or more is lost": the larger of the two tests'."""
+    """Return the one-sided p of "a share `margin` or more is lost": the larger of the two tests'."""
     return max(score_p(lost, gained, n, margin), exact_p(lost, gained, n, margin))
 
 
 def equivalence_p(lost: int, gained: int, n: int, margin: float) -> float:
-    """p of "lost or gained, it is a share `margin` or more": the larger of two one-sided tests'."""
+    """Return the p of "lost or gained, it is a share `margin` or more": the larger of two one-sided tests'."""
     return max(no_loss_p(lost, gained, n, margin), no_loss_p(gained, lost, n, margin))
 
 
@@ -100,7 +104,7 @@ def equivalence_p(lost: int, gained: int, n: int, margin: float) -> float:
 
 @lru_cache(maxsize=1024)
 def least_items(margin: float, alpha: float = ALPHA) -> int:
-    """Items below which not even outcomes without a single flip show that less than `margin` is lost."""
+    """Return the number of items below which not even outcomes without a single flip show that less than `margin` is lost."""
     z2 = float(ndtri(1 - alpha)) ** 2
     n = max(1, math.ceil(math.log(alpha) / math.log1p(-margin)), math.ceil(z2 * (1 - margin) / margin))  # exact, and score test
     while n < MOST_ITEMS and no_loss_p(0, 0, n, margin) >= alpha:
@@ -109,7 +113,7 @@ def least_items(margin: float, alpha: float = ALPHA) -> int:
 
 
 def least_margin(n: int) -> float:
-    """The smallest margin, as a share, that n items can show where not a single one flips."""
+    """Return the smallest margin, as a share, that n items can show where not a single one flips."""
     low, high = 0.0, 1.0
     for _ in range(20):
         middle = (low + high) / 2
@@ -118,7 +122,7 @@ def least_margin(n: int) -> float:
 
 
 def items_for_no_loss(flips: int, n: int, margin: float, alpha: float = ALPHA) -> int:
-    """About how many items show that less than `margin` is lost, in 80 % of the cases where nothing is, at the seen rate of flips.
+    """Return about how many items show that less than `margin` is lost, in 80 % of the cases where nothing is, at the seen rate of flips.
 
     The score test wants the difference to lie z(1 - alpha) standard deviations above -margin, those of a true loss of `margin`; without a
     loss it does in 80 % of the cases where that is 0.84 of its own standard deviations, sqrt(flips / n / items), below 0.
@@ -126,31 +130,26 @@ def items_for_no_loss(flips: int, n: int, margin: float, alpha: float = ALPHA) -
     rate = flips / n
     at_loss = 2 * float(lost_rate(rate / 2, rate / 2, 1, -margin)) - margin * (1 + margin)  # variance of an item's change
     distance = float(ndtri(1 - alpha)) * math.sqrt(at_loss) + float(ndtri(POWER)) * math.sqrt(rate)
-    return two_digits(max((distance / margin) ** 2, least_items(margin, alpha)))
+    return round_up(max((distance / margin) ** 2, least_items(margin, alpha)))
 
 
-def two_digits(count: float) -> int:
-    """Rounded up to two digits."""
+def round_up(count: float) -> int:
+    """Return a number of items rounded up to two digits."""
     digits = 10 ** max(0, math.floor(math.log10(count)) - 1)
     return math.ceil(count / digits) * digits
 
 
-# --- tango -----------------------------------------------------------------------------------------------------------------
+# --- Tango's test and interval ------------------------------------------------------------------------------------------
 
-# Tango's score test and interval for the difference of two shares that the same items gave.
-#
 # Of n items, `lost` are right at first only and `gained` at second only; the difference is (gained - lost) / n. Whether a true difference d
 # fits is asked with the variance that d itself implies: the two rates are the most likely ones whose difference is d, which is the root of
 # a quadratic. The interval is every d that the test accepts: it stays inside -1..1 and is sound for few flips.
-# All functions take numbers or arrays that broadcast. Left out: continuity corrections (`no_loss` asks for an exact test beside this one).
+# All functions take numbers or arrays that broadcast. Left out: continuity corrections (`no_loss_p` asks for an exact test as well).
 # Source: Tango 1998, Statistics in Medicine 17:891.
-
-Floats = NDArray[np.float64]
-HALVINGS = 56  # of an interval at most 2 wide: below the spacing of floats near 1
 
 
 def lost_rate(lost: ArrayLike, gained: ArrayLike, n: ArrayLike, difference: ArrayLike) -> Floats:
-    """Most likely rate of lost items where the gained rate minus the lost rate is held at `difference`."""
+    """Return the most likely rate of lost items where the gained rate minus the lost rate is held at `difference`."""
     lost, gained, n, d = (np.asarray(value, dtype=np.float64) for value in (lost, gained, n, difference))
     b = (2 * n - gained + lost) * d - lost - gained
     c = -lost * d * (1 - d)
@@ -159,8 +158,8 @@ def lost_rate(lost: ArrayLike, gained: ArrayLike, n: ArrayLike, difference: Arra
     return np.where(b <= 0, (root - b) / (4 * n), -2 * c / np.where(b > 0, root + b, 1.0))
 
 
-def score_z(lost: ArrayLike, gained: ArrayLike, n: ArrayLike, difference: ArrayLike) -> Floats:
-    """How many standard deviations the seen difference lies above `difference`; standard normal where that is the true one."""
+def tango_z(lost: ArrayLike, gained: ArrayLike, n: ArrayLike, difference: ArrayLike) -> Floats:
+    """Return how many standard deviations the seen difference lies above `difference`; standard normal where that is the true one."""
     lost, gained, n, d = (np.asarray(value, dtype=np.float64) for value in (lost, gained, n, difference))
     variance = np.maximum(0.0, n * (2 * lost_rate(lost, gained, n, d) + d * (1 - d)))
     distance = gained - lost - n * d
@@ -168,8 +167,8 @@ def score_z(lost: ArrayLike, gained: ArrayLike, n: ArrayLike, difference: ArrayL
     return np.where(some, distance / np.sqrt(np.where(some, variance, 1.0)), np.copysign(np.inf, distance))
 
 
-def intervals(lost: ArrayLike, gained: ArrayLike, n: ArrayLike, level: float = 0.95) -> tuple[Floats, Floats]:
-    """Ends of the interval of each difference, as shares from -1 to 1."""
+def tango_intervals(lost: ArrayLike, gained: ArrayLike, n: ArrayLike, level: float = 0.95) -> tuple[Floats, Floats]:
+    """Return the ends of the interval of each difference, as shares from -1 to 1."""
     z2 = float(ndtri((1 + level) / 2)) ** 2
     lost, gained, n = np.broadcast_arrays(*(np.asarray(value, dtype=np.float64) for value in (lost, gained, n)))
 
@@ -183,15 +182,15 @@ def intervals(lost: ArrayLike, gained: ArrayLike, n: ArrayLike, level: float = 0
         whole = inside(far)
         for _ in range(HALVINGS):
             middle = (near + far) / 2
-            held = inside(middle)
-            near, far = np.where(held, middle, near), np.where(held, far, middle)
+            accepted = inside(middle)
+            near, far = np.where(accepted, middle, near), np.where(accepted, far, middle)
         return np.where(whole, end, near)
 
     return edge(-1.0), edge(1.0)
 
 
 @lru_cache(maxsize=4096)
-def tango(lost: int, gained: int, n: int, level: float = 0.95) -> tuple[float, float]:
-    """The interval of one difference."""
-    low, high = intervals(lost, gained, n, level)
+def tango_interval(lost: int, gained: int, n: int, level: float = 0.95) -> tuple[float, float]:
+    """Return the interval of one difference, as shares from -1 to 1."""
+    low, high = tango_intervals(lost, gained, n, level)
     return float(low), float(high)

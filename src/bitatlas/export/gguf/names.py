@@ -8,9 +8,10 @@ Source: llama.cpp's conversion/llama.py and qwen.py; the permutation is theirs.
 
 from __future__ import annotations
 
+import importlib.util
 import json
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -21,7 +22,6 @@ from torch import Tensor
 
 from bitatlas.errors import UserError
 from bitatlas.export.gguf.run import tokenize
-from bitatlas.quantize.ggml import has_library
 
 CONVERT = "convert it with llama.cpp's convert_hf_to_gguf.py and llama-quantize (commands.txt)"
 OUTER = {"model.embed_tokens": "token_embd", "model.norm": "output_norm", "lm_head": "output"}
@@ -55,22 +55,24 @@ ARCHITECTURES = {
 
 
 def architecture_of(config: Any) -> Architecture:
-    """UserError for a model that cannot be written here, saying what can be done."""
-    found = ARCHITECTURES.get(config.model_type)
-    if found is None:
+    """Return what llama.cpp calls the model; UserError for one that cannot be written here, saying what can be done."""
+    architecture = ARCHITECTURES.get(config.model_type)
+    if architecture is None:
         known = ", ".join(ARCHITECTURES)
         raise UserError(f"--to llama.cpp: a GGUF of {config.model_type} is not written here (only of {known}); {CONVERT}")
     if config.hidden_act != "silu":
-        raise UserError(f"--to llama.cpp: llama.cpp's {found.name} computes silu, the model {config.hidden_act}; {CONVERT}")
+        raise UserError(
+            f"--to llama.cpp: llama.cpp's {architecture.name} computes silu, the model {config.hidden_act}; {CONVERT}"
+        )
     rope = rope_of(config)
     kind = rope.get("rope_type", "default")
     if kind not in ("default", "linear", "llama3") or rope.get("partial_rotary_factor", 1.0) != 1.0:
         raise UserError(f"--to llama.cpp: rotary embeddings of the kind {kind} are not written here; {CONVERT}")
-    return found
+    return architecture
 
 
 def rope_of(config: Any) -> dict[str, Any]:
-    """The rotary embedding's parameters; UserError where layers differ in them."""
+    """Return the rotary embedding's parameters; UserError where layers differ in them."""
     rope = dict(config.rope_parameters or {})
     if any(isinstance(value, dict) for value in rope.values()):
         raise UserError(f"--to llama.cpp: layers with rotary embeddings of several kinds are not written here; {CONVERT}")
@@ -78,17 +80,17 @@ def rope_of(config: Any) -> dict[str, Any]:
 
 
 def tensor_name(key: str) -> str | None:
-    """A checkpoint's tensor -> its name in a GGUF of one of `ARCHITECTURES`; None where there is none."""
+    """Return the name of a checkpoint's tensor in a GGUF of one of `ARCHITECTURES`; None where there is none."""
     key = key if key.startswith(("model.", "lm_head.")) else f"model.{key}"  # checkpoints of the bare base model
     stem, _, suffix = key.rpartition(".")
     if stem in OUTER:
         return f"{OUTER[stem]}.{suffix}"
-    found = re.fullmatch(r"model\.layers\.(\d+)\.(.+)", stem)
-    return f"blk.{found[1]}.{INNER[found[2]]}.{suffix}" if found and found[2] in INNER else None
+    match = re.fullmatch(r"model\.layers\.(\d+)\.(.+)", stem)
+    return f"blk.{match[1]}.{INNER[match[2]]}.{suffix}" if match and match[2] in INNER else None
 
 
 def weight_names(modules: list[str], model_type: str, layers: int) -> dict[str, str]:
-    """Module -> the GGUF's name of its weight, for any model that llama.cpp knows; UserError otherwise."""
+    """Return module -> the GGUF's name of its weight, for any model that llama.cpp knows; UserError otherwise."""
     if model_type in ARCHITECTURES:
         named = {module: tensor_name(f"{module}.weight") for module in modules}
     else:
@@ -106,17 +108,17 @@ def _foreign_names(modules: list[str], model_type: str, layers: int) -> dict[str
         raise UserError(
             f"--to llama.cpp: the names of a {model_type} model's tensors come from a package that is not here: pip install 'bitatlas[gguf]'"
         ) from None
-    plain = re.sub(r"[^a-z0-9]", "", model_type)
-    found = [arch for arch, name in gguf.MODEL_ARCH_NAMES.items() if re.sub(r"[^a-z0-9]", "", name) == plain]
-    if not found:
+    letters = re.sub(r"[^a-z0-9]", "", model_type)
+    architectures = [arch for arch, name in gguf.MODEL_ARCH_NAMES.items() if re.sub(r"[^a-z0-9]", "", name) == letters]
+    if not architectures:
         return dict.fromkeys(modules)
-    table = gguf.get_tensor_name_map(found[0], layers)
+    table = gguf.get_tensor_name_map(architectures[0], layers)
     names = {module: table.get_name(f"{module}.weight", try_suffixes=(".weight",)) for module in modules}
     return {module: name and f"{name.removesuffix('.weight')}.weight" for module, name in names.items()}
 
 
 def heads_to_permute(key: str, config: Any) -> int:
-    """Heads among whose rows those of this tensor change places; 0: they stay."""
+    """Return the heads among whose rows those of this tensor change places; 0: they stay."""
     architecture = ARCHITECTURES[config.model_type]
     if architecture.permuted and ".q_proj." in key:
         return int(config.num_attention_heads)
@@ -126,12 +128,12 @@ def heads_to_permute(key: str, config: Any) -> int:
 
 
 def permute(rows: Tensor, heads: int) -> Tensor:
-    """`rows` [out, ...] in transformers' order -> llama.cpp's: the two halves of every head one by one in turn."""
+    """Bring `rows` [out, ...] from transformers' order into llama.cpp's: the two halves of every head one by one in turn."""
     return rows.reshape(heads, 2, len(rows) // heads // 2, *rows.shape[1:]).swapaxes(1, 2).reshape(rows.shape)
 
 
 def rope_factors(config: Any) -> Tensor | None:
-    """float32 [head size / 2], by which llama.cpp divides the rotary frequencies; None where it need not.
+    """Return float32 [head size / 2], by which llama.cpp divides the rotary frequencies; None where it need not.
 
     From transformers' own frequencies of the kind `llama3`, whichever way they come about.
     """
@@ -146,12 +148,11 @@ def rope_factors(config: Any) -> Tensor | None:
 
 
 def head_size(config: Any) -> int:
+    """Return the width of an attention head."""
     return int(getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads)
 
 
-# --- vocabulary ------------------------------------------------------------------------------------------------------------
-
-# A tokenizer as llama.cpp's vocabulary.
+# --- a tokenizer as llama.cpp's vocabulary -----------------------------------------------------------------------------
 #
 # Byte-level BPE becomes llama.cpp's `gpt2` with its merges; BPE whose spaces are "▁", as tokenizers made from SentencePiece have it, becomes
 # `llama`, whose scores are the ranks of the merges. How text is cut before merging is a fixed list in llama.cpp, not a pattern in the
@@ -161,7 +162,7 @@ def head_size(config: Any) -> int:
 # Source: llama.cpp's llama-vocab.cpp and conversion/base.py.
 
 NORMAL, UNKNOWN, CONTROL, USER_DEFINED, UNUSED, BYTE = 1, 2, 3, 4, 5, 6  # llama.cpp's types of tokens
-CUTS = (
+PRE_TOKENIZERS = (
     "llama-bpe", "qwen2", "gpt-2", "smollm", "default", "tekken", "gpt-4o", "deepseek-llm", "deepseek-coder", "starcoder", "falcon",
     "command-r", "stablelm2", "mpt", "olmo", "bloom",
 )  # fmt: skip
@@ -185,12 +186,12 @@ class Vocabulary:
     merges: list[str] = field(default_factory=list)  # of "gpt2"
     scores: list[float] = field(default_factory=list)  # of "llama"
     space_prefix: bool = False  # of "llama"
-    cut: str = "default"  # which of llama.cpp's ways to cut text
+    pre_tokenizer: str = "default"  # which of llama.cpp's ways to cut text
     chat_template: str | None = None
 
 
 def vocabulary_of(tokenizer: Any, size: int) -> tuple[Vocabulary, str]:
-    """(vocabulary of `size` tokens, a note or ""). `tokenizer`: of transformers. UserError for a kind that is not written here."""
+    """Return (vocabulary of `size` tokens, a note or ""). `tokenizer`: of transformers. UserError for a kind that is not written here."""
     backend = getattr(tokenizer, "backend_tokenizer", None)
     content: dict[str, Any] = json.loads(backend.to_str()) if backend else {"model": {"type": type(tokenizer).__name__}}
     model = content["model"]
@@ -212,7 +213,7 @@ def vocabulary_of(tokenizer: Any, size: int) -> tuple[Vocabulary, str]:
         if (number := getattr(tokenizer, f"{name}_token_id")) is not None and number < size
     }
     ends = tokenizer("a").input_ids
-    found = Vocabulary(
+    vocabulary = Vocabulary(
         "gpt2",
         tokens,
         types,
@@ -222,70 +223,65 @@ def vocabulary_of(tokenizer: Any, size: int) -> tuple[Vocabulary, str]:
         chat_template=tokenizer.chat_template if isinstance(tokenizer.chat_template, str) else None,
     )
     merges = [merge if isinstance(merge, str) else " ".join(merge) for merge in model["merges"]]
-    return _tried(replace(found, merges=merges) if _is_byte_level(content) else _scored(found, merges, content), tokenizer)
+    return _with_pre_tokenizer(
+        replace(vocabulary, merges=merges) if _is_byte_level(content) else _scored(vocabulary, merges, content), tokenizer
+    )
 
 
 def _is_byte_level(content: dict[str, Any]) -> bool:
     return '"ByteLevel"' in json.dumps(content.get("pre_tokenizer"))
 
 
-def _scored(found: Vocabulary, merges: list[str], content: dict[str, Any]) -> Vocabulary:
-    """SentencePiece's way: of all pairs that make a token, the one with the highest score is merged first."""
+def _scored(vocabulary: Vocabulary, merges: list[str], content: dict[str, Any]) -> Vocabulary:
+    """Score tokens in SentencePiece's way: of all pairs that make a token, the one with the highest score is merged first."""
     if "▁" not in json.dumps([content.get("normalizer"), content.get("pre_tokenizer")], ensure_ascii=False):
         raise UserError(f"--to llama.cpp: BPE that is neither byte-level nor like SentencePiece's is not written here; {CONVERT}")
     ranks: dict[str, int] = {}
     for rank, merge in enumerate(merges):
         ranks.setdefault(merge.replace(" ", ""), rank)
-    scores = [float(-ranks[token]) if token in ranks else NO_MERGE for token in found.tokens]
+    scores = [float(-ranks[token]) if token in ranks else NO_MERGE for token in vocabulary.tokens]
     types = [
-        BYTE if re.fullmatch("<0x[0-9A-F]{2}>", token) else UNKNOWN if number == found.special.get("unk") else kind
-        for number, (token, kind) in enumerate(zip(found.tokens, found.types, strict=True))
+        BYTE if re.fullmatch("<0x[0-9A-F]{2}>", token) else UNKNOWN if number == vocabulary.special.get("unk") else kind
+        for number, (token, kind) in enumerate(zip(vocabulary.tokens, vocabulary.types, strict=True))
     ]
     prefix = '"Prepend"' in json.dumps(content.get("normalizer")) or '"Metaspace"' in json.dumps(content.get("pre_tokenizer"))
-    return replace(found, model="llama", scores=scores, types=types, space_prefix=prefix)
+    return replace(vocabulary, model="llama", scores=scores, types=types, space_prefix=prefix)
 
 
-def _tried(found: Vocabulary, tokenizer: Any) -> tuple[Vocabulary, str]:
-    if not has_library():
-        return found, "llama.cpp is not here, so its tokens of a text were not compared with the tokenizer's"
-    texts = _known_texts(found, tokenizer)
+def _with_pre_tokenizer(vocabulary: Vocabulary, tokenizer: Any) -> tuple[Vocabulary, str]:
+    if not importlib.util.find_spec("llama_cpp"):
+        return vocabulary, "llama.cpp is not here, so its tokens of a text were not compared with the tokenizer's"
+    texts = _known_texts(vocabulary, tokenizer)
     wanted = [tokenizer(text, add_special_tokens=False).input_ids for text in texts]
-    best, most = found, -1
-    for one in _candidates(found):
-        same = sum(ours == theirs for ours, theirs in zip(wanted, _tokenized(one, texts), strict=True))
+    candidates = (replace(vocabulary, pre_tokenizer=name) for name in PRE_TOKENIZERS)
+    best, most = vocabulary, -1
+    for candidate in [vocabulary] if vocabulary.model == "llama" else candidates:
+        same = sum(ours == theirs for ours, theirs in zip(wanted, _tokenized(candidate, texts), strict=True))
         if same > most:
-            best, most = one, same
+            best, most = candidate, same
         if same == len(texts):
             break
     notes = []
     if most < len(texts):
         notes.append(
-            f"llama.cpp cuts text in none of its ways as this tokenizer does: the nearest ({best.cut}) gives the same tokens for {most} of "
+            f"llama.cpp cuts text in none of its ways as this tokenizer does: the nearest ({best.pre_tokenizer}) gives the same tokens for {most} of "
             f"{len(texts)} texts; what was measured are the tokenizer's own tokens"
         )
-    if found.model == "llama" and BYTE not in found.types:
+    if vocabulary.model == "llama" and BYTE not in vocabulary.types:
         notes.append("the vocabulary has no bytes: llama.cpp takes no text with characters that are not in it")
     return best, "; ".join(notes)
 
 
-def _known_texts(found: Vocabulary, tokenizer: Any) -> list[str]:
-    """`TEXTS`, but those with characters that the vocabulary has no token for, if it has no bytes: llama.cpp would end the process."""
-    if found.model != "llama" or BYTE in found.types:
+def _known_texts(vocabulary: Vocabulary, tokenizer: Any) -> list[str]:
+    """Return `TEXTS`, but those with characters that the vocabulary has no token for, if it has no bytes: llama.cpp would end the process."""
+    if vocabulary.model != "llama" or BYTE in vocabulary.types:
         return list(TEXTS)
-    unknown = found.special.get("unk")
+    unknown = vocabulary.special.get("unk")
     return [text for text in TEXTS if unknown not in tokenizer(text).input_ids]
 
 
-def _candidates(found: Vocabulary) -> Iterator[Vocabulary]:
-    if found.model == "llama":
-        yield found
-        return
-    for cut in CUTS:
-        yield replace(found, cut=cut)
-
-
 def _tokenized(vocabulary: Vocabulary, texts: Sequence[str]) -> list[list[int]]:
-    """llama.cpp's tokens of `texts`, of a file that holds the vocabulary alone."""
+    """Return llama.cpp's tokens of `texts`, by a file that holds the vocabulary alone."""
     from gguf import GGUFWriter
 
     with TemporaryDirectory() as folder:
@@ -300,9 +296,9 @@ def _tokenized(vocabulary: Vocabulary, texts: Sequence[str]) -> list[list[int]]:
 
 
 def add_vocabulary(writer: Any, vocabulary: Vocabulary) -> None:
-    """Into a `gguf.GGUFWriter`'s metadata."""
+    """Write the vocabulary into a `gguf.GGUFWriter`'s metadata."""
     writer.add_tokenizer_model(vocabulary.model)
-    writer.add_tokenizer_pre(vocabulary.cut)
+    writer.add_tokenizer_pre(vocabulary.pre_tokenizer)
     writer.add_token_list(vocabulary.tokens)
     writer.add_token_types(vocabulary.types)
     if vocabulary.model == "llama":

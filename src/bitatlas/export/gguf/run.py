@@ -21,11 +21,11 @@ from bitatlas.errors import UserError
 from bitatlas.quantize.ggml import check_packages
 
 ERROR_LEVEL = 3  # of llama.cpp's log
-_heard: list[str] = []  # what it said at that level
-_listeners: list[Any] = []  # must live as long as the library
+_errors: list[str] = []  # of its log, since a model was last loaded
+_callbacks: list[Any] = []  # must live as long as the library
 
 
-class Session:
+class LlamaSession:
     """A model in a context of `context` tokens, with as many threads as torch uses."""
 
     def __init__(self, model: Any, vocabulary: int, file: Path, context: int):
@@ -39,27 +39,27 @@ class Session:
         self._batch = lib.llama_batch_init(context, 0, 1)
 
     def decode(self, tokens: Sequence[int]) -> None:
-        """Go on after what was decoded before."""
+        """Decode tokens after those that were decoded before."""
         batch = self._batch
         batch.n_tokens = len(tokens)
-        for place, token in enumerate(tokens):
-            batch.token[place] = token
-            batch.pos[place] = self._used + place
-            batch.n_seq_id[place] = 1
-            batch.seq_id[place][0] = 0
-            batch.logits[place] = True
+        for index, token in enumerate(tokens):
+            batch.token[index] = token
+            batch.pos[index] = self._used + index
+            batch.n_seq_id[index] = 1
+            batch.seq_id[index][0] = 0
+            batch.logits[index] = True
         if code := self._lib.llama_decode(self._context, batch):
             raise RuntimeError(f"llama_decode gave {code}{_reason()}")
         self._used += len(tokens)
         self._lib.llama_synchronize(self._context)
 
     def logits(self, count: int) -> np.ndarray:
-        """Of the last batch's `count` tokens: float32 [count, vocabulary]."""
-        found = self._lib.llama_get_logits(self._context)
-        return np.ctypeslib.as_array(found, shape=(count, self.vocabulary)).copy()
+        """Return the logits of the last batch's `count` tokens: float32 [count, vocabulary]."""
+        logits = self._lib.llama_get_logits(self._context)
+        return np.ctypeslib.as_array(logits, shape=(count, self.vocabulary)).copy()
 
     def clear(self) -> None:
-        """Forget what was decoded."""
+        """Forget the tokens that were decoded."""
         self._lib.llama_memory_clear(self._lib.llama_get_memory(self._context), True)
         self._used = 0
 
@@ -69,10 +69,10 @@ class Session:
 
 
 @contextmanager
-def opened(file: Path, context: int) -> Iterator[Session]:
-    """A GGUF, loaded; UserError where llama.cpp cannot."""
+def open_gguf(file: Path, context: int) -> Iterator[LlamaSession]:
+    """Load a GGUF; UserError where llama.cpp cannot."""
     with _model(file, vocab_only=False) as (model, vocabulary):
-        session = Session(model, library().llama_vocab_n_tokens(vocabulary), file, context)
+        session = LlamaSession(model, library().llama_vocab_n_tokens(vocabulary), file, context)
         try:
             yield session
         finally:
@@ -80,15 +80,15 @@ def opened(file: Path, context: int) -> Iterator[Session]:
 
 
 def tokenize(file: Path, texts: Sequence[str]) -> list[list[int]]:
-    """llama.cpp's tokens of every text, without any at its ends."""
-    found = []
+    """Return llama.cpp's tokens of every text, without any at its ends."""
+    result = []
     with _model(file, vocab_only=True) as (_, vocabulary):
         for text in texts:
             data = text.encode()
             room = (ctypes.c_int32 * (len(data) + 8))()
             count = library().llama_tokenize(vocabulary, data, len(data), room, len(room), False, False)
-            found.append(list(room[: max(0, count)]))
-    return found
+            result.append(list(room[: max(0, count)]))
+    return result
 
 
 @contextmanager
@@ -100,7 +100,7 @@ def _model(file: Path, vocab_only: bool) -> Iterator[tuple[Any, Any]]:
     params = lib.llama_model_default_params()
     params.vocab_only = vocab_only
     params.n_gpu_layers = 0
-    _heard.clear()
+    _errors.clear()
     model = lib.llama_model_load_from_file(os.fsencode(file), params)
     if not model:
         raise UserError(f"{file}: llama.cpp cannot load it{_reason()}")
@@ -111,20 +111,21 @@ def _model(file: Path, vocab_only: bool) -> Iterator[tuple[Any, Any]]:
 
 
 def _reason() -> str:
-    return f" ({_heard[0]})" if _heard else ""
+    return f" ({_errors[0]})" if _errors else ""
 
 
 @cache
 def library() -> Any:
-    """llama-cpp-python's functions, ready to be called; what llama.cpp has to say is kept, not printed."""
+    """Return llama-cpp-python's functions, ready to be called; its log is kept, not printed."""
     from llama_cpp import llama_cpp
 
     @llama_cpp.llama_log_callback
     def listen(level: int, text: bytes, _: Any) -> None:
         if level == ERROR_LEVEL:
-            _heard.append(text.decode(errors="replace").strip().partition(": ")[2] or text.decode(errors="replace").strip())
+            message = text.decode(errors="replace").strip()
+            _errors.append(message.partition(": ")[2] or message)
 
     llama_cpp.llama_log_set(listen, ctypes.c_void_p(0))
-    _listeners.append(listen)
+    _callbacks.append(listen)
     llama_cpp.llama_backend_init()
     return llama_cpp

@@ -38,15 +38,15 @@ from bitatlas.export.gguf.names import (
     weight_names,
 )
 from bitatlas.export.packed import stored_of
-from bitatlas.export.recipes import write_readme
-from bitatlas.export.target import Job, Target
+from bitatlas.export.target import Job, Target, write_readme
 from bitatlas.model.checkpoint import Checkpoint
 from bitatlas.model.decoder import Decoder, decoder_of
 from bitatlas.model.tensor_files import Reader, read_header
 from bitatlas.quantize.ggml import Blocks, check_packages
 from bitatlas.records import Plan
 from bitatlas.records.files import to_json
-from bitatlas.records.formats import FORMATS, LLAMA_CPP, Format, check_rows, stored_bytes
+from bitatlas.records.formats import FORMATS, LLAMA_CPP, Format, stored_bytes
+from bitatlas.records.sizes import check_rows
 from bitatlas.records.text import byte_size
 
 PLAN_KEY = "bitatlas.plan"
@@ -95,8 +95,8 @@ class Blueprint:
         return sum(part.size_bytes for part in self.parts)
 
 
-def draw(checkpoint: Checkpoint, plan: Plan | None, kind: str | None = None) -> Blueprint:
-    """All tensors, nothing written yet; UserError where the model cannot be written.
+def blueprint_of(checkpoint: Checkpoint, plan: Plan | None, kind: str | None = None) -> Blueprint:
+    """Return all tensors, nothing written yet; UserError where the model cannot be written.
 
     Without a plan every weight has `kind` ("f16", "f32", "bf16"), or the checkpoint's own dtype.
     """
@@ -120,11 +120,11 @@ def draw(checkpoint: Checkpoint, plan: Plan | None, kind: str | None = None) -> 
     if factors is not None:
         parts.append(Part("rope_freqs.weight", "", None, tuple(factors.shape), "f32"))
     vocabulary, note = vocabulary_of(checkpoint.load_tokenizer(), checkpoint.vocabulary)
-    return Blueprint(architecture, sorted(parts, key=_place), vocabulary, note)
+    return Blueprint(architecture, sorted(parts, key=_order), vocabulary, note)
 
 
 def _same_head(checkpoint: Checkpoint, keys: Mapping[str, str]) -> bool:
-    """Is the head that is stored beside the embedding the same, as the config says? Names in a GGUF -> in the files."""
+    """Tell whether the head that is stored beside the embedding is the same, as the config says. keys: names in a GGUF -> in the files."""
     if not {"output.weight", "token_embd.weight"} <= set(keys):
         return False
     reader = Reader(checkpoint.files)
@@ -140,13 +140,13 @@ def _parts(file: Path, checkpoint: Checkpoint, planned: Mapping[str, str], kind:
         if name is None or entry["dtype"] not in KINDS:
             raise UserError(f"--to llama.cpp: {key} ({entry['dtype']}) has no place in a GGUF of this model; {CONVERT}")
         stem = key.removesuffix(".weight")
-        module = next((one for one in (stem, f"model.{stem}") if one in planned), None)
-        own = "f32" if len(shape) == 1 else kind or KINDS[entry["dtype"]]
-        yield Part(name, key, file, shape, planned[module] if module else own, module, heads_to_permute(key, config))
+        module = next((name for name in (stem, f"model.{stem}") if name in planned), None)
+        dtype = "f32" if len(shape) == 1 else kind or KINDS[entry["dtype"]]
+        yield Part(name, key, file, shape, planned[module] if module else dtype, module, heads_to_permute(key, config))
 
 
-def _place(part: Part) -> tuple[int, str]:
-    """Embedding and head first, then layer by layer."""
+def _order(part: Part) -> tuple[int, str]:
+    """Return a sort key: embedding and head first, then layer by layer."""
     words = part.name.split(".")
     return (int(words[1]) if words[0] == "blk" else -1, part.name)
 
@@ -154,7 +154,7 @@ def _place(part: Part) -> tuple[int, str]:
 def write_gguf(
     file: Path, checkpoint: Checkpoint, plan: Plan | None, plan_file: Path | None, blueprint: Blueprint, progress: Progress
 ) -> None:
-    """Write beside, then rename. With a plan, `plan_file` is where it lies, and its bank perhaps beside it."""
+    """Write the file beside, then rename it. With a plan, `plan_file` is where it lies, and its bank perhaps beside it."""
     from gguf import GGUFWriter
 
     beside = file.with_name(f".{file.name}.partial")
@@ -184,7 +184,7 @@ def _number(kind: str) -> Any:
 
 
 def _data(part: Part, plan: Plan | None, plan_file: Path | None, decoder: Decoder, config: Any) -> np.ndarray:
-    """uint8 [bytes], as they stand in the file."""
+    """Return uint8 [bytes], as they stand in the file."""
     if part.file is None:
         factors = rope_factors(config)
         assert factors is not None
@@ -193,9 +193,9 @@ def _data(part: Part, plan: Plan | None, plan_file: Path | None, decoder: Decode
         weight = reader.get_tensor(part.key)
     if part.module:
         assert plan and plan_file
-        found = stored_of(plan, plan_file, decoder, part.module, weight)
-        assert isinstance(found, Blocks)
-        rows = found.blocks
+        blocks = stored_of(plan, plan_file, decoder, part.module, weight)
+        assert isinstance(blocks, Blocks)
+        rows = blocks.blocks
     else:
         rows = weight.to(DTYPES[part.kind])
     if part.heads:
@@ -226,17 +226,17 @@ def _add_metadata(writer: Any, checkpoint: Checkpoint, plan: Plan | None, bluepr
     writer.add_layer_norm_rms_eps(float(config.rms_norm_eps))
     writer.add_vocab_size(checkpoint.vocabulary)
     (most, _), *_ = Counter(part.kind for part in blueprint.parts if len(part.shape) > 1).most_common(1)
-    found = [kind for form in FILE_TYPES if (kind := form.format(most.upper())) in LlamaFileType.__members__]
-    writer.add_file_type(LlamaFileType[found[0]] if found else LlamaFileType.ALL_F32)
+    types = [kind for form in FILE_TYPES if (kind := form.format(most.upper())) in LlamaFileType.__members__]
+    writer.add_file_type(LlamaFileType[types[0]] if types else LlamaFileType.ALL_F32)
     writer.add_quantization_version(QUANTIZATION_VERSION)
     writer.add_string(WEIGHTS_KEY, checkpoint.info.weights_sha256)
     if plan:
         writer.add_string(PLAN_KEY, to_json(plan))
 
 
-# --- target ----------------------------------------------------------------------------------------------------------------
-
-# llama.cpp: the types of all tensors for llama-quantize with the commands, and, with --model and the extra, the GGUF itself.
+# --- the runtime llama.cpp ----------------------------------------------------------------------------------------------
+#
+# The types of all tensors for llama-quantize with the commands, and, with --model and the extra, the GGUF itself.
 #
 # The GGUF is written from the bank, so it holds what was measured; llama-quantize makes the same blocks of the same weights. A model
 # whose weights are not written here, or a vocabulary, still gets the list of types and the commands, and a line that says why.
@@ -245,7 +245,7 @@ def _add_metadata(writer: Any, checkpoint: Checkpoint, plan: Plan | None, bluepr
 TYPES, COMMANDS = "tensor-types.txt", "commands.txt"
 USE = """The GGUF holds the plan's own blocks: what was measured. `tensor-types.txt` and `commands.txt` make the same file with llama.cpp's own
 programs; where there is no GGUF here, they are the way."""
-KEPT_TYPES = {"bfloat16": "bf16", "float16": "f16"}  # of what stays unquantized; float32 otherwise
+UNQUANTIZED_TYPES = {"bfloat16": "bf16", "float16": "f16"}  # of what stays unquantized; float32 otherwise
 
 
 @dataclass(frozen=True)
@@ -256,24 +256,24 @@ class OwnFormats:
         return fmt.runtime == LLAMA_CPP
 
     def nearest(self, fmt: Format) -> str:
-        """By the bytes of a long row."""
+        """Return the format that is nearest by the bytes of a long row."""
         shape = (1, 2**16)
         held = [other for other in FORMATS.values() if self.fits(other)]
         return min(held, key=lambda other: abs(stored_bytes(shape, other) - stored_bytes(shape, fmt))).name
 
 
 def write(job: Job, folder: Path) -> list[str]:
-    """The list, the commands, a README, and the GGUF where it can be written."""
+    """Write the list, the commands, a README, and the GGUF where it can be written. Return what the command prints."""
     names = _names(job)
     for module in job.modules:
         if module.name in job.formats:
             check_rows([module], [job.formats[module.name].name], "--to llama.cpp")
-    kept = KEPT_TYPES.get(job.checkpoint.info.dtype if job.checkpoint else "", "f32")
-    types = {module: fmt.own_name for module, fmt in job.formats.items()} | dict.fromkeys(job.kept, kept)
+    unquantized = UNQUANTIZED_TYPES.get(job.checkpoint.info.dtype if job.checkpoint else "", "f32")
+    types = {module: fmt.own_name for module, fmt in job.formats.items()} | dict.fromkeys(job.unquantized, unquantized)
     lines = [f"^{re.escape(names[module])}$={kind}" for module, kind in types.items()]
     (folder / TYPES).write_text("\n".join(lines) + "\n", encoding="utf-8")
     file = folder / f"{Path(job.plan.model.name).name or 'model'}.gguf"
-    (folder / COMMANDS).write_text(_commands(job, file.name, kept), encoding="utf-8")
+    (folder / COMMANDS).write_text(_commands(job, file.name, unquantized), encoding="utf-8")
     write_readme(folder, job, "For llama.cpp", USE)
     try:
         return _write_gguf(job, file)
@@ -282,8 +282,8 @@ def write(job: Job, folder: Path) -> list[str]:
 
 
 def _names(job: Job) -> dict[str, str]:
-    """Module -> the GGUF's name of its weight."""
-    modules = [*job.formats, *job.kept]
+    """Return module -> the GGUF's name of its weight."""
+    modules = [*job.formats, *job.unquantized]
     if job.checkpoint:
         return weight_names(modules, job.checkpoint.config.model_type, job.checkpoint.info.layers)
     named = {module: tensor_name(f"{module}.weight") for module in modules}
@@ -293,27 +293,27 @@ def _names(job: Job) -> dict[str, str]:
     return {module: str(name) for module, name in named.items()}
 
 
-def _commands(job: Job, name: str, kept: str) -> str:
+def _commands(job: Job, name: str, dtype: str) -> str:
     model = job.model or job.plan.model.name
-    source, made = f"{Path(name).stem}-{kept}.gguf", shlex.quote(name)
+    source, target = f"{Path(name).stem}-{dtype}.gguf", shlex.quote(name)
     return (
         "# In llama.cpp's folder, with this one's files at hand: the same weights by llama.cpp's own programs.\n"
         "# Q8_0 is the type of nothing: the list names every matrix of the layers, the options the embedding and the head.\n"
         "# The converter refuses tokenizers that it does not know.\n"
-        f"python convert_hf_to_gguf.py {shlex.quote(model)} --outtype {kept} --outfile {shlex.quote(source)}\n"
-        f"llama-quantize --tensor-type-file {TYPES} --token-embedding-type {kept} --output-tensor-type {kept} "
-        f"{shlex.quote(source)} {made} Q8_0\n"
+        f"python convert_hf_to_gguf.py {shlex.quote(model)} --outtype {dtype} --outfile {shlex.quote(source)}\n"
+        f"llama-quantize --tensor-type-file {TYPES} --token-embedding-type {dtype} --output-tensor-type {dtype} "
+        f"{shlex.quote(source)} {target} Q8_0\n"
         "# beside plan.json:\n"
-        f"bitatlas verify {shlex.quote(model)} {made} --tokens TEXT_FILE\n"
+        f"bitatlas verify {shlex.quote(model)} {target} --tokens TEXT_FILE\n"
     )
 
 
 def _write_gguf(job: Job, file: Path) -> list[str]:
-    """Lines about it. UserError where it cannot be written."""
+    """Write the GGUF; return lines about it. UserError where it cannot be written."""
     if job.checkpoint is None:
         raise UserError("--model, the checkpoint that the plan was made for, was not given")
     check_packages("to write it")
-    blueprint = draw(job.checkpoint, job.plan)
+    blueprint = blueprint_of(job.checkpoint, job.plan)
     with job.reporter.stage("writing the GGUF") as progress:
         write_gguf(file, job.checkpoint, job.plan, job.plan_file, blueprint, progress)
     disk, promised = file.stat().st_size, job.plan.size

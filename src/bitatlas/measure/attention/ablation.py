@@ -1,4 +1,4 @@
-"""Is a head what it is called? Heads of one role are removed, and the model must repeat worse than without as many random other heads.
+"""Tests whether a head is what it is called: heads of one role are removed, and the model must repeat worse than without as many random other heads.
 
 What is predicted is the second half of a random block of tokens twice, without the block's first token (nothing tells that the repeat
 begins): only what copies from the first half can know it. The sequences are not those on which the heads got their names. The heads
@@ -29,7 +29,7 @@ from bitatlas.data.rows import rows_sha256
 from bitatlas.measure.attention.capture import MIXED, heads_apart, output_projection
 from bitatlas.measure.attention.roles import ABLATION_PART, repeated_tokens
 from bitatlas.model.decoder import Decoder
-from bitatlas.model.hidden_states import Shelf
+from bitatlas.model.hidden_states import StateCache
 from bitatlas.model.layerwise import Job, batch_rows, follow, logits_of, record
 from bitatlas.model.linear import shape_of
 from bitatlas.records import AttentionHead
@@ -78,38 +78,40 @@ def ablate(
     """
     if not heads:
         return []
-    every = sorted({(head.layer, head.head) for head in heads})
-    named = {role: tuple(sorted((h.layer, h.head) for h in heads if h.role == role)) for role in ABLATED_ROLES}
+    all_heads = sorted({(head.layer, head.head) for head in heads})
+    by_role = {role: tuple(sorted((h.layer, h.head) for h in heads if h.role == role)) for role in ABLATED_ROLES}
     groups = repeated_tokens(tokenizer, decoder.vocabulary, decoder.context, sequences, seed, ABLATION_PART)
-    reasons = {role: _not_tested(decoder, role, named, every, groups) for role in ABLATED_ROLES}
-    draws = {role: () if reasons[role] else random_sets(own, every, seed) for role, own in named.items()}
+    reasons = {role: _not_tested(decoder, role, by_role, all_heads, groups) for role in ABLATED_ROLES}
+    draws = {role: () if reasons[role] else random_sets(named, all_heads, seed) for role, named in by_role.items()}
     tested = [role for role in ABLATED_ROLES if not reasons[role]]
-    wanted = list(dict.fromkeys(one for role in tested for one in ((), named[role], *draws[role])))
-    losses = _losses(decoder, groups, wanted, _heads_by_layer(every), identity, journal, progress) if tested else {}
-    found = []
-    for role, own in named.items():
+    removals = list(dict.fromkeys(heads for role in tested for heads in ((), by_role[role], *draws[role])))
+    losses = _losses(decoder, groups, removals, _heads_by_layer(all_heads), identity, journal, progress) if tested else {}
+    results = []
+    for role, named in by_role.items():
         none = np.empty((0, 2))
         if reasons[role]:
-            found.append(Removal(role, own, 0, False, none, none, none[None], reasons[role]))
+            results.append(Removal(role, named, 0, False, none, none, none[None], reasons[role]))
             continue
-        all_of_them = len(draws[role]) == math.comb(len(every) - len(own), len(own))
-        others = np.stack([losses[one] for one in draws[role]])
-        found.append(Removal(role, own, len(others), all_of_them, losses[()], losses[own], others))
-    return found
+        every_draw = len(draws[role]) == math.comb(len(all_heads) - len(named), len(named))
+        random = np.stack([losses[heads] for heads in draws[role]])
+        results.append(Removal(role, named, len(random), every_draw, losses[()], losses[named], random))
+    return results
 
 
-def _not_tested(decoder: Decoder, role: str, named: dict[str, Heads], every: Sequence[Head], groups: Sequence[Tensor]) -> str:
-    """Why a role's heads cannot be removed and compared; "" where they can."""
-    own = named[role]
-    if not own:
+def _not_tested(
+    decoder: Decoder, role: str, by_role: dict[str, Heads], all_heads: Sequence[Head], groups: Sequence[Tensor]
+) -> str:
+    """Return why a role's heads cannot be removed and compared; "" where they can."""
+    named = by_role[role]
+    if not named:
         return f"no head is called {role}"
-    if not named["induction"]:
+    if not by_role["induction"]:
         return "no head is called induction, so none could need these for repeating"
-    if len(every) < 2 * len(own):
-        return f"{len(own)} of {len(every)} heads are called {role}, so there are not as many others to compare with"
+    if len(all_heads) < 2 * len(named):
+        return f"{len(named)} of {len(all_heads)} heads are called {role}, so there are not as many others to compare with"
     if not groups:
         return "context or vocabulary too small for repeated random tokens"
-    layers, count = decoder.layers, _heads_by_layer(every)
+    layers, count = decoder.layers, _heads_by_layer(all_heads)
     if any(output_projection(layers[layer], count[layer]) is None for layer in count):
         return "a layer's heads cannot be told apart in what its attention puts out"
     if not heads_apart(decoder, count):
@@ -117,20 +119,20 @@ def _not_tested(decoder: Decoder, role: str, named: dict[str, Heads], every: Seq
     return ""
 
 
-def _heads_by_layer(every: Sequence[Head]) -> dict[int, int]:
-    return {layer: 1 + max(head for other, head in every if other == layer) for layer, _ in every}
+def _heads_by_layer(all_heads: Sequence[Head]) -> dict[int, int]:
+    return {layer: 1 + max(head for other, head in all_heads if other == layer) for layer, _ in all_heads}
 
 
-def random_sets(own: Heads, every: Sequence[Head], seed: int) -> tuple[Heads, ...]:
-    """Up to `ABLATION_DRAWS` different sets of as many heads that are not in `own`."""
-    others = [head for head in every if head not in own]
-    wanted = min(ABLATION_DRAWS, math.comb(len(others), len(own)))
-    generator = np.random.default_rng([seed, len(own)])
-    found: dict[Heads, None] = {}
-    while len(found) < wanted:
-        chosen = generator.choice(len(others), len(own), replace=False)
-        found[tuple(others[i] for i in sorted(chosen))] = None
-    return tuple(found)
+def random_sets(named: Heads, all_heads: Sequence[Head], seed: int) -> tuple[Heads, ...]:
+    """Draw up to `ABLATION_DRAWS` different sets of as many heads that are not in `named`."""
+    others = [head for head in all_heads if head not in named]
+    count = min(ABLATION_DRAWS, math.comb(len(others), len(named)))
+    generator = np.random.default_rng([seed, len(named)])
+    sets: dict[Heads, None] = {}
+    while len(sets) < count:
+        chosen = generator.choice(len(others), len(named), replace=False)
+        sets[tuple(others[i] for i in sorted(chosen))] = None
+    return tuple(sets)
 
 
 # --- removing heads ------------------------------------------------------------------------------------------------------------
@@ -138,24 +140,24 @@ def random_sets(own: Heads, every: Sequence[Head], seed: int) -> tuple[Heads, ..
 
 @contextmanager
 def without_heads(decoder: Decoder, heads: Sequence[Head], count: dict[int, int]) -> Iterator[None]:
-    """Within the block the outputs of `heads` are zero. count: layer -> its heads. Raises ValueError where they cannot be told apart."""
+    """Make the outputs of `heads` zero within the block. count: layer -> its heads. Raises ValueError where they cannot be told apart."""
     hooks = []
     try:
         for layer in sorted({layer for layer, _ in heads}):
             module = output_projection(decoder.layers[layer], count[layer])
             if module is None:
                 raise ValueError(f"layer {layer}: no output projection of {count[layer]} heads")
-            kept = torch.ones(count[layer], dtype=torch.bool)
-            kept[[head for other, head in heads if other == layer]] = False
-            columns = kept.repeat_interleave(shape_of(module)[1] // count[layer])
-            hooks.append(module.register_forward_pre_hook(partial(_only, columns)))
+            remaining = torch.ones(count[layer], dtype=torch.bool)
+            remaining[[head for other, head in heads if other == layer]] = False
+            columns = remaining.repeat_interleave(shape_of(module)[1] // count[layer])
+            hooks.append(module.register_forward_pre_hook(partial(_mask_columns, columns)))
         yield
     finally:
         for hook in hooks:
             hook.remove()
 
 
-def _only(columns: Tensor, module: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...]:
+def _mask_columns(columns: Tensor, module: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...]:
     return (args[0] * columns.to(args[0].device), *args[1:])
 
 
@@ -172,7 +174,7 @@ def _losses(
     journal: Journal,
     progress: Callable[[int, int], None] | None,
 ) -> dict[Heads, Floats]:
-    """Losses [sequences, 2] without each set of heads, from the journal or measured; a pass resumes at the first changed layer."""
+    """Return losses [sequences, 2] without each set of heads, from the journal or measured; a pass resumes at the first changed layer."""
     batches = [batch for group in groups for batch in group.split(batch_rows(group.shape[1], decoder.vocabulary))]
     parts: dict[Heads, list[Any]] = {heads: [] for heads in removals}
     for number, batch in enumerate(batches):
@@ -192,24 +194,24 @@ def _losses(
 def _logits_without(
     decoder: Decoder, ids: Tensor, removals: Sequence[Heads], count: dict[int, int]
 ) -> Iterator[tuple[Heads, Tensor]]:
-    """Logits [rows, tokens, vocabulary] without each set of heads."""
-    with Shelf(STATE_BYTES) as shelf:
+    """Yield logits [rows, tokens, vocabulary] without each set of heads."""
+    with StateCache(STATE_BYTES) as shelf:
         recorded = record(decoder, [ids], shelf)
         ordered = sorted(removals)  # the empty set first, then by the first layer that is changed
         for start in range(0, len(ordered), GROUP):
             group = ordered[start : start + GROUP]
-            jobs = [Job(heads[0][0], _in_force(decoder, heads, count)) for heads in group if heads]
+            jobs = [Job(heads[0][0], _removal(decoder, heads, count)) for heads in group if heads]
             finals = iter(follow(decoder, recorded, jobs))
             for heads in group:
                 yield heads, logits_of(decoder, ids, next(finals)[0] if heads else recorded.final[0])
 
 
-def _in_force(decoder: Decoder, heads: Heads, count: dict[int, int]) -> Callable[[int], AbstractContextManager[None]]:
+def _removal(decoder: Decoder, heads: Heads, count: dict[int, int]) -> Callable[[int], AbstractContextManager[None]]:
     return lambda layer: without_heads(decoder, [head for head in heads if head[0] == layer], count)
 
 
 def half_losses(logits: Tensor, ids: Tensor) -> Tensor:
-    """Mean loss on the first and on the second block of each sequence, each without its first token, nats/token.
+    """Return the mean loss on the first and on the second block of each sequence, each without its first token, nats/token.
 
     logits: [rows, tokens, vocabulary]; ids: [rows, tokens], a block twice, with or without a beginning token -> float64 [rows, 2].
     """

@@ -1,4 +1,4 @@
-"""Attention maps of a running model, one layer at a time.
+"""Captures the attention maps of a running model, one layer at a time, and checks which heads can be told apart.
 
 While `capturing` is open, each decoder layer that runs hands over the hidden state it read and its attention map. The receiver keeps
 numbers, never the map, so one layer's map of one batch is all that is ever in memory, however many sequences are read.
@@ -9,6 +9,7 @@ in any decoder layer; layers without one (state-space, linear attention) or whos
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
@@ -18,7 +19,7 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
 from bitatlas.model.decoder import Decoder
-from bitatlas.model.hidden_states import Shelf
+from bitatlas.model.hidden_states import StateCache
 from bitatlas.model.layerwise import is_chain, record, rows_and_tokens, run_layer
 from bitatlas.model.linear import shape_of
 
@@ -30,7 +31,7 @@ OnMap = Callable[[int, Tensor, Tensor], None]  # layer, hidden [rows, tokens, wi
 
 @contextmanager
 def eager(model: Any) -> Iterator[None]:
-    """Within the block the model computes its attention maps; the implementation it had comes back."""
+    """Make the model compute its attention maps within the block; the implementation it had comes back."""
     before = model.config._attn_implementation
     if before != "eager":
         model.set_attn_implementation("eager")
@@ -42,7 +43,7 @@ def eager(model: Any) -> Iterator[None]:
 
 
 def attention_of(layer: nn.Module) -> nn.Module | None:
-    """The self-attention module of a decoder layer, or None."""
+    """Return the self-attention module of a decoder layer, or None."""
     children = dict(layer.named_children())
     for name in ATTENTION_NAMES:
         if name in children:
@@ -51,17 +52,17 @@ def attention_of(layer: nn.Module) -> nn.Module | None:
 
 
 def map_in(output: Any, rows: int, tokens: int, sinks: bool = False) -> Tensor | None:
-    """The attention map [rows, heads, queries, keys] in what an attention module returned for [rows, tokens, width], or None.
+    """Return the attention map [rows, heads, queries, keys] in what an attention module returned for [rows, tokens, width], or None.
 
     `sinks`: the softmax has terms beside the keys', so a query's weights may add up to less than 1.
     """
     parts = output if isinstance(output, tuple | list) else (output,)
-    maps = [part for part in parts if isinstance(part, Tensor) and part.dim() == 4 and _is_map(part, rows, tokens, sinks)]
-    return maps[0] if maps else None
+    maps = (part for part in parts if isinstance(part, Tensor) and part.dim() == 4 and _is_map(part, rows, tokens, sinks))
+    return next(maps, None)
 
 
 def _is_map(part: Tensor, rows: int, tokens: int, sinks: bool) -> bool:
-    """Is it the softmax of a causal attention? The state of a linear attention may have the same shape."""
+    """Return whether it is the softmax of a causal attention: the state of a linear attention may have the same shape."""
     if part.shape[0] != rows or part.shape[2:] != (tokens, tokens):
         return False
     sums = part.float().sum(-1)
@@ -71,12 +72,12 @@ def _is_map(part: Tensor, rows: int, tokens: int, sinks: bool) -> bool:
 
 
 def _has_sinks(attention: nn.Module) -> bool:
-    """Does it have learned sinks, which take a part of every query's weight?"""
+    """Return whether it has learned sinks, which take a part of every query's weight."""
     return any("sink" in name.rpartition(".")[2] for name, _ in attention.named_parameters())
 
 
 def output_projection(layer: nn.Module, heads: int) -> nn.Module | None:
-    """The module of a decoder layer that reads the outputs of its `heads` heads side by side, or None."""
+    """Return the module of a decoder layer that reads the outputs of its `heads` heads side by side, or None."""
     attention = attention_of(layer)
     for name, module in attention.named_modules() if attention is not None else ():
         if name.rpartition(".")[2] in OUTPUT_NAMES and isinstance(getattr(module, "weight", None), Tensor):
@@ -86,7 +87,7 @@ def output_projection(layer: nn.Module, heads: int) -> nn.Module | None:
 
 @contextmanager
 def capturing(decoder: Decoder, on_map: OnMap) -> Iterator[None]:
-    """Within the block `on_map` is called for each decoder layer that runs and computes a map."""
+    """Call `on_map` for each decoder layer that runs and computes a map within the block."""
     hooks = []
     for index, layer in enumerate(decoder.layers):
         attention = attention_of(layer)
@@ -105,9 +106,9 @@ def capturing(decoder: Decoder, on_map: OnMap) -> Iterator[None]:
             entered: list[Tensor] = entered,
             sinks: bool = _has_sinks(attention),
         ) -> None:
-            found = map_in(output, entered[0].shape[0], entered[0].shape[1], sinks) if entered else None
-            if found is not None:
-                on_map(index, entered.pop(), found)
+            maps = map_in(output, entered[0].shape[0], entered[0].shape[1], sinks) if entered else None
+            if maps is not None:
+                on_map(index, entered.pop(), maps)
             entered.clear()
 
         hooks.append(layer.register_forward_pre_hook(before, with_kwargs=True))
@@ -121,24 +122,17 @@ def capturing(decoder: Decoder, on_map: OnMap) -> Iterator[None]:
 
 @torch.no_grad()
 def run_captured(decoder: Decoder, input_ids: Tensor, on_map: OnMap) -> None:
-    """One forward pass over `input_ids` [rows, tokens], without the logits, each layer's map handed to `on_map`."""
+    """Run one forward pass over `input_ids` [rows, tokens], without the logits, and hand each layer's map to `on_map`."""
     with capturing(decoder, on_map):
         decoder.model.base_model(input_ids=input_ids, use_cache=False)
 
 
-# --- apart -----------------------------------------------------------------------------------------------------------------
-
-# Is what an attention's output projection reads put together of the heads, side by side, each from its own map?
-#
-# Only then is a role that is read off a map the role of those columns, and only then can a head be removed by them. It is tried out: a
-# head's map is set to zero, and the columns that change must be that head's and no other's. Differential attention, where a head's
-# output is the difference of two maps, fails it, and so do norms over all heads in front of the projection.
-# Left out: whether a head could be told apart in another way.
+# --- can heads be told apart? ------------------------------------------------------------------------------------------------
 
 MIXED = "what a head's columns put out does not come from that head's attention map alone"
 
 
-class _Without(TorchFunctionMode):
+class _ZeroedHead(TorchFunctionMode):
     """Within the block, attention maps of `heads` heads have zeros in the place of one of them."""
 
     def __init__(self, heads: int, head: int):
@@ -146,54 +140,58 @@ class _Without(TorchFunctionMode):
         self.heads, self.head = heads, head
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        found = func(*args, **(kwargs or {}))
-        if getattr(func, "__name__", "") == "softmax" and found.dim() == 4 and found.shape[1] == self.heads:
-            found = found.clone()
-            found[:, self.head] = 0
-        return found
+        result = func(*args, **(kwargs or {}))
+        if getattr(func, "__name__", "") == "softmax" and result.dim() == 4 and result.shape[1] == self.heads:
+            result = result.clone()
+            result[:, self.head] = 0
+        return result
 
 
 @torch.no_grad()
 def heads_apart(decoder: Decoder, count: Mapping[int, int]) -> bool:
-    """Are all heads of the layers in `count` (layer -> heads) apart? One layer of each class is tried. False where it cannot be."""
+    """Return whether the output projection of the layers in `count` (layer -> heads) reads the heads side by side, each from its own map.
+
+    Only then is a role that is read off a map the role of those columns, and only then can a head be removed by them. It is tried out
+    in one layer of each class: a head's map is set to zero, and the columns that change must be that head's and no other's.
+    Differential attention, where a head's output is the difference of two maps, fails it, and so do norms over all heads in front of
+    the projection. False where it cannot be tried. Left out: whether a head could be told apart in another way.
+    """
     if not is_chain(decoder):
         return False
     layers = decoder.layers
     tried = {(type(layers[layer]), heads): layer for layer, heads in sorted(count.items(), reverse=True)}
-    with eager(decoder.model), Shelf(2**30) as shelf:
+    with eager(decoder.model), StateCache(2**30) as shelf:
         recorded = record(decoder, [decoder.probe_ids()], shelf)
         for (_, heads), index in tried.items():
             module = output_projection(layers[index], heads)
             if module is None:
                 return False
 
-            def read(without: int | None, index: int = index, heads: int = heads, module: nn.Module = module) -> Tensor:
-                start = recorded.starts[0]
-                with decoder.held(index):
-                    return _read(layers[index], module, recorded.inputs.get((index, 0)), start.call(index, recorded.shared_at(index, 0)),
-                                 None if without is None else _Without(heads, without))  # fmt: skip
-
-            whole = read(None)
-            for head in {0, heads - 1}:
+            with decoder.held(index):
+                hidden = recorded.inputs.get((index, 0))
+                whole, first, last = (
+                    _read(layers[index], module, hidden, recorded.starts[0].call(index, recorded.shared_at(index, 0)), mode)
+                    for mode in (contextlib.nullcontext(), _ZeroedHead(heads, 0), _ZeroedHead(heads, heads - 1))
+                )
+            for head, without in ((0, first), (heads - 1, last)):
                 width = whole.shape[-1] // heads
                 columns = slice(head * width, (head + 1) * width)
-                moved = (read(head) - whole).abs().flatten(0, -2).amax(0) > 0  # [inputs]
+                moved = (without - whole).abs().flatten(0, -2).amax(0) > 0  # [inputs]
                 silent = not moved[columns].any() and bool(whole[..., columns].any())  # a head may put out nothing at all
                 if silent or moved.sum() > moved[columns].sum():
                     return False
     return True
 
 
-def _read(layer: nn.Module, projection: nn.Module, hidden: Tensor, call: Any, mode: _Without | None) -> Tensor:
-    """What the output projection reads while a layer runs: [..., inputs]."""
+def _read(
+    layer: nn.Module, projection: nn.Module, hidden: Tensor, call: Any, mode: contextlib.AbstractContextManager[Any]
+) -> Tensor:
+    """Return what the output projection reads while a layer runs in `mode`: [..., inputs]."""
     seen: list[Tensor] = []
     hook = projection.register_forward_pre_hook(lambda module, args: seen.append(args[0].detach().clone()))
     try:
-        if mode is None:
+        with mode:
             run_layer(layer, hidden, call)
-        else:
-            with mode:
-                run_layer(layer, hidden, call)
     finally:
         hook.remove()
     return seen[-1]

@@ -1,4 +1,4 @@
-"""Reasoning focus: while a solution is being written, does attention go to the numbers that the next number is made from?
+"""Measures reasoning focus: while a solution is being written, does attention go to the numbers that the next number is made from?
 
 A *problem* is a word problem with its worked solution, as the model is given it ("... Answer: 26 - 9 = 17"). Every number that a step
 of the solution writes is a *query*, at the position that predicts its first token, i.e. the token in front of it (there a causal model
@@ -32,7 +32,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from bitatlas.data.numbers import NUMBER, Mention, Span, find_mentions, number_of
-from bitatlas.measure.attention.roles import NEAR_TOKENS, Cells, Floats, Masses
+from bitatlas.measure.attention.roles import NEAR_TOKENS, AttentionMass, Cells, Floats
 
 FOCUS_NULL = (
     f"as many tokens as there are targets: half other numbers of the same problem, half tokens within {NEAR_TOKENS} of a target "
@@ -67,7 +67,7 @@ class Problem:
 
 
 def problems_of(items: Iterable[Mapping[str, Any]]) -> list[Problem]:
-    """Problems of items in SVAMP's or GSM8K's form, or in the form of our own tasks (`question` and `worked`), in order.
+    """Return the problems of items in SVAMP's or GSM8K's form, or in the form of our own tasks (`question` and `worked`), in order.
 
     Items of any other form (multiple choice), and items in which no operand can be found, have no problem and are left out.
     """
@@ -89,7 +89,7 @@ def _problem_of(item: Mapping[str, Any]) -> Problem | None:
 
 
 def svamp_problem(item: Mapping[str, Any]) -> Problem | None:
-    """As in "Question: {Body} {Question}\\nAnswer: 26 - 9 = 17"; None where the text has none of the equation's operands."""
+    """Return a problem as in "Question: {Body} {Question}\\nAnswer: 26 - 9 = 17"; None where the text has none of the equation's operands."""
     prompt = f"Question: {item['Body']} {item['Question']}".rstrip() + "\nAnswer:"
     equation = _without_outer_brackets(str(item["Equation"]))
     operands = tuple(number_of(number) for number in _NUMBER.findall(equation))
@@ -102,7 +102,7 @@ def svamp_problem(item: Mapping[str, Any]) -> Problem | None:
 
 
 def _without_outer_brackets(equation: str) -> str:
-    """From "( ( 7.0 + 3.0 ) - 2.0 )" to "( 7.0 + 3.0 ) - 2.0"."""
+    """Strip as from "( ( 7.0 + 3.0 ) - 2.0 )" to "( 7.0 + 3.0 ) - 2.0"."""
     equation = equation.strip()
     if equation.startswith("(") and equation.endswith(")"):
         depths = np.cumsum([(c == "(") - (c == ")") for c in equation])
@@ -112,7 +112,7 @@ def _without_outer_brackets(equation: str) -> str:
 
 
 def gsm8k_problem(item: Mapping[str, Any]) -> Problem | None:
-    """The question and its answer without the <<16-3-4=9>> annotations; None where no step has an operand in the text.
+    """Return the question and its answer without the <<16-3-4=9>> annotations; None where no step has an operand in the text.
 
     A step counts where its result is written right behind its annotation.
     """
@@ -128,12 +128,12 @@ def gsm8k_problem(item: Mapping[str, Any]) -> Problem | None:
     known = find_mentions(text, len("Question: "), len(prompt))  # numbers of the question, then also results
     queries: list[Query] = []
     begin = len(prompt)  # of the step
-    for place, calculation, result in marks:
-        written = _RESULT.match(text, place)
+    for position, calculation, result in marks:
+        written = _RESULT.match(text, position)
         if written is None or number_of(written[1]) != _value(result):
             continue
         operands = tuple(number_of(number) for number in _NUMBER.findall(calculation))
-        queries += _queries(written.span(1), operands, known, find_mentions(text, begin, place))
+        queries += _queries(written.span(1), operands, known, find_mentions(text, begin, position))
         known.append(Mention(written.span(1), (number_of(written[1]),)))
         begin = written.end()
     return _problem(text, queries, "gsm8k")
@@ -145,7 +145,7 @@ def _value(text: str) -> float | None:
 
 
 def _queries(result: Span, operands: tuple[float, ...], known: Sequence[Mention], copies: Sequence[Mention]) -> list[Query]:
-    """Queries of one step: its operands as it writes them (`copies`), then its result; none where no operand is `known`."""
+    """Return the queries of one step: its operands as it writes them (`copies`), then its result; none where no operand is `known`."""
     used = [copy for copy in copies if _means_any(copy, operands)]
     queries = []
     for copy in used:
@@ -191,7 +191,7 @@ class TokenProblem:
 
 
 def tokenize(problem: Problem, tokenizer: Any) -> TokenProblem:
-    """Tokens of a problem and its queries' positions (`queries` is empty where none survives). Needs a fast tokenizer."""
+    """Return the tokens of a problem and its queries' positions (`queries` is empty where none survives). Needs a fast tokenizer."""
     encoded = tokenizer(problem.text, return_offsets_mapping=True, verbose=False)
     offsets = np.asarray(encoded["offset_mapping"]).reshape(-1, 2)  # [tokens, 2] characters
     numbers = _covering(offsets, problem.numbers)
@@ -200,7 +200,7 @@ def tokenize(problem: Problem, tokenizer: Any) -> TokenProblem:
 
 
 def _covering(offsets: NDArray[np.int64], spans: Sequence[Span]) -> NDArray[np.bool_]:
-    """Which tokens share a character with any of the spans."""
+    """Return which tokens share a character with any of the spans."""
     start, end = offsets[:, 0], offsets[:, 1]
     hit = np.zeros(len(offsets), dtype=bool)
     for first, last in spans:
@@ -209,6 +209,7 @@ def _covering(offsets: NDArray[np.int64], spans: Sequence[Span]) -> NDArray[np.b
 
 
 def _token_query(query: Query, offsets: NDArray[np.int64], numbers: NDArray[np.bool_]) -> TokenQuery | None:
+    """Return a query's positions; None without a target or without null tokens. numbers: [tokens], those that belong to a number."""
     written = np.flatnonzero(_covering(offsets, [query.written]))
     if not len(written) or written[0] < 2:
         return None
@@ -230,7 +231,7 @@ def _token_query(query: Query, offsets: NDArray[np.int64], numbers: NDArray[np.b
 # --- from maps to focus ---------------------------------------------------------------------------------------------------
 
 
-class FocusMasses:
+class FocusMass:
     """Mass on targets and under the null of a batch of problems, padded on the right to one length."""
 
     def __init__(self, problems: Sequence[TokenProblem]):
@@ -248,11 +249,11 @@ class FocusMasses:
                 for keys in (query.targets, query.others, query.near):
                     cells.append((row, np.full(len(keys), query.query), keys))
         self.shares = np.asarray(shares)  # [queries, 2] weights of others' and near tokens' mass
-        self.masses = Masses((len(problems), tokens), cells, [1.0] * len(cells))
+        self.mass = AttentionMass((len(problems), tokens), cells, [1.0] * len(cells))
 
     def read(self, maps: Tensor) -> tuple[Floats, Floats]:
-        """maps: [problems, heads, queries, keys], sinks stripped -> (m, e), each float64 [problems, heads]."""
-        sums = self.masses.read(maps)
+        """Return mass on targets and under the null. maps: [problems, heads, queries, keys], sinks stripped -> (m, e), each float64 [problems, heads]."""
+        sums = self.mass.read(maps)
         sums = sums.reshape(len(self.row), 3, sums.shape[1])  # [queries, targets/others/near, heads]
         expected = (sums[:, 1:] * self.shares[:, :, None]).sum(1)
         row = np.asarray(self.row)
@@ -262,12 +263,12 @@ class FocusMasses:
 
 
 def _null_shares(query: TokenQuery) -> tuple[float, float]:
-    """Factors that turn the mass on all other numbers, and on all near tokens, into that on as many null tokens as there are targets.
+    """Return factors that turn the mass on all other numbers, and on all near tokens, into that on as many null tokens as there are targets.
 
     Where there are fewer other numbers than targets, near tokens fill up, so that a head without preference scores 0.
     """
-    wanted, others, near = len(query.targets), len(query.others), len(query.near)
+    targets, others, near = len(query.targets), len(query.others), len(query.near)
     if not near:
-        return min(1.0, wanted / others), 0.0
-    from_others = min(wanted, others) / 2
-    return from_others / others if others else 0.0, min(1.0, (wanted - from_others) / near)
+        return min(1.0, targets / others), 0.0
+    from_others = min(targets, others) / 2
+    return from_others / others if others else 0.0, min(1.0, (targets - from_others) / near)

@@ -1,4 +1,4 @@
-"""Statistics of attention maps: pure functions on tensors [rows, heads, queries, keys], without a model.
+"""Statistics of attention maps [rows, heads, queries, keys]: entropy, sink mass, and how far quantized weights move them.
 
 Before anything is measured, *sink keys* are taken out and what is left of each row is renormalized: most heads of trained models
 rest on the first token when they have nothing to say (arXiv:2309.17453), which would hide where they look otherwise. The attention
@@ -15,7 +15,6 @@ import math
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
-from functools import partial
 from typing import Any
 
 import torch
@@ -23,16 +22,18 @@ from torch import Tensor, nn
 
 from bitatlas.measure.attention.capture import capturing
 from bitatlas.model.decoder import Decoder
-from bitatlas.model.layerwise import Call, Shared, enter, forked, rows_and_tokens, run_layer
+from bitatlas.model.layerwise import Call, Shared, copy_shared, layer_inputs, rows_and_tokens, run_layer
 
 LEAST_KEYS = 8  # a query with fewer keys left says little about how spread its attention is
 LEAST_MASS = 1e-6  # attention left beside the sinks; below it the renormalized row would be rounding noise
 MASSIVE_OVER_MEDIAN = 100.0  # largest |activation| of a token / median |activation| of its sequence
-MASSIVE_OVER_TOKENS = 10.0  # the same / that of the median token: features that are large at every token are not massive
+MASSIVE_OVER_TOKENS = (
+    10.0  # largest |activation| of a token / that of the median token: features that are large at every token are not massive
+)
 
 
 def massive_tokens(hidden: Tensor, lengths: Tensor | None = None) -> Tensor:
-    """Tokens with massive activations. hidden: [rows, tokens, width], lengths: [rows] -> bool [rows, tokens].
+    """Return which tokens have massive activations. hidden: [rows, tokens, width], lengths: [rows] -> bool [rows, tokens].
 
     A token is massive where its largest |activation| is over 100 x the sequence's median |activation| and over 10 x the median
     token's largest. (Sun et al. use 1000 x and an absolute 100 on models of billions of weights; small models stay under both.)
@@ -61,65 +62,65 @@ class Sinks:
         self.lengths = lengths
 
     def at(self, hidden: Tensor) -> Tensor:
-        """Sink keys, bool [rows, tokens], of the layer that reads `hidden` [rows, tokens, width]."""
+        """Return the sink keys, bool [rows, tokens], of the layer that reads `hidden` [rows, tokens, width]."""
         self.keys = self.keys | massive_tokens(hidden, self.lengths)
         return self.keys
 
 
 def allowed_keys(maps: Tensor) -> Tensor:
-    """Keys that each query may see: those with any weight in any row or head. [rows, heads, q, k] -> bool [q, k]."""
+    """Return the keys that each query may see: those with any weight in any row or head. [rows, heads, q, k] -> bool [q, k]."""
     return maps.amax((0, 1)) > 0
 
 
 def count_keys(allowed: Tensor, sinks: Tensor) -> Tensor:
-    """Keys left to each query without the sinks. allowed: [q, k], sinks: [rows, k] -> [rows, q]."""
+    """Return the number of keys left to each query without the sinks. allowed: [q, k], sinks: [rows, k] -> [rows, q]."""
     return (~sinks).float() @ allowed.float().T
 
 
 def strip_sinks(maps: Tensor, sinks: Tensor) -> tuple[Tensor, Tensor]:
-    """Take the sink keys out and renormalize. maps: [rows, heads, q, k], sinks: bool [rows, k] -> (maps, mass kept [rows, heads, q]).
+    """Take the sink keys out and renormalize. maps: [rows, heads, q, k], sinks: bool [rows, k] -> (maps, mass left [rows, heads, q]).
 
-    Rows that keep less than `LEAST_MASS` are all zero.
+    Rows with less left than `LEAST_MASS` are all zero.
     """
-    left = maps.detach().float() * (~sinks)[:, None, None, :]
-    kept = left.sum(-1)
-    scale = torch.where(kept > LEAST_MASS, 1 / kept.clamp_min(LEAST_MASS), 0.0)
-    return left.mul_(scale[..., None]), kept
+    stripped = maps.detach().float() * (~sinks)[:, None, None, :]
+    mass = stripped.sum(-1)
+    scale = torch.where(mass > LEAST_MASS, 1 / mass.clamp_min(LEAST_MASS), 0.0)
+    return stripped.mul_(scale[..., None]), mass
 
 
-def usable_queries(kept: Tensor, keys: Tensor) -> Tensor:
-    """Queries that count. kept: [rows, heads, q], keys: [rows, q] -> bool [rows, heads, q]."""
-    return (kept > LEAST_MASS) & (keys >= LEAST_KEYS)[:, None, :]
+def usable_queries(mass: Tensor, keys: Tensor) -> Tensor:
+    """Return the queries that count: with some mass beside the sinks and enough keys. mass: [rows, heads, q], keys: [rows, q] -> bool [rows, heads, q]."""
+    return (mass > LEAST_MASS) & (keys >= LEAST_KEYS)[:, None, :]
 
 
 def mean_where(values: Tensor, where: Tensor) -> Tensor:
-    """Mean over the last axis where `where` holds; NaN where nowhere. [..., q] -> float64 [...] on the CPU."""
+    """Return the mean over the last axis where `where` holds; NaN where nowhere. [..., q] -> float64 [...] on the CPU."""
     total = torch.where(where, values, 0.0).sum(-1).cpu().double()
     return total / where.sum(-1).cpu().double()
 
 
 def entropy_nats(maps: Tensor) -> Tensor:
-    """Entropy of each attention row. [..., q, k] -> [..., q], nats."""
+    """Return the entropy of each attention row. [..., q, k] -> [..., q], nats."""
     tiny = torch.finfo(maps.dtype).tiny  # 0 ln 0 is 0; `torch.special.entr` takes several times as long
     return -(maps.clamp_min(tiny).log_().mul_(maps)).sum(-1)
 
 
-def spread(stripped: Tensor, kept: Tensor, keys: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """(entropy 0..1, entropy in nats, sink mass 0..1), each float64 [rows, heads], means over queries with >= 8 keys.
+def spread(stripped: Tensor, mass: Tensor, keys: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Return (entropy 0..1, entropy in nats, sink mass 0..1), each float64 [rows, heads], means over queries with >= 8 keys.
 
-    stripped: [rows, heads, q, k] and kept: [rows, heads, q] from `strip_sinks`, keys: [rows, q] from `count_keys`. Entropies are
+    stripped: [rows, heads, q, k] and mass: [rows, heads, q] from `strip_sinks`, keys: [rows, q] from `count_keys`. Entropies are
     NaN where a head rests on the sinks wholly, sink mass where no query has 8 keys.
     """
-    usable = usable_queries(kept, keys)
+    usable = usable_queries(mass, keys)
     nats = entropy_nats(stripped)
     share = (nats / keys.clamp_min(2).log()[:, None, :]).clamp_max(1.0)
-    sink = (1 - kept).clamp(0.0, 1.0)
+    sink = (1 - mass).clamp(0.0, 1.0)
     enough = (keys >= LEAST_KEYS)[:, None, :].expand_as(sink)
     return mean_where(share, usable), mean_where(nats, usable), mean_where(sink, enough)
 
 
 def js_distance(first: Tensor, second: Tensor) -> Tensor:
-    """Jensen-Shannon distance (base 2, 0..1) of each attention row. Both [..., q, k], rows summing to 1 -> [..., q].
+    """Return the Jensen-Shannon distance (base 2, 0..1) of each attention row. Both [..., q, k], rows summing to 1 -> [..., q].
 
     With m the mean of both and d = (p - q) / (p + q), the divergence is sum m ((1 + d) ln(1 + d) + (1 - d) ln(1 - d)) / 2: no term is
     negative, so nearly equal rows lose no digits, as a difference of entropies would.
@@ -136,22 +137,19 @@ def js_distance(first: Tensor, second: Tensor) -> Tensor:
     return divergence.clamp(0.0, 1.0).sqrt()
 
 
-# --- drift -----------------------------------------------------------------------------------------------------------------
-
-# How far quantized weights move the attention maps: the reference, the changed model and a noise floor, in step, layer by layer.
-#
-# Three Jensen-Shannon distances to the reference's map of the same layer and sequence (base 2, 0..1; sinks of the reference removed):
-# - *local*: this layer's weights changed, on the hidden state that the reference's layer read: what the layer itself does to its map;
-# - *cumulative*: all weights changed, on the changed model's own hidden state: what the map of the whole model becomes;
-# - *noise*: the reference weights, the whole model in the other precision (bfloat16 for a float32 model, float32 for a half-precision
-#   one): what nobody would call a change.
-#
-# Each layer runs as often as there are maps to compare before the next one does, so that only one layer's maps live at a time.
+# --- drift: how far quantized weights move the maps ------------------------------------------------------------------------
 
 
 @dataclass
 class InStep:
-    """One layer of one batch. Hidden states [rows, tokens, width] are what the layer read; maps [rows, heads, queries, keys]."""
+    """One layer of one batch. Hidden states [rows, tokens, width] are what the layer read; maps [rows, heads, queries, keys].
+
+    Beside the reference's map of the layer:
+    - *local*: this layer's weights changed, on the hidden state that the reference's layer read: what the layer itself does to its map;
+    - *cumulative*: all weights changed, on the changed model's own hidden state: what the map of the whole model becomes;
+    - *noise*: the reference weights, the whole model in the other precision (bfloat16 for a float32 model, float32 for a
+      half-precision one): what nobody would call a change.
+    """
 
     layer: int
     reference_hidden: Tensor
@@ -168,19 +166,19 @@ def in_step(
 ) -> None:
     """Run the reference and the changed model side by side over `input_ids` [rows, tokens]; `on_step` gets each layer with a map.
 
-    The model holds the reference weights; changed: layer -> module name -> weight [out, in].
+    Each layer runs as often as there are maps to compare before the next one does, so that only one layer's maps live at a time. The model holds the reference weights; changed: layer -> module name -> weight [out, in].
     """
-    start = enter(decoder, input_ids)
+    start = layer_inputs(decoder, input_ids)
     other = torch.float32 if start.hidden.dtype != torch.float32 else torch.bfloat16
     reference = moved = start.hidden
     rounded = start.hidden.to(other)
-    found: list[Tensor] = []
+    maps: list[Tensor] = []  # of the layer that runs: reference, local, cumulative, noise
     of_reference, of_moved, of_rounded = start.fresh(), start.fresh(), start.fresh()
-    with capturing(decoder, partial(_keep, found)):
+    with capturing(decoder, lambda layer, hidden, of_layer: maps.append(of_layer)):
         for index, (layer, _) in enumerate(zip(decoder.layers, start.calls, strict=False)):
-            found.clear()
+            maps.clear()
             before = rows_and_tokens(decoder, reference), rows_and_tokens(decoder, moved)
-            local = forked(of_reference)
+            local = copy_shared(of_reference)
             with decoder.held(index):
                 following = run_layer(layer, reference, start.call(index, of_reference))
                 with decoder.swapped(changed.get(index, {})):
@@ -189,26 +187,24 @@ def in_step(
                 with in_dtype(layer, other):
                     rounded = run_layer(layer, rounded, _rounded_call(start.call(index, of_rounded), of_rounded, other))
             reference = following
-            if len(found) == 4:
-                on_step(InStep(index, *before, *found))
+            if len(maps) == 4:
+                on_step(InStep(index, *before, *maps))
 
 
 def _rounded_call(call: Call, shared: Shared, dtype: torch.dtype) -> Call:
-    """The call with its tensors in `dtype`, but for what layers share: they write it in that dtype themselves."""
-    own = {id(container) for container in shared.values()}
+    """Return the call with its tensors in `dtype`, but for what layers share: they write it in that dtype themselves."""
+    containers = {id(container) for container in shared.values()}
     args, kwargs = call
-    return tuple(value if id(value) in own else to_dtype(value, dtype) for value in args), {
-        name: value if id(value) in own else to_dtype(value, dtype) for name, value in kwargs.items()
-    }
 
+    def rounded(value: Any) -> Any:
+        return value if id(value) in containers else to_dtype(value, dtype)
 
-def _keep(found: list[Tensor], layer: int, hidden: Tensor, maps: Tensor) -> None:
-    found.append(maps)
+    return tuple(map(rounded, args)), {name: rounded(value) for name, value in kwargs.items()}
 
 
 @contextmanager
 def in_dtype(layer: nn.Module, dtype: torch.dtype) -> Iterator[None]:
-    """Within the block the layer computes in `dtype`; its own tensors come back, not rounded copies."""
+    """Make the layer compute in `dtype` within the block; its own tensors come back, not rounded copies."""
     tensors = [*layer.parameters(), *layer.buffers()]
     before = {tensor: tensor.data for tensor in tensors if tensor.is_floating_point()}
     try:
@@ -221,7 +217,7 @@ def in_dtype(layer: nn.Module, dtype: torch.dtype) -> Iterator[None]:
 
 
 def to_dtype(value: Any, dtype: torch.dtype) -> Any:
-    """`value` with every floating-point tensor in it (tuples, lists and dicts, nested) as `dtype`."""
+    """Return `value` with every floating-point tensor in it (tuples, lists and dicts, nested) as `dtype`."""
     if isinstance(value, Tensor):
         return value.to(dtype) if value.is_floating_point() else value
     if isinstance(value, dict):
@@ -232,15 +228,15 @@ def to_dtype(value: Any, dtype: torch.dtype) -> Any:
 
 
 def drifts(step: InStep, sinks: Tensor, keys: Tensor) -> dict[str, Tensor]:
-    """Mean distance over heads and usable queries, by name ("local", "cumulative", "noise"): float64 [rows], NaN where none.
+    """Return the mean Jensen-Shannon distance to the reference's maps over heads and usable queries: name -> float64 [rows], NaN where none.
 
-    sinks: bool [rows, keys] of the reference, keys: [rows, queries] left to each query.
+    Names are "local", "cumulative" and "noise". sinks: bool [rows, keys] of the reference, keys: [rows, queries] left to each query.
     """
-    reference, kept = strip_sinks(step.reference, sinks)
-    usable = usable_queries(kept, keys)
+    reference, mass = strip_sinks(step.reference, sinks)
+    usable = usable_queries(mass, keys)
     result = {}
     for name in ("local", "cumulative", "noise"):
-        maps, left = strip_sinks(getattr(step, name), sinks)
-        both = usable & usable_queries(left, keys)
+        maps, mass = strip_sinks(getattr(step, name), sinks)
+        both = usable & usable_queries(mass, keys)
         result[name] = mean_where(js_distance(reference, maps).flatten(1), both.flatten(1))  # over heads and queries
     return result

@@ -1,4 +1,4 @@
-"""What a head is for: previous token, duplicate, induction or retrieval, judged against random targets at matched distances.
+"""Decides what a head is for: previous token, duplicate, induction or retrieval, judged against random targets at matched distances.
 
 A role says which keys a query would look at (its *targets*). With x the token ids, q a query and k < q an earlier key:
 - previous: k = q - 1, on text;
@@ -34,7 +34,7 @@ TEXT_ROLES = ("previous", "retrieval")
 REPEATED_ROLES = ("duplicate", "induction")
 ROLES = ("previous", "duplicate", "induction", "retrieval")
 NEAR_TOKENS = 8  # how far from a target its random replacement may lie
-NEAR_FREQUENT = 32  # the same where it must be as frequent a token
+NEAR_FREQUENT = 32  # how far where it must be as frequent a token
 AS_FREQUENT = 1.5  # factor between counts in the row, at most
 DRAWS = 16  # random sets of targets per sequence and role
 KAPPA_THRESHOLDS = (0.2, 0.3, 0.4)
@@ -47,13 +47,15 @@ EXAMPLE_PART = 2  # the sequence of the example maps
 ABLATION_PART = 1  # of the repeated sequences: those that heads are named on are part 0
 
 Bools = NDArray[np.bool_]
+Floats = NDArray[np.float64]
+Cells = tuple[int, NDArray[np.int64], NDArray[np.int64]]  # row, and queries and keys of equal length
 
 
 # --- targets and their random replacements --------------------------------------------------------------------------------
 
 
 def role_targets(role: str, ids: NDArray[np.int64]) -> Bools:
-    """Target keys of each query. ids: [tokens] -> bool [queries, keys]."""
+    """Return the target keys of each query. ids: [tokens] -> bool [queries, keys]."""
     tokens = len(ids)
     same = ids[:, None] == ids[None, :]  # [queries, keys]
     after_same = np.zeros_like(same)  # key k stands behind a token equal to the query's
@@ -84,9 +86,10 @@ class Pairs:
 
 
 def matched_pairs(targets: Bools, draws: int, generator: np.random.Generator, counts: NDArray[np.int64] | None = None) -> Pairs:
-    """Pairs of `targets` [queries, keys] with their random replacements, for each query all different keys.
+    """Return the pairs of `targets` [queries, keys] with their random replacements, for each query all different keys.
 
-    counts: [keys], how often each key's token stands in the row; with them, replacements are about as frequent as their targets. Pairs that have no more free keys near them than there are other targets to want these are dropped.
+    counts: [keys], how often each key's token stands in the row; with them, replacements are about as frequent as their targets.
+    Pairs that have no more free keys near them than there are other targets to want these are dropped.
     """
     query, target = np.nonzero(targets)
     near = NEAR_TOKENS if counts is None else NEAR_FREQUENT
@@ -102,17 +105,17 @@ def matched_pairs(targets: Bools, draws: int, generator: np.random.Generator, co
     up_to, reach = targets.cumsum(1), 2 * near  # targets of each query up to a key; how far targets may want the same key
     last = targets.shape[1] - 1
     wanting = up_to[query, np.minimum(target + reach, last)] - up_to[query, np.maximum(target - reach - 1, 0)] - 1
-    kept = count > wanting
-    query, target, key, free, count = query[kept], target[kept], key[kept], free[kept], count[kept]
+    enough = count > wanting
+    query, target, key, free, count = query[enough], target[enough], key[enough], free[enough], count[enough]
     order = np.argsort(~free, axis=1, kind="stable")  # free offsets first
     rank = np.floor(generator.random((draws, len(query))) * count).astype(np.int64)
     drawn = key[np.arange(len(query)), order[np.arange(len(query)), rank]]  # [draws, pairs]
     if (np.diff(query) == 0).any():  # queries stand in order; with one target each, nothing can coincide
-        _part(drawn, query, key, free, targets.shape, generator)
+        _redraw_shared(drawn, query, key, free, targets.shape, generator)
     return Pairs(query, target, drawn)
 
 
-def _part(
+def _redraw_shared(
     drawn: NDArray[np.int64],
     query: NDArray[np.int64],
     key: NDArray[np.int64],
@@ -146,50 +149,48 @@ def _part(
 
 
 @dataclass
-class RoleMasses:
+class RoleMass:
     """Per sequence and head: mass on the true targets, and on each random draw. A role without targets in a row is NaN there."""
 
     roles: tuple[str, ...]
-    masses: Masses
+    mass: AttentionMass
     queries: NDArray[np.int64]  # [roles, rows] queries that have targets
     draws: int
 
     def read(self, maps: Tensor) -> Floats:
-        """maps: [rows, heads, queries, keys], sinks stripped -> [rows, roles, 1 + draws, heads]; draw 0 is the true targets."""
-        values = self.masses.read(maps).reshape(len(self.roles), 1 + self.draws, self.queries.shape[1], -1)
+        """Return mass on targets. maps: [rows, heads, queries, keys], sinks stripped -> [rows, roles, 1 + draws, heads]; draw 0 is the true targets."""
+        values = self.mass.read(maps).reshape(len(self.roles), 1 + self.draws, self.queries.shape[1], -1)
         return np.moveaxis(np.where(self.queries[:, None, :, None] > 0, values, np.nan), 2, 0)
 
 
-def role_masses(roles: tuple[str, ...], ids: Tensor, first_row: int, seed: int, draws: int = DRAWS) -> RoleMasses:
-    """Prepare a batch. ids: [rows, tokens]; `first_row` is its place among all rows, so the draws do not depend on the batches."""
+def role_mass(roles: tuple[str, ...], ids: Tensor, first_row: int, seed: int, draws: int = DRAWS) -> RoleMass:
+    """Choose a batch's targets and draws. ids: [rows, tokens]; `first_row` is its index among all rows, so the draws do not depend on the batches."""
     array = ids.cpu().numpy()
     rows, tokens = array.shape
     cells: list[Cells] = []
     weights: list[float] = []
     queries = np.zeros((len(roles), rows), dtype=np.int64)
-    for number, role in enumerate(roles):
+    for index, role in enumerate(roles):
         per_row = []
         for row in range(rows):
             generator = np.random.default_rng([seed, ROLES.index(role), first_row + row])
             counts = np.bincount(array[row])[array[row]] if role == "retrieval" else None
             pairs = matched_pairs(role_targets(role, array[row]), draws, generator, counts)
-            queries[number, row] = np.count_nonzero(np.diff(pairs.query, prepend=-1))
+            queries[index, row] = np.count_nonzero(np.diff(pairs.query, prepend=-1))
             per_row.append(pairs)
         for draw in range(1 + draws):
             cells += [(row, p.query, p.drawn[draw - 1] if draw else p.target) for row, p in enumerate(per_row)]
-            weights += [1 / max(1, count) for count in queries[number]]
-    return RoleMasses(roles, Masses((rows, tokens), cells, weights), queries, draws)
+            weights += [1 / max(1, count) for count in queries[index]]
+    return RoleMass(roles, AttentionMass((rows, tokens), cells, weights), queries, draws)
 
 
 def repeated_tokens(tokenizer: Any, vocabulary: int, context: int, sequences: int, seed: int, part: int = 0) -> list[Tensor]:
-    """Sequences of a random block twice, after the beginning token where there is one: int64 [sequences of one length, tokens] each.
+    """Draw sequences of a random block twice, after the beginning token where there is one: int64 [sequences of one length, tokens] each.
 
-    Another `part` gives other sequences. Tokens are drawn without repetition from the vocabulary without special and added tokens. Empty where the context cannot hold
-    two blocks of 8 tokens or there are not 8 ordinary tokens.
+    Another `part` gives other sequences. Tokens are drawn without repetition from the vocabulary without special and added tokens.
+    Empty where the context cannot hold two blocks of 8 tokens or there are not 8 ordinary tokens.
     """
-    ordinary = ordinary_tokens(tokenizer, vocabulary)
-    bos = getattr(tokenizer, "bos_token_id", None)
-    start = [] if bos is None else [bos]
+    ordinary, start = ordinary_tokens(tokenizer, vocabulary), _beginning(tokenizer)
     longest = min((context - len(start)) // 2, len(ordinary))
     if longest < FEWEST_BLOCK_TOKENS:
         return []
@@ -202,18 +203,22 @@ def repeated_tokens(tokenizer: Any, vocabulary: int, context: int, sequences: in
     return [torch.tensor(np.asarray(group, dtype=np.int64)) for group in groups if group]
 
 
-def one_repeated(tokenizer: Any, vocabulary: int, block: int, seed: int) -> Tensor | None:
-    """One such sequence, int64 [1, tokens]; None where there are not so many ordinary tokens."""
+def repeated_block(tokenizer: Any, vocabulary: int, block: int, seed: int) -> Tensor | None:
+    """Draw one sequence for the example maps, int64 [1, tokens]; None where there are fewer than `block` ordinary tokens."""
     ordinary = ordinary_tokens(tokenizer, vocabulary)
     if len(ordinary) < block:
         return None
     tokens = np.random.default_rng([seed, len(ROLES), EXAMPLE_PART]).choice(ordinary, block, replace=False)
+    return torch.tensor([[*_beginning(tokenizer), *tokens, *tokens]], dtype=torch.int64)
+
+
+def _beginning(tokenizer: Any) -> list[int]:
     bos = getattr(tokenizer, "bos_token_id", None)
-    return torch.tensor([[*([] if bos is None else [bos]), *tokens, *tokens]], dtype=torch.int64)
+    return [] if bos is None else [bos]
 
 
 def ordinary_tokens(tokenizer: Any, vocabulary: int) -> NDArray[np.int64]:
-    """Ids below `vocabulary` that are neither special nor added afterwards, in order."""
+    """Return the ids below `vocabulary` that are neither special nor added afterwards, in order."""
     special = set(getattr(tokenizer, "all_special_ids", [])) | set(getattr(tokenizer, "added_tokens_decoder", {}))
     known = tokenizer.get_vocab().values()
     return np.asarray(sorted({i for i in known if i < vocabulary} - special), dtype=np.int64)
@@ -223,12 +228,12 @@ def ordinary_tokens(tokenizer: Any, vocabulary: int) -> NDArray[np.int64]:
 
 
 def kappa(mass: Floats, expected: Floats) -> Floats:
-    """(m - e) / (1 - e): 0 is chance, 1 all mass on the targets. Same shapes in and out."""
+    """Return (m - e) / (1 - e): 0 is chance, 1 all mass on the targets. Same shapes in and out."""
     return (mass - expected) / np.maximum(1 - expected, 1e-6)
 
 
 def permutation_p(masses: Floats, permutations: int, seed: int) -> Floats:
-    """One-sided p that true targets get no more mass than random ones. masses: [1 + draws, sequences, heads] -> [heads]."""
+    """Return the one-sided p that true targets get no more mass than random ones. masses: [1 + draws, sequences, heads] -> [heads]."""
     choices, sequences, heads = masses.shape
     generator = np.random.default_rng([seed, len(ROLES) + 1])
     limit = masses[0].mean(0) - 1e-9  # equal up to rounding is equal
@@ -244,29 +249,25 @@ def permutation_p(masses: Floats, permutations: int, seed: int) -> Floats:
 
 
 def permutations_for(tests: int) -> int:
-    """Enough that one head alone could pass Benjamini-Hochberg at 5 % among `tests`, up to a limit of time."""
+    """Return enough that one head alone could pass Benjamini-Hochberg at 5 % among `tests`, up to a limit of time."""
     return int(min(MOST_PERMUTATIONS, max(1000, 20 * tests)))
 
 
 def recognized(scores: dict[str, float], q_values: dict[str, float]) -> str | None:
-    """The role with the highest kappa among those at or above 0.3 with q <= 0.05; None where there is none."""
+    """Return the role with the highest kappa among those at or above 0.3 with q <= 0.05; None where there is none."""
     passing = {role: score for role, score in scores.items() if score >= KAPPA_TYPED and q_values[role] <= Q_TYPED}
     return max(passing, key=lambda role: passing[role]) if passing else None
 
 
-# --- masses ----------------------------------------------------------------------------------------------------------------
-
-# Attention mass on chosen cells of a batch's maps: the cells of all roles and random draws are gathered together, head by head.
-#
-# Which cells count is the same for all layers, so their places are found once a batch. A dense mask for each statistic would hold
-# statistics x queries x keys numbers; this holds only the cells.
-
-Floats = NDArray[np.float64]
-Cells = tuple[int, NDArray[np.int64], NDArray[np.int64]]  # row, and queries and keys of equal length
+# --- attention mass ----------------------------------------------------------------------------------------------------------
 
 
-class Masses:
-    """Statistic i of `read` is weights[i] x the attention on cells[i], which are all different."""
+class AttentionMass:
+    """Attention mass on chosen cells of a batch's maps: statistic i of `read` is weights[i] x the attention on cells[i], all different.
+
+    The cells of all roles and random draws are gathered together, head by head. Which cells count is the same for all layers, so their
+    indices are computed once a batch. A dense mask for each statistic would hold statistics x queries x keys numbers; this holds the cells.
+    """
 
     def __init__(self, shape: tuple[int, int], cells: Sequence[Cells], weights: Sequence[float]):
         """shape: (rows, tokens) of the batch."""
@@ -274,20 +275,20 @@ class Masses:
         lengths = np.array([len(keys) for _, _, keys in cells], dtype=np.int64)
         none = np.zeros(0, dtype=np.int64)
         self.row = torch.from_numpy(np.repeat(np.array([row for row, _, _ in cells], dtype=np.int64), lengths))
-        self.place = torch.from_numpy(np.concatenate([none, *(queries * self.tokens + keys for _, queries, keys in cells)]))
+        self.index = torch.from_numpy(np.concatenate([none, *(queries * self.tokens + keys for _, queries, keys in cells)]))
         self.weights = np.asarray(weights, dtype=np.float64)
         self.filled = np.flatnonzero(lengths)  # statistics with any cell
         self.starts = (np.cumsum(lengths) - lengths)[self.filled]
 
     def read(self, maps: Tensor) -> Floats:
-        """maps: [rows, heads, queries, keys] -> float64 [statistics, heads]."""
+        """Return the statistics. maps: [rows, heads, queries, keys] -> float64 [statistics, heads]."""
         heads, size = maps.shape[1], self.tokens**2
-        found = np.zeros((len(self.weights), heads))
+        sums = np.zeros((len(self.weights), heads))
         if len(self.filled):
             flat = maps.reshape(-1)
-            cells = (self.row * (heads * size) + self.place).to(maps.device)  # in the first head
+            cells = (self.row * (heads * size) + self.index).to(maps.device)  # in the first head
             for head in range(heads):
                 values = flat.take(cells).float().cpu().numpy()
-                found[self.filled, head] = np.add.reduceat(values, self.starts, dtype=np.float64)
+                sums[self.filled, head] = np.add.reduceat(values, self.starts, dtype=np.float64)
                 cells += size
-        return found * self.weights[:, None]
+        return sums * self.weights[:, None]

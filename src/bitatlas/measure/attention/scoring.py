@@ -1,4 +1,4 @@
-"""From numbers per sequence and head to the records of layers and heads, with intervals over sequences.
+"""Sums up numbers per sequence and head into the records of layers and heads, with intervals over sequences.
 
 Role scores and focus are ratios of means, (m - e) / (1 - e) of means over sequences, so their intervals resample sequences (text rows in
 their blocks) and recompute the ratio. The permutation p-values of all heads and roles are corrected together (Benjamini-Hochberg); a resampled
@@ -7,10 +7,9 @@ specialization keeps those verdicts and lets the scores vary. Which heads rest o
 
 from __future__ import annotations
 
-from collections import Counter
+from collections import Counter, defaultdict
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from typing import Protocol
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
@@ -31,17 +30,37 @@ from bitatlas.measure.attention.roles import (
     recognized,
 )
 from bitatlas.records import AttentionHead, AttentionLayer, Measured
-from bitatlas.stats.bootstrap import benjamini_hochberg, independent, measured, percentile_interval, resample_means
+from bitatlas.stats.bootstrap import benjamini_hochberg, effective_sample_size, measured, percentile_interval, resample_means
 
+SPLIT = "test"  # the rows of text that are read
 RESTING_SINK_MASS = 0.5  # a head whose sink mass is larger rests on the sinks; counted as "sink"
 
 
-class Numbers(Protocol):
-    """Numbers per sequence, by layer and name (`attention.Tally`)."""
+class Tally:
+    """Numbers per sequence, by layer and name. Every array has the sequences on its first axis."""
 
-    def layers(self) -> list[int]: ...
+    def __init__(self) -> None:
+        self._parts: dict[tuple[int, str], list[Floats]] = defaultdict(list)
 
-    def get(self, layer: int, name: str) -> Floats | None: ...
+    def add(self, layer: int, name: str, values: Floats) -> None:
+        """Add a batch's numbers: [sequences, ...]."""
+        self._parts[layer, name].append(values)
+
+    def layers(self) -> list[int]:
+        """Return the layers that have any numbers."""
+        return sorted({layer for layer, _ in self._parts})
+
+    def find(self, layer: int, name: str) -> Floats | None:
+        """Return [sequences, ...], or None where nothing was added."""
+        parts = self._parts.get((layer, name))
+        return np.concatenate(parts) if parts else None
+
+    def get(self, layer: int, name: str) -> Floats:
+        """Return [sequences, ...]; KeyError where nothing was added."""
+        values = self.find(layer, name)
+        if values is None:
+            raise KeyError(f"layer {layer}: no {name}")
+        return values
 
 
 @dataclass(frozen=True)
@@ -57,22 +76,22 @@ class RoleScores:
 
 
 def score(
-    numbers: Numbers, base: str, split: str, items: str, seed: int, blocks: Sequence[int] | None = None
+    tally: Tally, base: str, items: str, seed: int, blocks: Sequence[int] | None = None
 ) -> tuple[list[AttentionLayer], list[AttentionHead], list[str]]:
-    """Records of all layers that were read, of their heads, and notes. blocks: of the text rows (problems and random tokens have none)."""
-    known = [layer for layer in numbers.layers() if _sequence_means(numbers, layer, "entropy").size]
+    """Return records of all layers that were read, of their heads, and notes. blocks: of the text rows (problems and random tokens have none)."""
+    known = [layer for layer in tally.layers() if _sequence_means(tally, layer, "entropy").size]
     notes = [
         f"attention: layer {layer} leaves no query {LEAST_KEYS} keys beside the sinks; not profiled"
-        for layer in numbers.layers()
+        for layer in tally.layers()
         if layer not in known
     ]
-    roles = corrected([scores for role in ROLES if (scores := score_role(numbers, known, role, seed, blocks)) is not None])
+    roles = corrected([scores for role in ROLES if (scores := score_role(tally, known, role, seed, blocks)) is not None])
     layers, heads = [], []
     for layer in known:
-        own = _heads(numbers, layer, base, roles)
-        heads += own
-        layers.append(_layer(numbers, layer, base, split, items, seed, own, roles, blocks))
-    resting = sum(bool(np.isnan(_of(numbers, layer, "entropy")).all(0).any()) for layer in known)
+        of_layer = _heads(tally, layer, base, roles)
+        heads += of_layer
+        layers.append(_layer(tally, base, items, seed, of_layer, roles, blocks))
+    resting = sum(bool(np.isnan(tally.get(layer, "entropy")).all(0).any()) for layer in known)
     if resting:
         notes.append(
             f"attention: in {resting} layers a head rests on the sinks wholly; its entropy is given as 0 and left out of the layer's mean"
@@ -80,39 +99,30 @@ def score(
     return layers, heads, notes
 
 
-def _of(numbers: Numbers, layer: int, name: str) -> Floats:
-    values = numbers.get(layer, name)
-    if values is None:
-        raise KeyError(f"layer {layer}: no {name}")
-    return values
+def _sequence_means(tally: Tally, layer: int, name: str) -> Floats:
+    """Return the mean over heads of each sequence that has a value: [sequences]."""
+    values = tally.get(layer, name)  # [sequences, heads]
+    values = values[~np.isnan(values).all(1)]
+    return np.nanmean(values, axis=1) if values.size else values[:, 0]
 
 
-def _sequence_means(numbers: Numbers, layer: int, name: str) -> Floats:
-    """Mean over heads of each sequence that has a value: [sequences]."""
-    values = _of(numbers, layer, name)  # [sequences, heads]
-    kept = values[~np.isnan(values).all(1)]
-    return np.nanmean(kept, axis=1) if kept.size else kept[:, 0]
-
-
-def _kept(blocks: Sequence[int] | None, known: ArrayLike) -> list[int] | None:
-    """The blocks of the sequences that have a value."""
+def _blocks_of(blocks: Sequence[int] | None, known: ArrayLike) -> list[int] | None:
+    """Return the blocks of the sequences that have a value."""
     return None if blocks is None else [block for block, has in zip(blocks, np.asarray(known), strict=True) if has]
 
 
 # --- roles ----------------------------------------------------------------------------------------------------------------
 
 
-def score_role(
-    numbers: Numbers, layers: list[int], role: str, seed: int, blocks: Sequence[int] | None = None
-) -> RoleScores | None:
-    """kappa and permutation p of one role for every head; None where no sequence has a target."""
+def score_role(tally: Tally, layers: list[int], role: str, seed: int, blocks: Sequence[int] | None = None) -> RoleScores | None:
+    """Return kappa and permutation p of one role for every head; None where no sequence has a target."""
     group, name = (TEXT_ROLES, "text_roles") if role in TEXT_ROLES else (REPEATED_ROLES, "repeated_roles")
-    if any(numbers.get(layer, name) is None for layer in layers):
+    if any(tally.find(layer, name) is None for layer in layers):
         return None
-    masses = {layer: _of(numbers, layer, name)[:, group.index(role)] for layer in layers}  # [sequences, 1 + draws, heads]
+    masses = {layer: tally.get(layer, name)[:, group.index(role)] for layer in layers}  # [sequences, 1 + draws, heads]
     whole = {layer: ~np.isnan(values).any((1, 2)) for layer, values in masses.items()}
     masses = {layer: values[whole[layer]] for layer, values in masses.items()}
-    kept = {layer: _kept(blocks if role in TEXT_ROLES else None, whole[layer]) for layer in masses}
+    blocks_of = {layer: _blocks_of(blocks if role in TEXT_ROLES else None, whole[layer]) for layer in masses}
     if not masses or not all(len(values) for values in masses.values()):
         return None
     together = np.concatenate(list(masses.values()), axis=2)
@@ -121,11 +131,11 @@ def score_role(
     mass = {layer: values[:, 0] for layer, values in masses.items()}
     expected = {layer: values[:, 1:].mean(1) for layer, values in masses.items()}
     scores = {layer: kappa(mass[layer].mean(0), expected[layer].mean(0)) for layer in masses}
-    return RoleScores(role, mass, expected, scores, dict(zip(masses, np.split(p, ends), strict=True)), kept)
+    return RoleScores(role, mass, expected, scores, dict(zip(masses, np.split(p, ends), strict=True)), blocks_of)
 
 
 def corrected(roles: list[RoleScores]) -> list[RoleScores]:
-    """The same scores with all p-values of all roles, layers and heads replaced by their q-values."""
+    """Return the scores with all p-values of all roles, layers and heads replaced by their q-values."""
     values = [p for scores in roles for p in scores.p.values()]
     if not values:
         return roles
@@ -133,10 +143,10 @@ def corrected(roles: list[RoleScores]) -> list[RoleScores]:
     return [replace(s, p={layer: next(q) for layer in s.p}) for s in roles]
 
 
-def _heads(numbers: Numbers, layer: int, base: str, roles: list[RoleScores]) -> list[AttentionHead]:
-    entropy = _head_means(_of(numbers, layer, "entropy"))
-    sink = _head_means(_of(numbers, layer, "sink_mass"))
-    focus = numbers.get(layer, "focus")  # [problems, 2, heads]
+def _heads(tally: Tally, layer: int, base: str, roles: list[RoleScores]) -> list[AttentionHead]:
+    entropy = _head_means(tally.get(layer, "entropy"))
+    sink = _head_means(tally.get(layer, "sink_mass"))
+    focus = tally.find(layer, "focus")  # [problems, 2, heads]
     focused = None if focus is None else 100 * kappa(focus[:, 0].mean(0), focus[:, 1].mean(0))
     heads = []
     for head in range(len(entropy)):
@@ -149,7 +159,7 @@ def _heads(numbers: Numbers, layer: int, base: str, roles: list[RoleScores]) -> 
 
 
 def _head_means(values: Floats) -> Floats:
-    """Mean over sequences that have a value, 0 where none has. [sequences, heads] -> [heads]."""
+    """Return the mean over sequences that have a value, 0 where none has. [sequences, heads] -> [heads]."""
     known = ~np.isnan(values)
     return np.where(known, values, 0.0).sum(0) / np.maximum(known.sum(0), 1)
 
@@ -158,28 +168,29 @@ def _head_means(values: Floats) -> Floats:
 
 
 def _layer(
-    numbers: Numbers,
-    layer: int,
+    tally: Tally,
     base: str,
-    split: str,
     items: str,
     seed: int,
     heads: list[AttentionHead],
     roles: list[RoleScores],
     blocks: Sequence[int] | None,
 ) -> AttentionLayer:
+    """Return the record of the layer of `heads`."""
+    layer = heads[0].layer
+
     def mean(name: str, unit: str) -> Measured:
-        known = ~np.isnan(_of(numbers, layer, name)).all(1)
-        return measured(_sequence_means(numbers, layer, name), unit, base, split, seed, _kept(blocks, known))
+        known = ~np.isnan(tally.get(layer, name)).all(1)
+        return measured(_sequence_means(tally, layer, name), unit, base, SPLIT, seed, _blocks_of(blocks, known))
 
     def drift(name: str) -> Measured | None:
-        values = numbers.get(layer, name)
+        values = tally.find(layer, name)
         known = None if values is None else ~np.isnan(values)
         if values is None or known is None or not known.any():
             return None
-        return measured(values[known], "Jensen-Shannon distance", base, split, seed, _kept(blocks, known))
+        return measured(values[known], "Jensen-Shannon distance", base, SPLIT, seed, _blocks_of(blocks, known))
 
-    focus = numbers.get(layer, "focus")
+    focus = tally.find(layer, "focus")
     counts = Counter(head.role for head in heads if head.role)
     return AttentionLayer(
         layer=layer,
@@ -187,7 +198,7 @@ def _layer(
         entropy=mean("entropy", "share of ln(keys)"),
         entropy_nats=mean("entropy_nats", "nats"),
         sink_mass=mean("sink_mass", "share"),
-        specialization_percent=specialization(layer, roles, len(heads), base, split, seed),
+        specialization_percent=specialization(layer, roles, base, seed),
         specialization_at={f"{t:g}": 100 * share_typed(layer, roles, t) for t in KAPPA_THRESHOLDS},
         roles={**{role: counts[role] for role in ROLES}, "sink": sum(head.sink_mass > RESTING_SINK_MASS for head in heads)},
         focus_percent=None if focus is None else focus_interval(focus.mean(2), base, items, seed),
@@ -199,33 +210,33 @@ def _layer(
 
 
 def share_typed(layer: int, roles: list[RoleScores], threshold: float) -> float:
-    """Share of a layer's heads with any role at `threshold`."""
+    """Return the share of a layer's heads with any role at `threshold`."""
     typed = [(s.kappa[layer] >= threshold) & (s.p[layer] <= Q_TYPED) for s in roles]
     return float(np.any(typed, axis=0).mean()) if typed else 0.0
 
 
-def specialization(layer: int, roles: list[RoleScores], heads: int, base: str, split: str, seed: int) -> Measured:
-    """Share of heads with a role, %, with an interval from resampling the text rows and the repeated sequences."""
+def specialization(layer: int, roles: list[RoleScores], base: str, seed: int) -> Measured:
+    """Return the share of heads with a role, %, with an interval from resampling the text rows and the repeated sequences."""
     typed: NDArray[np.bool_] | None = None
     sequences, worth = {}, {}
     for s in roles:
         mass, expected = s.mass[layer], s.expected[layer]  # [sequences, heads]
-        own_seed = seed + (s.role in REPEATED_ROLES)  # the two kinds of sequences are drawn independently
-        means = resample_means(np.stack([mass, expected], axis=1), seed=own_seed, blocks=s.blocks[layer])
+        role_seed = seed + (s.role in REPEATED_ROLES)  # the two kinds of sequences are drawn independently
+        means = resample_means(np.stack([mass, expected], axis=1), seed=role_seed, blocks=s.blocks[layer])
         passes = (kappa(means[:, 0], means[:, 1]) >= KAPPA_TYPED) & (s.p[layer] <= Q_TYPED)
         typed = passes if typed is None else typed | passes
         sequences[s.role in REPEATED_ROLES] = len(mass)
-        worth[s.role in REPEATED_ROLES] = independent(len(mass), s.blocks[layer])
+        worth[s.role in REPEATED_ROLES] = effective_sample_size(len(mass), s.blocks[layer])
     mean = 100 * share_typed(layer, roles, KAPPA_TYPED)
     ci95 = None
     if typed is not None and min(worth.values()) >= 2:
         low, high = percentile_interval(100 * typed.mean(1), min(worth.values()))
         ci95 = (min(float(low), mean), max(float(high), mean))
-    return Measured(mean, ci95, "%", base, f"{split} + repeated random tokens", sum(sequences.values()))
+    return Measured(mean, ci95, "%", base, f"{SPLIT} + repeated random tokens", sum(sequences.values()))
 
 
 def focus_interval(masses: Floats, base: str, items: str, seed: int) -> Measured:
-    """100 (m - e) / (1 - e) over problems. masses: [problems, 2] = (m, e), means over heads."""
+    """Return 100 (m - e) / (1 - e) over problems. masses: [problems, 2] = (m, e), means over heads."""
     mean = float(100 * kappa(*masses.mean(0)))
     ci95 = None
     if len(masses) > 1:

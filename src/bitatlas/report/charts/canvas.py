@@ -11,7 +11,8 @@ import base64
 import math
 import struct
 import zlib
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 
 from markupsafe import Markup, escape
@@ -28,24 +29,24 @@ def _px(value: float) -> str:
 
 
 def cut(text: str, longest: int) -> str:
-    """Text cut to a length, with an ellipsis."""
+    """Return text cut to a length, with an ellipsis."""
     return text if len(text) <= longest else text[: longest - 1] + "…"
 
 
 def linear(low: float, high: float, start: float, end: float) -> Scale:
-    """[low, high] -> [start, end] px; values outside are held at the ends."""
+    """Return the scale [low, high] -> [start, end] px; values outside are held at the ends."""
     span = (high - low) or 1.0
     return lambda value: start + (end - start) * min(1.0, max(0.0, (value - low) / span))
 
 
 def logarithmic(low: float, high: float, start: float, end: float) -> Scale:
-    """The same on a log axis; values at or below 0 are held at the low end."""
+    """Return the logarithmic scale [low, high] -> [start, end] px; values at or below 0 are held at the low end."""
     inner = linear(math.log10(low), math.log10(high), start, end)
     return lambda value: inner(math.log10(max(value, low)))
 
 
 def nice_range(values: Sequence[float], include: Sequence[float] = ()) -> tuple[float, float]:
-    """A range that holds all values with a twentieth to spare; (0, 1) for none."""
+    """Return a range that holds all values with a twentieth to spare; (0, 1) for none."""
     ends = [*values, *include]
     if not ends:
         return 0.0, 1.0
@@ -56,7 +57,7 @@ def nice_range(values: Sequence[float], include: Sequence[float] = ()) -> tuple[
 
 
 def ticks(low: float, high: float, about: int = 5) -> list[float]:
-    """About so many round numbers in [low, high]."""
+    """Return about so many round numbers in [low, high]."""
     if high <= low:
         return [low]
     rough = (high - low) / max(1, about)
@@ -67,7 +68,7 @@ def ticks(low: float, high: float, about: int = 5) -> list[float]:
 
 
 def log_range(values: Sequence[float]) -> tuple[float, float]:
-    """A log axis's range: the positive values with a little to spare, at least a factor of ten."""
+    """Return a log axis's range: the positive values with a little to spare, at least a factor of ten."""
     positive = [value for value in values if value > 0] or [0.01, 1.0]
     low, high = min(positive) / 1.25, max(positive) * 1.25
     middle = math.sqrt(low * high)
@@ -75,17 +76,17 @@ def log_range(values: Sequence[float]) -> tuple[float, float]:
 
 
 def log_ticks(low: float, high: float) -> list[float]:
-    """1-2-5 decades in [low, high]; whole decades only where those would be many."""
+    """Return 1-2-5 decades in [low, high]; whole decades only where those would be many."""
     exponents = range(math.floor(math.log10(low)), math.ceil(math.log10(high)) + 1)
     for steps in ((1, 2, 5), (1, 3), (1,)):
-        found = [step * 10.0**e for e in exponents for step in steps if low <= step * 10.0**e <= high]
-        if len(found) <= 7:
-            return found
-    return found[:: math.ceil(len(found) / 7)]
+        values = [step * 10.0**e for e in exponents for step in steps if low <= step * 10.0**e <= high]
+        if len(values) <= 7:
+            return values
+    return values[:: math.ceil(len(values) / 7)]
 
 
 def tick_text(value: float) -> str:
-    """A tick as text, without trailing zeros: 0.05, 2, 1,000."""
+    """Return a tick as text, without trailing zeros: 0.05, 2, 1,000."""
     text = number(value, max(0, 2 - math.floor(math.log10(abs(value)))) if value else 0)
     return text.rstrip("0").rstrip(".") if "." in text else text
 
@@ -112,7 +113,7 @@ class Canvas:
 
     @property
     def y0(self) -> float:
-        """The lower edge of the plot (y grows downwards)."""
+        """Return the lower edge of the plot (y grows downwards)."""
         return self.height - self.bottom
 
     @property
@@ -130,16 +131,29 @@ class Canvas:
         self.add(f'<rect class="{css}" {size}{extra}/>')
 
     def text(self, x: float, y: float, content: str, css: str = "", anchor: str = "start") -> None:
-        """Text with its baseline at y; anchor: start, middle or end."""
+        """Write text with its baseline at y; anchor: start, middle or end."""
         self.add(f'<text class="{css}" x="{_px(x)}" y="{_px(y)}" text-anchor="{anchor}">{escape(content)}</text>')
 
     def path(self, points: Sequence[tuple[float, float]], css: str) -> None:
-        """A line through the points."""
+        """Draw a line through the points."""
         steps = " ".join(f"{'M' if i == 0 else 'L'}{_px(x)} {_px(y)}" for i, (x, y) in enumerate(points))
         self.add(f'<path class="{css}" d="{steps}"/>')
 
+    @contextmanager
+    def tip(self, words: str, extra: str = "") -> Iterator[None]:
+        """Give what is drawn inside a tooltip. `extra`: attributes of the group."""
+        self.add(f'<g class="tip"{extra}><title>{escape(words)}</title>')
+        yield
+        self.add("</g>")
+
+    def turned(self, x: str, y: str, degrees: int, content: str, css: str, anchor: str = "start") -> None:
+        """Write text that is turned around (x, y)."""
+        self.add(f'<g transform="translate({x} {y}) rotate({degrees})">')
+        self.text(0, 0, content, css, anchor)
+        self.add("</g>")
+
     def mark(self, x: float, y: float, shape: str, css: str, words: str = "", size: float = 5, extra: str = "") -> None:
-        """A circle, square, diamond or triangle, with a tooltip and a larger invisible target for it. `extra`: attributes."""
+        """Draw a circle, square, diamond or triangle, with a tooltip and a larger invisible target for it. `extra`: attributes."""
         s, d = size, round(1.4 * size, 2)
         shapes = {
             "circle": f'<circle class="{css}" cx="{_px(x)}" cy="{_px(y)}" r="{_px(s)}"/>',
@@ -150,25 +164,25 @@ class Canvas:
         if not words:
             self.add(shapes[shape])
             return
-        target = f'<circle class="target" cx="{_px(x)}" cy="{_px(y)}" r="{_px(s + 5)}"/>'
-        self.add(f'<g class="tip"{extra}><title>{escape(words)}</title>{target}{shapes[shape]}</g>')
+        with self.tip(words, extra):
+            self.add(f'<circle class="target" cx="{_px(x)}" cy="{_px(y)}" r="{_px(s + 5)}"/>{shapes[shape]}')
 
     def whisker(self, x: float, low: float, high: float, css: str, cap: float = CAP) -> None:
-        """A vertical interval with caps, in px."""
+        """Draw a vertical interval with caps, in px."""
         self.add(
             f'<path class="whisker {css}" d="M{_px(x)} {_px(low)}V{_px(high)}M{_px(x - cap)} {_px(low)}h{2 * cap:g}'
             f'M{_px(x - cap)} {_px(high)}h{2 * cap:g}"/>'
         )
 
     def whisker_across(self, y: float, low: float, high: float, css: str) -> None:
-        """A horizontal interval with caps, in px."""
+        """Draw a horizontal interval with caps, in px."""
         self.add(
             f'<path class="whisker {css}" d="M{_px(low)} {_px(y)}H{_px(high)}M{_px(low)} {_px(y - CAP)}v{2 * CAP}'
             f'M{_px(high)} {_px(y - CAP)}v{2 * CAP}"/>'
         )
 
     def y_axis(self, scale: Scale, at: Sequence[float], label: str) -> None:
-        """Grid lines and numbers on the left; the label stands above the plot, so that it is read without turning."""
+        """Draw grid lines and numbers on the left; the label stands above the plot, so that it is read without turning."""
         for value in at:
             y = scale(value)
             self.line(self.x0, y, self.x1, y, "grid")
@@ -181,35 +195,35 @@ class Canvas:
             if grid:
                 self.line(x, self.y0, x, self.y1, "grid")
             self.text(x, self.y0 + 16, tick_text(value), "tick", "middle")
+        self._base(label)
+
+    def _base(self, label: str) -> None:
         self.line(self.x0, self.y0, self.x1, self.y0, "base")
         self.text((self.x0 + self.x1) / 2, self.y0 + 32, label, "axis", "middle")
 
     def layer_axis(self, centre: Scale, layers: Sequence[int], label: str = "layer") -> None:
-        """Layer numbers below the plot, as many as fit; always the first and the last."""
+        """Write layer numbers below the plot, as many as fit; always the first and the last."""
         room = (self.x1 - self.x0) / max(1, len(layers))
         every = max(1, math.ceil((GLYPH * len(str(max(layers, default=0))) + 6) / room))
         last = len(layers) - 1
-        for place, layer in enumerate(layers):
-            if place == last or (place % every == 0 and last - place >= every):
-                self.text(centre(place), self.y0 + 16, str(layer), "tick", "middle")
-        self.line(self.x0, self.y0, self.x1, self.y0, "base")
-        self.text((self.x0 + self.x1) / 2, self.y0 + 32, label, "axis", "middle")
+        for index, layer in enumerate(layers):
+            if index == last or (index % every == 0 and last - index >= every):
+                self.text(centre(index), self.y0 + 16, str(layer), "tick", "middle")
+        self._base(label)
 
     def svg(self, label: str) -> Markup:
-        """The whole drawing as an <svg> element; `label` is its accessible name."""
+        """Return the whole drawing as an <svg> element; `label` is its accessible name."""
         head = f'<svg class="chart" viewBox="0 0 {self.width} {self.height}" role="img" aria-label="{escape(label)}">'
         return Markup(head + "".join(self.parts) + "</svg>")
 
 
 def bands(count: int, start: float, end: float) -> tuple[Scale, float]:
-    """Centres of `count` equal bands between two px, and the width of one."""
+    """Return the centres of `count` equal bands between two px, and the width of one."""
     step = (end - start) / max(1, count)
-    return (lambda place: start + (place + 0.5) * step), step
+    return (lambda index: start + (index + 0.5) * step), step
 
 
-# --- pixels ----------------------------------------------------------------------------------------------------------------
-
-# A grid of shades as one small picture: what would be thousands of rectangles (heads of all layers, pairs of units) in a few kB.
+# --- a grid of shades as one small picture: what would be thousands of rectangles, in a few kB ------------------------
 #
 # The picture is a grey PNG that masks a rectangle of the page's own colour, so it follows the theme; shades are cut to 16 steps, which no eye
 # tells from 256 in cells of this size and which packs well. Source: PNG (W3C), its four obligatory chunks, written out.
@@ -218,7 +232,7 @@ STEPS = 15
 
 
 def png(shades: Sequence[Sequence[float]]) -> bytes:
-    """Rows of shades in 0..1 -> a grey PNG of one pixel a value."""
+    """Return rows of shades in 0..1 as a grey PNG of one pixel a value."""
     height, width = len(shades), len(shades[0])
     lines = b"".join(b"\0" + bytes(17 * round(STEPS * min(1.0, max(0.0, value))) for value in row) for row in shades)
     header = struct.pack(">IIBBBBB", width, height, 8, 0, 0, 0, 0)
@@ -228,10 +242,10 @@ def png(shades: Sequence[Sequence[float]]) -> bytes:
     )
 
 
-def draw(
+def draw_shades(
     c: Canvas, key: str, x: float, y: float, width: float, height: float, shades: Sequence[Sequence[float]], css: str
 ) -> None:
-    """A rectangle of the class `css`, let through by the shades. `key`: a name that no other mask of the page has."""
+    """Draw a rectangle of the class `css`, let through by the shades. `key`: a name that no other mask of the page has."""
     at = f'x="{x:g}" y="{y:g}" width="{width:g}" height="{height:g}"'
     data = base64.b64encode(png(shades)).decode()
     c.add(f'<mask id="{key}" maskUnits="userSpaceOnUse" {at}><image {at} preserveAspectRatio="none" class="pixels" ')

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from markupsafe import Markup, escape
 
 from bitatlas.records import Atlas, CurvePoint, Measured
-from bitatlas.records import text as words
+from bitatlas.records.text import byte_size, interval, number
 from bitatlas.report import facts
 from bitatlas.report.charts.canvas import (
     GLYPH,
@@ -50,7 +50,7 @@ def _ends(m: Measured) -> tuple[float, float]:
 
 
 def criticality(atlas: Atlas, width: int) -> Markup | None:
-    """Criticality of each layer with its interval over the zones; below, the mean code bits that the plan gives it."""
+    """Draw the criticality of each layer with its interval over the zones; below, the mean code bits that the plan gives it."""
     if not atlas.layers:
         return None
     planned = [facts.plan_bits(atlas, record.layer) for record in atlas.layers]
@@ -60,30 +60,29 @@ def criticality(atlas: Atlas, width: int) -> Markup | None:
     low, high = nice_range(ends, (0.0, 1.0))
     y = linear(low, high, c.y0, c.y1)
     centre, step = bands(len(atlas.layers), c.x0, c.x1)
-    places = {record.layer: place for place, record in enumerate(atlas.layers)}
-    _zone_bands(c, atlas, places, step)
+    _zone_bands(c, atlas, step)
     c.y_axis(y, ticks(low, high), "criticality (share of damage ÷ share of weights)")
     c.line(c.x0, y(1), c.x1, y(1), "rule")
     size = max(1.6, min(5.0, step / 5))
-    for place, record in enumerate(atlas.layers):
+    for index, record in enumerate(atlas.layers):
         css = f"v-{record.verdict}"
         bottom, top = _ends(record.criticality)
-        tip = f"Layer {record.layer}: criticality {words.interval(record.criticality)}, {record.verdict}"
-        c.whisker(centre(place), y(bottom), y(top), css, cap=min(3, step / 4))
-        c.mark(centre(place), y(record.criticality.mean), SHAPE_OF.get(record.verdict, "circle"), css, tip, size)
+        tip = f"Layer {record.layer}: criticality {interval(record.criticality)}, {record.verdict}"
+        c.whisker(centre(index), y(bottom), y(top), css, cap=min(3, step / 4))
+        c.mark(centre(index), y(record.criticality.mean), SHAPE_OF.get(record.verdict, "circle"), css, tip, size)
     _layer_strip(c, planned if has_plan else [], [record.layer for record in atlas.layers], centre, step)
     return c.svg(f"Criticality of {len(atlas.layers)} layers with 95% intervals; 1 means as harmful as its size")
 
 
-def _zone_bands(c: Canvas, atlas: Atlas, places: dict[int, int], step: float) -> None:
+def _zone_bands(c: Canvas, atlas: Atlas, step: float) -> None:
     spans = {zone.name: (zone.last - zone.first + 1) * step - 4 for zone in atlas.zones}
     full = all(len(f"{z.name}: {z.verdict}") * GLYPH < spans[z.name] for z in atlas.zones)
-    for number, zone in enumerate(atlas.zones):
-        inside = [places[layer] for layer in places if zone.first <= layer <= zone.last]
+    for index, zone in enumerate(atlas.zones):
+        inside = [column for column, record in enumerate(atlas.layers) if zone.first <= record.layer <= zone.last]
         if not inside:
             continue
         left, right = c.x0 + min(inside) * step, c.x0 + (max(inside) + 1) * step
-        c.rect(left, c.y1 - 22, right - left, c.y0 - c.y1 + 22, f"zone zone-{number % 2}")
+        c.rect(left, c.y1 - 22, right - left, c.y0 - c.y1 + 22, f"zone zone-{index % 2}")
         c.rect(left, c.y1 - 22, right - left, 3, f"v-{zone.verdict} edge")
         text = f"{zone.name}: {zone.verdict}" if full else zone.name
         if len(text) * GLYPH < right - left - 4:
@@ -91,24 +90,22 @@ def _zone_bands(c: Canvas, atlas: Atlas, places: dict[int, int], step: float) ->
 
 
 def _layer_strip(c: Canvas, planned: Sequence[float | None], layers: list[int], centre: Scale, step: float) -> None:
-    """Layer numbers, and the plan's mean bits as shaded cells under them."""
+    """Draw layer numbers, and the plan's mean bits as shaded cells under them."""
     c.layer_axis(centre, layers, "" if planned else "layer")
     if not planned:
         return
     top = c.y0 + 24
     widest = max((bits for bits in planned if bits is not None), default=1.0)
     room = step - 2 if step - 2 >= 3 * GLYPH else 0.0  # for "3.9": numbers in all cells or in none
-    for place, bits in enumerate(planned):
-        if bits is None:
-            continue
-        c.add(f'<g class="tip"><title>Layer {layers[place]}: {words.number(bits, 2)} code bits in the plan</title>')
-        bits_cell(c, centre(place) - step / 2 + 0.5, top, step - 1, 22, bits, max(widest, 4.0), room)
-        c.add("</g>")
+    for index, bits in enumerate(planned):
+        if bits is not None:
+            with c.tip(f"Layer {layers[index]}: {number(bits, 2)} code bits in the plan"):
+                bits_cell(c, centre(index) - step / 2 + 0.5, top, step - 1, 22, bits, max(widest, 4.0), room)
     c.text((c.x0 + c.x1) / 2, top + 40, "layer, and mean code bits in the plan", "axis", "middle")
 
 
 def swap(atlas: Atlas, width: int, raised: bool) -> Markup | None:
-    """Damage with each layer lowered and the others high, or (`raised`) the reverse; dashed: with no layer changed."""
+    """Draw the damage with each layer lowered and the others high, or (`raised`) the reverse; dashed: with no layer changed."""
     values = [(record.layer, record.raised if raised else record.lowered) for record in atlas.layers]
     if not values:
         return None
@@ -121,30 +118,20 @@ def swap(atlas: Atlas, width: int, raised: bool) -> Markup | None:
     for value in unchanged:
         c.line(c.x0, y(value), c.x1, y(value), "rule")
     css, shape = ("c-high", "square") if raised else ("c-low", "circle")
-    for place, (layer, m) in enumerate(values):
+    for index, (layer, m) in enumerate(values):
         bottom, top = _ends(m)
-        c.whisker(centre(place), y(bottom), y(top), css, cap=min(3, step / 4))
-        tip = f"Layer {layer} {'raised' if raised else 'lowered'}: {words.interval(m, unit=True)}"
-        c.mark(centre(place), y(m.mean), shape, css, tip, max(1.4, min(4.5, step / 6)))
+        c.whisker(centre(index), y(bottom), y(top), css, cap=min(3, step / 4))
+        tip = f"Layer {layer} {'raised' if raised else 'lowered'}: {interval(m, unit=True)}"
+        c.mark(centre(index), y(m.mean), shape, css, tip, max(1.4, min(4.5, step / 6)))
     c.layer_axis(centre, [layer for layer, _ in values])
     return c.svg(f"Damage with each layer {'raised' if raised else 'lowered'}, with 95% intervals")
-
-
-def lowered(atlas: Atlas, width: int) -> Markup | None:
-    """`swap` for layers lowered."""
-    return swap(atlas, width, raised=False)
-
-
-def raised(atlas: Atlas, width: int) -> Markup | None:
-    """`swap` for layers raised."""
-    return swap(atlas, width, raised=True)
 
 
 # --- plan against others ---------------------------------------------------------------------------------------------
 
 
 def size_damage(atlas: Atlas, width: int) -> Markup | None:
-    """Damage (log) against the whole model's size: uniform formats joined, plans of other sizes joined, the plan, its baselines."""
+    """Draw damage (log) against the whole model's size: uniform formats joined, plans of other sizes joined, the plan, its baselines."""
     if not atlas.curve:
         return None
     c = Canvas(width, 380 if width > 500 else 340, left=58, right=18, top=28, bottom=42)
@@ -164,12 +151,12 @@ def size_damage(atlas: Atlas, width: int) -> Markup | None:
         c.path([(x(size / unit), y(damage)) for size, damage in plans], "join c-plan")
     for point in sorted(points, key=lambda p: p.kind == "plan"):
         shape, css = KIND_MARKS.get("uniform" if _is_uniform(point) else point.kind, BASELINE_MARK)
-        px, bottom_top = x(point.total_bytes / unit), _ends(point.damage)
+        px, (bottom, top) = x(point.total_bytes / unit), _ends(point.damage)
         tip = (
-            f"{point.name}: {words.interval(point.damage, unit=True)}; {words.byte_size(point.total_bytes)}, "
-            f"{words.number(point.code_bits, 2)} code bits, {words.number(point.stored_bits, 2)} stored bits"
+            f"{point.name}: {interval(point.damage, unit=True)}; {byte_size(point.total_bytes)}, "
+            f"{number(point.code_bits, 2)} code bits, {number(point.stored_bits, 2)} stored bits"
         )
-        c.whisker(px, y(bottom_top[0]), y(bottom_top[1]), css)
+        c.whisker(px, y(bottom), y(top), css)
         size = {"plan": 6.0, "random": 2.5, "curve": 3.5}.get(point.kind, 4.5)
         c.mark(px, y(point.damage.mean), shape, css, tip, size, f' data-point="{escape(point.name)}"')
     named = [p for p in points if _is_uniform(p) or p.kind == "plan"]
@@ -178,12 +165,12 @@ def size_damage(atlas: Atlas, width: int) -> Markup | None:
 
 
 def _is_uniform(point: CurvePoint) -> bool:
-    """Whether a point belongs to the line of uniform formats: those of the run, and baselines outside --formats."""
+    """Tell whether a point belongs to the line of uniform formats: those of the run, and baselines outside --formats."""
     return point.kind == "uniform" or point.name.startswith("uniform ")
 
 
 def _names(c: Canvas, marks: Sequence[tuple[float, float, str, bool]]) -> None:
-    """Names of (x, y, name, is the plan) above all marks: the plan's below on the left, the uniform formats' above on the right.
+    """Write names of (x, y, name, is the plan) above all marks: the plan's below on the left, the uniform formats' above on the right.
 
     Where a uniform format lies just under the plan it is the other way round, so that each name stands at its own mark.
     """
@@ -201,7 +188,7 @@ def _names(c: Canvas, marks: Sequence[tuple[float, float, str, bool]]) -> None:
 
 
 def _beside(c: Canvas, x: float, y: float, name: str, plan: bool, below: bool) -> None:
-    """A point's name: below on the left or above on the right, on the other side where the edge is near."""
+    """Write a point's name: below on the left or above on the right, on the other side where the edge is near."""
     text = "plan" if plan else cut(name.removeprefix("uniform ").removesuffix(facts.OUTSIDE), 16)
     room = 12 + GLYPH * len(text)
     left = x - room > c.x0 if below else x + room > c.x1
@@ -226,7 +213,7 @@ class Row:
 def forest(
     rows: Sequence[Row], width: int, scale_of: str, limits: tuple[float, float], label: str, rule: float | None = None
 ) -> Markup:
-    """Means with intervals across, one a line: names on the left and values on the right, or above the line on a narrow page."""
+    """Draw means with intervals across, one a line: names on the left and values on the right, or above the line on a narrow page."""
     wide = width > 500
     pitch = 28 if wide else 42
     tops: list[float] = []
@@ -269,7 +256,7 @@ def _forest_row(c: Canvas, row: Row, x: Scale, top: float, wide: bool) -> None:
 
 
 def baselines(atlas: Atlas, width: int) -> Markup | None:
-    """The plan and its baselines by damage, on a log axis; of many random plans the best, the middle and the worst."""
+    """Draw the plan and its baselines by damage, on a log axis; of many random plans the best, the middle and the worst."""
     plan = atlas.plan
     if plan is None or plan.damage.measured is None:
         return None
@@ -280,15 +267,15 @@ def baselines(atlas: Atlas, width: int) -> Markup | None:
         lines += [(f"best {of}", random[0].damage), (f"middle {of}", random[len(random) // 2].damage)]
         lines += [(f"worst {of}", random[-1].damage)]
     shape, css = BASELINE_MARK
-    rows = [Row(name, m.mean, _ends(m), css, shape, words.interval(m)) for name, m in lines]
+    rows = [Row(name, m.mean, _ends(m), css, shape, interval(m)) for name, m in lines]
     ours = plan.damage.measured
-    rows.append(Row("our plan", ours.mean, _ends(ours), "c-plan", "diamond", words.interval(ours)))
+    rows.append(Row("our plan", ours.mean, _ends(ours), "c-plan", "diamond", interval(ours)))
     limits = log_range([end for row in rows for end in (row.mean, *row.ends)])
     return forest(sorted(rows, key=lambda row: row.mean), width, "log", limits, "damage, nats/token (log)")
 
 
 def tasks(atlas: Atlas, width: int) -> Markup | None:
-    """Accuracy at each precision with its Wilson interval; a tick marks chance."""
+    """Draw the accuracy at each precision with its Wilson interval; a tick marks chance."""
     rows, seen = [], ""
     for score in sorted(atlas.tasks, key=lambda s: facts.task_names(atlas).index(s.task)):
         if not score.n:
@@ -296,7 +283,7 @@ def tasks(atlas: Atlas, width: int) -> Markup | None:
         css, shape = facts.precision_mark(atlas, score.precision)
         low, high = (100 * end for end in score.wilson95)
         mean = 100 * score.correct / score.n
-        value = f"{words.number(mean, 1)}% [{words.number(low, 1)}, {words.number(high, 1)}]"
+        value = f"{number(mean, 1)}% {facts.wilson_text(score)}"
         heading = "" if score.task == seen else score.task
         seen = score.task
         name = facts.precision_name(atlas, score.precision)
@@ -305,10 +292,8 @@ def tasks(atlas: Atlas, width: int) -> Markup | None:
 
 
 def correlations(atlas: Atlas, width: int) -> Markup | None:
-    """Rank correlation of cheap measures with measured damage."""
-    rows = []
-    for c in atlas.correlations:
-        ends = c.ci95 or (c.rho, c.rho)
-        text = f"[{words.number(ends[0], 2)}, {words.number(ends[1], 2)}]" if c.ci95 else "[no interval]"
-        rows.append(Row(c.measure, c.rho, ends, "c-high", "circle", f"{words.number(c.rho, 2)} {text}"))
+    """Draw the rank correlation of cheap measures with measured damage."""
+    rows = [
+        Row(c.measure, c.rho, c.ci95 or (c.rho, c.rho), "c-high", "circle", facts.correlation_text(c)) for c in atlas.correlations
+    ]
     return forest(rows, width, "linear", (-1.0, 1.0), "Spearman's ρ with measured damage", 0.0) if rows else None

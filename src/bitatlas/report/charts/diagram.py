@@ -1,4 +1,4 @@
-"""The overview for the page: the cards of `cards` laid on columns, one a layer, so that the links are short and need no script.
+"""The overview for the page: the cards of `overview` laid on columns, one a layer, so that the links are short and need no script.
 
 Rows stand in the order of the form (datasets, layers, attention, effects, strategy). Between two rows lies a strip with the links as
 curves; its coordinates are thousandths of the width, so the drawing follows any width. On a narrow page the strips are hidden, and
@@ -49,24 +49,24 @@ class Row:
 
 
 def rows(atlas: Atlas) -> list[Row]:
-    """The five groups of the overview, each with the links that leave it."""
+    """Return the five groups of the overview, each with the links that leave it."""
     view = overview_of(atlas)
     columns = max(1, len(view.chosen))
     spans = _spans(atlas, view)
-    where = _centres(view, columns, spans)
+    centres = _centres(view, columns, spans)
     titles = {card.key: card.title for card in (*view.layers, *view.effects, *view.strategy)}
 
     def boxes(cards: list[Card], sizes: Sequence[int] = ()) -> list[Box]:
         return [_box(card, view.links, titles, sizes[i] if sizes else 1) for i, card in enumerate(cards)]
 
     aligned = _aligned(view)
-    dotted = [(where[link.start], where[link.end]) for link in view.links if link.dotted and link.end.startswith("L")]
-    down = [(where[card.key], where[card.key]) for card in view.layers if view.chosen]
-    to_zones = [(where[link.start], where[link.end]) for link in view.links if link.start.startswith("L")]
-    to_strategy = [(where[link.start], where[link.end]) for link in view.links if link.start.startswith("Z")]
+    dotted = [(centres[link.start], centres[link.end]) for link in view.links if link.dotted and link.end.startswith("L")]
+    down = [(centres[card.key], centres[card.key]) for card in view.layers if view.chosen]
+    to_zones = [(centres[link.start], centres[link.end]) for link in view.links if link.start.startswith("L")]
+    to_strategy = [(centres[link.start], centres[link.end]) for link in view.links if link.start.startswith("Z")]
     zone_columns = columns if spans else len(view.effects)
     across = _task_columns(view)
-    made = [
+    groups = [
         ("datasets", "Dataset performance", across, boxes(view.datasets), dotted, True),
         ("layers", "Layer criticality analysis", columns, boxes(view.layers), down, False),
         ("attention", "Attention pattern analysis", columns if aligned else 1, boxes(view.attention), to_zones, False),
@@ -75,7 +75,7 @@ def rows(atlas: Atlas) -> list[Row]:
     ]
     return [
         Row(key, title, n, cards, _strip(links, dots), sorted({100 * end for _, end in links}))
-        for key, title, n, cards, links, dots in made
+        for key, title, n, cards, links, dots in groups
     ]
 
 
@@ -84,32 +84,32 @@ def _aligned(view: Overview) -> bool:
 
 
 def _task_columns(view: Overview) -> int:
-    """All task cards in one row if they fit, else a row a task."""
+    """Return the columns of task cards: all in one row if they fit, else a row a task."""
     if len(view.datasets) <= MOST_ACROSS:
         return max(1, len(view.datasets))
     return max(1, min(MOST_ACROSS, sum(card.title == view.datasets[0].title for card in view.datasets)))
 
 
 def _spans(atlas: Atlas, view: Overview) -> list[int]:
-    """Columns that each zone's card spans: its layers drawn; empty where the zones do not cover the columns."""
+    """Return the columns that each zone's card spans: its layers drawn; empty where the zones do not cover the columns."""
     counts = [sum(zone.first <= layer <= zone.last for layer in view.chosen) for zone in atlas.zones]
     return counts if counts and all(counts) and sum(counts) == len(view.chosen) else []
 
 
 def _centres(view: Overview, columns: int, spans: list[int]) -> dict[str, float]:
-    """Node name -> centre of its card, 0..1 of the width."""
+    """Return node name -> centre of its card, 0..1 of the width."""
     across = _task_columns(view)
-    where = {card.key: (i % across + 0.5) / across for i, card in enumerate(view.datasets)}
-    where |= {card.key: (i + 0.5) / columns for i, card in enumerate(view.layers)}
-    where |= {card.key: (i + 0.5) / len(view.strategy) for i, card in enumerate(view.strategy)}
+    centres = {card.key: (i % across + 0.5) / across for i, card in enumerate(view.datasets)}
+    centres |= {card.key: (i + 0.5) / columns for i, card in enumerate(view.layers)}
+    centres |= {card.key: (i + 0.5) / len(view.strategy) for i, card in enumerate(view.strategy)}
     for i, card in enumerate(view.effects):
         centre = (sum(spans[:i]) + spans[i] / 2) / columns if spans else (i + 0.5) / len(view.effects)
-        where[card.key] = centre
-    return where
+        centres[card.key] = centre
+    return centres
 
 
 def _strip(links: list[tuple[float, float]], dotted: bool) -> Markup:
-    """Curves from above to below, in a box of 1000 x 100 that is stretched to the strip."""
+    """Draw curves from above to below, in a box of 1000 x 100 that is stretched to the strip."""
     paths = "".join(
         f'<path d="M{1000 * a:.1f} 0C{1000 * a:.1f} 55 {1000 * b:.1f} 45 {1000 * b:.1f} 100"/>' for a, b in dict.fromkeys(links)
     )
@@ -127,14 +127,15 @@ def _box(card: Card, links: list[Link], titles: dict[str, str], span: int) -> Bo
 
 
 def _leads(card: Card, links: list[Link], titles: dict[str, str]) -> str:
-    """Where a card's links go, in words."""
-    mine = [link for link in links if link.start == card.key]
-    if not mine:
+    """Return where a card's links go, in words."""
+    links = [link for link in links if link.start == card.key]
+    if not links:
         return ""
-    if not mine[0].dotted:
-        return ", ".join(titles[link.end] for link in mine)
-    if mine[0].end.startswith("L"):
-        return f"{mine[0].label}: {named_layers([int(link.end[1:]) for link in mine])}"
-    if mine[0].label in ("falls", "falls to chance", "rises", "reference") or mine[0].label.startswith("no loss"):
-        return mine[0].label
-    return f"no claim: {mine[0].label}" if mine[0].label else "no claim"
+    label = links[0].label
+    if not links[0].dotted:
+        return ", ".join(titles[link.end] for link in links)
+    if links[0].end.startswith("L"):
+        return f"{label}: {named_layers([int(link.end[1:]) for link in links])}"
+    if label in ("falls", "falls to chance", "rises", "reference") or label.startswith("no loss"):
+        return label
+    return f"no claim: {label}" if label else "no claim"

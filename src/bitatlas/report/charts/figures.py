@@ -6,8 +6,9 @@ A figure that an atlas has nothing for is left out here; the page says elsewhere
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from dataclasses import dataclass, field
+from functools import partial
 from importlib import resources
 from importlib.util import find_spec
 from pathlib import Path
@@ -22,10 +23,8 @@ from bitatlas.report import facts
 from bitatlas.report.advice import basis
 from bitatlas.report.charts import charts, heat
 from bitatlas.report.charts.canvas import GLYPH
-from bitatlas.report.charts.heat import interaction_caption, interaction_matrix
 from bitatlas.report.charts.panels import (
     PREDICTION_TITLE,
-    Panel,
     attention_panels,
     prediction_caption,
     prediction_scatter,
@@ -76,13 +75,13 @@ class Sketch:
 
 
 def figures(atlas: Atlas) -> dict[str, Figure]:
-    """The figures that this atlas has, by the name that the template uses."""
-    made = {}
+    """Return the figures that this atlas has, by the name that the template uses."""
+    result = {}
     for key, sketch in {**_layers(atlas), **_plan(atlas), **_others(atlas)}.items():
         wide, narrow = sketch.draw(atlas, sketch.width), sketch.draw(atlas, NARROW)
         if wide is not None and narrow is not None:
-            made[key] = Figure(sketch.title, sketch.caption, wide, narrow, sketch.keys)
-    return made
+            result[key] = Figure(sketch.title, sketch.caption, wide, narrow, sketch.keys)
+    return result
 
 
 def _layers(atlas: Atlas) -> dict[str, Sketch]:
@@ -94,8 +93,8 @@ def _layers(atlas: Atlas) -> dict[str, Sketch]:
     return {
         "criticality": Sketch(charts.criticality, "Which layers carry the damage", harm, VERDICTS),
         "damage": Sketch(heat.damage_map, "What lowering costs", _costs(atlas)),
-        "lowered": Sketch(charts.lowered, f"One layer lowered to {low}", lowered, width=HALF),
-        "raised": Sketch(charts.raised, f"One layer raised to {high}", raised, width=HALF),
+        "lowered": Sketch(partial(charts.swap, raised=False), f"One layer lowered to {low}", lowered, width=HALF),
+        "raised": Sketch(partial(charts.swap, raised=True), f"One layer raised to {high}", raised, width=HALF),
     }
 
 
@@ -131,18 +130,15 @@ def _plan(atlas: Atlas) -> dict[str, Sketch]:
 def _others(atlas: Atlas) -> dict[str, Sketch]:
     held = "Difference from the reference on the same items. Bars: 95% intervals; dashed: the margin of loss that is ruled out where a task is held."
     earns = "Rank correlation over layers; intervals are over rows, for these layers. Whether a measure beats chance over layers: q in the table."
-    together = interaction_caption(atlas)
     return {
-        "pairs": Sketch(interaction_matrix, "Which units hurt together", together, PAIRS, HALF),
+        "pairs": Sketch(heat.interaction_matrix, "Which units hurt together", heat.interaction_caption(atlas), PAIRS, HALF),
         "tasks": Sketch(charts.tasks, "Accuracy", "Bars: 95% Wilson intervals; the dotted tick is chance."),
         "widths": Sketch(held_chart, WIDTHS_TITLE, held, HELD),
         "correlations": Sketch(charts.correlations, "Do cheap measures foretell damage?", earns),
     }
 
 
-# --- standalone ------------------------------------------------------------------------------------------------------------
-
-# The report's figures as files for papers: each chart as an SVG that needs nothing else, and as a PNG of it.
+# --- figures as files for papers: each chart as an SVG that needs nothing else, and as a PNG of it ------------------------
 #
 # The page's own charts, in its light colours: the rules of its style sheet that charts use are written into each file with their colours
 # put in, the legend is drawn below, the title and caption become the file's <title> and <desc>. PNGs are made by resvg (extra `figures`).
@@ -173,19 +169,17 @@ def write_figures(atlas: Atlas, folder: Path) -> list[Path]:
 
 
 def standalone(atlas: Atlas) -> dict[str, str]:
-    """Name -> SVG text of the large figures and of the small ones of attention and weights."""
-    made = {key: _whole(one.wide, one.title, one.caption, one.keys) for key, one in figures(atlas).items()}
-    return made | dict(_panels([*attention_panels(atlas), *weight_panels(atlas)]))
-
-
-def _panels(panels: Iterable[Panel]) -> Iterable[tuple[str, str]]:
-    for one in panels:
-        if one.drawing is not None:
-            yield one.title.lower().replace(" ", "-"), _whole(one.drawing, one.title, one.caption, one.keys)
+    """Return name -> SVG text of the large figures and of the small ones of attention and weights."""
+    result = {key: _whole(figure.wide, figure.title, figure.caption, figure.keys) for key, figure in figures(atlas).items()}
+    for panel in (*attention_panels(atlas), *weight_panels(atlas)):
+        if panel.drawing is not None:
+            name = panel.title.lower().replace(" ", "-")
+            result[name] = _whole(panel.drawing, panel.title, panel.caption, panel.keys)
+    return result
 
 
 def png(svg: str) -> bytes:
-    """The drawing in pixels; UserError on a machine without fonts, where every word would silently be missing."""
+    """Return the drawing in pixels; UserError on a machine without fonts, where every word would silently be missing."""
     import resvg_py
 
     probe = '<svg xmlns="http://www.w3.org/2000/svg" width="40" height="20"><text y="15" font-family="sans-serif">{}</text></svg>'
@@ -195,24 +189,24 @@ def png(svg: str) -> bytes:
 
 
 def _whole(drawing: str, title: str, caption: str, keys: Keys) -> str:
-    """A chart of the page as a file of its own."""
-    found = _HEAD.match(drawing)
-    assert found is not None  # Canvas.svg writes it so
-    width, height = int(found[2]), int(found[3])
+    """Return a chart of the page as a file of its own."""
+    match = _HEAD.match(drawing)
+    assert match is not None  # Canvas.svg writes it so
+    width, height = int(match[2]), int(match[3])
     legend, lines = _legend(keys, width, height)
     full_width, full_height = width + 2 * MARGIN, height + LEGEND * lines + 2 * MARGIN
     head = (
-        f'<svg xmlns="http://www.w3.org/2000/svg" class="{found[1]}" width="{full_width}" height="{full_height}" '
-        f'viewBox="{-MARGIN} {-MARGIN} {full_width} {full_height}"{found[4]}>'
+        f'<svg xmlns="http://www.w3.org/2000/svg" class="{match[1]}" width="{full_width}" height="{full_height}" '
+        f'viewBox="{-MARGIN} {-MARGIN} {full_width} {full_height}"{match[4]}>'
     )
     about = f"<title>{escape(title)}</title><desc>{escape(caption)}</desc><style>{_style()}</style>"
     paper = f'<rect x="{-MARGIN}" y="{-MARGIN}" width="{full_width}" height="{full_height}" fill="#ffffff"/>'
-    rest = str(drawing)[found.end() :].removesuffix("</svg>")  # Markup would escape what it is joined with
+    rest = str(drawing)[match.end() :].removesuffix("</svg>")  # Markup would escape what it is joined with
     return head + about + paper + rest + legend + "</svg>\n"
 
 
 def _legend(keys: Keys, width: int, top: int) -> tuple[str, int]:
-    """The legend's entries from the left, on as many lines as they take."""
+    """Return the legend's entries from the left, on as many lines as they take."""
     parts, x, lines = [], 0.0, 1 if keys else 0
     for shape, css, meaning in keys:
         room = GLYPH * (len(meaning) + 5)
@@ -227,14 +221,12 @@ def _legend(keys: Keys, width: int, top: int) -> tuple[str, int]:
 
 
 def _style() -> str:
-    """The rules of the page that charts use, in its light colours: no variables, since few programs besides browsers know them."""
+    """Return the rules of the page that charts use, in its light colours: no variables, since few programs besides browsers know them."""
     css = resources.files("bitatlas.report").joinpath("assets", "report.css").read_text(encoding="utf-8")
     root = css[css.index(":root {") : css.index("}")]
     colours = dict(_VARIABLE.findall(root))
-    rules = [(where.strip(), what.strip()) for where, what in _RULE.findall(css) if ":hover" not in where]
-    text = "\n".join(f"{where} {{ {what} }}" for where, what in rules)
-    text = re.sub(r"var\((--[\w-]+)\)", lambda m: colours[m[1]].strip(), text).replace(
-        "font-family: inherit", f"font-family: {FONTS}"
-    )
+    rules = [f"{where.strip()} {{ {what.strip()} }}" for where, what in _RULE.findall(css) if ":hover" not in where]
+    text = re.sub(r"var\((--[\w-]+)\)", lambda m: colours[m[1]].strip(), "\n".join(rules))
+    text = text.replace("font-family: inherit", f"font-family: {FONTS}")
     keys = {name: f".chart .key.{name} {{ fill: {colours[f'--{name[2:]}']} }}" for name in re.findall(r"\.([vc]-[a-z]+) \{", css)}
     return "\n".join([text, *keys.values()])

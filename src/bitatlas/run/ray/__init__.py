@@ -1,2 +1,2 @@
-"""A survey's measurements on several processes and hosts, through Ray: cluster.py (which there is), place.py (may a host take part?),
-crew.py (who does what), worker.py (what they do)."""
+"""A survey's measurements on several processes and hosts, through Ray: `cluster` (which one), `hosts` (may a host take part, how much runs
+on it), `scheduler` (who does what), `worker` (what they do)."""
