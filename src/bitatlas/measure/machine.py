@@ -14,13 +14,15 @@ from pathlib import Path
 import torch
 
 from bitatlas.model.decoder import Decoder
-from bitatlas.model.layerwise import enter, run_layer
+from bitatlas.model.layerwise import layer_inputs, run_layer
+from bitatlas.progress import Reporter
+from bitatlas.records.text import number
 
 CGROUP_MAX = Path("/sys/fs/cgroup/cpu.max")  # cgroup v2: "quota period" in microseconds, or "max period"
 CGROUP_QUOTA = Path("/sys/fs/cgroup/cpu/cpu.cfs_quota_us")  # cgroup v1, -1: none
 CGROUP_PERIOD = Path("/sys/fs/cgroup/cpu/cpu.cfs_period_us")
-TIMED_ROWS, TIMED_TOKENS = 4, 192
-TIMED_SECONDS = 1.5  # in all
+TIMED_ROWS, TIMED_TOKENS = 2, 192
+TIMED_SECONDS = 1.0  # in all
 WORTH = 0.95  # more threads are taken where they need at most this part of the time
 
 
@@ -59,7 +61,7 @@ def time_threads(decoder: Decoder) -> dict[int, float]:
     times = dict.fromkeys(counts, math.inf)
     ids = decoder.probe_ids()[0].repeat(1 + TIMED_TOKENS)[: min(TIMED_TOKENS, decoder.context)].repeat(TIMED_ROWS, 1)
     try:
-        start = enter(decoder, ids)
+        start = layer_inputs(decoder, ids)
         with decoder.held(0):
             end = time.perf_counter() + TIMED_SECONDS
             while time.perf_counter() < end:
@@ -71,6 +73,18 @@ def time_threads(decoder: Decoder) -> dict[int, float]:
     finally:
         torch.set_num_threads(before)
     return times
+
+
+def use_threads(decoder: Decoder, threads: int | None, reporter: Reporter) -> None:
+    """Run on `threads` threads; without a number on OMP_NUM_THREADS, else on as many as are fastest here, and say so."""
+    if threads is not None:
+        torch.set_num_threads(threads)
+    elif "OMP_NUM_THREADS" not in os.environ and (times := time_threads(decoder)):
+        torch.set_num_threads(best := best_threads(times))
+        others = ", ".join(
+            f"{number(times[count] / times[best], 1)} times as long with {count}" for count in times if count != best
+        )
+        reporter.say(f"{best} thread{'s' * (best > 1)}: the model's first layer takes {others} (--threads)")
 
 
 def best_threads(times: dict[int, float]) -> int:

@@ -128,7 +128,7 @@ def _compiled() -> Callable[..., Tensor] | None:
                     if error[step] * square[row, group, step] < smallest:
                         smallest, best[row, group] = error[step] * square[row, group, step], step
 
-    kernel = numba.njit(nogil=True, error_model="numpy")(search)
+    kernel: Callable[..., None] = numba.njit(nogil=True, error_model="numpy")(search)
 
     def compiled(weight: Tensor, counts: Tensor, scales: Tensor, zeros: Tensor, size: int, top: int) -> Tensor:
         last = [part.movedim(0, -1).contiguous().numpy() for part in (1 / scales, -zeros, top - zeros, scales.square())]

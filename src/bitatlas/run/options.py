@@ -204,6 +204,9 @@ class SurveyOptions(TaskOptions, RowOptions, BudgetOptions, Candidates):  # a re
     dtype: Annotated[
         str, Option("What the model computes in: float32, bfloat16, float16; auto: float32 on a CPU, else bfloat16.")
     ] = "auto"
+    threads: Annotated[
+        int | None, Option("Threads on a CPU. Default: OMP_NUM_THREADS, else the fastest, timed on the model's first layer.")
+    ] = None
     memory: Annotated[
         str | None,
         Option(

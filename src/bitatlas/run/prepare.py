@@ -20,6 +20,7 @@ from bitatlas.data.tasks import Item, split_items, task_text
 from bitatlas.data.texts import read_documents
 from bitatlas.errors import FULL, UserError
 from bitatlas.measure.damage import DamageMeter
+from bitatlas.measure.machine import use_threads
 from bitatlas.measure.memory_need import LoadMode, choose_load_mode, estimate_memory, peak_bytes
 from bitatlas.measure.tasks import score_shards
 from bitatlas.model.checkpoint import Checkpoint, check_causal, check_finite, open_checkpoint
@@ -135,6 +136,8 @@ def prepare(
     how = "one decoder layer's weights at a time" if load_mode.streamed else "all weights in memory"
     reporter.say(f"{how}; at most about {byte_size(load_mode.predicted_bytes)}{where}")
     decoder = load_decoder(settings, checkpoint, load_mode, device)
+    if not connect:
+        use_threads(decoder, settings.threads, reporter)
     check_causal(decoder, checkpoint.info.name)
     check_chain(decoder, checkpoint.info.name)
     if connect:
@@ -285,5 +288,6 @@ def reopen(folder: Path, atlas: Atlas, model_name: str | None, device: str | Non
         check_finite(checkpoint)
         load_mode = load_mode_of(settings, checkpoint, device, folder)
         decoder = load_decoder(settings, checkpoint, load_mode, device)
+    use_threads(decoder, settings.threads, reporter)
     tokenizer, journal = checkpoint.load_tokenizer(), _open_journal(folder, checkpoint)
     return Session(settings, folder, checkpoint, load_mode, decoder, tokenizer, rows, {}, journal, reporter)

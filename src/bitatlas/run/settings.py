@@ -25,6 +25,7 @@ DEFAULT_FORMATS = ("int2_g64", "int3_g64", "int4_g64")
 DEMO_FORMATS = ("int2_g128", "int3_g128", "int4_g128")  # at which both of the demo's tasks have something to lose
 DEFAULT_TASKS = ("arc_easy", "svamp")
 DEMO_TASKS = ("demo_problems", "demo_questions")
+MOST_THREADS = 1024
 DTYPES = ("auto", "float32", "bfloat16", "float16")
 LARGEST_BYTES = 2**80  # more than any disk; a larger --size or --vram asks for the same
 TOO_FEW_FORMATS = "--formats: give at least two, a narrow and a wide one, like int2_g64,int4_g64"
@@ -49,6 +50,7 @@ class Settings:
     refine: bool
     device: str
     dtype: str  # that the model computes in
+    threads: int | None  # on a CPU; None: the fastest
     memory_bytes: int | None  # at the peak; None: what is free
     revision: str | None
     seed: int
@@ -91,6 +93,8 @@ class Settings:
             raise UserError(f"--few-shot {self.few_shot}: 0 or more examples")
         if not 0 < self.tolerance_nats < math.inf:  # not true for NaN either
             raise UserError(f"--tolerance {self.tolerance_nats}: must be a number above 0 nats/token")
+        if self.threads is not None and not 1 <= self.threads <= MOST_THREADS:
+            raise UserError(f"--threads {self.threads}: 1 to {MOST_THREADS:,} threads")
         check_seed(self.seed)
         if self.tokens is not None and not self.tokens.strip():
             raise UserError("--tokens: is empty; give a text file, a JSONL file, or hub:owner/name")
@@ -119,7 +123,7 @@ class Settings:
     def recorded(self) -> dict[str, Any]:
         """Return what goes into the atlas: everything that a result depends on."""
         content = asdict(self)
-        del content["memory_bytes"]  # changes no result
+        del content["memory_bytes"], content["threads"]  # change no result
         return content | {"formats": list(self.formats), "rows": list(self.rows), "tasks": list(self.tasks)}
 
 

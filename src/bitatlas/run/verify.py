@@ -28,6 +28,7 @@ from bitatlas.export.gguf.write import PLAN_KEY
 from bitatlas.export.packed import blueprint_of, card_of, check_fits, check_package, promised_disk_bytes
 from bitatlas.export.trial import open_packed
 from bitatlas.measure.damage import DamageMeter, kl_per_row
+from bitatlas.measure.machine import use_threads
 from bitatlas.measure.tasks import right_of, score_items
 from bitatlas.model.checkpoint import Checkpoint, check_finite, open_checkpoint
 from bitatlas.model.decoder import Decoder
@@ -112,7 +113,7 @@ def verify_plan(options: VerifyOptions) -> Verification:
     checkpoint, rows = _open_planned(plan, plan_file, options)
     test = rows.test
     items = _items(plan_file, plan, options.tasks or ())
-    decoder = _load(checkpoint, options)
+    decoder = _load(checkpoint, options, reporter)
     disk: tuple[int, int] | None = None
     checks: tuple[TaskCheck, ...] = ()
     if folder is None:
@@ -142,9 +143,11 @@ def _open_planned(plan: Plan, plan_file: Path, options: VerifyOptions) -> tuple[
     return checkpoint, rows_for(plan_file, checkpoint, options)
 
 
-def _load(checkpoint: Checkpoint, options: VerifyOptions) -> Decoder:
+def _load(checkpoint: Checkpoint, options: VerifyOptions, reporter: Reporter) -> Decoder:
     check_finite(checkpoint)
-    return checkpoint.load_model(check_device(options.device))
+    decoder = checkpoint.load_model(check_device(options.device))
+    use_threads(decoder, None, reporter)
+    return decoder
 
 
 def _disk_bytes(folder: Path) -> int:
@@ -226,7 +229,7 @@ def verify_gguf(options: VerifyOptions) -> Verification:
     context = reader.fields.get(f"{reader.fields['general.architecture'].contents()}.context_length")
     if context is not None and length > context.contents():
         raise UserError(f"--row-length {length}: the GGUF's context is {context.contents()} tokens; give at most that")
-    decoder = _load(checkpoint, options)
+    decoder = _load(checkpoint, options, reporter)
     with open_gguf(file, length) as session, reporter.stage("damage in llama.cpp") as progress:
         nats = damage_in_llama_cpp(decoder, session, rows.test, progress)
     damage = measured(nats, "nats/token", "plan", "test", options.seed, rows.blocks("test"))
