@@ -175,7 +175,7 @@ def refusal(model: Path, place: Path) -> str:
 def test_a_folder_that_does_not_load_gets_no_name(tiny_llama: Path, tmp_path: Path, monkeypatch, short: bool):
     """Of a model that is too large to be run here the tensors' places are still checked."""
     if short:
-        monkeypatch.setattr(packed, "at_hand", lambda device: 0)
+        monkeypatch.setattr(packed, "available_bytes", lambda device: 0)
     real = stage.blueprint_of
 
     def without(part: str):

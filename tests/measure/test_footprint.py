@@ -21,7 +21,7 @@ WORDS = [
 STREAMED = """
 import sys
 from pathlib import Path
-from bitatlas import prepare
+from bitatlas.run import prepare
 from bitatlas.cli.main import main
 from bitatlas.measure.memory_need import LoadMode
 from bitatlas.measure.damage import StateBudget

@@ -31,13 +31,13 @@ STANDS_FOR = {
     "demo_questions": "arc_easy",
 }
 NOT_RUN = {
-    "bitatlas survey ./my-model --out gguf-atlas": "llama.cpp is not installed everywhere; tests/test_gguf.py runs these",
+    "bitatlas survey ./my-model --out gguf-atlas": "llama.cpp is not installed everywhere; tests/export/test_gguf.py runs these",
     "bitatlas survey ./my-model --out math-atlas": "as the one above it, on another text",
     "bitatlas survey ./my-model --out my-atlas --tokens my-text.txt --code-bits 3": "the how-to of memory does this",
     "bitatlas export gguf-atlas": "the same",
     "bitatlas verify ./my-model gguf-atlas": "the same",
-    "bitatlas plan my-atlas --protect": "a tiny model has no task to lose; tests/test_protect.py protects one of the demo's",
-    "bitatlas --install-completion": "writes to the shell's own files; tests/test_completion.py asks what it would",
+    "bitatlas plan my-atlas --protect": "a tiny model has no task to lose; tests/plan/test_protect.py protects one of the demo's",
+    "bitatlas --install-completion": "writes to the shell's own files; tests/cli/test_completion.py asks what it would",
 }
 
 
@@ -138,9 +138,9 @@ def add_all(root: Path) -> None:
 def test_adding_a_quantizer_a_format_an_exporter_and_a_task(desk: Path):
     shutil.copytree(ROOT / "src", desk / "src", ignore=shutil.ignore_patterns("__pycache__"))
     (desk / "tasks").rename("my-tasks")
-    (desk / "tests").mkdir()
+    (desk / "tests" / "quantize").mkdir(parents=True)
     add_all(desk)
-    shutil.copy(ROOT / "tests" / "test_completion.py", desk / "tests")
+    shutil.copy(ROOT / "tests" / "cli" / "test_completion.py", desk / "tests")
     environment = {**os.environ, "PYTHONPATH": str(desk / "src")}
 
     def call(*words: str) -> str:
@@ -154,7 +154,7 @@ def test_adding_a_quantizer_a_format_an_exporter_and_a_task(desk: Path):
         "-q",
         "-p",
         "no:cacheprovider",
-        "tests/test_minmax.py",
+        "tests/quantize/test_minmax.py",
         "tests/test_completion.py",
         "-k",
         "step or registries",

@@ -158,7 +158,10 @@ GOOD_RANK = 0.9
 
 
 def shapley_check(added: ArrayLike, models: int, rows: LayerRows, seed: int = 0) -> ShapleyCheck | None:
-    """Return quadratic shares beside sampled ones. added: [pairs, rows, layers], nats/token, on the first of the rows that `rows` is of. None where there is no damage to share."""
+    """Return quadratic shares beside sampled ones; None where there is no damage to share.
+
+    added: [pairs, rows, layers], nats/token, on the first of the rows that `rows` is of.
+    """
     sampled = np.asarray(added, dtype=np.float64)
     pairs, few, layers = sampled.shape
     quadratic = rows.values[:few]  # [few, layers]

@@ -1,6 +1,6 @@
 """One format per unit under a budget, with interactions: minimise first . z + z' Q z, at most `radius` units away from a centre.
 
-The knapsack optimum of the diagonal is the start (`solve`, proven); then tabu search over single changes and pairs of changes, so
+The knapsack optimum of the diagonal is the start (`knapsack`, proven); then tabu search over single changes and pairs of changes, so
 that room given up by one unit can be used by another in the same step. Every step takes the best allowed move, improving or not;
 a unit that moved stays for a while. All moves are priced at once: with
 field[u, f] = first + Q_ff + 2 sum_v Q[uf, v c_v], a change costs a difference of two entries, a pair adds one entry of Q.

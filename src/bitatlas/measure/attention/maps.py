@@ -166,7 +166,8 @@ def in_step(
 ) -> None:
     """Run the reference and the changed model side by side over `input_ids` [rows, tokens]; `on_step` gets each layer with a map.
 
-    Each layer runs as often as there are maps to compare before the next one does, so that only one layer's maps live at a time. The model holds the reference weights; changed: layer -> module name -> weight [out, in].
+    Each layer runs as often as there are maps to compare before the next one does, so that only one layer's maps live at a time.
+    The model holds the reference weights; changed: layer -> module name -> weight [out, in].
     """
     start = layer_inputs(decoder, input_ids)
     other = torch.float32 if start.hidden.dtype != torch.float32 else torch.bfloat16

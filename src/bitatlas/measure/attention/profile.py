@@ -90,8 +90,8 @@ def attention_profile(
     """Profile the attention of one base.
 
     decoder: holds the reference weights, before and after; changed: module name -> weight [out, in] of a base other than the
-    reference; progress: called with (batches done, batches).     Without attention maps, or with rows too short for them, the lists are empty and a note says so. Equal arguments give equal
-    results. Raises ValueError where `changed` names an unknown module.
+    reference; progress: called with (batches done, batches). Without attention maps, or with rows too short for them, the lists are
+    empty and a note says so. Equal arguments give equal results. Raises ValueError where `changed` names an unknown module.
     """
     rows, problems, batch_size = texts.rows, texts.problems, texts.batch_size
     reader = _Reader(decoder, _by_layer(modules, changed), changed or {}, batch_size, seed)
