@@ -29,7 +29,9 @@ RESULTS = Path(__file__).resolve().parent / "results" / "quantizing.json"
 NAMES = ("int2_g64", "int3_g64", "int4_g64")
 ROWS = (24, 2, 2)
 ROW_LENGTH = 192
-PRODUCTS = 3 / 2 + 1 / 2 + 2 * 3 / 2 + 2  # in units of in x in multiply-adds for an output row: rounding, again, refits, comparison
+PRODUCTS = (
+    3 / 2 + 1 / 2 + 2 * 3 / 2 + 2
+)  # in units of in x in multiply-adds for an output row: rounding, again, refits, comparison
 
 
 def seconds(run: Callable[[], object], times: int = 1) -> float:
@@ -54,7 +56,9 @@ def main() -> None:
     weights = {module.name: decoder.weight(module.name) for module in modules}
     count = sum(module.weights for module in modules) * len(formats)
     documents, tokenizer = read_documents(words.text), checkpoint.load_tokenizer()
-    rows = make_rows(documents, tokenizer, words.text, ROWS, ROW_LENGTH, checkpoint.info.context, 0, vocabulary=decoder.vocabulary)
+    rows = make_rows(
+        documents, tokenizer, words.text, ROWS, ROW_LENGTH, checkpoint.info.context, 0, vocabulary=decoder.vocabulary
+    )
 
     def each() -> None:
         for weight in weights.values():
@@ -85,10 +89,18 @@ def main() -> None:
         for name, taken in times.items()
     }
     model_count = sum(module.weights for module in checkpoint.modules) * len(formats)
-    result = {"model": checkpoint.info.name, "compiled": compiled is not None, "layers": words.layers, "formats": list(NAMES), "times": lines}
+    result = {
+        "model": checkpoint.info.name,
+        "compiled": compiled is not None,
+        "layers": words.layers,
+        "formats": list(NAMES),
+        "times": lines,
+    }
     for name, line in lines.items():
         whole = line["nanoseconds"] * model_count / 1e9
-        print(f"{name}: {line['nanoseconds']} ns a weight and format, {line['above_floor']} times its floor; the whole model {whole:.0f} s")
+        print(
+            f"{name}: {line['nanoseconds']} ns a weight and format, {line['above_floor']} times its floor; the whole model {whole:.0f} s"
+        )
     written = json.loads(RESULTS.read_text(encoding="utf-8")) if RESULTS.is_file() else {}
     RESULTS.write_text(json.dumps(written | {checkpoint.info.name: result}, indent=1) + "\n", encoding="utf-8")
 

@@ -82,7 +82,7 @@ def measure(folder: Path, point: dict[str, Any]) -> dict[str, Any]:
 
     from bitatlas.measure.curvature import expand
     from bitatlas.measure.damage import DamageMeter
-    from bitatlas.measure.memory_need import peak_bytes
+    from bitatlas.measure.machine import peak_bytes
     from bitatlas.model.checkpoint import open_checkpoint
     from bitatlas.plan.expansion import quadratic_model
     from bitatlas.plan.quadratic import solve_quadratic
@@ -138,10 +138,10 @@ def unit_costs(modules: Sequence[Any], formats: Sequence[str]) -> Any:
 def load_mode_of(checkpoint: Any, point: dict[str, Any], dtype: Any, folder: Path) -> Any:
     """Choose as a survey would, on a GPU with what is free there or with `STREAMED_BYTES`; on a CPU as it is asked for, however small the model."""
     from bitatlas.measure.damage import StateBudget
-    from bitatlas.measure.memory_need import LoadMode, choose_load_mode, memory_need
+    from bitatlas.measure.machine import LoadMode, choose_load_mode, estimate_memory
 
     sizes = [point[name] for name in ("vocabulary", "rows", "row_length", "formats")]
-    needed = memory_need(checkpoint.info, checkpoint.modules, *sizes, dtype, point["device"])
+    needed = estimate_memory(checkpoint.info, checkpoint.modules, *sizes, dtype, point["device"])
     if point["device"] != "cpu":
         return choose_load_mode(needed, STREAMED_BYTES if point["streamed"] else None, point["device"], folder)
     if point["streamed"]:

@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from bitatlas.errors import UserError
-from bitatlas.measure.memory_need import MemoryNeed, available_bytes, choose_load_mode, estimate_memory, peak_bytes
+from bitatlas.measure.machine import MemoryNeed, available_bytes, choose_load_mode, estimate_memory, peak_bytes
 from bitatlas.model.checkpoint import open_checkpoint
 from bitatlas.records import Module
 from tiny import TEXT
@@ -23,7 +23,7 @@ import sys
 from pathlib import Path
 from bitatlas.run import prepare
 from bitatlas.cli.main import main
-from bitatlas.measure.memory_need import LoadMode
+from bitatlas.measure.machine import LoadMode
 from bitatlas.measure.damage import StateBudget
 if sys.argv.pop(1) == "streamed":
     prepare.choose_load_mode = lambda needed, memory, device, out: LoadMode(True, StateBudget(2**16, 2**12, 2**16, whole=False, folder=out), 2**16, needed.streamed)

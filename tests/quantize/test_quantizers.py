@@ -110,7 +110,6 @@ def test_rtn_gives_every_module_in_every_format_without_rows(tiny_llama: Path):
 @given(rows=st.integers(1, 4), columns=st.integers(1, 200), exponent=st.integers(-30, 38), seed=st.integers(0, 99))
 @settings(max_examples=25)
 def test_the_compiled_search_gives_the_same_bits(name: str, rows: int, columns: int, exponent: int, seed: int):
-    pytest.importorskip("numba")
     generator = torch.Generator().manual_seed(seed)
     weight = torch.randn(rows, columns, generator=generator) * 10.0**exponent
     counts = torch.rand(columns, generator=generator)

@@ -18,7 +18,7 @@ import pytest
 from bitatlas.cli.main import main
 from bitatlas.errors import UserError
 from bitatlas.measure.damage import StateBudget
-from bitatlas.measure.memory_need import LoadMode
+from bitatlas.measure.machine import LoadMode
 from bitatlas.model.checkpoint import open_checkpoint
 from bitatlas.progress import Reporter
 from bitatlas.run.options import SurveyOptions

@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from transformers import AutoModelForCausalLM
 
 from bitatlas.errors import UserError
-from bitatlas.measure.memory_need import available_bytes
+from bitatlas.measure.machine import available_bytes
 from bitatlas.model.checkpoint import Checkpoint, open_model, quiet_transformers
 from bitatlas.model.streaming import release_free_memory
 from bitatlas.model.tensor_files import reason_of

@@ -88,8 +88,8 @@ def one_by_one(quantize: Callable[[Tensor, Format], Codes | Blocks]) -> Quantize
 QUANTIZERS: dict[str, Quantizer] = {
     quantizer.name: quantizer
     for quantizer in (
-        Quantizer("rtn", one_by_one(rtn.quantize), uses_rows=False, version=1),
-        Quantizer("gptq", gptq.quantize, uses_rows=True, version=1),
+        Quantizer("rtn", one_by_one(rtn.quantize), uses_rows=False, version=2),
+        Quantizer("gptq", gptq.quantize, uses_rows=True, version=2),
         Quantizer("hqq", one_by_one(hqq.quantize), uses_rows=False, version=1, package="hqq", symmetric=False, whole_zeros=False),
         Quantizer(
             "autoround", autoround.quantize, uses_rows=True, version=1, package="auto_round", needs_all=True, by_format=True

@@ -7,9 +7,9 @@ clipped to what the largest reaches. No data is needed.
 
 `grid` is the search alone, with an optional weight for every input's squared error: gptq starts from it.
 
-Errors are counted in steps of the scale, e = clamp(round(w / s), -z, top - z) - w / s, and summed input after input. With numba
-(`pip install 'bitatlas[fast]'`) each weight is read once and all steps are tried while it is in a register; plain torch reads it once
-a step and gives the same bits.
+Errors are counted in steps of the scale, e = clamp(round(w / s), -z, top - z) - w / s, and summed input after input. Compiled by numba,
+the search reads each weight once and tries all steps while it is in a register; plain torch, on other devices than a CPU, reads it once a
+step and gives the same bits.
 
 Left out: separate shrinking of the two ends, and any use of input statistics (that is what gptq is for).
 """
@@ -28,7 +28,8 @@ from bitatlas.quantize.codes import LARGEST_SCALE, SMALLEST_SCALE, Codes, groupe
 from bitatlas.records.formats import Format
 
 STEPS = 20
-SEARCHED = 2**18  # weights at a time: what the search reads and writes stays in a processor's cache
+SEARCHED = 2**16  # weights at a time on a CPU: what the search reads and writes stays in its cache
+SEARCHED_ELSEWHERE = 2**24
 
 
 def quantize(weight: Tensor, fmt: Format) -> Codes:
@@ -54,12 +55,13 @@ def grid(weight: Tensor, fmt: Format, importance: Tensor | None = None) -> tuple
     """
     size, top = fmt.group_size, _top(fmt)
     counts = torch.ones(weight.shape[1], device=weight.device) if importance is None else importance.float()
-    search = _compiled() if weight.device.type == "cpu" else None
-    rows = max(1, SEARCHED // max(1, weight.shape[1]))
+    on_cpu = weight.device.type == "cpu"
+    search = (_compiled() if on_cpu else None) or _search
+    rows = max(1, (SEARCHED if on_cpu else SEARCHED_ELSEWHERE) // max(1, weight.shape[1]))
     found = []
     for block in weight.contiguous().split(rows):
         scales, zeros = _candidates(block, fmt)  # [steps, out, groups]
-        best = (search or _search)(block, counts.contiguous(), scales, zeros, size, top)[None]  # [1, out, groups]
+        best = search(block, counts.contiguous(), scales, zeros, size, top)[None]  # [1, out, groups]
         found.append((scales.gather(0, best)[0], zeros.gather(0, best)[0]))
     return torch.cat([scale for scale, _ in found]), torch.cat([zero for _, zero in found])
 
@@ -81,22 +83,22 @@ def _candidates(weight: Tensor, fmt: Format) -> tuple[Tensor, Tensor]:
 
 def _search(weight: Tensor, counts: Tensor, scales: Tensor, zeros: Tensor, size: int, top: int) -> Tensor:
     """The step of the least squared error of every group, int64 [out, groups]; the first of equals. scales: [steps, out, groups]."""
-    inverse, low, high = 1 / scales, -zeros, top - zeros
-    error = torch.zeros_like(scales)
-    columns = weight.shape[1]
-    for first in range(min(size, columns)):  # one input of every group at a time
-        inputs = slice(first, columns, size)
-        groups = len(range(columns)[inputs])  # a short group has no input at the last places
-        ratio = weight[:, inputs] * inverse[..., :groups]  # [steps, out, groups]
-        off = ratio.round().clamp_(low[..., :groups], high[..., :groups]).sub_(ratio)
-        error[..., :groups] += off.square_().mul_(counts[inputs])
-    error *= scales.square()
-    return error.nan_to_num(torch.inf).argmin(0)  # squares of huge weights are infinite: the first step
+    inverse, low, high, square = (
+        part.movedim(-1, 1).contiguous() for part in (1 / scales, -zeros, top - zeros, scales.square())
+    )  # [steps, groups, out]
+    error, columns = torch.zeros_like(inverse), weight.T.contiguous()  # [in, out]
+    for first in range(min(size, len(columns))):  # one input of every group at a time
+        inputs = columns[first::size]  # [groups, out]: a short group has no input at the last places
+        groups = len(inputs)
+        ratio = inputs * inverse[:, :groups]
+        off = ratio.round().clamp_(low[:, :groups], high[:, :groups]).sub_(ratio)
+        error[:, :groups] += off.square_().mul_(counts[first::size, None])
+    return (error * square).nan_to_num(torch.inf).argmin(0).T.contiguous()  # squares of huge weights are infinite: the first step
 
 
 @cache
 def _compiled() -> Callable[..., Tensor] | None:
-    """The same search in one pass over the weights, by numba; None where it is not installed."""
+    """Compile the search as one pass over the weights, in 2 s; None where numba has no build for this Python or processor."""
     if find_spec("numba") is None:
         return None
     import numba

@@ -20,8 +20,7 @@ from bitatlas.data.tasks import Item, split_items, task_text
 from bitatlas.data.texts import read_documents
 from bitatlas.errors import FULL, UserError
 from bitatlas.measure.damage import DamageMeter
-from bitatlas.measure.machine import use_threads
-from bitatlas.measure.memory_need import LoadMode, choose_load_mode, estimate_memory, peak_bytes
+from bitatlas.measure.machine import LoadMode, choose_load_mode, estimate_memory, peak_bytes, use_threads
 from bitatlas.measure.tasks import score_shards
 from bitatlas.model.checkpoint import Checkpoint, check_causal, check_finite, open_checkpoint
 from bitatlas.model.decoder import Decoder

@@ -21,7 +21,7 @@ from bitatlas.data.rows import Rows
 from bitatlas.errors import UserError
 from bitatlas.measure.curvature import expand
 from bitatlas.measure.interactions import swap_interactions
-from bitatlas.measure.memory_need import LoadMode
+from bitatlas.measure.machine import LoadMode
 from bitatlas.model.checkpoint import open_checkpoint
 from bitatlas.progress import Reporter
 from bitatlas.records.journal import Journal
