@@ -19,9 +19,11 @@ inputs as the quantized layers before would give them, since one bank serves pla
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import NamedTuple
+from functools import cache
+from importlib.util import find_spec
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -34,6 +36,7 @@ from bitatlas.quantize.hessian import input_hessians, to_float64
 from bitatlas.records.formats import Format
 
 DAMPING = 0.01  # of the mean diagonal; the paper's
+LEAF_ROWS = 256  # output rows that a compiled leaf rounds together
 LEAF = 16  # columns that are rounded one after the other before their errors go into a matrix product
 
 
@@ -109,21 +112,20 @@ class _Candidates(NamedTuple):
 def round_inputs(weight: Tensor, scale: Tensor, zero: Tensor, fmt: Format, factor: CholeskyFactor) -> _Candidates:
     """Return the codes of `weight` [out, in] on a fixed grid (scale and zero-point [out, groups]), chosen input after input."""
     group = (torch.arange(weight.shape[1], device=weight.device) // fmt.group_size)[factor.order]
-    columns = _ColumnRounder(weight[:, factor.order].T, scale[:, group].T, zero[:, group].T, 2**fmt.bits - 1, factor.feedback)
+    # Transposed first: picking whole rows in the factor's order is a copy, picking columns is not.
+    weight_t, scale_t, zero_t = (part.T.contiguous() for part in (weight, scale, zero))  # [in, out], [groups, out]
+    columns = _ColumnRounder(weight_t[factor.order], scale_t[group], zero_t[group], 2**fmt.bits - 1, factor.feedback)
     columns.round_range(0, weight.shape[1])
-    codes = torch.empty_like(weight)
-    codes[:, factor.order] = columns.codes.T
-    cost = columns.residual.square().T @ factor.importance[factor.order]
-    return _Candidates(codes, scale, zero, cost)
+    cost = factor.importance[factor.order] @ columns.residual.square_()
+    return _Candidates(columns.codes[factor.order.argsort()].T.contiguous(), scale, zero, cost)
 
 
 class _ColumnRounder:
     """Rounds in place, transposed [in, out] so that one input's weights lie together, and in the factor's order."""
 
     def __init__(self, weight: Tensor, scale: Tensor, zero: Tensor, top: int, feedback: Tensor):
-        self.weight = weight.contiguous()
-        self.target = self.weight.clone()
-        self.scale, self.zero, self.top, self.feedback = scale.contiguous(), zero.contiguous(), top, feedback
+        self.weight, self.target = weight, weight.clone()
+        self.scale, self.zero, self.top, self.feedback = scale, zero, top, feedback
         self.codes = torch.empty_like(self.weight)
         self.error = torch.empty_like(self.weight)  # w - ŵ
         self.residual = torch.empty_like(self.weight)  # target - ŵ
@@ -134,30 +136,65 @@ class _ColumnRounder:
         Halving makes nearly all of the work products of large matrices, whatever the sizes of caches.
         """
         if end - start <= LEAF:
-            for column in range(start, end):
-                self._round(start, column)
+            self._round_leaf(start, end)
             return
         middle = (start + end) // 2
         self.round_range(start, middle)
         self.target[middle:end].addmm_(self.feedback[start:middle, middle:end].T, self.error[start:middle])
         self.round_range(middle, end)
 
-    def _round(self, start: int, column: int) -> None:
-        target, scale, zero = self.target[column], self.scale[column], self.zero[column]
-        if column > start:
-            target.addmv_(self.error[start:column].T, self.feedback[start:column, column])
-        codes = torch.add(zero, (target / scale).round_(), out=self.codes[column]).clamp_(0, self.top)
-        nearest = (codes - zero).mul_(scale)
-        torch.sub(self.weight[column], nearest, out=self.error[column])
-        torch.sub(target, nearest, out=self.residual[column])
+    def _round_leaf(self, start: int, end: int) -> None:
+        compiled = _compiled_leaf() if self.weight.device.type == "cpu" else None
+        if compiled:
+            arrays = (self.target, self.weight, self.scale, self.zero, self.codes, self.error, self.residual, self.feedback)
+            compiled(tuple(array.numpy() for array in arrays), start, end, self.top)
+            return
+        for column in range(start, end):
+            target, scale, zero = self.target[column], self.scale[column], self.zero[column]
+            if column > start:
+                target.addmv_(self.error[start:column].T, self.feedback[start:column, column])
+            codes = torch.add(zero, (target / scale).round_(), out=self.codes[column]).clamp_(0, self.top)
+            nearest = (codes - zero).mul_(scale)
+            torch.sub(self.weight[column], nearest, out=self.error[column])
+            torch.sub(target, nearest, out=self.residual[column])
+
+
+@cache
+def _compiled_leaf() -> Callable[..., None] | None:
+    """Compile the rounding of a leaf's inputs as one loop over its output rows; None where numba is not there."""
+    if find_spec("numba") is None:
+        return None
+    import numba
+    import numpy as np
+
+    def leaf(arrays: Any, start: int, end: int, top: int) -> None:
+        target, weight, scale, zero, codes, error, residual, feedback = arrays
+        for first in range(0, target.shape[1], LEAF_ROWS):  # output rows whose numbers stay in the innermost cache
+            last = min(first + LEAF_ROWS, target.shape[1])
+            for column in range(start, end):
+                for before in range(start, column):
+                    factor = feedback[before, column]
+                    for row in range(first, last):
+                        target[column, row] += factor * error[before, row]
+                for row in range(first, last):
+                    code = np.rint(target[column, row] / scale[column, row]) + zero[column, row]
+                    code = np.float32(0) if code < 0 else code
+                    code = np.float32(top) if code > top else code
+                    nearest = (code - zero[column, row]) * scale[column, row]
+                    codes[column, row] = code
+                    error[column, row] = weight[column, row] - nearest
+                    residual[column, row] = target[column, row] - nearest
+
+    kernel: Callable[..., None] = numba.njit(nogil=True, error_model="numpy")(leaf)
+    return kernel
 
 
 def _refit_scales(weight: Tensor, rows: _Candidates, fmt: Format, factor: CholeskyFactor) -> _Candidates:
     """Choose scales that cost less with the same codes: group after group, the float16 nearest to the minimum of its parabola."""
     width, size = weight.shape[1], fmt.group_size
     scale, cost = rows.scale.clone(), rows.cost.clone()
-    steps = rows.codes - rows.zero.repeat_interleave(size, dim=1)[:, :width]  # ŵ = steps * scale
-    slope = (weight - steps * scale.repeat_interleave(size, dim=1)[:, :width]) @ factor.damped  # e H [out, in]
+    steps = rows.codes - _by_input(rows.zero, size, width)  # ŵ = steps * scale
+    slope = (weight - steps * _by_input(scale, size, width)) @ factor.damped  # e H [out, in]
     for group in range(scale.shape[1]):
         inputs = slice(group * size, min(width, (group + 1) * size))
         step, old = steps[:, inputs], scale[:, group]  # [out, group size], [out]
@@ -171,6 +208,11 @@ def _refit_scales(weight: Tensor, rows: _Candidates, fmt: Format, factor: Choles
         cost -= torch.where(better, gain, 0)
         slope[:, inputs.stop :] -= (step * change.unsqueeze(1)) @ factor.damped[inputs, inputs.stop :]
     return _Candidates(rows.codes, scale, rows.zero, cost)
+
+
+def _by_input(values: Tensor, size: int, width: int) -> Tensor:
+    """Return what each input's group has, [out, in]. values: [out, groups]"""
+    return values.unsqueeze(-1).expand(-1, -1, size).flatten(1)[:, :width]
 
 
 def _best(rows: _Candidates, count: int) -> _Candidates:
