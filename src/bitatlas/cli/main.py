@@ -9,6 +9,7 @@ import errno
 import os
 import sys
 from collections.abc import Callable
+from importlib import metadata
 from typing import Annotated, Any, NoReturn
 
 from bitatlas.errors import UserError, file_trouble
@@ -39,9 +40,7 @@ TYPER_INTERRUPTED = 130  # the exit code that typer makes of Ctrl-C
 @app.callback(invoke_without_command=True)
 def version(show: Annotated[bool, typer.Option("--version", help="Print the version and exit.")] = False) -> None:
     if show:
-        from bitatlas import __version__
-
-        print(f"bitatlas {__version__}")
+        print(f"bitatlas {metadata.version('bitatlas')}")
         raise typer.Exit
 
 
