@@ -1,4 +1,4 @@
-"""What this machine can do, measured: how many processors a process may use, and how many threads run the model's own layers fastest.
+"""What this machine has for a survey: processors, the threads that run the model's own layers fastest, and memory beside what is needed.
 
 Two processors are often two threads of one core, and share its arithmetic: small products then take several times longer with two
 threads than with one. A container may see all processors of its host and be allowed a few. So neither is taken for granted.

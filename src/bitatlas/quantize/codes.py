@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
+from importlib.util import find_spec
 
 import torch
 from torch import Tensor
@@ -35,13 +37,13 @@ class Codes:
 
     def weight(self, dtype: torch.dtype = torch.float32) -> Tensor:
         """Return the weight that these codes stand for, [out, in]."""
-        weight = torch.empty(self.codes.shape, dtype=dtype, device=self.codes.device)
-        start = 0
-        for codes, part in zip(grouped(self.codes, self.group_size), grouped(weight, self.group_size), strict=True):
-            groups = slice(start, start := start + codes.shape[1])
-            steps = codes.float().sub_(self.zero[:, groups, None])  # [out, groups, inputs of a group]
-            part.copy_(steps.mul_(self.scale[:, groups, None].float()))
-        return weight
+        scale, zero = (by_input(values, self.group_size, self.codes.shape[1]) for values in (self.scale, self.zero))
+        return self.codes.float().sub_(zero).mul_(scale).to(dtype)
+
+
+def by_input(values: Tensor, size: int, width: int) -> Tensor:
+    """Return what each input's group has, [out, in]. values: [out, groups]"""
+    return values.unsqueeze(-1).expand(-1, -1, size).flatten(1)[:, :width]
 
 
 def grouped(weight: Tensor, size: int) -> list[Tensor]:
@@ -49,6 +51,16 @@ def grouped(weight: Tensor, size: int) -> list[Tensor]:
     whole = weight.shape[1] // size * size
     parts = (weight[:, :whole].unflatten(1, (-1, size)) if whole else weight[:, :0, None], weight[:, None, whole:])
     return [part for part in parts if part.numel()]
+
+
+def compile_loops(function: Callable[..., None]) -> Callable[..., None] | None:
+    """Compile loops over arrays by numba; None where numba has no build for this Python or processor."""
+    if find_spec("numba") is None:
+        return None
+    import numba
+
+    compiled: Callable[..., None] = numba.njit(nogil=True, error_model="numpy")(function)
+    return compiled
 
 
 def packed_bytes(count: int, bits: int) -> int:

@@ -22,16 +22,16 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import cache
-from importlib.util import find_spec
 from typing import Any, NamedTuple
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from bitatlas.errors import UserError
 from bitatlas.model.decoder import Decoder
 from bitatlas.quantize import rtn
-from bitatlas.quantize.codes import SMALLEST_SCALE, Codes
+from bitatlas.quantize.codes import SMALLEST_SCALE, Codes, by_input, compile_loops
 from bitatlas.quantize.hessian import input_hessians, to_float64
 from bitatlas.records.formats import Format
 
@@ -161,11 +161,7 @@ class _ColumnRounder:
 
 @cache
 def _compiled_leaf() -> Callable[..., None] | None:
-    """Compile the rounding of a leaf's inputs as one loop over its output rows; None where numba is not there."""
-    if find_spec("numba") is None:
-        return None
-    import numba
-    import numpy as np
+    """Compile the rounding of a leaf's inputs as one loop over its output rows; None where that cannot be (see `compile_loops`)."""
 
     def leaf(arrays: Any, start: int, end: int, top: int) -> None:
         target, weight, scale, zero, codes, error, residual, feedback = arrays
@@ -185,16 +181,15 @@ def _compiled_leaf() -> Callable[..., None] | None:
                     error[column, row] = weight[column, row] - nearest
                     residual[column, row] = target[column, row] - nearest
 
-    kernel: Callable[..., None] = numba.njit(nogil=True, error_model="numpy")(leaf)
-    return kernel
+    return compile_loops(leaf)
 
 
 def _refit_scales(weight: Tensor, rows: _Candidates, fmt: Format, factor: CholeskyFactor) -> _Candidates:
     """Choose scales that cost less with the same codes: group after group, the float16 nearest to the minimum of its parabola."""
     width, size = weight.shape[1], fmt.group_size
     scale, cost = rows.scale.clone(), rows.cost.clone()
-    steps = rows.codes - _by_input(rows.zero, size, width)  # ŵ = steps * scale
-    slope = (weight - steps * _by_input(scale, size, width)) @ factor.damped  # e H [out, in]
+    steps = rows.codes - by_input(rows.zero, size, width)  # ŵ = steps * scale
+    slope = (weight - steps * by_input(scale, size, width)) @ factor.damped  # e H [out, in]
     for group in range(scale.shape[1]):
         inputs = slice(group * size, min(width, (group + 1) * size))
         step, old = steps[:, inputs], scale[:, group]  # [out, group size], [out]
@@ -208,11 +203,6 @@ def _refit_scales(weight: Tensor, rows: _Candidates, fmt: Format, factor: Choles
         cost -= torch.where(better, gain, 0)
         slope[:, inputs.stop :] -= (step * change.unsqueeze(1)) @ factor.damped[inputs, inputs.stop :]
     return _Candidates(rows.codes, scale, rows.zero, cost)
-
-
-def _by_input(values: Tensor, size: int, width: int) -> Tensor:
-    """Return what each input's group has, [out, in]. values: [out, groups]"""
-    return values.unsqueeze(-1).expand(-1, -1, size).flatten(1)[:, :width]
 
 
 def _best(rows: _Candidates, count: int) -> _Candidates:

@@ -18,13 +18,13 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from functools import cache
-from importlib.util import find_spec
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
-from bitatlas.quantize.codes import LARGEST_SCALE, SMALLEST_SCALE, Codes, grouped
+from bitatlas.quantize.codes import LARGEST_SCALE, SMALLEST_SCALE, Codes, by_input, compile_loops, grouped
 from bitatlas.records.formats import Format
 
 STEPS = 20
@@ -40,11 +40,8 @@ def quantize(weight: Tensor, fmt: Format) -> Codes:
 
 def on_grid(weight: Tensor, scale: Tensor, zero: Tensor, fmt: Format) -> Codes:
     """Round `weight` float32 [out, in] to the nearest codes of a grid (scale and zero-point [out, groups])."""
-    codes = torch.empty(weight.shape, dtype=torch.uint8, device=weight.device)
-    start = 0
-    for part, nearest in zip(grouped(weight, fmt.group_size), grouped(codes, fmt.group_size), strict=True):
-        groups = slice(start, start := start + part.shape[1])  # part: [out, groups, inputs of a group]
-        nearest.copy_((part / scale[:, groups, None]).round_().add_(zero[:, groups, None]).clamp_(0, _top(fmt)))
+    scales, zeros = (by_input(values, fmt.group_size, weight.shape[1]) for values in (scale, zero))
+    codes = (weight / scales).round_().add_(zeros).clamp_(0, _top(fmt)).to(torch.uint8)
     return Codes(codes, scale.half(), zero.to(torch.uint8), fmt.group_size)
 
 
@@ -82,7 +79,7 @@ def _candidates(weight: Tensor, fmt: Format) -> tuple[Tensor, Tensor]:
 
 
 def _search(weight: Tensor, counts: Tensor, scales: Tensor, zeros: Tensor, size: int, top: int) -> Tensor:
-    """The step of the least squared error of every group, int64 [out, groups]; the first of equals. scales: [steps, out, groups]."""
+    """Return the step of the least squared error of every group, int64 [out, groups]; the first of equals. scales: [steps, out, groups]."""
     inverse, low, high, square = (
         part.movedim(-1, 1).contiguous() for part in (1 / scales, -zeros, top - zeros, scales.square())
     )  # [steps, groups, out]
@@ -98,11 +95,7 @@ def _search(weight: Tensor, counts: Tensor, scales: Tensor, zeros: Tensor, size:
 
 @cache
 def _compiled() -> Callable[..., Tensor] | None:
-    """Compile the search as one pass over the weights, in 2 s; None where numba has no build for this Python or processor."""
-    if find_spec("numba") is None:
-        return None
-    import numba
-    import numpy as np
+    """Compile the search as one pass over the weights, in 2 s; None where that cannot be (see `compile_loops`)."""
 
     def search(weight: Any, counts: Any, inverse: Any, low: Any, high: Any, square: Any, size: int, best: Any) -> None:
         error, ratios = np.empty(STEPS, np.float32), np.empty(STEPS, np.float32)
@@ -130,7 +123,9 @@ def _compiled() -> Callable[..., Tensor] | None:
                     if error[step] * square[row, group, step] < smallest:
                         smallest, best[row, group] = error[step] * square[row, group, step], step
 
-    kernel: Callable[..., None] = numba.njit(nogil=True, error_model="numpy")(search)
+    kernel = compile_loops(search)
+    if kernel is None:
+        return None
 
     def compiled(weight: Tensor, counts: Tensor, scales: Tensor, zeros: Tensor, size: int, top: int) -> Tensor:
         last = [part.movedim(0, -1).contiguous().numpy() for part in (1 / scales, -zeros, top - zeros, scales.square())]
