@@ -24,17 +24,21 @@ from bitatlas.run.options import (
 Draft = Annotated[
     bool,
     Option(
-        "Only a first plan, from curvature: plan.json, judged; no report. --resume without it goes on.",
+        "Only the first plan: plan.json, judged; no report. --resume without it goes on.",
         ("--draft",),
         before="device",
     ),
 ]
+DryRun = Annotated[
+    bool, Option("Only check everything and say how long the survey takes, stage by stage.", ("--dry-run",), before="device")
+]
 
 
-def survey(options: SurveyOptions, draft: Draft = False, as_json: Json = False) -> None:
+def survey(options: SurveyOptions, draft: Draft = False, dry_run: DryRun = False, as_json: Json = False) -> None:
     """Measure a checkpoint, plan its precision, verify the plan, write the report (the main job)."""
     from bitatlas.cli import show
     from bitatlas.progress import Reporter
+    from bitatlas.run.prepare import open_model
     from bitatlas.run.settings import Settings
     from bitatlas.run.survey import run_draft, run_survey
 
@@ -42,6 +46,9 @@ def survey(options: SurveyOptions, draft: Draft = False, as_json: Json = False) 
         options = replace(options, tasks=())
     out, reporter = Path(options.out), Reporter(options.quiet)
     inputs = Settings.of(options), out, options.resume, reporter, options.ray
+    if dry_run:
+        open_model(inputs[0], out, options.resume, reporter)
+        return
     if draft:
         plan, file = run_draft(*inputs), out / "plan.json"
         if as_json:

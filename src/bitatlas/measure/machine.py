@@ -12,17 +12,18 @@ import resource
 import sys
 import time
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 import psutil
 import torch
+from torch import Tensor
 
 from bitatlas.errors import UserError
-from bitatlas.measure.damage import REFERENCE_BYTES, STATE_BYTES, StateBudget, states_of
+from bitatlas.measure.damage import REFERENCE_BYTES, STATE_BYTES, StateBudget, kl_per_row, states_of
 from bitatlas.model.decoder import Decoder
-from bitatlas.model.layerwise import LOGIT_BYTES, batch_rows, layer_inputs, run_layer
+from bitatlas.model.layerwise import LOGIT_BYTES, batch_rows, layer_inputs, logits_of, run_layer
 from bitatlas.progress import Reporter
 from bitatlas.quantize.bank import CACHE_BYTES
 from bitatlas.records import ModelInfo, Module
@@ -34,6 +35,7 @@ CGROUP_QUOTA = Path("/sys/fs/cgroup/cpu/cpu.cfs_quota_us")  # cgroup v1, -1: non
 CGROUP_PERIOD = Path("/sys/fs/cgroup/cpu/cpu.cfs_period_us")
 TIMED_ROWS, TIMED_TOKENS = 2, 192
 TIMED_SECONDS = 1.0  # in all
+SPEED_ROWS, SPEED_TIMES = 8, 3
 WORTH = 0.95  # more threads are taken where they need at most this part of the time
 
 
@@ -84,6 +86,36 @@ def time_threads(decoder: Decoder) -> dict[int, float]:
     finally:
         torch.set_num_threads(before)
     return times
+
+
+@torch.no_grad()
+def row_seconds(decoder: Decoder, row_length: int) -> float:
+    """Time the model's first layer and its head on a few rows: seconds of a row through all of it, about, its damage included."""
+    tokens = min(row_length, decoder.context)
+    ids = decoder.probe_ids()[0].repeat(1 + tokens)[:tokens].repeat(SPEED_ROWS, 1)
+    start = layer_inputs(decoder, ids)
+    with decoder.held(0):
+        layer = _best_of(lambda: run_layer(decoder.layers[0], start.hidden, start.call(0, start.fresh())), decoder.device)
+    head = _best_of(lambda: kl_of_row(decoder, ids[:1], start.hidden[:1]), decoder.device)
+    return layer * len(decoder.layers) / SPEED_ROWS + head
+
+
+def _best_of(run: Callable[[], object], device: torch.device) -> float:
+    """Return the least seconds of a few runs."""
+    times = []
+    for _ in range(SPEED_TIMES):
+        begun = time.perf_counter()
+        run()
+        if device.type == "cuda":
+            torch.cuda.synchronize(device)
+        times.append(time.perf_counter() - begun)
+    return min(times)
+
+
+def kl_of_row(decoder: Decoder, ids: Tensor, final: Tensor) -> Tensor:
+    """Return what measuring a row costs beside the layers: logits of a last hidden state, and a divergence."""
+    logits = logits_of(decoder, ids, final).float()
+    return kl_per_row(torch.log_softmax(logits, dim=-1), logits)
 
 
 def use_threads(decoder: Decoder, threads: int | None, reporter: Reporter) -> None:

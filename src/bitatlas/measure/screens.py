@@ -211,7 +211,7 @@ def screen_orders(
     """
     layers = sorted({module.layer for module in modules})
     pairs = pairs_for(len(layers), short)
-    if not pairs:
+    if not pairs or not len(rows):
         return None
     rng = np.random.default_rng(seed)
     drawn = [[int(layer) for layer in rng.permutation(layers)] for _ in range(pairs)]
@@ -257,7 +257,7 @@ def screen_text(
     return TextScreen(widths, screen_layers(meter, modules, formats[0], formats[-1], rows, reporter))
 
 
-def general_rows(test: Tensor, length: int) -> tuple[Tensor, list[int]]:
+def general_rows(test: Tensor, length: int, count: int = GENERAL_ROWS) -> tuple[Tensor, list[int]]:
     """Return the general text to compare tasks' text with: the first `length` tokens of test rows spread over all, and their indices.
 
     What is early in a row hurts otherwise than what is late, so lengths are the same. All rows where they are no longer than `length`:
@@ -265,5 +265,5 @@ def general_rows(test: Tensor, length: int) -> tuple[Tensor, list[int]]:
     """
     if test.shape[1] <= length:
         return test, list(range(len(test)))
-    indices = [int(index) for index in np.unique(np.linspace(0, len(test) - 1, min(GENERAL_ROWS, len(test))).round())]
+    indices = [int(index) for index in np.unique(np.linspace(0, len(test) - 1, min(count, len(test))).round())]
     return test[indices, :length], indices

@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import functools
 import logging
+import time
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
@@ -25,6 +26,7 @@ from bitatlas.data.numbers import plain_number, read_number, same_answer
 from bitatlas.data.tasks import TASKS, Item, Task, items_sha256
 from bitatlas.errors import UserError
 from bitatlas.measure.damage import DamageMeter
+from bitatlas.model.decoder import Decoder
 from bitatlas.progress import Reporter
 from bitatlas.records import TaskScore
 from bitatlas.records.journal import content_key
@@ -85,6 +87,17 @@ def _harness_task(spec: Task, items: Sequence[Item], context: int) -> Any:
         generation = config["generation_kwargs"]
         generation["max_gen_toks"] = min(generation["max_gen_toks"], context // 2)
     return ConfigurableTask(config=config)
+
+
+TIMED_ITEMS = 4
+
+
+def seconds_per_item(decoder: Decoder, tokenizer: Any, task: str, items: Sequence[Item]) -> float:
+    """Time a few answers of the model as it is."""
+    begun = time.perf_counter()
+    few = list(items[:TIMED_ITEMS])
+    score_items(decoder.model, tokenizer, task, few)
+    return (time.perf_counter() - begun) / max(1, len(few))
 
 
 # --- what was answered ---------------------------------------------------------------------------------------------------

@@ -104,14 +104,21 @@ def curvature_share(model: Predictor, plans: list[Ints], damage: Floats) -> floa
 
 
 def calibrate(
-    base: Ints, formats: int, probe: Probe, scores: Scores, measure: MeasureRows, seed: int = 0, blocks: Blocks = None
+    base: Ints,
+    formats: int,
+    probe: Probe,
+    scores: Scores,
+    measure: MeasureRows,
+    seed: int = 0,
+    blocks: Blocks = None,
+    count: int = PLANS,
 ) -> Calibration | None:
-    """Predict and measure the random plans around `base` [units]; None where there are fewer than `FEWEST` different ones.
+    """Predict and measure `count` random plans around `base` [units]; None where there are fewer than `FEWEST` different ones.
 
     `scores` are the added-up ones to compare with. `measure` knows the splits "fit" and "select"; blocks: of the select rows.
     """
-    drawn = draw_plans(base, formats, PLANS + TRAINING, seed)
-    training, plans = _split(drawn, seed)
+    drawn = draw_plans(base, formats, count + TRAINING, seed)
+    training, plans = _split(drawn, seed, count)
     if len(plans) < FEWEST:
         return None
     changes = [(u, f) for u in range(len(base)) for f in range(formats) if f != base[u]]
@@ -142,10 +149,10 @@ def _point(changed: int, predicted: float, rows: Floats, seed: int, blocks: Bloc
     return CalibrationPoint(changed, float(predicted), measured(rows, "nats/token", "plan", "select", seed, blocks))
 
 
-def _split(drawn: list[Ints], seed: int) -> tuple[list[Ints], list[Ints]]:
+def _split(drawn: list[Ints], seed: int, count: int) -> tuple[list[Ints], list[Ints]]:
     """Split plans by chance into those that the share of the curvature is fitted on and those that judge; of few plans the same parts."""
     order = np.random.default_rng([seed, 1]).permutation(len(drawn))
-    cut = len(drawn) * TRAINING // (PLANS + TRAINING)
+    cut = len(drawn) * TRAINING // (count + TRAINING)
     return [drawn[i] for i in order[:cut]], [drawn[i] for i in sorted(order[cut:])]
 
 

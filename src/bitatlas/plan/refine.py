@@ -33,7 +33,7 @@ FORBIDDEN = 1e3  # nats/token, for changes that were not measured
 
 @dataclass(frozen=True)
 class Effort:
-    """How much is measured. `short` is for a budget near one whose plan is known, `draft` for a probe whose swaps are not measured."""
+    """How much is measured. `short` is for a budget near one whose plan is known."""
 
     rounds: int  # of measured swaps
     swaps: int  # changes measured around the first base, at most
@@ -41,7 +41,12 @@ class Effort:
     pairs: int  # plans measured when the solver's step failed
 
 
-EFFORTS = {"full": Effort(8, 48, 20, 6), "short": Effort(2, 16, 16, 2), "draft": Effort(2, 10**6, 10**6, 4)}
+EFFORTS = {
+    "full": Effort(8, 48, 20, 6),
+    "half": Effort(4, 32, 16, 4),
+    "quarter": Effort(2, 24, 12, 2),
+    "short": Effort(2, 16, 16, 2),
+}
 MEASURED_SWAPS = "measured swaps"
 
 

@@ -32,7 +32,8 @@ from bitatlas.errors import UserError
 from bitatlas.model.decoder import Decoder
 from bitatlas.quantize import rtn
 from bitatlas.quantize.codes import SMALLEST_SCALE, Codes, by_input, compile_loops
-from bitatlas.quantize.hessian import input_hessians, to_float64
+from bitatlas.quantize.hessian import to_float64
+from bitatlas.quantize.moments import InputMoments, module_moments
 from bitatlas.records.formats import Format
 
 DAMPING = 0.01  # of the mean diagonal; the paper's
@@ -60,17 +61,23 @@ def quantize(
     return _quantize(decoder, modules, formats, rows)
 
 
-@torch.no_grad()
 def _quantize(
     decoder: Decoder, modules: Sequence[str], formats: Sequence[Format], rows: Tensor
 ) -> Iterator[tuple[str, list[Codes]]]:
-    for names, hessian in input_hessians(decoder, modules, rows):
-        factor = factorize(hessian)
-        for name in names:
-            weight = decoder.weight(name)
-            # Where float64 had to go elsewhere, the codes are chosen there too.
-            codes = [fit(weight.to(hessian.device).float(), fmt, factor) for fmt in formats]
-            yield name, [of_format.to(weight.device) for of_format in codes]
+    wanted = set(modules)
+    for moments in module_moments(decoder, modules, rows):
+        yield from ((name, codes) for name, codes in fit_moments(decoder, moments, formats) if name in wanted)
+
+
+@torch.no_grad()
+def fit_moments(decoder: Decoder, moments: InputMoments, formats: Sequence[Format]) -> Iterator[tuple[str, list[Codes]]]:
+    """Yield the modules of one input in every format, fitted to its moments."""
+    factor = factorize(moments.hessian)
+    for name in moments.names:
+        weight = decoder.weight(name)
+        # Where float64 had to go elsewhere, the codes are chosen there too.
+        codes = [fit(weight.to(factor.hessian.device).float(), fmt, factor) for fmt in formats]
+        yield name, [of_format.to(weight.device) for of_format in codes]
 
 
 def factorize(hessian: Tensor, act_order: bool = True) -> CholeskyFactor:

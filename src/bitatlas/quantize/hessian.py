@@ -20,6 +20,7 @@ import torch
 from torch import Tensor, nn
 
 from bitatlas.model.decoder import Decoder
+from bitatlas.model.gradients import module_input
 from bitatlas.model.layerwise import batch_rows, is_chain, layer_inputs, run_layer, whole_logits
 
 Run = Callable[[int, Callable[[], None]], None]  # (layer, called before each batch)
@@ -73,11 +74,6 @@ def _model_runner(decoder: Decoder, batches: Sequence[Tensor]) -> Run:
             whole_logits(decoder, batch.to(decoder.device))
 
     return run
-
-
-def module_input(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Tensor:
-    """Return what a linear module was called with."""
-    return next(iter((*args, *kwargs.values())))  # type: ignore[no-any-return]
 
 
 def to_float64(values: Tensor) -> Tensor:

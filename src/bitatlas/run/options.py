@@ -207,6 +207,12 @@ class SurveyOptions(TaskOptions, RowOptions, BudgetOptions, Candidates):  # a re
     threads: Annotated[
         int | None, Option("Threads on a CPU. Default: OMP_NUM_THREADS, else the fastest, timed on the model's first layer.")
     ] = None
+    time: Annotated[
+        str | None,
+        Option(
+            "What this may take, like 20min or 2h: rows and stages are fitted into it. Default: what a nominal machine does in 40 min."
+        ),
+    ] = None
     memory: Annotated[
         str | None,
         Option(

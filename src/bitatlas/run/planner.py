@@ -1,19 +1,22 @@
-"""How the planner reaches the model: curvature, measured swaps and measured plans, journaled and shown.
+"""How the planner reaches the model: prices, curvature, measured swaps and measured plans, journaled and shown; and a survey's first plan.
 
-A draft has the curvature in the place of measured swaps: one pass with a few backwards for all changes, instead of a pass for each.
+The first plan comes from the price list (`measure.prices`): one pass forwards and one backwards for all units and formats. A few measured models say
+what a price is worth in nats/token.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
 
 import numpy as np
 
 from bitatlas.measure.curvature import expand
 from bitatlas.measure.damage import Swap
 from bitatlas.measure.interactions import Interactions, swap_interactions
-from bitatlas.plan.expansion import Expansion, Quadratic, quadratic_model
+from bitatlas.measure.prices import price_units
+from bitatlas.plan.baselines import most_critical_first
+from bitatlas.plan.calibration import LEAST
+from bitatlas.plan.expansion import Expansion
 from bitatlas.plan.knapsack import Floats, Ints
 from bitatlas.plan.refine import Change, Probe, step_text
 from bitatlas.plan.search import MeasureDamage, PlannerHooks, Scores
@@ -22,21 +25,8 @@ from bitatlas.records.sizes import assignment_of
 from bitatlas.records.text import number
 from bitatlas.run.prepare import Session
 
-CURVATURE = "the curvature around a plan"
-
-
-@dataclass(frozen=True)
-class Expanded:
-    """Changes around a base to second order: damage added [changes], half the curvature between them [changes, changes]; nats/token."""
-
-    added: Floats
-    together: Floats
-
-
-def expanded(model: Quadratic, changes: Sequence[Change]) -> Expanded:
-    """Return what the quadratic model says of `changes`."""
-    index = np.array([unit * model.first.shape[1] + fmt for unit, fmt in changes])
-    return Expanded(model.first.ravel()[index] + np.diag(model.matrix)[index], model.matrix[np.ix_(index, index)])
+SOURCE = "second-order prices"
+SCALED_ROWS = 8  # of the select rows, on which prices are compared with damage
 
 
 def critical_first(atlas: Atlas) -> list[int]:
@@ -48,7 +38,10 @@ def planner_hooks(session: Session, scores: Scores) -> PlannerHooks:
     """Return the planner's ways to the model: fit and select rows, never the test rows."""
     if not session.settings.refine:
         return PlannerHooks(scores, on_select(session))
-    return PlannerHooks(scores, on_select(session), probe(session), lambda step: session.reporter.say(step_text(step)))
+    say = session.reporter.say
+    return PlannerHooks(
+        scores, on_select(session), probe(session), lambda step: say(step_text(step)), effort=session.effort.search
+    )
 
 
 def on_select(session: Session) -> MeasureDamage:
@@ -65,7 +58,8 @@ def on_select(session: Session) -> MeasureDamage:
 
 def probe(session: Session) -> Probe:
     """Return what a refinement asks of the model, on the fit and select rows; test rows are out of its reach."""
-    meter, rows, reporter, subject = session.meter, session.rows, session.reporter, session.subject
+    meter, reporter, subject, count = session.meter, session.reporter, session.subject, session.effort.unit_rows
+    rows = {"fit": session.rows.fit[:count], "select": session.rows.select[:count]}
     units, formats, seed = subject.units, subject.formats, subject.seed
 
     def assignment(choice: Ints | None) -> dict[str, str]:
@@ -73,29 +67,44 @@ def probe(session: Session) -> Probe:
 
     def curvature(base: Ints | None) -> Expansion:
         with reporter.stage("curvature at the reference" if base is None else "curvature at a plan") as progress:
-            return expand(meter, subject.modules, formats, assignment(base), rows.fit, seed, progress=progress)
+            return expand(meter, subject.modules, formats, assignment(base), rows["fit"], seed, progress=progress)
 
     def swaps(base: Ints, changes: Sequence[Change], split: str) -> Interactions:
         single = [Swap(units[u].layer, {module.name: formats[f] for module in units[u].modules}) for u, f in changes]
         with reporter.stage(f"{len(single)} swaps around a plan ({split} rows)") as progress:
-            return swap_interactions(meter, assignment(base), single, getattr(rows, split), seed, progress)
+            return swap_interactions(meter, assignment(base), single, rows[split], seed, progress)
 
     def damage(plans: Mapping[str, Ints]) -> dict[str, float]:
         named = session.assignments(plans)
-        fit, select = (meter.plans(named, part) for part in (rows.fit, rows.select))
+        fit, select = (meter.plans(named, part) for part in (rows["fit"], session.rows.select))
         return {name: float(np.concatenate([fit[name], select[name]]).mean()) for name in plans}
 
     return Probe(curvature, swaps, damage)
 
 
-def draft_probe(session: Session) -> Probe:
-    """Return the probe of a draft: curvature in the place of measured swaps."""
-    subject = session.subject
+def first_hooks(session: Session) -> PlannerHooks:
+    """Return the planner's ways to the model for a first plan: the price list, and measured plans."""
+    settings, subject = session.settings, session.subject
+    with session.reporter.stage(f"quantizing ({settings.quantizer}) and pricing every unit") as progress:
+        if session.bank.helper or not session.bank.quantizer.fit:
+            session.bank.fill(settings.formats, progress)
+        prices = price_units(session.meter, subject.modules, settings.formats, session.rows.fit, progress)
+    return PlannerHooks(_price_scores(session, prices), on_select(session))
 
-    def swaps(base: Ints, changes: Sequence[Change], split: str) -> Expanded:
-        with session.reporter.stage(f"curvature around a plan ({split} rows)") as progress:
-            assignment, rows = assignment_of(subject.units, subject.formats, base), getattr(session.rows, split)
-            expansion = expand(session.meter, subject.modules, subject.formats, assignment, rows, subject.seed, progress=progress)
-        return expanded(quadratic_model(expansion), changes)
 
-    return replace(probe(session), swaps=swaps, rounds_of=CURVATURE)
+def _price_scores(session: Session, prices: Floats) -> Scores:
+    """Return the prices [units, formats] as damage: times the factor by which uniform widths do more than the sum of their prices."""
+    formats, rows = session.settings.formats, session.rows.select[:SCALED_ROWS]
+    plans = {name: np.full(len(prices), index) for index, name in enumerate(formats)}
+    damage = session.meter.plans(session.assignments(plans), rows)
+    measured = np.array([damage[name].mean() for name in formats])
+    factor = float(np.exp(np.log(measured.clip(LEAST) / prices.sum(axis=0).clip(LEAST)).mean()))
+    session.reporter.say(f"uniform widths do {number(factor)} times the damage of their prices' sum")
+    return Scores({"prices": factor * (prices - prices[:, -1:])}, float(measured[-1]), SOURCE)
+
+
+def layers_by_score(session: Session, scores: Scores) -> list[int]:
+    """Return the layers, that with the most damage for its weights first, as far as the scores know."""
+    (table,) = scores.tables.values()
+    damage = np.bincount([unit.layer for unit in session.subject.units], table[:, 0])
+    return most_critical_first(session.subject.modules, damage)

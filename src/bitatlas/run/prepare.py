@@ -34,10 +34,11 @@ from bitatlas.plan.search import PlanningProblem
 from bitatlas.progress import Reporter
 from bitatlas.quantize import get_quantizer
 from bitatlas.quantize.bank import BANK, Bank, disk_bytes
-from bitatlas.records import Atlas, Budget
+from bitatlas.records import Atlas, Budget, Plan
 from bitatlas.records.journal import Journal
 from bitatlas.records.sizes import assignment_of, check_rows, size_of
 from bitatlas.records.text import byte_size, number
+from bitatlas.run.effort import EFFORTS, Effort, settle_effort
 from bitatlas.run.options import SurveyOptions
 from bitatlas.run.settings import Settings, check_device
 
@@ -62,6 +63,11 @@ class Session:
     reporter: Reporter
     bank: Bank = field(init=False)
     meter: DamageMeter = field(init=False)
+
+    @property
+    def effort(self) -> Effort:
+        """How much is measured."""
+        return EFFORTS[self.settings.effort or "full"]
 
     def __post_init__(self) -> None:
         sha, mode = self.checkpoint.info.weights_sha256, self.load_mode
@@ -88,16 +94,34 @@ class Session:
         """Score items of a task with `assignment`, journaled: one record an item. `precision`: its name."""
         return score_shards(self.meter, self.tokenizer, self.reporter, task, items, assignment, precision)
 
-    def measure(self, plans: Mapping[str, Mapping[str, str]], split: str) -> dict[str, np.ndarray]:
-        """Measure the damage of plans by name on the rows of a split: float64 [rows] each, nats/token."""
+    def choice(self, plan: Plan) -> np.ndarray:
+        """Return the format of every unit in a plan, by its index: int64 [units]."""
+        subject = self.subject
+        return np.array([subject.formats.index(plan.modules[unit.modules[0].name]) for unit in subject.units])
+
+    def measure(self, plans: Mapping[str, Mapping[str, str]], split: str, rows: int | None = None) -> dict[str, np.ndarray]:
+        """Measure the damage of plans by name on the first `rows` rows of a split, or all: float64 [rows] each, nats/token."""
         with self.reporter.stage(f"plans on {split} rows") as progress:
-            return self.meter.plans(plans, getattr(self.rows, split), progress)
+            return self.meter.plans(plans, getattr(self.rows, split)[:rows], progress)
 
     def finish(self) -> None:
         """Refuse a checkpoint that changed meanwhile, and say what was taken at the peak, beside what was predicted."""
         self.checkpoint.check_unchanged()
         peak = byte_size(peak_bytes(str(self.decoder.device)))
         self.reporter.say(f"peak memory: {peak}, at most {byte_size(self.load_mode.predicted_bytes)} predicted")
+
+
+@dataclass(frozen=True)
+class Opened:
+    """A model that is open and checked, with what is measured on it; nothing is written yet."""
+
+    settings: Settings
+    checkpoint: Checkpoint
+    load_mode: LoadMode
+    decoder: Decoder
+    tokenizer: Any
+    rows: Rows
+    items: TaskItems
 
 
 def prepare(
@@ -110,6 +134,19 @@ def prepare(
     """Open and check everything; UserError at the first thing that is wrong, with nothing written.
 
     `connect`: called when all else is checked and before the journal is written (see `ray.scheduler`).
+    """
+    opened = open_model(settings, out, resume, reporter, by_itself=not connect)
+    if connect:
+        connect(out, opened.checkpoint)
+    journal = _open_journal(out, opened.checkpoint)
+    o = opened
+    return Session(o.settings, out, o.checkpoint, o.load_mode, o.decoder, o.tokenizer, o.rows, o.items, journal, reporter)
+
+
+def open_model(settings: Settings, out: Path, resume: bool, reporter: Reporter, by_itself: bool = True) -> Opened:
+    """Open the model with all that a survey needs, check it, and settle what is measured; UserError at the first thing that is wrong.
+
+    by_itself: this process measures, with the fastest number of threads.
     """
     get_quantizer(settings.quantizer).check(list(settings.format_table().values()))
     device = check_device(settings.device)
@@ -135,14 +172,14 @@ def prepare(
     how = "one decoder layer's weights at a time" if load_mode.streamed else "all weights in memory"
     reporter.say(f"{how}; at most about {byte_size(load_mode.predicted_bytes)}{where}")
     decoder = load_decoder(settings, checkpoint, load_mode, device)
-    if not connect:
+    if by_itself:
         use_threads(decoder, settings.threads, reporter)
     check_causal(decoder, checkpoint.info.name)
     check_chain(decoder, checkpoint.info.name)
-    if connect:
-        connect(out, checkpoint)
-    journal = _open_journal(out, checkpoint)
-    return Session(settings, out, checkpoint, load_mode, decoder, tokenizer, rows, items, journal, reporter)
+    settled = settle_effort(settings, checkpoint, decoder, tokenizer, items, reporter)
+    if settled.limit != settings.limit:
+        rows, items = rows_and_items(settled, checkpoint, tokenizer)
+    return Opened(settled, checkpoint, load_mode, decoder, tokenizer, rows, items)
 
 
 def load_mode_of(settings: Settings, checkpoint: Checkpoint, device: str, out: Path) -> LoadMode:

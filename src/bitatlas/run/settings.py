@@ -57,6 +57,8 @@ class Settings:
     margin_points: float  # of "no loss within x points"
     curve: bool  # a few verified plans at other sizes
     few_shot: int  # examples with their answers before each question
+    time_seconds: float | None = None  # that the survey may take; None: as long as the nominal effort takes
+    effort: str | None = None  # how much is measured, a key of `effort.EFFORTS`; None: not settled yet
 
     @classmethod
     def of(cls, options: SurveyOptions) -> Settings:
@@ -66,6 +68,8 @@ class Settings:
         tokens = options.tokens or (demo.TEXT_FILE if is_demo else None)
         resolved: dict[str, Any] = {
             "memory_bytes": parse_size(memory, "--memory") if memory else None,
+            "time_seconds": parse_time(options.time) if options.time else None,
+            "effort": None,
             "margin_points": parse_points(options.margin, "--margin"),
             "formats": (formats := parse_formats(usual_formats if options.formats is None else options.formats)),
             "tasks": tuple(check_task_names(usual_tasks if options.tasks is None else options.tasks)),
@@ -123,8 +127,16 @@ class Settings:
     def recorded(self) -> dict[str, Any]:
         """Return what goes into the atlas: everything that a result depends on."""
         content = asdict(self)
-        del content["memory_bytes"], content["threads"]  # change no result
+        del content["memory_bytes"], content["threads"], content["time_seconds"]  # change no result beside the effort
         return content | {"formats": list(self.formats), "rows": list(self.rows), "tasks": list(self.tasks)}
+
+
+def parse_time(text: str) -> float:
+    """Parse `20min`, `2h`, `90s` -> seconds; UserError for anything else."""
+    match = re.fullmatch(r"([0-9]{1,6}(?:[.][0-9]{1,3})?) ?(s|min|h)", text.strip())
+    if not match or float(match[1]) <= 0:
+        raise UserError(f"--time {text}: give a number of s, min or h, like 20min")
+    return float(match[1]) * {"s": 1, "min": 60, "h": 3600}[match[2]]
 
 
 def parse_formats(names: Sequence[str]) -> tuple[str, ...]:

@@ -47,8 +47,7 @@ from bitatlas.measure.weights import weight_profile
 from bitatlas.plan.baselines import most_critical_first
 from bitatlas.plan.calibration import calibrate
 from bitatlas.plan.judge import curve_point, judge
-from bitatlas.plan.knapsack import Floats
-from bitatlas.plan.search import PlannerHooks, Scores, damage_tables, scores_of_bases, search
+from bitatlas.plan.search import PlannerHooks, damage_tables, search
 from bitatlas.progress import Reporter
 from bitatlas.records import Atlas, Calibration, CurvePoint, JointDamage, Plan, WeightProfile
 from bitatlas.records.files import to_json, write_text
@@ -56,7 +55,7 @@ from bitatlas.records.journal import content_key
 from bitatlas.records.text import interval
 from bitatlas.run.assemble import Screens, assemble, tables_of, uniform_records, write_outputs
 from bitatlas.run.curve import short_curve
-from bitatlas.run.planner import draft_probe, on_select, planner_hooks
+from bitatlas.run.planner import first_hooks, layers_by_score, planner_hooks
 from bitatlas.run.prepare import Session, prepare
 from bitatlas.run.protect import check_protected, protect_plan
 from bitatlas.run.ray.scheduler import Scheduler
@@ -64,7 +63,6 @@ from bitatlas.run.settings import Settings
 from bitatlas.stats.paired import compare_all
 
 FOCUS_PROBLEMS = 64
-PROFILED_ROWS = 32
 
 
 def run_survey(settings: Settings, out: Path, resume: bool, reporter: Reporter, ray: str | None = None) -> Atlas:
@@ -75,7 +73,7 @@ def run_survey(settings: Settings, out: Path, resume: bool, reporter: Reporter, 
 
 @contextmanager
 def _opened(settings: Settings, out: Path, resume: bool, reporter: Reporter, ray: str | None) -> Iterator[Session]:
-    """Open a survey, with every module in every format at hand."""
+    """Open a survey, on a Ray cluster where one is asked for."""
     with ExitStack() as stack:
         scheduler = stack.enter_context(closing(Scheduler(ray, reporter))) if ray is not None else None
         session = prepare(settings, out, resume, reporter, scheduler.connect if scheduler else None)
@@ -83,16 +81,15 @@ def _opened(settings: Settings, out: Path, resume: bool, reporter: Reporter, ray
         if scheduler:
             scheduler.configure(session)
         check_protected(session)
-        with reporter.stage(f"quantizing ({settings.quantizer})") as progress:
-            session.bank.fill(settings.formats, progress)
         yield session
 
 
 def _survey(session: Session) -> Atlas:
+    first = find_first_plan(session)
     weights = profile_weights(session)
     screens = screen_damage(session)
     attention = read_attention(session)
-    plan = find_plan(session, screens)
+    plan = find_plan(session, screens, first)
     tasks = ask_tasks(session, plan.plan)
     evidence = Evidence(screens.damage, weights, attention, plan, tasks)
     atlas = assemble(session, evidence, screens)
@@ -100,6 +97,33 @@ def _survey(session: Session) -> Atlas:
     with session.reporter.stage("writing the report"):
         write_outputs(session.out, atlas, tables_of(atlas, evidence, screens))
     return atlas
+
+
+# --- the first plan ------------------------------------------------------------------------------------------------------------
+#
+# Every survey begins with it: a plan from the price list, judged like any other and written at once. `survey --draft` ends there.
+
+
+def run_draft(settings: Settings, out: Path, resume: bool, reporter: Reporter, ray: str | None = None) -> Plan:
+    """Find, judge and write the first plan alone; returns it."""
+    if settings.budget.protect:
+        raise UserError("--draft --protect: whether a task is held takes the survey's answers; give a size, or leave --draft out")
+    with _opened(settings, out, resume, reporter, ray) as session:
+        plan = find_first_plan(session)
+        assert plan
+        session.finish()
+        return plan
+
+
+def find_first_plan(session: Session) -> Plan | None:
+    """Find and judge a plan from prices, and write it; None under a budget of tasks, which no price knows."""
+    subject, budget, hooks = session.subject, session.settings.budget, first_hooks(session)
+    if budget.protect:
+        return None
+    judged = judge(subject, budget, search(subject, budget, hooks), session.measure, layers_by_score(session, hooks.scores))
+    session.reporter.found("first plan", f"{interval(judged.plan.damage.measured, unit=True)} on test rows")
+    write_text(session.out / "plan.json", to_json(judged.plan))
+    return judged.plan
 
 
 # --- weights ---------------------------------------------------------------------------------------------------------------
@@ -128,20 +152,22 @@ def profile_weights(session: Session) -> list[WeightProfile]:
 
 def screen_damage(session: Session) -> Screens:
     """Measure every uniform width, every layer, kind of module and unit both ways, and the layers in sampled orders."""
-    settings, modules, reporter = session.settings, session.checkpoint.modules, session.reporter
+    settings, modules, reporter, effort = session.settings, session.checkpoint.modules, session.reporter, session.effort
     low, high, test, blocks = settings.low, settings.high, session.rows.test, session.rows.blocks("test")
     widths = screen_uniform(session.meter, modules, settings.formats, test, reporter)
     records = uniform_records(session, widths)
     for record in records:
         reporter.found(f"uniform {record.format}", interval(record.damage, unit=True))
-    by_layer = screen_layers(session.meter, modules, low, high, test, reporter)
-    by_kind = screen_kinds(session.meter, modules, low, high, test, reporter)
-    orders = screen_orders(session.meter, modules, low, high, test, settings.seed, reporter, not settings.refine)
+    by_layer = screen_layers(session.meter, modules, low, high, test[: effort.layer_rows], reporter)
+    by_kind = screen_kinds(session.meter, modules, low, high, test[: effort.kind_rows], reporter)
+    orders = screen_orders(
+        session.meter, modules, low, high, test[: effort.order_rows], settings.seed, reporter, not settings.refine
+    )
     layers = part_rows(session, "layer", widths, by_layer, "test", blocks)
     layers = replace(layers, orders=orders.added) if orders else layers
     kinds = part_rows(session, "kind", widths, by_kind, "test", blocks)
     joint = lowered_together(session, layers)
-    units = screen_units(session.meter, modules, settings.formats, session.rows.fit, reporter, settings.seed)
+    units = screen_units(session.meter, modules, settings.formats, session.rows.fit[: effort.unit_rows], reporter, settings.seed)
     damage = DamageEvidence(layers, modules, kinds, unit_rows(session, units), orders.models if orders else 0, joint)
     return Screens(damage, widths, records, units)
 
@@ -203,7 +229,7 @@ def read_attention(session: Session) -> AttentionEvidence:
     with session.reporter.stage("removing heads") as progress:
         removals = ablate(
             session.decoder, session.tokenizer, heads, session.meter.identity, session.journal, seed=settings.seed, progress=progress,
-            sequences=ABLATION_SEQUENCES if settings.refine else SHORT_SEQUENCES,
+            sequences=min(session.effort.sequences, ABLATION_SEQUENCES if settings.refine else SHORT_SEQUENCES),
         )  # fmt: skip
     return AttentionEvidence(
         attention=[layer for result in results for layer in result.layers],
@@ -216,8 +242,8 @@ def read_attention(session: Session) -> AttentionEvidence:
 
 def profile_attention(session: Session, base: str, assignment: Mapping[str, str]) -> AttentionResult:
     """Profile attention at one base, with its drift from the reference."""
-    problems, seed = focus_problems(session), session.settings.seed
-    rows, blocks = session.rows.test[:PROFILED_ROWS], session.rows.blocks("test")[:PROFILED_ROWS]
+    problems, seed, count = focus_problems(session), session.settings.seed, session.effort.profiled_rows
+    rows, blocks = session.rows.test[:count], session.rows.blocks("test")[:count]
     asked = [asdict(problem) for problem in problems]
     key = content_key("attention", session.meter.identity, dict(assignment), base, rows.tolist(), blocks, asked, seed)
     adapter = TypeAdapter(AttentionResult)
@@ -238,14 +264,14 @@ def focus_problems(session: Session) -> list[Problem]:
     worked = {task: items for task, items in session.items.items() if not TASKS[task].is_choice}
     worked = worked or {"demo_problems": load_items("demo_problems", None, FOCUS_PROBLEMS, session.settings.seed)}
     problems = [replace(problem, source=task) for task, items in worked.items() for problem in problems_of(items)]
-    return problems[:FOCUS_PROBLEMS]
+    return problems[: session.effort.problems]
 
 
 # --- plan ------------------------------------------------------------------------------------------------------------------
 
 
-def find_plan(session: Session, screens: Screens) -> PlanEvidence:
-    """Find the plan under the budget, judge it on the test rows, and verify a few plans at other sizes and its prediction."""
+def find_plan(session: Session, screens: Screens, first: Plan | None) -> PlanEvidence:
+    """Find the plan under the budget, with the first one as a start, judge it on the test rows, and verify a few plans at other sizes and its prediction."""
     settings, subject, units = session.settings, session.subject, screens.units
     names = [unit.name for unit in subject.units]
     hooks = planner_hooks(session, damage_tables(names, settings.formats, units.damage, units.base))
@@ -253,9 +279,11 @@ def find_plan(session: Session, screens: Screens) -> PlanEvidence:
     if settings.budget.protect:
         judged = protect_plan(session, hooks, most_critical)
     else:
-        judged = judge(subject, settings.budget, search(subject, settings.budget, hooks), session.measure, most_critical)
+        starts = {"first plan": session.choice(first)} if first else {}
+        candidate = search(subject, settings.budget, hooks, starts)
+        judged = judge(subject, settings.budget, candidate, session.measure, most_critical)
     session.reporter.found("plan", f"{interval(judged.plan.damage.measured, unit=True)} on test rows")
-    others = short_curve(session, hooks, most_critical, judged.plan) if settings.curve else []
+    others = short_curve(session, hooks, most_critical, judged.plan) if settings.curve and session.effort.curve else []
     points = [
         CurvePoint(f"uniform {u.format}", "uniform", u.size.code_bits, u.size.stored_bits, u.size.total_bytes, u.damage)
         for u in screens.uniform
@@ -270,15 +298,16 @@ def find_plan(session: Session, screens: Screens) -> PlanEvidence:
 
 def check_prediction(session: Session, hooks: PlannerHooks, assignment: Mapping[str, str]) -> Calibration | None:
     """Compare predicted with measured damage of random plans around a refined plan; None where the units are too few for that."""
-    units, formats, probe = session.subject.units, session.settings.formats, hooks.probe
-    if probe is None:
+    units, formats, probe, plans = session.subject.units, session.settings.formats, hooks.probe, session.effort.calibration
+    if probe is None or not plans:
         return None
 
     def measure(choices: Mapping[str, np.ndarray], split: str) -> dict[str, np.ndarray]:
-        return session.measure(session.assignments(choices), split)
+        return session.measure(session.assignments(choices), split, session.effort.unit_rows if split == "fit" else None)
 
     base = np.array([formats.index(assignment[unit.modules[0].name]) for unit in units])
-    return calibrate(base, len(formats), probe, hooks.scores, measure, session.settings.seed, session.rows.blocks("select"))
+    blocks = session.rows.blocks("select")
+    return calibrate(base, len(formats), probe, hooks.scores, measure, session.settings.seed, blocks, plans)
 
 
 # --- tasks -----------------------------------------------------------------------------------------------------------------
@@ -313,7 +342,9 @@ def screen_texts(session: Session) -> tuple[dict[str, TaskRows], LayerRows | Non
     settings, meter, modules = session.settings, session.meter, session.checkpoint.modules
     length = min(ROW_LENGTH, settings.row_length)
     cut = {
-        task: cut_rows([task_text(task, items)], session.tokenizer, TASK_ROWS, length, settings.seed)
+        task: cut_rows(
+            [task_text(task, items)], session.tokenizer, min(TASK_ROWS, session.effort.text_rows), length, settings.seed
+        )
         for task, items in session.items.items()
     }
     texts = {task: rows for task, rows in cut.items() if len(rows) > 1}
@@ -327,58 +358,10 @@ def screen_texts(session: Session) -> tuple[dict[str, TaskRows], LayerRows | Non
         task: screen_text(meter, modules, settings.formats, rows, f"{task}: its own text", session.reporter)
         for task, rows in texts.items()
     }
-    beside, indices = general_rows(session.rows.test, length)
+    beside, indices = general_rows(session.rows.test, length, session.effort.general_rows)
     general = screen_text(meter, modules, settings.formats, beside, "the general text beside them", session.reporter)
     blocks = [session.rows.blocks("test")[index] for index in indices]
     return (
         {task: (screen.widths, rows_of(screen, f"text:{task}")) for task, screen in screens.items()},
         rows_of(general, "test, cut to the tasks' length", blocks),
     )
-
-
-# --- draft -----------------------------------------------------------------------------------------------------------------
-
-# `survey --draft` finds a first plan, judged like any other, from the curvature instead of a measured swap for every unit and format.
-#
-# Passes over the fit rows: one forwards and a few backwards at each uniform end and around each better plan, and those of the plans
-# that are measured; a survey needs several for each unit. What it finds is often worse than what a survey finds (docs/method.md
-# has figures), and says nothing of layers, attention or tasks. The folder is a run's: a survey with `--resume` goes on in it.
-
-SOURCE = "single-unit damage to second order"
-
-
-def run_draft(settings: Settings, out: Path, resume: bool, reporter: Reporter, ray: str | None = None) -> Plan:
-    """Find and judge a plan from the curvature, write it to `out`/plan.json, and return it."""
-    if settings.budget.protect:
-        raise UserError("--draft --protect: whether a task is held takes the survey's answers; give a size, or leave --draft out")
-    with _opened(settings, out, resume, reporter, ray) as session:
-        hooks, subject, budget = draft_hooks(session), session.subject, session.settings.budget
-        candidate = search(subject, budget, hooks)
-        plan = judge(subject, budget, candidate, session.measure, layers_by_score(session, hooks.scores)).plan
-        session.finish()
-        write_text(out / "plan.json", to_json(plan))
-        return plan
-
-
-def draft_hooks(session: Session) -> PlannerHooks:
-    """Return the planner's ways to the model without measured swaps; measures the curvature at both ends."""
-    units, formats = len(session.subject.units), len(session.settings.formats)
-    probe = draft_probe(session)
-
-    def table(end: int) -> Floats:
-        """Damage added to a uniform end by each single change: [units, formats]."""
-        changes = [(unit, fmt) for unit in range(units) for fmt in range(formats) if fmt != end]
-        added = np.zeros((units, formats))
-        added[tuple(np.array(changes).T)] = probe.swaps(np.full(units, end), changes, "fit").added
-        return added
-
-    widest = on_select(session)({"widest": np.full(units, formats - 1)})["widest"]
-    scores = scores_of_bases(table(formats - 1), table(0), widest, SOURCE)
-    hooks = planner_hooks(session, scores)
-    return replace(hooks, probe=probe, effort="draft") if hooks.probe else hooks
-
-
-def layers_by_score(session: Session, scores: Scores) -> list[int]:
-    """Return the layers, that with the most damage for its weights first, as far as the scores know."""
-    damage = np.bincount([unit.layer for unit in session.subject.units], scores.tables["mean of both"][:, 0])
-    return most_critical_first(session.subject.modules, damage)
