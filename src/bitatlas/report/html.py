@@ -10,7 +10,7 @@ from __future__ import annotations
 import base64
 import hashlib
 import re
-from collections.abc import Collection
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from importlib import resources
 from pathlib import Path
@@ -19,9 +19,9 @@ from typing import NamedTuple
 from jinja2 import Environment, StrictUndefined
 from markupsafe import Markup, escape
 
-from bitatlas.records import Atlas, Finding
+from bitatlas.records import Atlas, Finding, Plan
 from bitatlas.records.files import write_text
-from bitatlas.records.text import byte_size, number
+from bitatlas.records.text import byte_size, interval, number
 from bitatlas.report import advice, facts
 from bitatlas.report.budget import memory_of, slider_data, stops
 from bitatlas.report.charts import diagram, panels
@@ -98,6 +98,21 @@ def write_reports(atlas: Atlas, out_dir: Path) -> None:
     """Write report.md and report.html into a folder that exists, each whole or not at all."""
     write_text(out_dir / "report.md", markdown(atlas))
     write_text(out_dir / "report.html", html(atlas))
+
+
+def progress_html(plan: Plan, results: Mapping[str, str], waiting: Sequence[str]) -> str:
+    """Return the page of a survey that still runs: its first plan, the results so far by name, and the stages to come."""
+    environment = Environment(autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True)
+    assert plan.damage.measured
+    return environment.from_string(_read("templates/progress.html.j2")).render(
+        plan=plan,
+        size=byte_size(plan.size.total_bytes),
+        bits=number(plan.size.code_bits),
+        damage=interval(plan.damage.measured, unit=True),
+        results=results,
+        waiting=waiting,
+        style=Markup(_read("assets/report.css")),
+    )
 
 
 def _read(path: str) -> str:

@@ -53,6 +53,7 @@ from bitatlas.records import Atlas, Calibration, CurvePoint, JointDamage, Plan, 
 from bitatlas.records.files import to_json, write_text
 from bitatlas.records.journal import content_key
 from bitatlas.records.text import interval
+from bitatlas.report.html import progress_html
 from bitatlas.run.assemble import Screens, assemble, tables_of, uniform_records, write_outputs
 from bitatlas.run.curve import short_curve
 from bitatlas.run.planner import first_hooks, layers_by_score, planner_hooks
@@ -86,11 +87,15 @@ def _opened(settings: Settings, out: Path, resume: bool, reporter: Reporter, ray
 
 def _survey(session: Session) -> Atlas:
     first = find_first_plan(session)
+    show_progress(session, first, STAGES)
     weights = profile_weights(session)
     screens = screen_damage(session)
-    attention = read_attention(session)
+    show_progress(session, first, STAGES[1:])
     plan = find_plan(session, screens, first)
+    show_progress(session, first, STAGES[2:])
     tasks = ask_tasks(session, plan.plan)
+    show_progress(session, first, STAGES[3:])
+    attention = read_attention(session)
     evidence = Evidence(screens.damage, weights, attention, plan, tasks)
     atlas = assemble(session, evidence, screens)
     session.finish()
@@ -112,6 +117,7 @@ def run_draft(settings: Settings, out: Path, resume: bool, reporter: Reporter, r
         plan = find_first_plan(session)
         assert plan
         session.finish()
+        write_text(out / "plan.json", to_json(plan))
         return plan
 
 
@@ -122,8 +128,18 @@ def find_first_plan(session: Session) -> Plan | None:
         return None
     judged = judge(subject, budget, search(subject, budget, hooks), session.measure, layers_by_score(session, hooks.scores))
     session.reporter.found("first plan", f"{interval(judged.plan.damage.measured, unit=True)} on test rows")
-    write_text(session.out / "plan.json", to_json(judged.plan))
+    if not (session.out / "atlas.json").exists():
+        write_text(session.out / "plan.json", to_json(judged.plan))
     return judged.plan
+
+
+STAGES = ("damage of layers, kinds and units", "the plan under the budget, and at other sizes", "tasks", "attention")
+
+
+def show_progress(session: Session, first: Plan | None, waiting: Sequence[str]) -> None:
+    """Write a page of what is known and what is still being measured, in the place of the report until that is there."""
+    if first and not (session.out / "atlas.json").exists():
+        write_text(session.out / "report.html", progress_html(first, session.reporter.results, waiting))
 
 
 # --- weights ---------------------------------------------------------------------------------------------------------------
