@@ -33,10 +33,20 @@ import torch
 from torch import Tensor, nn
 
 from bitatlas.data.rows import rows_sha256
-from bitatlas.measure.damage import Assignment, DamageMeter
+from bitatlas.measure.damage import Assignment, DamageMeter, token_blocks
 from bitatlas.measure.workers import Progress
 from bitatlas.model.decoder import Decoder
-from bitatlas.model.layerwise import Recorded, Shared, is_chain, logits_of, record, run_layer, slice_tokens
+from bitatlas.model.layerwise import (
+    Recorded,
+    Shared,
+    is_chain,
+    logits_of,
+    picks_words,
+    record,
+    run_layer,
+    slice_tokens,
+    word_logits,
+)  # fmt: skip
 from bitatlas.plan.expansion import Expansion
 from bitatlas.quantize.bank import Bank
 from bitatlas.quantize.hessian import module_input
@@ -135,16 +145,16 @@ def _layer_by_layer(
     meter: DamageMeter, modules: Sequence[Module], formats: Sequence[str], base: Assignment, batches: Sequence[Tensor], seed: int, draws: int
 ) -> list[Derivatives]:  # fmt: skip
     unit_index = {name: index for index, name in enumerate(dict.fromkeys(module.unit for module in modules))}
-    sums = [np.zeros((draws + 1, len(batch), len(unit_index), len(formats))) for batch in batches]
+    sums = [_zeros(batch, draws + 1, len(batch), len(unit_index), len(formats)) for batch in batches]
     layers: dict[int, list[Module]] = defaultdict(list)
     for module in modules:
         layers[module.layer].append(module)
     with meter.budget.shelf() as shelf, meter.decoder.swapped(meter.bank.weights(base)):
         recorded = record(meter.decoder, batches, shelf)
-        gradients = [
-            _final_gradients(meter, batch, final, bool(base), seed, draws)
-            for batch, final in zip(batches, recorded.final, strict=True)
-        ]
+        gradients: list[list[Gradients | None]] = []
+        for batch, final in zip(batches, recorded.final, strict=True):
+            first, of_draws = final_gradients(meter, batch, final, seed, draws, first_order=bool(base))
+            gradients.append([None if first is None else {HIDDEN: first}, *({HIDDEN: gradient} for gradient in of_draws)])
         for index in reversed(range(min(max(layers) + 1, len(recorded.starts[0].calls)))):
             with meter.decoder.held(index):
                 changes = {module.name: changes_of(meter.bank, module.name, formats, base) for module in layers[index]}
@@ -152,7 +162,17 @@ def _layer_by_layer(
                     products = _backward(meter.decoder, index, recorded, number, gradients[number], changes)
                     for module in layers[index]:
                         total[:, :, unit_index[module.unit]] += products[module.name]
-    return [(total[0], total[1:].swapaxes(0, 1).copy()) for total in sums]
+    return [_derivatives(total) for total in sums]
+
+
+def _zeros(batch: Tensor, *shape: int) -> Tensor:
+    return torch.zeros(*shape, dtype=torch.float64, device=batch.device)
+
+
+def _derivatives(total: Tensor) -> Derivatives:
+    """Return what was added up, [draws + 1, rows, units, formats], the KL's first, in the form of a result."""
+    numbers = total.cpu().numpy()
+    return numbers[0], numbers[1:].swapaxes(0, 1).copy()
 
 
 def _whole(
@@ -162,14 +182,14 @@ def _whole(
     unit_index = {name: index for index, name in enumerate(dict.fromkeys(module.unit for module in modules))}
     results: list[Derivatives] = []
     for row in rows:
-        total = np.zeros((draws + 1, 1, len(unit_index), len(formats)))
+        total = _zeros(row, draws + 1, 1, len(unit_index), len(formats))
         deltas = _deltas(meter, [module.name for module in modules], base, row, seed, draws)
         for module in modules:
             changes = changes_of(meter.bank, module.name, formats, base) if deltas[module.name] else None
             for draw, x, delta in deltas[module.name]:
                 assert changes is not None
-                total[draw, :, unit_index[module.unit]] += contract(x, delta, changes).double().cpu().numpy()
-        results.append((total[0], total[1:].swapaxes(0, 1).copy()))
+                total[draw, :, unit_index[module.unit]] += contract(x, delta, changes).double()
+        results.append(_derivatives(total))
     return results
 
 
@@ -202,36 +222,62 @@ def _score(meter: DamageMeter, batch: Tensor, span: slice, q: Tensor, seed: int,
     return -q.scatter_add(-1, labels.unsqueeze(-1), torch.full_like(q[..., :1], -1.0))
 
 
-def _final_gradients(
-    meter: DamageMeter, batch: Tensor, final: Tensor, first_order: bool, seed: int, draws: int
-) -> list[Gradients | None]:
-    """Return gradients with respect to the last hidden state: of the KL (None at the reference, where it is 0), of each draw."""
-    gradients = [torch.zeros_like(final) for _ in range(draws + 1)]
+def final_gradients(
+    meter: DamageMeter, batch: Tensor, final: Tensor, seed: int, draws: int, first_order: bool = True
+) -> tuple[Tensor | None, Tensor]:
+    """Return gradients with respect to the last hidden state of the model as it is now, `final`, on `batch` [rows, tokens], which the reference
+    saw if `first_order`: of each row's KL(reference || model), as `final` is, None without `first_order` (at the reference it is 0);
+    of the summed log-probability of each draw's labels, [draws, *final's].
+
+    The score of a draw, onehot(y) - q, goes back through the head as two: q, which all draws have in common, in one product of the head's
+    size, and each token's label, which needs one row of the head alone. Where the head does more than that, each draw has its own product.
+    """
+    first = torch.zeros_like(final) if first_order else None
+    of_draws = final.new_zeros(draws, *final.shape)
     for span in meter.spans(batch):
         leaf = slice_tokens(meter.decoder, final, span).detach().requires_grad_(True)
         with torch.enable_grad():
             logits = logits_of(meter.decoder, batch[:, span], leaf)
         q = torch.softmax(logits.detach().float(), dim=-1)
-        for number in range(0 if first_order else 1, draws + 1):
-            score = _score(meter, batch, span, q, seed, number).to(logits.dtype)
-            (gradient,) = torch.autograd.grad(logits, leaf, score, retain_graph=number < draws)
-            slice_tokens(meter.decoder, gradients[number], span).copy_(gradient)
-    return [{HIDDEN: gradient} if number or first_order else None for number, gradient in enumerate(gradients)]
+        if first is not None:
+            score = _score(meter, batch, span, q, seed, 0).to(logits.dtype)
+            slice_tokens(meter.decoder, first, span).copy_(torch.autograd.grad(logits, leaf, score, retain_graph=draws > 0)[0])
+        for draw, gradient in enumerate(_label_gradients(meter, batch, span, leaf, logits, q, seed, draws)):
+            slice_tokens(meter.decoder, of_draws[draw], span).copy_(gradient)
+    return first, of_draws
+
+
+def _label_gradients(
+    meter: DamageMeter, batch: Tensor, span: slice, leaf: Tensor, logits: Tensor, q: Tensor, seed: int, draws: int
+) -> Iterator[Tensor]:
+    """Yield the gradient at `leaf`, the last hidden state of `span`, of each draw's summed log-probability. q: softmax of `logits`"""
+    if not picks_words(meter.decoder):
+        for draw in range(draws):
+            score = _score(meter, batch, span, q, seed, 1 + draw).to(logits.dtype)
+            yield torch.autograd.grad(logits, leaf, score, retain_graph=draw + 1 < draws)[0]
+        return
+    points = torch.stack([label_points(batch, seed, draw)[:, span] for draw in range(draws)], dim=-1)
+    labels = labels_at(q, points)  # [rows, tokens, draws]
+    (common,) = torch.autograd.grad(logits, leaf, q.to(logits.dtype))
+    for draw in range(draws):
+        with torch.enable_grad():
+            picked = word_logits(meter.decoder, batch[:, span], leaf, labels[..., draw])
+        yield torch.autograd.grad(picked.sum(), leaf)[0] - common
 
 
 def _backward(
     decoder: Decoder, index: int, recorded: Recorded, number: int, gradients: list[Gradients | None], changes: dict[str, Tensor]
-) -> dict[str, np.ndarray]:
+) -> dict[str, Tensor]:
     """Send `gradients` through one layer, in place, and contract them with its modules' changes: float64 [draws + 1, rows, formats]."""
     ids, start = recorded.ids[number], recorded.starts[number]
     leaf = recorded.inputs.get((index, number)).detach().requires_grad_(True)
     shared, before = recorded.shared_at(index, number), _tensors(start.fresh())
     entering = {HIDDEN: leaf, **_as_leaves(shared, before)}
-    products = {name: np.zeros((len(gradients), len(ids), len(dW))) for name, dW in changes.items()}
+    products = {name: _zeros(ids, len(gradients), len(ids), len(dW)) for name, dW in changes.items()}
     current = [0]
 
     def add(name: str, x: Tensor, delta: Tensor) -> None:
-        products[name][current[0]] += contract(x, delta, changes[name]).double().cpu().numpy()
+        products[name][current[0]] += contract(x, delta, changes[name]).double()
 
     with torch.enable_grad(), _watched(decoder.model, list(changes), ids, add) as loose:
         output = run_layer(decoder.layers[index], leaf, start.call(index, shared))
@@ -302,10 +348,13 @@ def label_points(batch: Tensor, seed: int, draw: int) -> Tensor:
 
 
 def labels_at(q: Tensor, points: Tensor) -> Tensor:
-    """Return one label a position, drawn from q [rows, tokens, vocabulary] at `points` [rows, tokens]: int64 [rows, tokens]."""
-    cumulative = q.cumsum(-1)
-    labels = torch.searchsorted(cumulative, points.to(q.device, q.dtype).unsqueeze(-1) * cumulative[..., -1:])
-    return labels.squeeze(-1).clamp(max=q.shape[-1] - 1)
+    """Return a label for each of `points`, [rows, tokens] or [rows, tokens, draws], drawn from q [rows, tokens, vocabulary]: int64, as `points`."""
+    labels = []
+    values = points.to(q.device, q.dtype).reshape(q.shape[0] * q.shape[1], -1)
+    for block in token_blocks(q):
+        cumulative = q.flatten(0, 1)[block].cumsum(-1)
+        labels.append(torch.searchsorted(cumulative, values[block] * cumulative[..., -1:]))
+    return torch.cat(labels).clamp(max=q.shape[-1] - 1).view(points.shape)
 
 
 def changes_of(bank: Bank, name: str, formats: Sequence[str], base: Assignment) -> Tensor:

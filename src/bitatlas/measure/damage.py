@@ -28,6 +28,7 @@ from bitatlas.measure.workers import Progress, Share, Workers
 from bitatlas.model.decoder import Decoder
 from bitatlas.model.hidden_states import StateCache
 from bitatlas.model.layerwise import (
+    HIDDEN_BYTES,
     LOGIT_BYTES,
     Job,
     Recorded,
@@ -50,6 +51,7 @@ Finals = dict[str, list[Tensor]]  # plan -> what comes out of the last layer, by
 FinalsOf = Callable[[Sequence[Tensor], Sequence[str]], Iterator[Finals]]
 REFERENCE_BYTES = 2**28  # of the reference's log-probabilities that are kept: a search asks for the same rows again and again
 STATE_BYTES = 2**28  # of hidden states in memory, where nothing else is said
+CACHED_BYTES = 2**21  # of logits that are compared at a time on a CPU, whose caches hold a few arrays of this size
 GROUP = 8  # models that go through a layer together: what is measured of them is journaled together
 
 
@@ -89,8 +91,32 @@ def states_of(layers: int, state_bytes: int) -> int:
 
 def kl_per_row(reference: Tensor, logits: Tensor) -> Tensor:
     """Return KL(reference || model), mean over a row's tokens, nats. reference: log-probabilities, logits: raw, both [rows, tokens, vocabulary] -> [rows]."""
-    changed = torch.log_softmax(logits.float(), dim=-1)
-    return (reference.exp() * (reference - changed)).sum(-1).double().mean(-1)
+    return kl_per_token(reference, reference.exp(), logits).mean(-1)
+
+
+def kl_per_token(log_p: Tensor, p: Tensor, logits: Tensor) -> Tensor:
+    """Return KL(p || model) of each token, nats: all [rows, tokens, vocabulary] -> float64 [rows, tokens]."""
+    parts = []
+    for block in token_blocks(logits):
+        moved, level = moved_logits(log_p.flatten(0, 1)[block], logits.flatten(0, 1)[block])
+        parts.append(level.double() - torch.linalg.vecdot(p.flatten(0, 1)[block], moved).double())
+    return torch.cat(parts).view(logits.shape[:2])
+
+
+def token_blocks(logits: Tensor) -> list[slice]:
+    """Cut the rows x tokens of logits [rows, tokens, vocabulary] into runs that a CPU's caches hold; elsewhere one run."""
+    tokens = logits.shape[0] * logits.shape[1]
+    step = max(1, CACHED_BYTES // (4 * logits.shape[2])) if logits.device.type == "cpu" else tokens
+    return [slice(start, start + step) for start in range(0, tokens, step)]
+
+
+def moved_logits(log_p: Tensor, logits: Tensor) -> tuple[Tensor, Tensor]:
+    """Return logits - log_p [tokens, vocabulary] and the logits' logsumexp [tokens], both after a shift that gives each token's logits the same
+    maximum as its log_p. The shift changes no distribution, and small differences keep their digits: neither is a difference of large numbers.
+    """
+    aligned = logits.float() + (log_p.amax(-1, keepdim=True) - logits.amax(-1, keepdim=True).float())
+    level = aligned.logsumexp(-1)
+    return aligned.sub_(log_p), level
 
 
 @dataclass(frozen=True)
@@ -172,7 +198,7 @@ class DamageMeter:
         self.identity = (weights_sha256, quantizer, str(weight.dtype), weight.device.type)
         self.row_by_row = False  # the rows of a module's inputs cannot be told apart (see `curvature`)
         # what is kept of a model that is run whole is its logits
-        self._width = decoder.width if is_chain(decoder) else decoder.vocabulary
+        self._width, self._batch_bytes = (decoder.width, HIDDEN_BYTES) if is_chain(decoder) else (decoder.vocabulary, LOGIT_BYTES)
         self.reference = Reference(decoder, self.budget)
 
     def plans(self, plans: Mapping[str, Assignment], rows: Tensor, progress: Progress | None = None) -> dict[str, np.ndarray]:
@@ -234,9 +260,12 @@ class DamageMeter:
 
     def chunks(self, rows: Tensor) -> list[list[Tensor]]:
         """Cut the rows into batches [rows, tokens], in runs of as many as go through a layer together."""
-        batches = list(rows.split(batch_rows(rows.shape[1], self.decoder.vocabulary)))
+        batches = list(rows.split(self._batch_rows(rows)))
         step = self.budget.batches(len(batches), self._state_bytes(batches[0]), len(self.decoder.layers)) if batches else 1
         return [batches[start : start + step] for start in range(0, len(batches), step)]
+
+    def _batch_rows(self, rows: Tensor) -> int:
+        return batch_rows(rows.shape[1], self._width, self._batch_bytes)
 
     def groups(self, names: Sequence[Any], batches: Sequence[Tensor]) -> Iterator[Sequence[Any]]:
         """Cut `names` into runs of as many models as go through a layer together."""
@@ -253,16 +282,16 @@ class DamageMeter:
     @torch.no_grad()
     def _kl(self, batch: Tensor, finals: Sequence[Tensor]) -> list[Tensor]:
         """Return the damage of each model whose last hidden state on `batch` is given: float64 [rows] each."""
-        sums = [torch.zeros(len(batch), dtype=torch.float64) for _ in finals]
+        sums = torch.zeros(len(finals), len(batch), dtype=torch.float64, device=batch.device)
         for span in self.spans(batch):
-            reference = self.reference.log_p(batch, span)  # [rows, tokens of the span, vocabulary]
-            share = reference.shape[1] / batch.shape[1]
+            log_p = self.reference.log_p(batch, span)  # [rows, tokens of the span, vocabulary]
+            p = log_p.exp()
             for total, final in zip(sums, finals, strict=True):
                 logits = logits_of(self.decoder, batch[:, span], slice_tokens(self.decoder, final, span))
-                total += share * kl_per_row(reference, logits).cpu()
-        for total in sums:
-            check_range(total, "a quantized model", finals[0].dtype)
-        return sums
+                total += kl_per_token(log_p, p, logits).sum(-1)
+        means = (sums / batch.shape[1]).cpu()
+        check_range(means, "a quantized model", finals[0].dtype)
+        return list(means)
 
     def _measure(
         self, rows: Tensor, plans: Mapping[str, Assignment], finals_of: FinalsOf, share: Share, progress: Progress | None
@@ -270,7 +299,7 @@ class DamageMeter:
         """Take each (assignment, batch) from the journal, or from `finals_of(batches, missing names)`."""
         self._measure_ahead(rows, plans, share, progress)
         parts: dict[str, list[Any]] = {name: [] for name in plans}
-        done, total = 0, len(plans) * -(-len(rows) // batch_rows(rows.shape[1], self.decoder.vocabulary))
+        done, total = 0, len(plans) * -(-len(rows) // self._batch_rows(rows))
         for chunk in self.chunks(rows):
             keys = {name: self._keys(plan, chunk) for name, plan in plans.items()}
             known = {key: self.journal.get(key) for of_plan in keys.values() for key in of_plan}

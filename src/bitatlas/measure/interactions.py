@@ -26,7 +26,7 @@ from torch import Tensor
 
 from bitatlas.data.rows import rows_sha256
 from bitatlas.measure.curvature import label_points, labels_at
-from bitatlas.measure.damage import Assignment, DamageMeter, Swap
+from bitatlas.measure.damage import Assignment, DamageMeter, Swap, moved_logits, token_blocks
 from bitatlas.measure.workers import Progress, Share
 from bitatlas.model.layerwise import check_range, logits_of, record, slice_tokens
 from bitatlas.records.journal import content_key
@@ -150,29 +150,41 @@ def _measured(
 
 def _against_base(meter: DamageMeter, batch: Tensor, base: Tensor, finals: Sequence[Tensor], seed: int) -> list[Value]:
     """Return what each swap adds on one batch. base, finals: last hidden states [rows, tokens, width]"""
-    added = torch.zeros(len(finals), len(batch), dtype=torch.float64)
-    scores: list[list[Tensor]] = [[] for _ in finals]
-    points = [label_points(batch, seed, draw) for draw in range(LABELS)]
+    points = torch.stack([label_points(batch, seed, draw) for draw in range(LABELS)], dim=-1).to(batch.device)
+    added = torch.zeros(len(finals), len(batch), dtype=torch.float64, device=batch.device)
+    scores = torch.zeros(len(finals), *points.shape, device=batch.device)  # [swaps, rows, tokens, labels]
     for span in meter.spans(batch):
         p = meter.reference.log_p(batch, span).exp()  # [rows, tokens, vocabulary], as all logits here
-        logits = logits_of(meter.decoder, batch[:, span], slice_tokens(meter.decoder, base, span)).float()
-        level = logits.logsumexp(-1)  # [rows, tokens]
-        q = torch.softmax(logits, dim=-1)
-        labels = torch.stack([labels_at(q, of_draw[:, span]) for of_draw in points], dim=-1)  # [rows, tokens, labels]
+        logits = logits_of(meter.decoder, batch[:, span], slice_tokens(meter.decoder, base, span))
+        log_q = torch.log_softmax(logits.float(), dim=-1)
+        q = log_q.exp()
+        labels = labels_at(q, points[:, span])
         for index, final in enumerate(finals):
-            changed = logits_of(meter.decoder, batch[:, span], slice_tokens(meter.decoder, final, span)).float()
-            moved = changed - logits
-            added[index] += (changed.logsumexp(-1) - level - (p * moved).sum(-1)).double().sum(-1).cpu()
-            scores[index].append(moved.gather(-1, labels) - (q * moved).sum(-1, keepdim=True))
-    check_range(added, "a quantized model", base.dtype)
-    return [
-        {"added": (of_swap / batch.shape[1]).tolist(), "scores": _packed(torch.cat(parts, dim=1))}
-        for of_swap, parts in zip(added, scores, strict=True)
-    ]
+            changed = logits_of(meter.decoder, batch[:, span], slice_tokens(meter.decoder, final, span))
+            by_token, of_labels = _moved(p, log_q, q, labels, changed)
+            added[index] += by_token.sum(-1)
+            scores[index, :, span] = of_labels
+    by_row, packable = (added / batch.shape[1]).cpu(), scores.clamp(-LARGEST_SCORE, LARGEST_SCORE).cpu()
+    check_range(by_row, "a quantized model", base.dtype)
+    return [{"added": of_swap.tolist(), "scores": _packed(part)} for of_swap, part in zip(by_row, packable, strict=True)]
+
+
+def _moved(p: Tensor, log_q: Tensor, q: Tensor, labels: Tensor, logits: Tensor) -> tuple[Tensor, Tensor]:
+    """Return KL(p || changed) - KL(p || q) of each token, float64 [rows, tokens], and the labels' scores [rows, tokens, labels].
+
+    p, log_q, q, logits (of the changed model): [rows, tokens, vocabulary]
+    """
+    p, log_q, q, labels = (tensor.flatten(0, 1) for tensor in (p, log_q, q, labels))
+    added, scores = [], []
+    for block in token_blocks(logits):
+        moved, level = moved_logits(log_q[block], logits.flatten(0, 1)[block])
+        added.append(level.double() - torch.linalg.vecdot(p[block], moved).double())
+        scores.append(moved.gather(-1, labels[block]) - torch.linalg.vecdot(q[block], moved).unsqueeze(-1))
+    return torch.cat(added).view(logits.shape[:2]), torch.cat(scores).view(*logits.shape[:2], -1)
 
 
 def _packed(scores: Tensor) -> str:
-    numbers = scores.flatten().clamp(-LARGEST_SCORE, LARGEST_SCORE).cpu().numpy()
+    numbers = scores.flatten().numpy()
     return base64.b64encode(numbers.astype("<f2").tobytes()).decode()
 
 

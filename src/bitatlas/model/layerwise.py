@@ -33,13 +33,18 @@ from bitatlas.model.linear import is_linear
 Call = tuple[tuple[Any, ...], dict[str, Any]]
 Shared = dict[int, Any]  # a pass's own copy of each container that layers share, by the id of the one that the model made
 
-LOGIT_BYTES = 2**26  # of one batch's float32 logits: a few such arrays are alive at a time
+BATCH_ROWS = 16
+HIDDEN_BYTES = 2**24  # of one batch's hidden state: as many are alive as the model has layers
+LOGIT_BYTES = 2**26  # of one array of float32 logits: a few are alive at a time; in smaller ones the head's product is slower
 CHAIN_TOLERANCE = 1e-3  # of the largest logit; a whole pass and one in pieces differ by rounding alone
 
 
-def batch_rows(row_length: int, vocabulary: int) -> int:
-    """Return the rows of a batch: at most 16, and one batch's logits at most 64 MiB."""
-    return max(1, min(16, LOGIT_BYTES // (4 * row_length * vocabulary)))
+def batch_rows(row_length: int, numbers: int, most_bytes: int = LOGIT_BYTES) -> int:
+    """Return the rows of a batch: at most 16, and at most so many bytes of what has `numbers` float32 numbers a token.
+
+    Where logits of a whole batch are made at once these are the vocabulary; where rows go through layers, the width of a hidden state.
+    """
+    return max(1, min(BATCH_ROWS, most_bytes // (4 * row_length * numbers)))
 
 
 def token_spans(rows: int, tokens: int, vocabulary: int, logit_bytes: int = LOGIT_BYTES) -> list[slice]:
@@ -158,6 +163,48 @@ def logits_of(decoder: Decoder, input_ids: Tensor, final: Tensor) -> Tensor:
 def _logits(decoder: Decoder, input_ids: Tensor, final: Tensor) -> Tensor:
     with _replaced_layers(decoder, lambda args, kwargs: final):
         return decoder.model(input_ids=input_ids, use_cache=False).logits
+
+
+def word_logits(decoder: Decoder, input_ids: Tensor, final: Tensor, words: Tensor) -> Tensor:
+    """Return the logit of one word a token, `words` int64 [rows, tokens] -> [rows, tokens], as `logits_of` gives it, without the other words.
+
+    Differentiable in `final`. Only of a decoder for which `picks_words` holds.
+    """
+    head = decoder.model.get_output_embeddings()
+    bias = getattr(head, "bias", None)
+
+    def forward(hidden: Tensor, *_: Any, **__: Any) -> Tensor:  # [rows, tokens, width] -> [rows, tokens, 1]
+        logits = (hidden * head.weight[words]).sum(-1, keepdim=True)
+        return logits if bias is None else logits + bias[words].unsqueeze(-1)
+
+    before = head.__dict__.get("forward")
+    head.forward = forward
+    try:
+        return _logits(decoder, input_ids, final).squeeze(-1)
+    finally:
+        if before is None:
+            del head.forward
+        else:
+            head.forward = before
+
+
+@once
+@torch.no_grad()
+def picks_words(decoder: Decoder) -> bool:
+    """Return whether the head is a linear module whose outputs are changed one by one, if at all, on the way to the logits; tried on a few tokens."""
+    head = decoder.model.get_output_embeddings()
+    if not (is_chain(decoder) and type(head) is nn.Linear):
+        return False
+    ids = decoder.probe_ids()
+    final = record(decoder, [ids]).final[0]
+    logits = _logits(decoder, ids, final)
+    words = torch.stack([ids, logits.argmax(-1), logits.argmin(-1)])  # [3, 1, tokens]
+    try:
+        picked = torch.stack([word_logits(decoder, ids, final, of_tokens) for of_tokens in words])
+    except Exception:  # each family fails in its own way where logits are fewer than it has words
+        return False
+    exact = torch.stack([logits.gather(-1, of_tokens.unsqueeze(-1)).squeeze(-1) for of_tokens in words])
+    return picked.shape == exact.shape and bool((picked - exact).abs().max() <= CHAIN_TOLERANCE * logits.abs().max())
 
 
 @torch.no_grad()
