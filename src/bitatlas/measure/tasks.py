@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import functools
 import logging
+import time
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
@@ -25,6 +26,7 @@ from bitatlas.data.numbers import plain_number, read_number, same_answer
 from bitatlas.data.tasks import TASKS, Item, Task, items_sha256
 from bitatlas.errors import UserError
 from bitatlas.measure.damage import DamageMeter
+from bitatlas.model.decoder import Decoder
 from bitatlas.progress import Reporter
 from bitatlas.records import TaskScore
 from bitatlas.records.journal import content_key
@@ -33,6 +35,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 SHARD_ITEMS = 50  # of a task, between two entries of the journal
+TIMING_SECONDS = 1.5  # enough that starting costs little; with the smaller timings before, about 3 seconds, at most twice that
 TASK_FILES = Path(__file__).parent / "harness"
 
 
@@ -66,6 +69,22 @@ def score_items(
         results = evaluate(lm=lm, task_dict={spec.name: harness_task}, bootstrap_iters=0, log_samples=True)
         samples = sorted(results["samples"][spec.name], key=lambda sample: sample["doc_id"])
         return [_record(spec, item, sample, lm) for item, sample in zip(items, samples, strict=True)]
+
+
+def seconds_per_item(decoder: Decoder, tokenizer: PreTrainedTokenizerBase, task: str, items: Sequence[Item]) -> float:
+    """Return how long an item of `task` takes with the weights that the model has now: seconds of wall-clock time, to choose a number of items.
+
+    Timed on 1, 2, 4, ... of the first items until a timing takes `TIMING_SECONDS`; the largest counts, so that loading and warming up do
+    not. A shard's larger batches cost less an item, most of all in writing: rather an upper estimate. Raises what `score_items` does.
+    """
+    count = 1
+    while True:
+        start = time.perf_counter()
+        score_items(decoder.model, tokenizer, task, items[:count])
+        seconds = time.perf_counter() - start
+        if count >= min(SHARD_ITEMS, len(items)) or (count > 1 and seconds >= TIMING_SECONDS):
+            return seconds / min(count, len(items))
+        count *= 2
 
 
 def _harness_task(spec: Task, items: Sequence[Item], context: int) -> Any:
