@@ -344,7 +344,7 @@ def test_the_time_of_an_item_is_about_that_of_a_shard(learned, tokenizer, task):
     per_item = seconds_per_item(decoder_of(model), tokenizer, task, many)
     start = time.perf_counter()
     score_items(model, tokenizer, task, many)
-    assert per_item == pytest.approx((time.perf_counter() - start) / 50, rel=3)
+    assert 0.1 < per_item / ((time.perf_counter() - start) / 50) < 10
 
 
 def test_examples_stand_before_the_prompt(learned, tokenizer):
