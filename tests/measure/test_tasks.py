@@ -4,10 +4,14 @@ import json
 import os
 import subprocess
 import sys
+import time
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
+from lm_eval.api.instance import Instance
+from lm_eval.models.huggingface import HFLM
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import (
     AutoModelForCausalLM,
@@ -22,7 +26,8 @@ import tiny
 from bitatlas.data.numbers import read_number
 from bitatlas.data.tasks import TASKS, load_items, task_text
 from bitatlas.errors import UserError
-from bitatlas.measure.tasks import score_items
+from bitatlas.measure.scorer import Scorer
+from bitatlas.measure.tasks import first_line, line_decided, score_items, seconds_per_item
 from bitatlas.model.decoder import decoder_of
 from task_files import PROBLEMS, QUESTIONS, needs_shared
 from tiny import SHARED
@@ -249,6 +254,97 @@ def test_shards_and_batches_do_not_change_records(learned, tokenizer):
         ]
         assert [record for shard in shards for record in shard] == whole
     assert score_items(model, tokenizer, "svamp", []) == []
+
+
+class Seen:
+    """Log-likelihoods of requests, by our scorer and by the harness's own model class."""
+
+    def __init__(self, model, tokenizer, items):
+        scorer = Scorer(pretrained=model, tokenizer=tokenizer, batch_size=4)
+        instances = [
+            Instance(
+                request_type="loglikelihood",
+                doc=item,
+                arguments=(f"Question: {item['question']}\nAnswer:", f" {choice}"),
+                idx=0,
+                metadata=("arc_easy", 0, 1),
+            )
+            for item in items
+            for choice in item["choices"]
+        ]
+        with torch.no_grad():
+            self.ours = scorer.loglikelihood(instances, disable_tqdm=True)
+            self.plain = HFLM(pretrained=model, tokenizer=tokenizer, batch_size=4).loglikelihood(instances, disable_tqdm=True)
+
+    def assert_equal(self):
+        for (ours, greedily), (plain, plain_greedily) in zip(self.ours, self.plain, strict=True):
+            assert ours == pytest.approx(plain, rel=1e-4)  # float32: sums of tens of logarithms
+            assert greedily == plain_greedily
+
+
+def test_packed_choices_score_as_the_harness_scores_them(learned, tokenizer):
+    model, items = learned
+    Seen(model, tokenizer, items["arc_easy"]).assert_equal()
+    long = {"id": "long", "question": "why " * 60, "choices": ["a", "bc", "bcd"], "gold": 0}  # loses its beginning
+    Seen(model, tokenizer, [*items["arc_easy"][:2], long]).assert_equal()
+    Seen(model, tokenizer, [{**long, "choices": ["a"]}]).assert_equal()
+
+
+class Odd(torch.nn.Module):
+    """A model that reads packed rows wrongly, or not at all."""
+
+    def __init__(self, model, refuses):
+        super().__init__()
+        self.model, self.refuses, self.packed = model, refuses, 0
+
+    def forward(self, input_ids, position_ids=None, attention_mask=None, **options):
+        if position_ids is not None:
+            self.packed += 1
+            if self.refuses:
+                raise TypeError("no position_ids")
+        return self.model(input_ids, **options)
+
+
+@pytest.mark.parametrize("refuses", [True, False])
+def test_a_model_that_cannot_read_packed_rows_is_scored_by_the_harness(learned, tokenizer, monkeypatch, refuses):
+    model, items = learned
+    expected = score_items(model, tokenizer, "arc_easy", items["arc_easy"])
+    odd = Odd(small_llama(), refuses)
+    odd.model.load_state_dict(model.state_dict())
+    monkeypatch.setattr(model, "forward", odd.forward)
+    assert score_items(model, tokenizer, "arc_easy", items["arc_easy"]) == expected
+    Seen(model, tokenizer, items["arc_easy"]).assert_equal()
+    assert odd.packed == 2  # one pack a call, then the harness
+
+
+BITS = ["17", " ", "\n", "\r", "\u2028", "x", "answer is ", "####", "= 3", "3/4", "-", ".", "Question:", "\n\n"]
+
+
+def test_what_is_decided_no_later_text_changes():
+    """The number is read of the first line that is not empty, whatever the model would have written after it."""
+    random = np.random.default_rng(0)
+    decided = 0
+    for _ in range(4000):
+        output = "".join(random.choice(BITS, random.integers(1, 8)))
+        if line_decided(output):
+            decided += 1
+            longer = output + "".join(random.choice(BITS, random.integers(1, 8)))
+            assert first_line(longer) == first_line(output)
+            assert read_number("problem", longer) == read_number("problem", output) == read_number("problem", first_line(output))
+            for stop in ("\n\n", "Question:"):
+                if stop not in output:  # cut there, the answer is the same
+                    assert read_number("problem", longer.split(stop)[0]) == read_number("problem", output)
+    assert decided > 500
+
+
+@pytest.mark.parametrize("task", ["svamp", "arc_easy"])
+def test_the_time_of_an_item_is_about_that_of_a_shard(learned, tokenizer, task):
+    model, items = learned
+    many = (items[task] * 50)[:50]
+    per_item = seconds_per_item(decoder_of(model), tokenizer, task, many)
+    start = time.perf_counter()
+    score_items(model, tokenizer, task, many)
+    assert 0.1 < per_item / ((time.perf_counter() - start) / 50) < 10
 
 
 def test_examples_stand_before_the_prompt(learned, tokenizer):

@@ -35,16 +35,17 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 SHARD_ITEMS = 50  # of a task, between two entries of the journal
+TIMING_SECONDS = 1.5  # enough that starting costs little; with the smaller timings before, about 3 seconds, at most twice that
 TASK_FILES = Path(__file__).parent / "harness"
 
 
 def score_items(
-    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, task: str, items: Sequence[Item], batch_size: int = 16
+    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, task: str, items: Sequence[Item], batch_size: int = SHARD_ITEMS
 ) -> list[dict[str, Any]]:
     """Return the answers of the model, with the weights it has now and where it is now, to `items` of `task`: records in their order.
 
     A record: {"item": id, "correct": bool, "answer": str, "expected": str, "truncated": bool}, and of a task that writes also
-    "output", the text; of choices also "correct_norm": right by log-likelihood per character ("acc_norm"). `answer` is the choice's text,
+    "output", the text (of a short answer the line that is read); of choices also "correct_norm": right by log-likelihood per character ("acc_norm"). `answer` is the choice's text,
     or the number that was read ("" if none). `truncated`: the prompt did not fit into the model's context and lost its beginning.
     The `examples` that items carry stand before every prompt, with their answers. Writing is greedy, whatever the checkpoint's generation
     settings say.
@@ -62,10 +63,28 @@ def score_items(
     spec = TASKS[task]
     with _quiet(), greedy_alone(model, tokenizer), _special_tokens(tokenizer), torch.no_grad():
         lm = Scorer(pretrained=model, tokenizer=tokenizer, batch_size=batch_size)  # type: ignore[arg-type]
+        if spec.form == "problem":
+            lm.decided = line_decided
         harness_task = _harness_task(spec, items, lm.max_length)
         results = evaluate(lm=lm, task_dict={spec.name: harness_task}, bootstrap_iters=0, log_samples=True)
         samples = sorted(results["samples"][spec.name], key=lambda sample: sample["doc_id"])
         return [_record(spec, item, sample, lm) for item, sample in zip(items, samples, strict=True)]
+
+
+def seconds_per_item(decoder: Decoder, tokenizer: PreTrainedTokenizerBase, task: str, items: Sequence[Item]) -> float:
+    """Return how long an item of `task` takes with the weights that the model has now: seconds of wall-clock time, to choose a number of items.
+
+    Timed on 1, 2, 4, ... of the first items until a timing takes `TIMING_SECONDS`; the largest counts, so that loading and warming up do
+    not. A shard's larger batches cost less an item, most of all in writing: rather an upper estimate. Raises what `score_items` does.
+    """
+    count = 1
+    while True:
+        start = time.perf_counter()
+        score_items(decoder.model, tokenizer, task, items[:count])
+        seconds = time.perf_counter() - start
+        if count >= min(SHARD_ITEMS, len(items)) or (count > 1 and seconds >= TIMING_SECONDS):
+            return seconds / min(count, len(items))
+        count *= 2
 
 
 def _harness_task(spec: Task, items: Sequence[Item], context: int) -> Any:
@@ -108,6 +127,17 @@ def number_right(form: str, item: Item, outputs: Sequence[str]) -> dict[str, flo
     return {"exact_match": float(same_answer(read_number(form, outputs[0]), float(item["answer"])))}
 
 
+def first_line(output: str) -> str:
+    """Return the first line that is not empty, which alone `read_number` reads of a short answer; "" if none."""
+    return next((line for line in output.splitlines() if line.strip()), "")
+
+
+def line_decided(output: str) -> bool:
+    """Return whether the first line that is not empty is complete, so that no further text changes it."""
+    line = first_line(output)
+    return bool(line) and first_line(output + "x") == line
+
+
 def _record(spec: Task, item: Item, sample: dict[str, Any], lm: Any) -> dict[str, Any]:
     """Return the record of the harness's sample; "truncated" repeats its rule for what fits."""
     prompt = sample["arguments"][0][0]
@@ -131,7 +161,7 @@ def _record(spec: Task, item: Item, sample: dict[str, Any], lm: Any) -> dict[str
         "answer": "" if number is None else plain_number(number),
         "expected": item["answer"],
         "truncated": len(lm.tok_encode(prompt)) > room,
-        "output": output,
+        "output": first_line(output) if spec.form == "problem" else output,
     }
 
 
