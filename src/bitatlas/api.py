@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any, ParamSpec, TypeVar, get_type_hints
 
 from bitatlas import records
 from bitatlas.records.files import read_record, to_json, write_text
-from bitatlas.records.text import byte_size, interval, number
+from bitatlas.records.text import byte_size, interval, number, with_fewer_rows
 from bitatlas.run.options import ApplyOptions, BudgetOptions, CompareOptions, StrPath, SurveyOptions, VerifyOptions
 
 if TYPE_CHECKING:
@@ -173,7 +173,12 @@ def plan_html(plan: records.Plan) -> str:
         damage = f"{number(plan.damage.predicted)} nats/token (predicted)"
     rows = [["this plan", byte_size(plan.size.total_bytes), number(plan.size.code_bits), damage]]
     rows += [
-        [baseline.name, "", number(baseline.code_bits), interval(baseline.damage, unit=True)]
+        [
+            with_fewer_rows(baseline.name, baseline.damage, plan),
+            "",
+            number(baseline.code_bits),
+            interval(baseline.damage, unit=True),
+        ]
         for baseline in plan.baselines
         if not baseline.is_random
     ]

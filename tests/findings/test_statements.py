@@ -209,8 +209,8 @@ def test_a_plan_that_beats_everything_is_recommended_with_its_evidence():
     rows = plan_rows({"plan": 0.2, "uniform": 0.5, "first layers high": 0.4, "random 1": 0.3, "random 2": 0.35})
     told = verdict_on_plan(rows.pop("plan"), rows)
     assert (told.recommended, told.winner) == (True, "plan")
-    assert [name for name, _, _ in told.baselines] == list(rows)
-    name, damage, difference = told.baselines[0]
+    assert [other.name for other in told.baselines] == list(rows)
+    name, damage, difference, _, _ = told.baselines[0]
     assert damage.mean == pytest.approx(rows[name].mean())
     assert difference.ci95[1] < 0
     assert "beats uniform" in told.text

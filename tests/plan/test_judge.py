@@ -27,8 +27,8 @@ def judged(harm: dict[str, float]):
     table = np.array([[LAYER[i] * (harm[name] - harm["int4_g64"]) for name in formats] for i in range(4)])
     scores = Scores({"mean of both": table}, at_high=float(LAYER.sum() * harm["int4_g64"]))
 
-    def measure(plans, split):
-        return {name: damage(plan, harm) for name, plan in plans.items()}
+    def measure(plans, split, rows=None):
+        return {name: damage(plan, harm)[slice(None) if rows is None else rows] for name, plan in plans.items()}
 
     subject = PlanningProblem(INFO, MODULES, formats, "rtn")
     units, budget = subject.units, Budget("code_bits", 3.0)

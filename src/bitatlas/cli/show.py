@@ -21,7 +21,17 @@ from bitatlas.findings.tasks import smallest_held, task_widths
 from bitatlas.plan.budget import budget_text
 from bitatlas.progress import SafeConsole
 from bitatlas.records import Atlas, Measured, Plan, Size, TaskPair, TaskScore
-from bitatlas.records.text import MINUS, against_chance, byte_size, interval, listed, memory_text, number, protect_text
+from bitatlas.records.text import (
+    MINUS,
+    against_chance,
+    byte_size,
+    interval,
+    listed,
+    memory_text,
+    number,
+    protect_text,
+    with_fewer_rows,
+)
 from bitatlas.run.compare import Comparison
 from bitatlas.run.curve import Curve
 from bitatlas.run.verify import Verification
@@ -69,11 +79,13 @@ def show_plan(plan: Plan) -> None:
     table.add_row("this plan", byte_size(plan.size.total_bytes), number(plan.size.code_bits), damage)
     for baseline in plan.baselines:
         if not baseline.is_random:
-            table.add_row(baseline.name, "", number(baseline.code_bits), _nats(baseline.damage))
+            name = with_fewer_rows(baseline.name, baseline.damage, plan)
+            table.add_row(name, "", number(baseline.code_bits), _nats(baseline.damage))
     random = [baseline for baseline in plan.baselines if baseline.is_random]
     if random:
         best = min(random, key=lambda baseline: baseline.damage.mean)
-        table.add_row(f"best of {len(random)} random plans", "", number(best.code_bits), _nats(best.damage))
+        name = with_fewer_rows(f"best of {len(random)} random plans", best.damage, plan)
+        table.add_row(name, "", number(best.code_bits), _nats(best.damage))
     console.print(table)
     if memory := memory_text(plan):
         console.print(memory, soft_wrap=True)

@@ -108,17 +108,6 @@ def _harness_task(spec: Task, items: Sequence[Item], context: int) -> Any:
     return ConfigurableTask(config=config)
 
 
-TIMED_ITEMS = 4
-
-
-def seconds_per_item(decoder: Decoder, tokenizer: Any, task: str, items: Sequence[Item]) -> float:
-    """Time a few answers of the model as it is."""
-    begun = time.perf_counter()
-    few = list(items[:TIMED_ITEMS])
-    score_items(decoder.model, tokenizer, task, few)
-    return (time.perf_counter() - begun) / max(1, len(few))
-
-
 # --- what was answered ---------------------------------------------------------------------------------------------------
 
 

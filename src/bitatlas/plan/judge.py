@@ -2,30 +2,38 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import NamedTuple
+from typing import NamedTuple, Protocol
 
 import numpy as np
 from numpy.typing import ArrayLike
 
 from bitatlas.errors import UserError
-from bitatlas.plan.baselines import RANDOM_PLANS, baselines, outside_uniform
+from bitatlas.plan.baselines import RANDOM, RANDOM_PLANS, UNIFORM, baselines, outside_uniform
 from bitatlas.plan.budget import check_budget, costs_of, resolve_budget
+from bitatlas.plan.looks import PLAN, UNIT, Comparison, compare_in_looks, compare_on_all
 from bitatlas.plan.search import Candidate, PlannerHooks, PlanningProblem, Scores, damage_tables, search
 from bitatlas.records import Atlas, Baseline, Budget, CurvePoint, Measured, Plan, PlanDamage, PlanModel, Size
 from bitatlas.records.files import read_record, to_json, write_text
 from bitatlas.records.formats import FORMATS, by_width
 from bitatlas.records.sizes import assignment_of, size_of
 from bitatlas.records.text import byte_size, given, interval, listed, number, rows_of
-from bitatlas.stats.bootstrap import Blocks, effective_sample_size, measured, percentile_interval, resample_means
+from bitatlas.stats.bootstrap import Blocks, measured
 
 NOT_A_CANDIDATE = "not in --formats"
 CURVE = "curve"  # kind of a point of the atlas's curve: a plan at another size
 
 Assignment = dict[str, str]
-MeasureRows = Callable[[Mapping[str, Assignment], str], dict[str, np.ndarray]]  # (plans by name, split) -> damage [rows]
+
+
+class MeasureRows(Protocol):
+    """Measures plans by name on the rows of a split, or on those of the indices `rows`: name -> damage [rows], nats/token."""
+
+    def __call__(
+        self, plans: Mapping[str, Assignment], split: str, rows: Sequence[int] | None = None
+    ) -> Mapping[str, np.ndarray]: ...
 
 
 @dataclass(frozen=True)
@@ -61,7 +69,10 @@ def judge(
     most_critical: Sequence[int] = (),
     random: int = RANDOM_PLANS,
 ) -> JudgedPlan:
-    """Measure the plan, and baselines of at most its budget, on the test rows. `most_critical`: layers, worst first; `random`: plans."""
+    """Measure the plan on the test rows, beside baselines of at most its budget on as many of them as it takes (see `plan.looks`).
+
+    `most_critical`: layers, worst first; `random`: how many random plans.
+    """
     units, formats = problem.units, problem.formats
     plan = unverified_plan(problem, budget, candidate)
     cost = costs_of(budget, units, formats, problem.info).cost
@@ -69,8 +80,17 @@ def judge(
     others = {name: assignment_of(units, formats, choice) for name, choice in rules}
     outside = outside_uniform(budget, units, formats, problem.info, candidate.limit)
     if outside:
-        others = {f"uniform {outside} ({NOT_A_CANDIDATE})": {m.name: outside for m in problem.modules}, **others}
-    return _judged(problem, plan, others, measure({"plan": plan.modules, **others}, "test"))
+        others = {f"{UNIFORM} {outside} ({NOT_A_CANDIDATE})": {m.name: outside for m in problem.modules}, **others}
+    whole = {name: other for name, other in others.items() if name.startswith(UNIFORM) or other == plan.modules}
+    damage = dict(measure({PLAN: plan.modules, **whole}, "test"))
+    plan_rows = damage.pop(PLAN)
+
+    def measure_some(names: Sequence[str], rows: list[int]) -> Mapping[str, np.ndarray]:
+        return measure({name: others[name] for name in names}, "test", rows)
+
+    names = [name for name in others if name not in whole]
+    compared = {c.name: c for c in compare_in_looks(plan_rows, damage, names, measure_some, problem.seed, problem.test_blocks)}
+    return _judged(problem, plan, others, plan_rows, [compared[name] for name in others])
 
 
 def curve_point(judged: JudgedPlan) -> CurvePoint:
@@ -85,19 +105,21 @@ def tolerance_text(damage: Measured, tolerated: float) -> str:
     return f"{shown} the tolerated {given(tolerated)} on test rows"
 
 
-def _judged(problem: PlanningProblem, plan: Plan, others: Mapping[str, Assignment], rows: Mapping[str, np.ndarray]) -> JudgedPlan:
+def _judged(
+    problem: PlanningProblem, plan: Plan, others: Mapping[str, Assignment], plan_rows: np.ndarray, compared: list[Comparison]
+) -> JudgedPlan:
     """Add measured damage, baselines and the verdict."""
     sizes = {name: size_of(problem.modules, assignment, problem.info) for name, assignment in others.items()}
     bytes_of = {name: size.quantized_bytes for name, size in {PLAN: plan.size, **sizes}.items()}
-    verdict = verdict_on_plan(rows[PLAN], {name: rows[name] for name in others}, problem.seed, problem.test_blocks, bytes_of)
+    verdict = verdict_of(measured(plan_rows, UNIT, PLAN, "test", problem.seed, problem.test_blocks), compared, bytes_of)
     text = verdict.text
     if NOT_A_CANDIDATE in verdict.winner:
         text += f"; add {verdict.winner.split()[1]} to --formats"
     if plan.budget.kind == "max_damage":
         text += f"; {tolerance_text(verdict.damage, plan.budget.value)}"
     lines = [
-        Baseline(name, sizes[name].code_bits, sizes[name].quantized_bytes, damage, difference)
-        for name, damage, difference in verdict.baselines
+        Baseline(other.name, sizes[other.name].code_bits, sizes[other.name].quantized_bytes, other.damage, other.difference)
+        for other in compared
     ]
     done = replace(
         plan,
@@ -125,27 +147,11 @@ def _judged(problem: PlanningProblem, plan: Plan, others: Mapping[str, Assignmen
 # that is no better than one of them is called better in at most 2.5 % of cases. *Worse*: for some baseline the interval lies above 0 at a
 # level that is corrected for their number. Else *no worse shown*: too close for so many rows. A plan is recommended where it is better, or,
 # where it is not worse, as the smallest of its equals. A baseline that happens to be the same plan is no rival.
-# Rows are paired: both models read the same ones.
+# Rows are paired: both models read the same ones. Most baselines are decided on a few of them (see `plan.looks`).
 # Sources: intersection-union test: Berger 1982; Bonferroni.
 
-UNIT = "nats/token"
-PLAN = "plan"
-RANDOM = "random"  # baselines whose names start so are told together
 BETTER, NO_WORSE, WORSE = "better", "no worse shown", "worse"
-LEVEL = 0.05
 SMALLER = 0.01  # of an equal's bytes, that a plan saves at least to be recommended for its size
-
-
-class Comparison(NamedTuple):
-    """One baseline beside the plan."""
-
-    name: str
-    damage: Measured
-    difference: Measured  # plan minus baseline
-
-    @property
-    def relation(self) -> str:
-        return relation(self.difference)
 
 
 class PlanVerdict(NamedTuple):
@@ -166,32 +172,25 @@ def verdict_on_plan(
     blocks: Blocks = None,
     sizes: Mapping[str, int] | None = None,
 ) -> PlanVerdict:
-    """Compare damage on the same test rows, nats/token. plan: [rows]; others: name -> [rows]; blocks: [rows]; sizes: bytes by name, "plan" among them."""
-    plan_rows = np.asarray(plan, dtype=np.float64)
-    rows = {name: np.asarray(values, dtype=np.float64) for name, values in others.items()}
+    """Judge damage on all test rows, nats/token. plan: [rows]; others: name -> [rows]; blocks: [rows]; sizes: bytes by name, "plan" among them."""
+    return verdict_of(measured(plan, UNIT, PLAN, "test", seed, blocks), compare_on_all(plan, others, seed, blocks), sizes)
 
-    def record(values: np.ndarray, base: str) -> Measured:
-        return measured(values, UNIT, base, "test", seed, blocks)
 
-    damage = record(plan_rows, PLAN)
-    compared = [Comparison(name, record(values, name), record(plan_rows - values, PLAN)) for name, values in rows.items()]
-    rivals = [rival for rival in compared if not np.array_equal(rows[rival.name], plan_rows)]
-    least = min(rivals, key=lambda rival: rival.damage.mean, default=None)
-    winner = least.name if least is not None and least.difference.mean > 0 else PLAN
-    standing = _standing(plan_rows, [rows[rival.name] for rival in rivals], rivals, seed, blocks)
+def verdict_of(damage: Measured, compared: list[Comparison], sizes: Mapping[str, int] | None = None) -> PlanVerdict:
+    """Judge a plan of this damage by its comparisons. sizes: bytes by name, "plan" among them."""
+    rivals = [rival for rival in compared if not rival.same]
+    nearest = max(rivals, key=lambda rival: rival.difference.mean, default=None)  # paired: means of other rows are no match
+    winner = nearest.name if nearest is not None and nearest.difference.mean > 0 else PLAN
+    standing = _standing(rivals)
     recommended = standing == BETTER or (standing == NO_WORSE and _smallest(rivals, sizes))
-    text = _worse_text(damage, rivals, winner) if standing == WORSE else _text(damage, compared, rivals, standing, recommended)
+    text = _worse_text(rivals, winner) if standing == WORSE else _text(damage, compared, rivals, standing, recommended)
     return PlanVerdict(damage, compared, standing, recommended, winner, text)
 
 
-def _standing(plan_rows: np.ndarray, values: list[np.ndarray], rivals: list[Comparison], seed: int, blocks: Blocks) -> str:
-    if not rivals:
-        return NO_WORSE
-    if all(rival.relation == "beats" for rival in rivals):
+def _standing(rivals: list[Comparison]) -> str:
+    if rivals and all(rival.relation == "beats" for rival in rivals):
         return BETTER
-    resampled = resample_means(plan_rows[:, None] - np.stack(values, axis=1), seed=seed, blocks=blocks)  # [resamples, rivals]
-    low, _ = percentile_interval(resampled, effective_sample_size(len(plan_rows), blocks), 1 - LEVEL / len(rivals))
-    return WORSE if (low > 0).any() else NO_WORSE
+    return WORSE if any(rival.worse for rival in rivals) else NO_WORSE
 
 
 def _smallest(rivals: list[Comparison], sizes: Mapping[str, int] | None) -> bool:
@@ -200,18 +199,12 @@ def _smallest(rivals: list[Comparison], sizes: Mapping[str, int] | None) -> bool
     return not equals or (sizes is not None and all(sizes[PLAN] <= (1 - SMALLER) * sizes[name] for name in equals))
 
 
-def relation(difference: Measured) -> str:
-    """Return "beats", "ties with" (the interval holds 0, or there is none) or "loses to", for plan minus baseline."""
-    if difference.ci95 is None or difference.ci95[0] <= 0 <= difference.ci95[1]:
-        return "ties with"
-    return "beats" if difference.mean < 0 else "loses to"
-
-
-def _worse_text(damage: Measured, rivals: list[Comparison], winner: str) -> str:
+def _worse_text(rivals: list[Comparison], winner: str) -> str:
     losses = [rival for rival in rivals if rival.relation == "loses to"] or rivals
-    best = min(losses, key=lambda rival: (rival.name != winner, rival.damage.mean))
+    best = max(losses, key=lambda rival: (rival.name == winner, rival.difference.mean))
+    ours = best.damage.mean + best.difference.mean  # on the rows that both were measured on
     return (
-        f"{best.name}, no larger, does less damage on {rows_of(damage)}: {number(best.damage.mean)} against {number(damage.mean)} {UNIT} "
+        f"{best.name}, no larger, does less damage on {rows_of(best.damage)}: {number(best.damage.mean)} against {number(ours)} {UNIT} "
         f"(plan minus {best.name}: {interval(best.difference)})"
     )
 
@@ -236,11 +229,21 @@ def _text(damage: Measured, compared: list[Comparison], rivals: list[Comparison]
     parts += [f"the same plan as {listed(same)}"] if same else []
     if random:
         beaten = sum(rival.relation == "beats" for rival in random)
-        least = min(rival.damage.mean for rival in random)
-        parts.append(f"beats {beaten} of {len(random)} random plans (the best of them {number(least)})")
+        best = max(random, key=lambda rival: rival.difference.mean)
+        parts.append(f"beats {beaten} of {len(random)} random plans (the best of them {number(best.damage.mean)})")
+    parts += _fewer_rows(damage, rivals)
     if standing == NO_WORSE and equals:
         parts.append("recommended as the smallest of these" if recommended else "more rows (--rows) would tell")
     return "; ".join(parts)
+
+
+def _fewer_rows(damage: Measured, rivals: list[Comparison]) -> list[str]:
+    """Say how many baselines were measured on fewer rows than the plan, and on how many."""
+    counts = sorted(rival.damage.n for rival in rivals if rival.damage.n < damage.n)
+    if not counts:
+        return []
+    rows = f"{counts[0]}" if counts[0] == counts[-1] else f"{counts[0]} to {counts[-1]}"
+    return [f"{len(counts)} of these {len(rivals)} plans were measured on {rows} rows"]
 
 
 # --- replan ----------------------------------------------------------------------------------------------------------------

@@ -89,7 +89,11 @@ class PlanDamage:
 
 @dataclass(frozen=True)
 class Baseline:
-    """A plan anybody could have made, at most as large as ours. `difference` is plan minus baseline, paired by row."""
+    """A plan anybody could have made, at most as large as ours. `difference` is plan minus baseline, paired by row.
+
+    Both are on `damage.n` test rows: as few as decided which is better, or all (see `plan.looks`); the interval of the difference holds for
+    every number of rows at which it might have been decided.
+    """
 
     name: str  # "uniform int2_g32", "first layers high", "last layers high", "random plans (mean of 20)", ...
     code_bits: float

@@ -81,6 +81,12 @@ def rows_of(m: Measured) -> str:
     return f"{m.n:,} {kind}rows{blocks}"
 
 
+def with_fewer_rows(name: str, damage: Measured, plan: Plan | None) -> str:
+    """Return `random 3 (8 rows)`, the name of a plan beside `plan` with the rows of its damage where they are fewer than `plan`'s; else the name."""
+    ours = plan.damage.measured if plan else None
+    return f"{name} ({damage.n:,} rows)" if ours and damage.n < ours.n else name
+
+
 def against_chance(score: TaskScore) -> str:
     """Return `above chance`, `below chance` or `at chance`."""
     return "above chance" if score.above_chance else "below chance" if score.below_chance else "at chance"

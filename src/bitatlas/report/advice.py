@@ -12,7 +12,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 
 from bitatlas.findings.shares import VERDICTS
-from bitatlas.plan.judge import problem_of, relation, scores_of
+from bitatlas.plan.judge import problem_of, scores_of
+from bitatlas.plan.looks import relation
 from bitatlas.records import Atlas, Finding, Plan
 from bitatlas.records.text import MINUS, NOT_MEASURED, byte_size, interval, named_layers, number, percent
 from bitatlas.report.facts import low_share, narrowest_bits, outside_formats, precision_name, task_names, width_of, with_verdict

@@ -19,7 +19,7 @@ from bitatlas.records import Atlas, Budget, Module, Plan, PlanDamage, PlanModel,
 from bitatlas.records.files import plan_place, to_json
 from bitatlas.records.plan import MemoryShape
 from bitatlas.records.runtimes import RUNTIMES, fits
-from bitatlas.records.text import byte_size, interval, number, percent
+from bitatlas.records.text import byte_size, interval, number, percent, with_fewer_rows
 from bitatlas.report import advice, facts
 from bitatlas.report.charts import charts, heat
 
@@ -116,7 +116,8 @@ def _facts(plan: Plan) -> list[tuple[str, str, str]]:
     if rules:
         best = min(rules, key=lambda baseline: baseline.damage.mean)
         difference = f"; plan minus this {interval(best.difference)}" if best.difference else ""
-        result.append(("Best simple rule", facts.mean_text(best.damage), f"nats/token: {best.name}{difference}"))
+        name = with_fewer_rows(best.name, best.damage, plan)
+        result.append(("Best simple rule", facts.mean_text(best.damage), f"nats/token: {name}{difference}"))
     return result
 
 

@@ -22,6 +22,7 @@ from bitatlas.records.text import (
     p_value,
     percent,
     protect_text,
+    with_fewer_rows,
 )
 from bitatlas.report import advice, facts
 from bitatlas.report.attention_tables import ablation_table, drift_table, precision_table, profile_table
@@ -162,7 +163,7 @@ def plan_table(atlas: Atlas) -> Table:
     for other in sorted(plan.baselines, key=lambda baseline: baseline.damage.mean):
         size = [number(other.code_bits, 2), byte_size(other.quantized_bytes)]
         difference = "" if other.difference is None else interval(other.difference)
-        rows.append([other.name, *size, interval(other.damage), difference])
+        rows.append([with_fewer_rows(other.name, other.damage, plan), *size, interval(other.damage), difference])
     predicted = "" if plan.damage.predicted is None else f" Predicted damage: {number(plan.damage.predicted)} nats/token."
     damages = [plan.damage.measured, *(b.damage for b in plan.baselines)]
     note = (

@@ -99,10 +99,14 @@ class Session:
         subject = self.subject
         return np.array([subject.formats.index(plan.modules[unit.modules[0].name]) for unit in subject.units])
 
-    def measure(self, plans: Mapping[str, Mapping[str, str]], split: str, rows: int | None = None) -> dict[str, np.ndarray]:
-        """Measure the damage of plans by name on the first `rows` rows of a split, or all: float64 [rows] each, nats/token."""
-        with self.reporter.stage(f"plans on {split} rows") as progress:
-            return self.meter.plans(plans, getattr(self.rows, split)[:rows], progress)
+    def measure(
+        self, plans: Mapping[str, Mapping[str, str]], split: str, rows: Sequence[int] | None = None
+    ) -> dict[str, np.ndarray]:
+        """Measure the damage of plans by name on the rows of a split, or on those of the indices `rows`: float64 [rows] each, nats/token."""
+        tokens = getattr(self.rows, split)
+        chosen = tokens if rows is None else tokens[list(rows)]
+        with self.reporter.stage(f"plans on {split if rows is None else f'{len(rows)} {split}'} rows") as progress:
+            return self.meter.plans(plans, chosen, progress)
 
     def finish(self) -> None:
         """Refuse a checkpoint that changed meanwhile, and say what was taken at the peak, beside what was predicted."""

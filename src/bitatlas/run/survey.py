@@ -318,8 +318,10 @@ def check_prediction(session: Session, hooks: PlannerHooks, assignment: Mapping[
     if probe is None or not plans:
         return None
 
+    fit_rows = range(min(session.effort.unit_rows, len(session.rows.fit)))
+
     def measure(choices: Mapping[str, np.ndarray], split: str) -> dict[str, np.ndarray]:
-        return session.measure(session.assignments(choices), split, session.effort.unit_rows if split == "fit" else None)
+        return session.measure(session.assignments(choices), split, fit_rows if split == "fit" else None)
 
     base = np.array([formats.index(assignment[unit.modules[0].name]) for unit in units])
     blocks = session.rows.blocks("select")

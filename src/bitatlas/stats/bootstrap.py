@@ -9,7 +9,8 @@ that differences and ratios of resampled means stay paired.
 
 Percentile intervals of a small sample are too short (16 rows: about 92 % where 95 % is claimed). The quantiles are taken
 further out, where a normal sample of that size would need them: the expanded percentile interval (arXiv:1411.5279).
-`two_sided_p` uses the same expansion when it is given the sample size.
+`two_sided_p` uses the same expansion when it is given the sample size. Far out in the tails of few rows no resample is left, since a
+resampled mean never passes the largest value: `t_interval` is for these.
 `two_sided_p` cannot go below what its resamples resolve: `smallest_p` is that floor, and `is_bound` tells which p and q are only bounds.
 Left out: BCa and bootstrap-t intervals; they need a jackknife or a nested bootstrap of every ratio that is reported.
 
@@ -132,6 +133,20 @@ def percentile_interval(resampled: ArrayLike, n: float, level: float = 0.95) -> 
     tail = stats.norm.cdf(math.sqrt(n / (n - 1)) * stats.t.ppf((1 - level) / 2, n - 1))
     low, high = np.quantile(array, [tail, 1 - tail], axis=0)
     return low, high
+
+
+def t_interval(values: ArrayLike, level: float = 0.95, blocks: Blocks = None) -> tuple[Floats, Floats]:
+    """Return Student's interval (low, high) of means over rows that come in blocks, with the blocks' effective number less 1 degrees of freedom.
+
+    values: [rows, ...] -> two arrays [...]. One row or block tells nothing about spread: (-inf, inf).
+    """
+    array = _finite(values)
+    n = effective_sample_size(len(array), blocks)
+    mean = array[0] + (array - array[0]).mean(axis=0)
+    if n < 2:
+        return np.full_like(mean, -np.inf), np.full_like(mean, np.inf)
+    half = stats.t.ppf((1 + level) / 2, n - 1) * standard_errors(array, blocks)
+    return mean - half, mean + half
 
 
 def interval_ends(resampled: ArrayLike, n: float) -> tuple[float, float] | None:

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from markupsafe import Markup, escape
 
 from bitatlas.records import Atlas, CurvePoint, Measured
-from bitatlas.records.text import byte_size, interval, number
+from bitatlas.records.text import byte_size, interval, number, with_fewer_rows
 from bitatlas.report import facts
 from bitatlas.report.charts.canvas import (
     GLYPH,
@@ -153,7 +153,7 @@ def size_damage(atlas: Atlas, width: int) -> Markup | None:
         shape, css = KIND_MARKS.get("uniform" if _is_uniform(point) else point.kind, BASELINE_MARK)
         px, (bottom, top) = x(point.total_bytes / unit), _ends(point.damage)
         tip = (
-            f"{point.name}: {interval(point.damage, unit=True)}; {byte_size(point.total_bytes)}, "
+            f"{with_fewer_rows(point.name, point.damage, atlas.plan)}: {interval(point.damage, unit=True)}; {byte_size(point.total_bytes)}, "
             f"{number(point.code_bits, 2)} code bits, {number(point.stored_bits, 2)} stored bits"
         )
         c.whisker(px, y(bottom), y(top), css)
@@ -267,7 +267,7 @@ def baselines(atlas: Atlas, width: int) -> Markup | None:
         lines += [(f"best {of}", random[0].damage), (f"middle {of}", random[len(random) // 2].damage)]
         lines += [(f"worst {of}", random[-1].damage)]
     shape, css = BASELINE_MARK
-    rows = [Row(name, m.mean, _ends(m), css, shape, interval(m)) for name, m in lines]
+    rows = [Row(with_fewer_rows(name, m, plan), m.mean, _ends(m), css, shape, interval(m)) for name, m in lines]
     ours = plan.damage.measured
     rows.append(Row("our plan", ours.mean, _ends(ours), "c-plan", "diamond", interval(ours)))
     limits = log_range([end for row in rows for end in (row.mean, *row.ends)])
