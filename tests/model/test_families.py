@@ -23,9 +23,9 @@ from bitatlas.model.checkpoint import Checkpoint, check_causal, open_checkpoint
 from bitatlas.model.decoder import Decoder
 from bitatlas.model.layerwise import check_chain, is_chain
 from bitatlas.quantize.bank import Bank
-from bitatlas.quantize.hessian import input_hessians
 from bitatlas.records.journal import Journal
 from bitatlas.records.sizes import Unit, units_of
+from gradients import check_moments
 from tiny import tokenizer
 
 FORMATS = ("int2_g32", "int4_g32")
@@ -195,21 +195,10 @@ def test_what_cannot_be_run_layer_by_layer_is_not_streamed(tmp_path: Path):
         check_chain(checkpoint.stream_model(), "model")
 
 
-@pytest.mark.parametrize("shape", ["inputs of two axes", "routed experts", "keys and values of layers in front, inputs by layer"])
+@pytest.mark.parametrize("shape", sorted(SHAPES))
 def test_moments_are_those_of_a_plain_pass(shape: str, tmp_path: Path):
     checkpoint, meter, rows = setup(build(tmp_path / "model", *SHAPES[shape]))
-    names = [module.name for module in checkpoint.modules]
-    seen: dict[str, list[Tensor]] = {name: [] for name in names}
-    plain = copy.deepcopy(meter.decoder.model)
-    for name in names:
-        plain.get_submodule(name).register_forward_pre_hook(
-            lambda module, args, name=name: seen[name].append(args[0].flatten(0, -2))
-        )
-    plain(input_ids=rows, use_cache=False)
-    for sharing, hessian in input_hessians(meter.decoder, names, rows):
-        for name in sharing:
-            x = torch.cat(seen[name]).double()
-            torch.testing.assert_close(hessian, x.T @ x / len(x), rtol=1e-4, atol=1e-5)
+    check_moments(meter.decoder, [module.name for module in checkpoint.modules], rows)
 
 
 def test_what_is_kept_out_of_the_plan_is_told(tmp_path: Path):
