@@ -125,29 +125,16 @@ class Scorer(HFLM):  # type: ignore[misc]
 
     def _score_pack(self, pack: Sequence[Request]) -> list[tuple[float, bool]]:
         """Return (summed log-likelihood in nats, whether greedy decoding writes it) of each request's scored tokens, in one pass."""
-        places: dict[tuple[int, int], int] = {}  # (place of the token before, token): place in the row
-        paths: list[list[int]] = []  # of each request, the places of its tokens
-        for request in pack:
-            path = [-1]
-            for token in request.read:
-                path.append(places.setdefault((path[-1], token), len(places)))
-            paths.append(path[1:])
-        count = len(places)
-        positions, visible = torch.zeros(count, dtype=torch.long), torch.zeros(count, count, dtype=torch.bool)
-        for path in paths:
-            index = torch.tensor(path)
-            positions[index] = torch.arange(len(path))
-            visible[index[:, None], index] |= torch.ones(len(path), len(path), dtype=torch.bool).tril()
+        tokens_in_row, positions, visible, paths = _tree([request.read for request in pack])
         scored = [path[-len(request.scored) :] for request, path in zip(pack, paths, strict=True)]
         at = sorted({place for path in scored for place in path})
         row_of = {place: row for row, place in enumerate(at)}
         dtype = self.model.dtype
+        mask = torch.zeros(visible.shape, dtype=dtype).masked_fill(~visible, torch.finfo(dtype).min)
         logits = self.model(
-            input_ids=torch.tensor([[token for _, token in places]], device=self.device),
+            input_ids=torch.tensor([tokens_in_row], device=self.device),
             position_ids=positions[None].to(self.device),
-            attention_mask=torch.zeros(count, count, dtype=dtype)
-            .masked_fill(~visible, torch.finfo(dtype).min)[None, None]
-            .to(self.device),
+            attention_mask=mask[None, None].to(self.device),
             logits_to_keep=torch.tensor(at, device=self.device),
             use_cache=False,
         ).logits[0]  # [places scored, vocabulary]
@@ -189,6 +176,26 @@ class Scorer(HFLM):  # type: ignore[misc]
             rows, ids = rows[left], ids[left]
             mask = torch.cat([mask[left], mask.new_ones(len(left), ids.shape[1] - mask.shape[1])], dim=1)
             cache = _cache_of(result, left)
+
+
+def _tree(sequences: Sequence[Sequence[int]]) -> tuple[list[int], Tensor, Tensor, list[list[int]]]:
+    """Return a row in which each distinct beginning of the sequences stands once.
+
+    Its tokens, their positions in their sequences [tokens], what each may see, bool [tokens, tokens], and each sequence's places in the row.
+    """
+    places: dict[tuple[int, int], int] = {}  # (place of the token before, token): place in the row
+    paths: list[list[int]] = []
+    for sequence in sequences:
+        path = [-1]
+        for token in sequence:
+            path.append(places.setdefault((path[-1], token), len(places)))
+        paths.append(path[1:])
+    positions, visible = torch.zeros(len(places), dtype=torch.long), torch.zeros(len(places), len(places), dtype=torch.bool)
+    for path in paths:
+        index = torch.tensor(path)
+        positions[index] = torch.arange(len(path))
+        visible[index[:, None], index] |= torch.ones(len(path), len(path), dtype=torch.bool).tril()
+    return [token for _, token in places], positions, visible, paths
 
 
 class _Stopping(StoppingCriteria):  # type: ignore[misc]
