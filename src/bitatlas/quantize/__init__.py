@@ -89,7 +89,7 @@ QUANTIZERS: dict[str, Quantizer] = {
     quantizer.name: quantizer
     for quantizer in (
         Quantizer("rtn", one_by_one(rtn.quantize), uses_rows=False, version=2),
-        Quantizer("gptq", gptq.quantize, uses_rows=True, version=2),
+        Quantizer("gptq", gptq.quantize, uses_rows=True, version=3),
         Quantizer("hqq", one_by_one(hqq.quantize), uses_rows=False, version=1, package="hqq", symmetric=False, whole_zeros=False),
         Quantizer(
             "autoround", autoround.quantize, uses_rows=True, version=1, package="auto_round", needs_all=True, by_format=True
