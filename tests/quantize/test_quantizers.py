@@ -112,10 +112,12 @@ def test_rtn_gives_every_module_in_every_format_without_rows(tiny_llama: Path):
 def test_the_compiled_search_gives_the_same_bits(name: str, rows: int, columns: int, exponent: int, seed: int):
     generator = torch.Generator().manual_seed(seed)
     weight = torch.randn(rows, columns, generator=generator) * 10.0**exponent
-    counts = torch.rand(columns, generator=generator)
+    counts = torch.rand(2, columns, generator=generator)
     scales, zeros = rtn._candidates(weight.nan_to_num(), fmt := FORMATS[name])
     arguments = (weight.nan_to_num(), counts, scales, zeros, fmt.group_size, 2**fmt.bits - 1)
     assert torch.equal(rtn._compiled()(*arguments), rtn._search(*arguments))
+    (weight, _, *rest), first = arguments, counts[:1]
+    assert torch.equal(rtn._compiled()(weight, first, *rest), rtn._search(*arguments)[:1])
 
 
 def test_importance_picks_the_clipping_step_by_weighted_squares():

@@ -35,6 +35,10 @@ class Codes:
     def to(self, device: torch.device) -> Codes:
         return Codes(self.codes.to(device), self.scale.to(device), self.zero.to(device), self.group_size)
 
+    def rows(self, index: Tensor) -> Codes:
+        """Return the codes of the output rows `index`."""
+        return Codes(self.codes[index], self.scale[index], self.zero[index], self.group_size)
+
     def weight(self, dtype: torch.dtype = torch.float32) -> Tensor:
         """Return the weight that these codes stand for, [out, in]."""
         scale, zero = (by_input(values, self.group_size, self.codes.shape[1]) for values in (self.scale, self.zero))

@@ -7,11 +7,12 @@ the point where term j vanishes. This is GPTQ's update, without the inverse of H
 this input, every format and every candidate.
 
 The inputs with the largest H_jj come first (*act-order*), while the groups stay runs of consecutive inputs: each group's scale and
-zero-point are fixed beforehand (*static groups*). Rows of W do not depend on each other, so each takes the best of three grids, found
-by rtn's clipping search with every squared error counted the same, times H_jj, or times R_jj². Then its scales are refitted to the
-codes, group after group in closed form, and the codes chosen once more. Where rtn's codes still cost less on the fit rows, they are
-taken: no output row is worse than with rtn. On a small trained model the three grids took the damage of 2 bits from 0.64 nats/token
-to 0.56, refitting to 0.47 and the second choice to 0.46; rtn's is 2.07. A third choice gained nothing.
+zero-point are fixed beforehand (*static groups*), by rtn's clipping search with squared errors times R_jj². The points that were
+rounded then hold the errors of the inputs before them; the same search over *them* gives a second grid. Rows of W do not depend on
+each other, so each takes the cheaper of the two. Its scales are refitted to the codes, together, and the codes chosen once more.
+Where rtn's codes still cost less on the fit rows, they are taken: no output row is worse than with rtn.
+
+Compiled by numba or in plain torch, on other devices than a CPU, sums are taken in another order: codes at a tie may differ.
 
 Source: Frantar et al., arXiv 2210.17323; its form as nearest-plane rounding: Chen et al., arXiv 2507.18553. Written anew. Left out:
 inputs as the quantized layers before would give them, since one bank serves plans that differ in those layers.
@@ -31,14 +32,18 @@ from torch import Tensor
 from bitatlas.errors import UserError
 from bitatlas.model.decoder import Decoder
 from bitatlas.quantize import rtn
-from bitatlas.quantize.codes import SMALLEST_SCALE, Codes, by_input, compile_loops
+from bitatlas.quantize.codes import LARGEST_SCALE, SMALLEST_SCALE, Codes, compile_loops
 from bitatlas.quantize.hessian import to_float64
 from bitatlas.quantize.moments import InputMoments, module_moments
 from bitatlas.records.formats import Format
 
 DAMPING = 0.01  # of the mean diagonal; the paper's
-LEAF_ROWS = 256  # output rows that a compiled leaf rounds together
-LEAF = 16  # columns that are rounded one after the other before their errors go into a matrix product
+LEAF = 32  # columns that are rounded one after the other before their errors go into a matrix product
+LEAF_ROWS = 256  # output rows that a compiled loop takes together
+REFIT_ROWS = 512  # output rows whose products stay in a cache
+SWEEPS = 3  # over a row's scales
+LAST = 8  # an eighth of the inputs is enough to tell that nearly all of rtn's rows cost more
+CLOSE = 1e-3  # relative: more than float32 sums are off by
 
 
 @dataclass(frozen=True)
@@ -47,8 +52,10 @@ class CholeskyFactor:
 
     hessian: Tensor  # float64 [in, in]: the mean of x xᵀ, not damped
     damped: Tensor  # float32 [in, in]: H
+    damping: float  # added to the diagonal
     order: Tensor  # int64 [in]
     feedback: Tensor  # float32 [in, in], upper triangular: R_kj / R_jj, k and j counted in `order`
+    last: Tensor  # float32 [in, in / LAST]: the last columns of R, their rows in the inputs' own order
     importance: Tensor  # float32 [in]: R_jj², what a squared error at an input costs that the later ones cannot make up for
 
 
@@ -76,7 +83,7 @@ def fit_moments(decoder: Decoder, moments: InputMoments, formats: Sequence[Forma
     for name in moments.names:
         weight = decoder.weight(name)
         # Where float64 had to go elsewhere, the codes are chosen there too.
-        codes = [fit(weight.to(factor.hessian.device).float(), fmt, factor) for fmt in formats]
+        codes = fit_all(weight.to(factor.hessian.device).float(), formats, factor)
         yield name, [of_format.to(weight.device) for of_format in codes]
 
 
@@ -84,58 +91,95 @@ def factorize(hessian: Tensor, act_order: bool = True) -> CholeskyFactor:
     """Return the factor of `hessian` float64 [in, in], damped; an input that is always 0 comes last and is rounded to nearest."""
     diagonal = hessian.diagonal()
     order = diagonal.argsort(descending=True, stable=True) if act_order else torch.arange(len(hessian), device=hessian.device)
+    damping = DAMPING * float(diagonal.mean()) or 1.0
     damped = hessian.clone()
-    damped.diagonal().add_(DAMPING * float(diagonal.mean()) or 1.0)
+    damped.diagonal().add_(damping)
     # Upper triangular R with R Rᵀ = H: the lower factor of the matrix turned round, turned back.
     upper = torch.linalg.cholesky(damped[order][:, order].flip(0, 1)).flip(0, 1)
     importance = torch.empty_like(diagonal)
     importance[order] = upper.diagonal().square()
-    return CholeskyFactor(hessian, damped.float(), order, (upper / upper.diagonal()).float(), importance.float())
+    feedback = (upper / upper.diagonal()).float()
+    last = torch.empty_like(upper[:, -max(1, len(upper) // LAST) :])
+    last[order] = upper[:, -last.shape[1] :]
+    return CholeskyFactor(hessian, damped.float(), damping, order, feedback, last.float(), importance.float())
 
 
 def fit(weight: Tensor, fmt: Format, factor: CholeskyFactor) -> Codes:
-    """Return codes of `weight` float32 [out, in]: every output row's best candidate."""
-    grids = [rtn.grid(weight, fmt, counts) for counts in (None, factor.damped.diagonal(), factor.importance)]
-    count = len(grids)
-    scale, zero = (torch.cat(parts) for parts in zip(*grids, strict=True))
-    candidates = round_inputs(weight.repeat(count, 1), scale, zero, fmt, factor)
-    best = _refit_scales(weight, _best(candidates, count), fmt, factor)
-    again = _refit_scales(weight, round_inputs(weight, best.scale, best.zero, fmt, factor), fmt, factor)
-    best = _best(_Candidates(*map(torch.cat, zip(best, again, strict=True))), 2)
+    """Return codes of `weight` float32 [out, in]; see `fit_all`."""
+    return fit_all(weight, [fmt], factor)[0]
+
+
+def fit_all(weight: Tensor, formats: Sequence[Format], factor: CholeskyFactor) -> list[Codes]:
+    """Return codes of `weight` float32 [out, in] in every format, those that one format alone would get."""
+    weight_t = weight.T.contiguous()
+    inputs = _Inputs(weight_t, weight_t[factor.order], factor.damped @ weight_t)
+    return [_fit(weight, inputs, fmt, factor) for fmt in formats]
+
+
+class _Inputs(NamedTuple):
+    """A weight as rounding reads it: one input's weights lie together. Float32 [in, out] each."""
+
+    weight: Tensor
+    ordered: Tensor  # in the factor's order
+    products: Tensor  # H Wᵀ
+
+
+def _fit(weight: Tensor, inputs: _Inputs, fmt: Format, factor: CholeskyFactor) -> Codes:
+    grids = rtn.grids(weight, fmt, [None, factor.importance])
+    scale, zero = (part.T.contiguous() for part in grids[1])
+    first, points = _round(inputs.ordered, scale, zero, fmt, factor)
+    # The best grid of the points that were rounded, which hold the errors of the inputs before
+    scale, zero = (part.T.contiguous() for part in rtn.grid(points.T.contiguous(), fmt, factor.importance))
+    best = _refit(inputs, _better(first, _round(inputs.ordered, scale, zero, fmt, factor)[0]), fmt, factor)
+    best = _better(best, _round(inputs.ordered, best.scale, best.zero, fmt, factor)[0])
     # Sums of huge weights overflow float32; whatever codes such rows get, they are the same every time and rtn's are there.
-    codes = Codes(best.codes.nan_to_num(0).to(torch.uint8), best.scale.half(), best.zero.to(torch.uint8), fmt.group_size)
-    return _no_worse(codes, rtn.on_grid(weight, *grids[0], fmt), weight, factor.hessian)
+    codes = (best.steps + _by_input(best.zero, fmt.group_size, len(best.steps))).nan_to_num_(0).to(torch.uint8)
+    fitted = Codes(
+        codes.T.contiguous(), best.scale.T.half().contiguous(), best.zero.T.to(torch.uint8).contiguous(), fmt.group_size
+    )
+    return _no_worse(fitted, best, rtn.on_grid(weight, *grids[0], fmt), weight, factor)
 
 
-class _Candidates(NamedTuple):
-    """Codes of output rows and what they cost, all float32."""
+class _Rows(NamedTuple):
+    """Codes of output rows, transposed, and what they cost, all float32."""
 
-    codes: Tensor  # [out, in], whole numbers
-    scale: Tensor  # [out, groups]
-    zero: Tensor  # [out, groups]
+    steps: Tensor  # [in, out]: code - zero
+    scale: Tensor  # [groups, out]
+    zero: Tensor  # [groups, out]
     cost: Tensor  # [out]: e H eᵀ
 
 
-def round_inputs(weight: Tensor, scale: Tensor, zero: Tensor, fmt: Format, factor: CholeskyFactor) -> _Candidates:
-    """Return the codes of `weight` [out, in] on a fixed grid (scale and zero-point [out, groups]), chosen input after input."""
-    group = (torch.arange(weight.shape[1], device=weight.device) // fmt.group_size)[factor.order]
-    # Transposed first: picking whole rows in the factor's order is a copy, picking columns is not.
-    weight_t, scale_t, zero_t = (part.T.contiguous() for part in (weight, scale, zero))  # [in, out], [groups, out]
-    columns = _ColumnRounder(weight_t[factor.order], scale_t[group], zero_t[group], 2**fmt.bits - 1, factor.feedback)
-    columns.round_range(0, weight.shape[1])
-    cost = factor.importance[factor.order] @ columns.residual.square_()
-    return _Candidates(columns.codes[factor.order.argsort()].T.contiguous(), scale, zero, cost)
+def _better(rows: _Rows, other: _Rows) -> _Rows:
+    """Return the cheaper of two for every output row."""
+    worse = other.cost < rows.cost.nan_to_num(torch.inf)
+    return _Rows(*(torch.where(worse, b, a) for a, b in zip(rows, other, strict=True)))
 
 
-class _ColumnRounder:
-    """Rounds in place, transposed [in, out] so that one input's weights lie together, and in the factor's order."""
+def _by_input(values: Tensor, size: int, width: int) -> Tensor:
+    """Return what each input's group has, [in, out]. values: [groups, out]"""
+    return values.repeat_interleave(size, 0)[:width]
 
-    def __init__(self, weight: Tensor, scale: Tensor, zero: Tensor, top: int, feedback: Tensor):
+
+def _round(weight: Tensor, scale: Tensor, zero: Tensor, fmt: Format, factor: CholeskyFactor) -> tuple[_Rows, Tensor]:
+    """Return the codes of `weight` [in, out], in the factor's order, on a fixed grid, and the points that were rounded [in, out]."""
+    rounder = _Rounder(weight, scale, zero, fmt, factor)
+    rounder.round_range(0, len(weight))
+    return _Rows(rounder.steps, scale, zero, rounder.cost), rounder.target[factor.order.argsort()]
+
+
+class _Rounder:
+    """Rounds all inputs, transposed [in, out] so that one input's weights lie together, and in the factor's order."""
+
+    def __init__(self, weight: Tensor, scale: Tensor, zero: Tensor, fmt: Format, factor: CholeskyFactor):
         self.weight, self.target = weight, weight.clone()
-        self.scale, self.zero, self.top, self.feedback = scale, zero, top, feedback
-        self.codes = torch.empty_like(self.weight)
-        self.error = torch.empty_like(self.weight)  # w - ŵ
-        self.residual = torch.empty_like(self.weight)  # target - ŵ
+        self.scale, self.inverse = scale, 1 / scale
+        self.low, self.high = -zero, 2**fmt.bits - 1 - zero
+        self.order, self.group, self.feedback = factor.order, factor.order // fmt.group_size, factor.feedback
+        self.importance = factor.importance[factor.order]
+        self.steps = torch.empty_like(weight)  # in the inputs' own order
+        self.error = torch.empty_like(weight)  # w - ŵ
+        self.cost = torch.zeros_like(weight[0])
+        self.compiled = _compiled_leaf() if weight.device.type == "cpu" else None
 
     def round_range(self, start: int, end: int) -> None:
         """Round inputs start..end, whose targets hold the errors of all inputs before `start`.
@@ -151,78 +195,165 @@ class _ColumnRounder:
         self.round_range(middle, end)
 
     def _round_leaf(self, start: int, end: int) -> None:
-        compiled = _compiled_leaf() if self.weight.device.type == "cpu" else None
-        if compiled:
-            arrays = (self.target, self.weight, self.scale, self.zero, self.codes, self.error, self.residual, self.feedback)
-            compiled(tuple(array.numpy() for array in arrays), start, end, self.top)
+        if self.compiled:
+            per_input = (self.order, self.group, self.importance, self.feedback)
+            grid = (self.scale, self.inverse, self.low, self.high)
+            rows = (self.weight, self.target, self.steps, self.error, self.cost)
+            arrays = (tuple(array.numpy() for array in part) for part in (per_input, grid, rows))
+            self.compiled(*arrays, start, end)
             return
-        for column in range(start, end):
-            target, scale, zero = self.target[column], self.scale[column], self.zero[column]
-            if column > start:
+        groups, order = self.group[start:end], self.order[start:end]
+        scale, inverse, low, high = (part[groups] for part in (self.scale, self.inverse, self.low, self.high))  # [leaf, out]
+        steps = torch.empty_like(scale)
+        for index, column in enumerate(range(start, end)):
+            target = self.target[column]
+            if index:
                 target.addmv_(self.error[start:column].T, self.feedback[start:column, column])
-            codes = torch.add(zero, (target / scale).round_(), out=self.codes[column]).clamp_(0, self.top)
-            nearest = (codes - zero).mul_(scale)
+            step = torch.clamp((target * inverse[index]).round_(), low[index], high[index], out=steps[index])
+            nearest = step * scale[index]
             torch.sub(self.weight[column], nearest, out=self.error[column])
-            torch.sub(target, nearest, out=self.residual[column])
+            self.cost.add_((target - nearest).square_().mul_(self.importance[column]))
+        self.steps[order] = steps
 
 
 @cache
 def _compiled_leaf() -> Callable[..., None] | None:
     """Compile the rounding of a leaf's inputs as one loop over its output rows; None where that cannot be (see `compile_loops`)."""
 
-    def leaf(arrays: Any, start: int, end: int, top: int) -> None:
-        target, weight, scale, zero, codes, error, residual, feedback = arrays
-        for first in range(0, target.shape[1], LEAF_ROWS):  # output rows whose numbers stay in the innermost cache
+    def leaf(per_input: Any, grid: Any, rows: Any, start: int, end: int) -> None:
+        order, groups, importance, feedback = per_input
+        scale, inverse, low, high = grid
+        weight, target, steps, error, cost = rows
+        # Output rows whose numbers stay in a near cache; slices of one axis, because loops over them become vector instructions.
+        for first in range(0, target.shape[1], LEAF_ROWS):
             last = min(first + LEAF_ROWS, target.shape[1])
             for column in range(start, end):
+                group, count = groups[column], importance[column]
+                to = target[column, first:last]
                 for before in range(start, column):
-                    factor = feedback[before, column]
-                    for row in range(first, last):
-                        target[column, row] += factor * error[before, row]
-                for row in range(first, last):
-                    code = np.rint(target[column, row] / scale[column, row]) + zero[column, row]
-                    code = np.float32(0) if code < 0 else code
-                    code = np.float32(top) if code > top else code
-                    nearest = (code - zero[column, row]) * scale[column, row]
-                    codes[column, row] = code
-                    error[column, row] = weight[column, row] - nearest
-                    residual[column, row] = target[column, row] - nearest
+                    factor, errors = feedback[before, column], error[before, first:last]
+                    for row in range(last - first):
+                        to[row] += factor * errors[row]
+                scales, inverses, least, most = (
+                    scale[group, first:last],
+                    inverse[group, first:last],
+                    low[group, first:last],
+                    high[group, first:last],
+                )
+                weights, step_to, error_to, cost_to = (
+                    weight[column, first:last],
+                    steps[order[column], first:last],
+                    error[column, first:last],
+                    cost[first:last],
+                )
+                for row in range(last - first):
+                    step = np.rint(to[row] * inverses[row])
+                    step = least[row] if step < least[row] else step
+                    step = most[row] if step > most[row] else step
+                    nearest = step * scales[row]
+                    step_to[row], error_to[row] = step, weights[row] - nearest
+                    cost_to[row] += (to[row] - nearest) * (to[row] - nearest) * count
 
     return compile_loops(leaf)
 
 
-def _refit_scales(weight: Tensor, rows: _Candidates, fmt: Format, factor: CholeskyFactor) -> _Candidates:
-    """Choose scales that cost less with the same codes: group after group, the float16 nearest to the minimum of its parabola."""
-    width, size = weight.shape[1], fmt.group_size
+def _refit(inputs: _Inputs, rows: _Rows, fmt: Format, factor: CholeskyFactor) -> _Rows:
+    """Choose scales that cost less with the same codes.
+
+    The cost is a parabola in a row's scales: with t_g the steps of group g and nothing elsewhere, its curvature is A_gh = t_g H t_hᵀ.
+    One scale after the other moves to the float16 nearest to its minimum, SWEEPS times round.
+    """
+    curvature, along = _parabola(inputs, rows.steps, fmt.group_size, factor.damped)
+    slope = along - (curvature * rows.scale).sum(1)  # [groups, out]: t_g H eᵀ
     scale, cost = rows.scale.clone(), rows.cost.clone()
-    steps = rows.codes - by_input(rows.zero, size, width)  # ŵ = steps * scale
-    slope = (weight - steps * by_input(scale, size, width)) @ factor.damped  # e H [out, in]
-    for group in range(scale.shape[1]):
-        inputs = slice(group * size, min(width, (group + 1) * size))
-        step, old = steps[:, inputs], scale[:, group]  # [out, group size], [out]
-        square = ((step @ factor.damped[inputs, inputs]) * step).sum(1)
-        along = (step * slope[:, inputs]).sum(1)
-        new = (old + along / square).half().float()
-        gain = (new - old) * (2 * along - (new - old) * square)
-        better = (gain > 0) & (new >= SMALLEST_SCALE) & new.isfinite()  # false for 0 / 0, a group of zeros
-        change = torch.where(better, new - old, 0)
-        scale[:, group] += change
+    compiled = _compiled_descent() if scale.device.type == "cpu" else None
+    if compiled:
+        compiled(*(array.numpy() for array in (curvature, slope, scale, cost)))
+        return _Rows(rows.steps, scale, rows.zero, cost)
+    for group in SWEEPS * list(range(len(scale))):
+        square = curvature[group, group]
+        change = (scale[group] + slope[group] / square).half().float() - scale[group]
+        gain = change * (2 * slope[group] - change * square)
+        new = scale[group] + change
+        better = (gain > 0) & (new >= SMALLEST_SCALE) & (new <= LARGEST_SCALE)  # false for 0 / 0, a group of zeros
+        change = torch.where(better, change, 0)
+        scale[group] += change
         cost -= torch.where(better, gain, 0)
-        slope[:, inputs.stop :] -= (step * change.unsqueeze(1)) @ factor.damped[inputs, inputs.stop :]
-    return _Candidates(rows.codes, scale, rows.zero, cost)
+        slope -= curvature[group] * change
+    return _Rows(rows.steps, scale, rows.zero, cost)
 
 
-def _best(rows: _Candidates, count: int) -> _Candidates:
-    """Return for every output row the cheapest [out, ...] of `count` candidates, stacked [count * out, ...]."""
-    out = len(rows.cost) // count
-    pick = rows.cost.nan_to_num(torch.inf).view(count, out).argmin(0) * out + torch.arange(out, device=rows.cost.device)
-    return _Candidates(*(part[pick] for part in rows))
+def _parabola(inputs: _Inputs, steps: Tensor, size: int, damped: Tensor) -> tuple[Tensor, Tensor]:
+    """Return t_g H t_hᵀ [groups, groups, out] and t_g H wᵀ [groups, out]."""
+    width, out = steps.shape
+    groups = -(-width // size)
+    curvature = steps.new_empty(groups, groups, out)
+    for first in range(0, out, REFIT_ROWS):  # output rows
+        rows = slice(first, first + REFIT_ROWS)
+        part = steps[:, rows].contiguous()
+        for group in range(groups):
+            start = group * size
+            product = damped[start:, start : start + size] @ part[start : start + size]  # H t_gᵀ, of the groups from here on
+            curvature[group, group:, rows] = _sum_groups(product.mul_(part[start:]), size)
+            curvature[group + 1 :, group, rows] = curvature[group, group + 1 :, rows]
+    return curvature, _sum_groups(inputs.products * steps, size)
 
 
-def _no_worse(codes: Codes, other: Codes, weight: Tensor, hessian: Tensor) -> Codes:
-    """Return `codes`, with `other`'s rows where theirs have the smaller output error on the tokens that `hessian` was taken from."""
-    ours, theirs = (to_float64(of_rows.weight()) - to_float64(weight) for of_rows in (codes, other))
+def _sum_groups(values: Tensor, size: int) -> Tensor:
+    """Return the sum over every group's inputs, [groups, out]. values: [in, out]"""
+    whole = len(values) // size * size
+    sums = values[:whole].unflatten(0, (-1, size)).sum(1) if whole else values[:0]
+    return torch.cat([sums, values[whole:].sum(0, keepdim=True)]) if whole < len(values) else sums
+
+
+@cache
+def _compiled_descent() -> Callable[..., None] | None:
+    """Compile the descent of `_refit`, in place; None where that cannot be (see `compile_loops`)."""
+
+    def descent(curvature: Any, slope: Any, scale: Any, cost: Any) -> None:
+        groups, out = scale.shape
+        changes = np.empty(LEAF_ROWS, np.float32)
+        smallest, largest, normal = np.float32(SMALLEST_SCALE), np.float32(LARGEST_SCALE), np.float32(2.0**-14)
+        split, shift = np.float32(2**13 + 1), np.float32(0.75)
+        for first in range(0, out, LEAF_ROWS):
+            last = min(first + LEAF_ROWS, out)
+            for _ in range(SWEEPS):
+                for group in range(groups):
+                    squares, slopes = curvature[group, group, first:last], slope[group, first:last]
+                    scales, costs = scale[group, first:last], cost[first:last]
+                    for row in range(last - first):
+                        minimum = scales[row] + slopes[row] / squares[row]
+                        # To float16: the upper 11 bits, or a multiple of 2**-24 below the smallest normal number.
+                        high = minimum * split
+                        new = high - (high - minimum) if minimum >= normal else (minimum + shift) - shift
+                        change = new - scales[row]
+                        gain = change * (np.float32(2) * slopes[row] - change * squares[row])
+                        better = (gain > 0) & (new >= smallest) & (new <= largest)  # false for 0 / 0, a group of zeros
+                        changes[row] = change if better else np.float32(0)
+                        scales[row] = new if better else scales[row]
+                        costs[row] -= gain if better else np.float32(0)
+                    for other in range(groups):
+                        slopes, products = slope[other, first:last], curvature[group, other, first:last]
+                        for row in range(last - first):
+                            slopes[row] -= products[row] * changes[row]
+
+    return compile_loops(descent)
+
+
+def _no_worse(codes: Codes, rows: _Rows, other: Codes, weight: Tensor, factor: CholeskyFactor) -> Codes:
+    """Return `codes`, with `other`'s rows where theirs have the smaller output error on the tokens that the factor was taken from.
+
+    An error costs ‖e R‖², so the terms of the inputs that are rounded last, less the damping, are the least that `other` costs. They
+    are most of it and already exceed what nearly all rows of `codes` cost. The rest is compared in float64.
+    """
+    theirs = other.weight().sub_(weight)
+    terms = theirs @ factor.last  # [out, last inputs]
+    least = terms.square_().sum(1) - factor.damping * theirs.square().sum(1)
+    close = (~(least > rows.cost * (1 + CLOSE))).nonzero().flatten()
+    ours = to_float64(codes.rows(close).weight() - weight[close])
+    theirs = to_float64(theirs[close])
     # a H aᵀ - b H bᵀ = (a - b) H (a + b)ᵀ: one product, and no difference of two large numbers
-    worse = (((ours - theirs) @ hessian) * (ours + theirs)).sum(1, keepdim=True) > 0
-    code, scale, zero = (torch.where(worse, getattr(other, part), getattr(codes, part)) for part in ("codes", "scale", "zero"))
-    return Codes(code, scale, zero, codes.group_size)
+    worse = close[(((ours - theirs) @ factor.hessian) * (ours + theirs)).sum(1) > 0]
+    for part in ("codes", "scale", "zero"):
+        getattr(codes, part)[worse] = getattr(other, part)[worse]
+    return codes

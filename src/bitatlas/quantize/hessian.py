@@ -23,6 +23,8 @@ from bitatlas.model.decoder import Decoder
 from bitatlas.model.gradients import module_input
 from bitatlas.model.layerwise import batch_rows, is_chain, layer_inputs, run_layer, whole_logits
 
+BATCH_TOKENS = 4096  # of a batch whose logits nobody needs
+BLOCK = 256  # columns of a sum: what lies above the diagonal's blocks is computed once
 Run = Callable[[int, Callable[[], None]], None]  # (layer, called before each batch)
 
 
@@ -36,8 +38,10 @@ def input_hessians(decoder: Decoder, modules: Sequence[str], rows: Tensor) -> It
     layers = [_modules_in(decoder.model, layer, modules) for layer in decoder.layers]
     if sum(map(len, layers)) < len(set(modules)):
         raise ValueError("a module outside the decoder layers has no recorded input")
-    batches = rows.split(batch_rows(rows.shape[1], decoder.vocabulary))
-    run = _layer_runner(decoder, batches) if is_chain(decoder) else _model_runner(decoder, batches)
+    if is_chain(decoder):
+        run = _layer_runner(decoder, rows.split(max(1, BATCH_TOKENS // rows.shape[1])))
+    else:
+        run = _model_runner(decoder, rows.split(batch_rows(rows.shape[1], decoder.vocabulary)))
     for index, layer_modules in enumerate(layers):
         if not any(layers[index:]):
             return
@@ -88,6 +92,19 @@ def _modules_in(model: nn.Module, layer: nn.Module, names: Sequence[str]) -> dic
     return {name: module for name, module in modules.items() if id(module) in inner}
 
 
+def _gram(flat: Tensor) -> Tensor:
+    """Return flatᵀ flat, float32 [in, in], of `flat` [tokens, in]: half of the products, since it is symmetric."""
+    width = flat.shape[1]
+    if width <= BLOCK:
+        return flat.T @ flat
+    product = flat.new_empty(width, width)
+    for start in range(0, width, BLOCK):
+        block = slice(start, start + BLOCK)
+        torch.mm(flat[:, block].T, flat[:, start:], out=product[block, start:])
+        product[start:, block] = product[block, start:].T
+    return product
+
+
 class InputSums:
     """Sums of x xᵀ over one layer's inputs, one for every set of modules that were called with the same tensors."""
 
@@ -100,7 +117,7 @@ class InputSums:
         """Add up what came since the last call."""
         for inputs, modules in self._calls:
             flat = inputs.detach().reshape(-1, inputs.shape[-1]).float()  # [tokens, in]
-            product = to_float64(flat.T @ flat)
+            product = to_float64(_gram(flat))
             key = tuple(modules)
             total, tokens = self._sums.get(key, (None, 0))
             self._sums[key] = product if total is None else total + product, tokens + len(flat)

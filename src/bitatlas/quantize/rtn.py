@@ -16,7 +16,7 @@ Left out: separate shrinking of the two ends, and any use of input statistics (t
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import cache
 from typing import Any
 
@@ -28,6 +28,8 @@ from bitatlas.quantize.codes import LARGEST_SCALE, SMALLEST_SCALE, Codes, by_inp
 from bitatlas.records.formats import Format
 
 STEPS = 20
+ROUNDING = np.float32(1.5 * 2**23)  # added and taken away: a float32 below 2**22 becomes the nearest whole number
+LANES = 24  # the steps, filled up to whole vectors of a processor's instructions
 SEARCHED = 2**16  # weights at a time on a CPU: what the search reads and writes stays in its cache
 SEARCHED_ELSEWHERE = 2**24
 
@@ -46,21 +48,29 @@ def on_grid(weight: Tensor, scale: Tensor, zero: Tensor, fmt: Format) -> Codes:
 
 
 def grid(weight: Tensor, fmt: Format, importance: Tensor | None = None) -> tuple[Tensor, Tensor]:
-    """Return scale and zero-point, float32 [out, groups] each, of every group's best clipping step. weight: float32 [out, in].
+    """Return scale and zero-point, float32 [out, groups] each, of every group's best clipping step; see `grids`."""
+    return grids(weight, fmt, [importance])[0]
 
-    `importance` [in]: what an input's squared error counts; without it all count the same. The scale is a float16's value.
+
+def grids(weight: Tensor, fmt: Format, importances: Sequence[Tensor | None]) -> list[tuple[Tensor, Tensor]]:
+    """Return every group's best clipping step for each of one or two `importances`: scale and zero-point, float32 [out, groups] each.
+
+    weight: float32 [out, in]. An importance [in] is what an input's squared error counts; for None all count the same. Both are
+    searched in one pass over the weights. A scale is a float16's value.
     """
     size, top = fmt.group_size, _top(fmt)
-    counts = torch.ones(weight.shape[1], device=weight.device) if importance is None else importance.float()
+    ones = torch.ones(weight.shape[1], device=weight.device)
+    counts = torch.stack([ones if importance is None else importance.float() for importance in importances])
     on_cpu = weight.device.type == "cpu"
     search = (_compiled() if on_cpu else None) or _search
     rows = max(1, (SEARCHED if on_cpu else SEARCHED_ELSEWHERE) // max(1, weight.shape[1]))
-    found = []
+    results = []
     for block in weight.contiguous().split(rows):
         scales, zeros = _candidates(block, fmt)  # [steps, out, groups]
-        best = search(block, counts.contiguous(), scales, zeros, size, top)[None]  # [1, out, groups]
-        found.append((scales.gather(0, best)[0], zeros.gather(0, best)[0]))
-    return torch.cat([scale for scale, _ in found]), torch.cat([zero for _, zero in found])
+        best = search(block, counts, scales, zeros, size, top)  # [importances, out, groups]
+        results.append((scales.gather(0, best), zeros.gather(0, best)))
+    scale, zero = (torch.cat(parts, dim=1) for parts in zip(*results, strict=True))
+    return list(zip(scale, zero, strict=True))
 
 
 def _candidates(weight: Tensor, fmt: Format) -> tuple[Tensor, Tensor]:
@@ -79,18 +89,24 @@ def _candidates(weight: Tensor, fmt: Format) -> tuple[Tensor, Tensor]:
 
 
 def _search(weight: Tensor, counts: Tensor, scales: Tensor, zeros: Tensor, size: int, top: int) -> Tensor:
-    """Return the step of the least squared error of every group, int64 [out, groups]; the first of equals. scales: [steps, out, groups]."""
+    """Return the step of the least squared error of every group, int64 [importances, out, groups]; the first of equals.
+
+    counts: [importances, in], one or two; scales, zeros: [steps, out, groups].
+    """
     inverse, low, high, square = (
         part.movedim(-1, 1).contiguous() for part in (1 / scales, -zeros, top - zeros, scales.square())
     )  # [steps, groups, out]
-    error, columns = torch.zeros_like(inverse), weight.T.contiguous()  # [in, out]
+    columns = weight.T.contiguous()  # [in, out]
+    error = inverse.new_zeros(len(counts), *inverse.shape)
     for first in range(min(size, len(columns))):  # one input of every group at a time
         inputs = columns[first::size]  # [groups, out]: a short group has no input at the last places
         groups = len(inputs)
         ratio = inputs * inverse[:, :groups]
-        off = ratio.round().clamp_(low[:, :groups], high[:, :groups]).sub_(ratio)
-        error[:, :groups] += off.square_().mul_(counts[first::size, None])
-    return (error * square).nan_to_num(torch.inf).argmin(0).T.contiguous()  # squares of huge weights are infinite: the first step
+        off = ratio.round().clamp_(low[:, :groups], high[:, :groups]).sub_(ratio).square_()
+        for index, count in enumerate(counts):
+            error[index, :, :groups] += off * count[first::size, None]
+    # Squares of huge weights are infinite: the first step.
+    return (error * square).nan_to_num(torch.inf).argmin(1).transpose(1, 2).contiguous()
 
 
 @cache
@@ -98,30 +114,29 @@ def _compiled() -> Callable[..., Tensor] | None:
     """Compile the search as one pass over the weights, in 2 s; None where that cannot be (see `compile_loops`)."""
 
     def search(weight: Any, counts: Any, inverse: Any, low: Any, high: Any, square: Any, size: int, best: Any) -> None:
-        error, ratios = np.empty(STEPS, np.float32), np.empty(STEPS, np.float32)
-        least, most = np.empty(STEPS, np.float32), np.empty(STEPS, np.float32)
+        errors, others = np.empty(LANES, np.float32), np.empty(LANES, np.float32)
+        ratios, least, most = np.zeros(LANES, np.float32), np.zeros(LANES, np.float32), np.zeros(LANES, np.float32)
         for row in range(weight.shape[0]):
-            for group in range(best.shape[1]):
+            for group in range(best.shape[2]):
+                errors[:], others[:] = 0, 0
                 for step in range(STEPS):
-                    error[step] = 0
-                    ratios[step], least[step], most[step] = (
-                        inverse[row, group, step],
-                        low[row, group, step],
-                        high[row, group, step],
-                    )
+                    ratios[step] = inverse[row, group, step]
+                    least[step], most[step] = low[row, group, step], high[row, group, step]
                 for column in range(group * size, min(weight.shape[1], (group + 1) * size)):
-                    value, count = weight[row, column], counts[column]
-                    for step in range(STEPS):  # becomes vector instructions; each step's sum keeps the order of the inputs
+                    value, count, other = weight[row, column], counts[0, column], counts[1, column]
+                    for step in range(LANES):  # becomes vector instructions; each step's sum keeps the order of the inputs
                         ratio = value * ratios[step]
-                        nearest = np.rint(ratio)
+                        nearest = (ratio + ROUNDING) - ROUNDING
                         nearest = least[step] if nearest < least[step] else nearest
                         nearest = most[step] if nearest > most[step] else nearest
-                        off = nearest - ratio
-                        error[step] += off * off * count
-                smallest, best[row, group] = np.float32(np.inf), 0
-                for step in range(STEPS):
-                    if error[step] * square[row, group, step] < smallest:
-                        smallest, best[row, group] = error[step] * square[row, group, step], step
+                        off = (nearest - ratio) * (nearest - ratio)
+                        errors[step] += off * count
+                        others[step] += off * other
+                for index, sums in enumerate((errors, others)):
+                    smallest, best[index, row, group] = np.float32(np.inf), 0
+                    for step in range(STEPS):
+                        if sums[step] * square[row, group, step] < smallest:
+                            smallest, best[index, row, group] = sums[step] * square[row, group, step], step
 
     kernel = compile_loops(search)
     if kernel is None:
@@ -129,9 +144,9 @@ def _compiled() -> Callable[..., Tensor] | None:
 
     def compiled(weight: Tensor, counts: Tensor, scales: Tensor, zeros: Tensor, size: int, top: int) -> Tensor:
         last = [part.movedim(0, -1).contiguous().numpy() for part in (1 / scales, -zeros, top - zeros, scales.square())]
-        best = torch.empty(scales.shape[1:], dtype=torch.int64)
-        kernel(weight.numpy(), counts.numpy(), *last, size, best.numpy())
-        return best
+        best = torch.empty((2, *scales.shape[1:]), dtype=torch.int64)
+        kernel(weight.numpy(), counts[[0, -1]].numpy(), *last, size, best.numpy())
+        return best[: len(counts)]
 
     return compiled
 
