@@ -18,10 +18,10 @@ from bitatlas.measure.damage import DamageMeter
 from bitatlas.model.checkpoint import open_checkpoint
 from bitatlas.quantize import QUANTIZERS, gptq, rtn
 from bitatlas.quantize.bank import Bank
-from bitatlas.quantize.hessian import InputSums, input_hessians
+from bitatlas.quantize.moments import module_moments
 from bitatlas.records.formats import FORMATS, INTEGER_FORMATS, Format
 from bitatlas.records.journal import Journal
-from tiny import FAMILIES, SHARED, TEXT, make_checkpoint
+from tiny import SHARED, TEXT, make_checkpoint
 
 CANDIDATES = [FORMATS[name] for name in ("int2_g32", "int4_g64_sym")]
 
@@ -193,27 +193,6 @@ def opened(folder: Path):
     return [module.name for module in checkpoint.modules], checkpoint.load_model(), rows
 
 
-@pytest.mark.parametrize("family", sorted(FAMILIES))
-def test_moments_are_those_of_a_plain_forward_pass(family: str, tmp_path: Path):
-    names, decoder, rows = opened(make_checkpoint(tmp_path / family, family))
-    inputs: dict[str, Tensor] = {}
-    for name in names:
-        decoder.model.get_submodule(name).register_forward_pre_hook(lambda _, args, name=name: inputs.__setitem__(name, args[0]))
-    with torch.no_grad():
-        decoder.model(rows)
-    expected = {name: (flat := x.double().flatten(0, 1)).T @ flat / rows.numel() for name, x in inputs.items()}
-    for name in names:
-        decoder.model.get_submodule(name)._forward_pre_hooks.clear()
-    found = {name: (sharing, hessian) for sharing, hessian in input_hessians(decoder, names, rows) for name in sharing}
-    assert set(found) == set(names)
-    for name, (sharing, hessian) in found.items():
-        torch.testing.assert_close(hessian, expected[name], rtol=1e-5, atol=1e-6)
-        assert sharing == [other for other in names if inputs[other] is inputs[name]]
-    some = [names[1], names[-1]]
-    assert [name for sharing, _ in input_hessians(decoder, some, rows) for name in sharing] == some
-    assert not any(module._forward_pre_hooks or module._forward_hooks for module in decoder.model.modules())
-
-
 def test_one_cholesky_an_input_for_all_its_modules_and_formats(tiny_llama: Path, monkeypatch: pytest.MonkeyPatch):
     names, decoder, rows = opened(tiny_llama)
     before = {name: p.clone() for name, p in decoder.model.named_parameters()}
@@ -221,7 +200,7 @@ def test_one_cholesky_an_input_for_all_its_modules_and_formats(tiny_llama: Path,
     real = torch.linalg.cholesky
     monkeypatch.setattr(torch.linalg, "cholesky", lambda matrix: (calls.append(len(matrix)), real(matrix))[1])
     found = dict(gptq.quantize(decoder, names, CANDIDATES, rows))
-    assert calls == 3 * [64, 64, 64, 96]  # a layer's q/k/v, o, gate/up and down
+    assert sorted(calls) == sorted(3 * [64, 64, 64, 96])  # a layer's q/k/v, o, gate/up and down
     assert set(found) == set(names) and all(len(codes) == 2 for codes in found.values())
     assert all(torch.equal(before[name], p) for name, p in decoder.model.named_parameters())
     again = dict(gptq.quantize(decoder, names[3:9], CANDIDATES[:1], rows))
@@ -232,13 +211,12 @@ def test_one_cholesky_an_input_for_all_its_modules_and_formats(tiny_llama: Path,
 def test_modules_come_one_by_one(tiny_llama: Path):
     names, decoder, rows = opened(tiny_llama)
     stream = gptq.quantize(decoder, names, CANDIDATES, rows)
-    assert next(stream)[0] == names[0]
-    assert next(stream)[0] == names[1]
+    assert {next(stream)[0], next(stream)[0]} <= set(names[-7:])  # the last layer comes first
 
 
 def test_transposed_weights_are_fitted_the_right_way_round(tmp_path: Path):
     names, decoder, rows = opened(make_checkpoint(tmp_path / "gpt2", "gpt2"))
-    hessians = {name: hessian for sharing, hessian in input_hessians(decoder, names, rows) for name in sharing}
+    hessians = {name: moments.hessian for moments in module_moments(decoder, names, rows) for name in moments.names}
     for name, (codes, _) in gptq.quantize(decoder, names, CANDIDATES, rows):
         weight = decoder.weight(name)
         assert codes.codes.shape == weight.shape
@@ -270,24 +248,3 @@ def test_damage_of_a_trained_model_on_rows_not_seen(babyllama: Path):
     print(damage)
     assert damage["gptq"]["int2_g32"] < 0.3 * damage["rtn"]["int2_g32"]
     assert damage["gptq"]["int4_g32"] < 0.45 * damage["rtn"]["int4_g32"]
-
-
-def test_modules_that_share_an_input_at_times_have_their_own_sums():
-    """q and k part, r joins when q had more already, o misses what q has later."""
-    a, b, c, d = (torch.randn(2, 5, 4, generator=torch.Generator().manual_seed(seed)) for seed in range(4))
-    batches = [
-        [("q", a), ("k", a), ("o", a), ("q", b), ("k", c), ("r", b)],
-        [("q", d), ("k", d), ("r", d), ("o", c)],
-        [("q", a), ("o", b), ("never", a[:, :0])],
-        [("p", a), ("s", a), ("p", b)],
-    ]
-    sums = InputSums()
-    for batch in batches:
-        sums.next_batch()
-        for name, inputs in batch:
-            sums.add(name, inputs)
-    found = {name: mean for names, mean in sums.means() for name in names}
-    for name, mean in found.items():
-        x = torch.cat([inputs.reshape(-1, 4) for batch in batches for other, inputs in batch if other == name]).double()
-        torch.testing.assert_close(mean, x.T @ x / max(1, len(x)), rtol=1e-5, atol=1e-6)
-    assert set(found) == {"q", "k", "r", "o", "never", "p", "s"}

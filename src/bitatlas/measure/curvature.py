@@ -36,6 +36,7 @@ from bitatlas.data.rows import rows_sha256
 from bitatlas.measure.damage import Assignment, DamageMeter, token_blocks
 from bitatlas.measure.workers import Progress
 from bitatlas.model.decoder import Decoder
+from bitatlas.model.gradients import module_input
 from bitatlas.model.layerwise import (
     Recorded,
     Shared,
@@ -49,7 +50,6 @@ from bitatlas.model.layerwise import (
 )  # fmt: skip
 from bitatlas.plan.expansion import Expansion
 from bitatlas.quantize.bank import Bank
-from bitatlas.quantize.hessian import module_input
 from bitatlas.records import Module
 from bitatlas.records.journal import content_key
 

@@ -33,8 +33,7 @@ from bitatlas.errors import UserError
 from bitatlas.model.decoder import Decoder
 from bitatlas.quantize import rtn
 from bitatlas.quantize.codes import LARGEST_SCALE, SMALLEST_SCALE, Codes, compile_loops
-from bitatlas.quantize.hessian import to_float64
-from bitatlas.quantize.moments import InputMoments, module_moments
+from bitatlas.quantize.moments import InputMoments, module_moments, to_float64
 from bitatlas.records.formats import Format
 
 DAMPING = 0.01  # of the mean diagonal; the paper's

@@ -29,8 +29,8 @@ from bitatlas.model.decoder import Decoder
 from bitatlas.model.gradients import ModuleCall, layer_calls
 from bitatlas.model.hidden_states import StateCache
 from bitatlas.model.linear import is_linear
-from bitatlas.quantize.hessian import to_float64
 
+BLOCK = 256  # columns of a sum
 SEED = 0  # of the labels: codes must not depend on a survey's seed
 BATCH_ROWS = 8
 OUTPUT_STEP = 5  # every so many tokens count for G, of a batch with more than so many:
@@ -55,15 +55,22 @@ class InputMoments:
     def add(self, inputs: Tensor, gradients: dict[str, Tensor]) -> None:
         """Add one call of all modules. inputs: [tokens, in]; gradients: module -> [tokens, out]."""
         inputs = inputs.float()
-        self.plain.addmm_(inputs.T, inputs)
+        add_products(self.plain, inputs, inputs)
         step = OUTPUT_STEP if len(inputs) > FEW_TOKENS else 1
         for name, gradient in gradients.items():
             gradient = gradient.float()
             weights = gradient.square().sum(1)  # [tokens]
-            self.weighted[name].addmm_((inputs * weights.unsqueeze(1)).T, inputs)
+            add_products(self.weighted[name], inputs * weights.unsqueeze(1), inputs)
             self.weight[name] += weights.sum()
             part = gradient[::step]
-            self.outputs[name].addmm_(part.T, part, alpha=len(gradient) / max(1, len(part)))
+            add_products(self.outputs[name], part * (len(gradient) / max(1, len(part))), part)
+
+    def fill(self) -> None:
+        """Make the sums whole, once all calls are added."""
+        for total in (self.plain, *self.weighted.values(), *self.outputs.values()):
+            for start in range(0, len(total), BLOCK):
+                block = slice(start, start + BLOCK)
+                total[start + BLOCK :, block] = total[block, start + BLOCK :].T
 
     @property
     def hessian(self) -> Tensor:
@@ -76,6 +83,17 @@ class InputMoments:
         gradients = self.outputs[name] @ change  # Σ δδᵀ ΔW [out, in]
         inputs = change @ self.weighted[name] / self.weight[name].clamp(min=TINY)
         return (gradients * inputs).sum() / (2 * tokens)
+
+
+def add_products(total: Tensor, left: Tensor, right: Tensor) -> None:
+    """Add leftᵀ right [width, width], which is symmetric, to `total`: from the diagonal's blocks on alone, which is half of the products."""
+    for start in range(0, len(total), BLOCK):
+        total[start : start + BLOCK, start:].addmm_(left[:, start : start + BLOCK].T, right[:, start:])
+
+
+def to_float64(values: Tensor) -> Tensor:
+    """Return `values` as float64, on the same device where that has float64."""
+    return (values.cpu() if values.device.type == "mps" else values).double()
 
 
 def _by_diagonal(matrix: Tensor) -> Tensor:
@@ -143,9 +161,10 @@ def _by_input(decoder: Decoder, names: Sequence[str], sums: dict[tuple[str, ...]
     left = dict.fromkeys(names)
     for key, moments in sums.items():
         if not any(set(key) & set(other) for other in sums if other != key):
-            yield moments
             for name in key:
                 del left[name]
+            moments.fill()
+            yield moments
     for name in left:
         outputs, inputs = decoder.shape(name)
         alone = _empty((name,), inputs, {name: outputs}, decoder.device)
@@ -154,4 +173,5 @@ def _by_input(decoder: Decoder, names: Sequence[str], sums: dict[tuple[str, ...]
             alone.weighted[name] += moments.weighted[name]
             alone.outputs[name] += moments.outputs[name]
             alone.weight[name] += moments.weight[name]
+        alone.fill()
         yield alone
