@@ -66,19 +66,3 @@ def test_a_forgotten_device_is_caught(tiny_llama: Path, monkeypatch: pytest.Monk
     monkeypatch.setattr(*MISTAKES[mistake])
     with Elsewhere(), pytest.raises(RuntimeError, match="on the CPU"):
         measured(open_checkpoint(str(tiny_llama)), ELSEWHERE)
-
-
-def test_more_swaps_of_one_group_wait_for_no_more_numbers(tiny_llama: Path):
-    checkpoint = open_checkpoint(str(tiny_llama))
-    rows = torch.randint(0, 300, (6, 24), generator=torch.Generator().manual_seed(3))
-    swaps = {m.name: Swap(m.layer, {m.name: "int2_g32"}) for m in checkpoint.modules}
-    reads = []
-    for count in (2, 6):
-        with Elsewhere() as device:
-            meter = meter_on(checkpoint, ELSEWHERE)
-            meter.bank.fill(FORMATS)
-            meter.reference.see([rows.to(ELSEWHERE)])
-            before = device.reads
-            meter.swaps({}, dict(list(swaps.items())[:count]), rows)
-            reads.append(device.reads - before)
-    assert reads[0] == reads[1]
