@@ -1,5 +1,6 @@
 """First and second order against finite differences and brute-force KL in float64; both contractions; nothing depends on the batch."""
 
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -9,10 +10,11 @@ from torch import Tensor
 
 import bitatlas.measure.curvature as curvature
 from bitatlas.data.rows import make_rows
-from bitatlas.measure.curvature import contract, expand
+from bitatlas.measure.curvature import contract, expand, final_gradients, label_points, labels_at
 from bitatlas.measure.damage import DamageMeter, Swap
 from bitatlas.measure.interactions import pair_rows, swap_interactions
 from bitatlas.model.checkpoint import Checkpoint, open_checkpoint
+from bitatlas.model.layerwise import logits_of, picks_words, record
 from bitatlas.plan.expansion import quadratic_model
 from bitatlas.quantize.bank import Bank
 from bitatlas.records.journal import Journal
@@ -131,3 +133,31 @@ def test_nothing_depends_on_the_batch_or_the_journal(tiny_llama: Path, monkeypat
     assert single.scores == pytest.approx(whole.scores, rel=1e-3, abs=1e-3 * np.abs(whole.scores).max())
     assert single.first == pytest.approx(whole.first, rel=1e-3, abs=1e-5 * np.abs(whole.first).max())
     assert all(not p.requires_grad and p.grad is None for p in meter.decoder.model.parameters())
+
+
+@pytest.mark.parametrize("picks", [True, False])
+@pytest.mark.parametrize("family", ["llama", "gpt2", "gpt_neox"])
+def test_gradients_at_the_last_hidden_state_are_those_of_each_draw_alone(
+    family: str, picks: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    checkpoint, meter, rows = setup(make_checkpoint(tmp_path / family, family))
+    decoder = meter.decoder
+    assert picks_words(decoder)
+    if not picks:
+        monkeypatch.setattr(curvature, "picks_words", lambda _: False)
+    meter.budget = replace(meter.budget, logit_bytes=4 * 300 * len(rows) * 7)  # spans of 7 tokens
+    meter.reference.see([rows])
+    with decoder.swapped(meter.bank.weights({m.name: "int2_g32" for m in checkpoint.modules})):
+        final = record(decoder, [rows]).final[0]
+        first, of_draws = final_gradients(meter, rows, final, 5, 3)
+        leaf = final.clone().requires_grad_(True)
+        log_q = torch.log_softmax(logits_of(decoder, rows, leaf), -1)
+    log_p = torch.cat([meter.reference.log_p(rows, span) for span in meter.spans(rows)], dim=1)
+    kl = (log_p.exp() * (log_p - log_q)).sum() / rows.shape[1]
+    assert first is not None
+    assert torch.allclose(first, torch.autograd.grad(kl, leaf, retain_graph=True)[0], rtol=1e-4, atol=1e-8)
+    for draw, gradient in enumerate(of_draws):
+        labels = labels_at(log_q.detach().exp().float(), label_points(rows, 5, draw))
+        chosen = log_q.gather(-1, labels.unsqueeze(-1)).sum()
+        (exact,) = torch.autograd.grad(chosen, leaf, retain_graph=True)
+        assert torch.allclose(gradient, exact, rtol=1e-4, atol=1e-5 * float(exact.abs().max()))

@@ -25,7 +25,7 @@ from bitatlas.model.layerwise import check_chain, is_chain
 from bitatlas.quantize.bank import Bank
 from bitatlas.records.journal import Journal
 from bitatlas.records.sizes import Unit, units_of
-from gradients import check_moments
+from gradients import check_moments, check_prices
 from tiny import tokenizer
 
 FORMATS = ("int2_g32", "int4_g32")
@@ -199,6 +199,7 @@ def test_what_cannot_be_run_layer_by_layer_is_not_streamed(tmp_path: Path):
 def test_moments_are_those_of_a_plain_pass(shape: str, tmp_path: Path):
     checkpoint, meter, rows = setup(build(tmp_path / "model", *SHAPES[shape]))
     check_moments(meter.decoder, [module.name for module in checkpoint.modules], rows)
+    check_prices(meter, checkpoint.modules, rows)
 
 
 def test_what_is_kept_out_of_the_plan_is_told(tmp_path: Path):

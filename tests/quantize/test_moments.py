@@ -29,7 +29,8 @@ def test_moments_are_those_of_a_plain_pass(family: str, tmp_path: Path):
         next(module_moments(decoder, ["lm_head"], rows))
 
 
-def test_a_module_without_tokens_or_gradients_is_priced_at_nothing():
-    zeros = torch.zeros
-    empty = InputMoments(("a",), zeros(4, 4), {"a": zeros(4, 4)}, {"a": zeros(3, 3)}, {"a": zeros(())})
-    assert float(empty.price("a", torch.ones(3, 4), 10)) == 0 and torch.equal(empty.hessian, zeros(4, 4).double())
+def test_a_module_without_tokens_has_zeros():
+    empty = InputMoments(("a",), torch.zeros(4, 4), torch.zeros(4, 4))
+    empty.add(torch.ones(3, 4), [torch.zeros(3, 2)])
+    empty.fill()
+    assert torch.equal(empty.hessian, torch.ones(4, 4).double() / 2) and not empty.weighted.any()

@@ -218,7 +218,11 @@ def _score(meter: DamageMeter, batch: Tensor, span: slice, q: Tensor, seed: int,
     """Return the gradient with respect to the logits of `span` [rows, tokens, vocabulary]: of the KL (number 0), or of the log-probability of drawn labels."""
     if number == 0:
         return (q - meter.reference.log_p(batch, span).exp()) / batch.shape[1]
-    labels = labels_at(q, label_points(batch, seed, number - 1)[:, span])
+    return _label_score(q, labels_at(q, label_points(batch, seed, number - 1)[:, span]))
+
+
+def _label_score(q: Tensor, labels: Tensor) -> Tensor:
+    """Return onehot(labels) - q, [rows, tokens, vocabulary]."""
     return -q.scatter_add(-1, labels.unsqueeze(-1), torch.full_like(q[..., :1], -1.0))
 
 
@@ -234,6 +238,9 @@ def final_gradients(
     """
     first = torch.zeros_like(final) if first_order else None
     of_draws = final.new_zeros(draws, *final.shape)
+    points = torch.zeros(*batch.shape, draws, dtype=torch.float64, device=batch.device)
+    for draw in range(draws):
+        points[..., draw] = label_points(batch, seed, draw)
     for span in meter.spans(batch):
         leaf = slice_tokens(meter.decoder, final, span).detach().requires_grad_(True)
         with torch.enable_grad():
@@ -242,26 +249,29 @@ def final_gradients(
         if first is not None:
             score = _score(meter, batch, span, q, seed, 0).to(logits.dtype)
             slice_tokens(meter.decoder, first, span).copy_(torch.autograd.grad(logits, leaf, score, retain_graph=draws > 0)[0])
-        for draw, gradient in enumerate(_label_gradients(meter, batch, span, leaf, logits, q, seed, draws)):
+        for draw, gradient in enumerate(_label_gradients(meter.decoder, batch[:, span], leaf, logits, q, points[:, span])):
             slice_tokens(meter.decoder, of_draws[draw], span).copy_(gradient)
     return first, of_draws
 
 
-def _label_gradients(
-    meter: DamageMeter, batch: Tensor, span: slice, leaf: Tensor, logits: Tensor, q: Tensor, seed: int, draws: int
-) -> Iterator[Tensor]:
-    """Yield the gradient at `leaf`, the last hidden state of `span`, of each draw's summed log-probability. q: softmax of `logits`"""
-    if not picks_words(meter.decoder):
+def _label_gradients(decoder: Decoder, ids: Tensor, leaf: Tensor, logits: Tensor, q: Tensor, points: Tensor) -> Iterator[Tensor]:
+    """Yield the gradient at `leaf`, the last hidden state of `ids` [rows, tokens], of each draw's summed log-probability.
+
+    q: softmax of `logits`; points: where the labels are drawn, [rows, tokens, draws]
+    """
+    draws = points.shape[-1]
+    if not draws:
+        return
+    labels = labels_at(q, points)  # [rows, tokens, draws]
+    if not picks_words(decoder):
         for draw in range(draws):
-            score = _score(meter, batch, span, q, seed, 1 + draw).to(logits.dtype)
+            score = _label_score(q, labels[..., draw]).to(logits.dtype)
             yield torch.autograd.grad(logits, leaf, score, retain_graph=draw + 1 < draws)[0]
         return
-    points = torch.stack([label_points(batch, seed, draw)[:, span] for draw in range(draws)], dim=-1)
-    labels = labels_at(q, points)  # [rows, tokens, draws]
     (common,) = torch.autograd.grad(logits, leaf, q.to(logits.dtype))
     for draw in range(draws):
         with torch.enable_grad():
-            picked = word_logits(meter.decoder, batch[:, span], leaf, labels[..., draw])
+            picked = word_logits(decoder, ids, leaf, labels[..., draw])
         yield torch.autograd.grad(picked.sum(), leaf)[0] - common
 
 

@@ -23,7 +23,7 @@ from torch import Tensor
 from bitatlas.errors import UserError
 from bitatlas.measure.damage import REFERENCE_BYTES, STATE_BYTES, StateBudget, kl_per_row, states_of
 from bitatlas.model.decoder import Decoder
-from bitatlas.model.layerwise import LOGIT_BYTES, batch_rows, layer_inputs, logits_of, run_layer
+from bitatlas.model.layerwise import HIDDEN_BYTES, LOGIT_BYTES, batch_rows, layer_inputs, logits_of, run_layer
 from bitatlas.progress import Reporter
 from bitatlas.quantize.bank import CACHE_BYTES
 from bitatlas.records import ModelInfo, Module
@@ -195,7 +195,7 @@ def estimate_memory(
         layers[module.layer] += module.weights
         stored[module.layer] += kept_bytes(module, info.dtype)
     layer, largest = max(layers.values()), max(module.weights for module in modules)
-    batch = batch_rows(row_length, vocabulary)
+    batch = batch_rows(row_length, modules[0].shape[1], HIDDEN_BYTES)
     tokens = batch * row_length
     wide = sum(out + inputs for out, inputs in (m.shape for m in modules if m.layer == modules[0].layer))
     # forwards and backwards; attention maps, eager
@@ -204,7 +204,7 @@ def estimate_memory(
         LOGIT_ARRAYS * min(4 * tokens * vocabulary, most + 4 * batch * vocabulary) for most in (LOGIT_BYTES, LEAST_LOGITS)
     )
     changes = (formats * layer + (formats + 2) * largest) * size + 16 * largest
-    loading = info.other_bytes  # the stored bytes beside the converted ones
+    loading = info.total_bytes  # the stored bytes, mapped, beside the converted ones
     base = (psutil.Process().memory_info().rss + LIBRARIES_BYTES) if device == "cpu" else 2**29
     fixed = base + outside
     state = tokens * modules[0].shape[1] * size

@@ -1,45 +1,93 @@
-"""Prices: what each unit in each format costs by itself to second order, from one pass forwards and one backwards for all (see `quantize.moments`).
+"""Prices: the damage that each unit in each format does by itself, to second order, from one pass forwards and one backwards for all of them.
 
-On trained models with good codes they rank true swaps, and add up but for a common factor; which factor, and where they mislead, has to be
-measured (`plan.search`). Journaled by module.
+With δ_t the gradient of drawn labels' log-probability at a module's output and x_t its input, a change ΔW of its weight does the damage
+½ mean_t (δ_tᵀ ΔW x_t)² at the reference, in nats/token. On a trained model these rank what swaps truly do, and add up; rows must not be those
+that codes were fitted to, where quantized models do a fraction of the damage that they do elsewhere.
+
+Modules of a unit are changed together, so what they do at a token is added up before it is squared. Left out: what changes at different tokens do
+together, and what units do together; both are small where damage is. Journaled by layer.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections import defaultdict
+from collections.abc import Iterator, Sequence
 
 import numpy as np
+import torch
 from torch import Tensor
 
 from bitatlas.data.rows import rows_sha256
 from bitatlas.measure.damage import DamageMeter
 from bitatlas.measure.workers import Progress
+from bitatlas.model.gradients import ModuleCall, layer_calls
+from bitatlas.quantize.bank import Bank
 from bitatlas.records import Module
 from bitatlas.records.journal import content_key
 
-
-def price_modules(
-    meter: DamageMeter, modules: Sequence[Module], formats: Sequence[str], rows: Tensor, progress: Progress | None = None
-) -> dict[str, list[float]]:
-    """Return module -> price of each format, nats/token; codes that are missing are made in the same pass. rows: int64 [rows, tokens]"""
-    base = ("price", meter.identity, rows_sha256(rows), list(formats))
-    keys = {module.name: content_key(*base, module.name) for module in modules}
-    prices = {name: meter.journal.get(key) for name, key in keys.items()}
-    missing = [name for name, value in prices.items() if value is None]
-    for name, value in meter.bank.prices(missing, formats, rows) if missing else ():
-        meter.journal.put(keys[name], "price", value)
-        prices[name] = value
-        if progress:
-            progress(sum(value is not None for value in prices.values()), len(prices))
-    return prices  # type: ignore[return-value]
+BATCH_ROWS = 8
 
 
 def price_units(
-    meter: DamageMeter, modules: Sequence[Module], formats: Sequence[str], rows: Tensor, progress: Progress | None = None
+    meter: DamageMeter,
+    modules: Sequence[Module],
+    formats: Sequence[str],
+    rows: Tensor,
+    seed: int = 0,
+    progress: Progress | None = None,
 ) -> np.ndarray:
-    """Return the sum of its modules' prices for every unit: float64 [units, formats], nats/token."""
-    prices = price_modules(meter, modules, formats, rows, progress)
-    units: dict[str, np.ndarray] = {}
+    """Return the price of every unit in every format: float64 [units, formats], nats/token. rows: int64 [rows, tokens], not those of a fit."""
+    layers: dict[int, list[Module]] = defaultdict(list)
     for module in modules:
-        units[module.unit] = units.get(module.unit, np.zeros(len(formats))) + prices[module.name]
-    return np.stack(list(units.values()))
+        layers[module.layer].append(module)
+    base = ("price", meter.identity, rows_sha256(rows), list(formats), seed)
+    keys = {layer: content_key(*base, [[m.name, m.unit] for m in inside]) for layer, inside in layers.items()}
+    prices = {layer: meter.journal.get(key) for layer, key in keys.items()}
+    missing = {layer: inside for layer, inside in layers.items() if prices[layer] is None}
+    for layer, value in _price_layers(meter, missing, formats, rows, seed) if missing else ():
+        meter.journal.put(keys[layer], "price", value)
+        prices[layer] = value
+        if progress:
+            progress(sum(known is not None for known in prices.values()), len(prices))
+    by_unit = {unit: price for layer in layers for unit, price in prices[layer].items()}  # type: ignore[union-attr]
+    return np.array([by_unit[unit] for unit in dict.fromkeys(module.unit for module in modules)])
+
+
+def _price_layers(
+    meter: DamageMeter, layers: dict[int, list[Module]], formats: Sequence[str], rows: Tensor, seed: int
+) -> Iterator[tuple[int, dict[str, list[float]]]]:
+    """Yield (layer, unit -> price of each format), from the last layer to the first."""
+    names = {layer: [module.name for module in inside] for layer, inside in layers.items()}
+    batches = [batch.to(meter.decoder.device) for batch in rows.split(BATCH_ROWS)]
+    sums: dict[str, Tensor] = {}  # unit -> float64 [formats], of squares
+    changes: dict[str, Tensor] = {}
+    with meter.budget.shelf() as states:
+        for number, (layer, calls) in enumerate(layer_calls(meter.decoder, names, batches, states, seed), start=1):
+            if not changes:
+                changes = {name: changes_of(meter.bank, name, formats) for name in names[layer]}
+            _add_squares(sums, calls, {module.name: module.unit for module in layers[layer]}, changes)
+            if number % len(batches) == 0:
+                none = torch.zeros(len(formats))
+                units = dict.fromkeys(module.unit for module in layers[layer])
+                yield layer, {unit: (sums.get(unit, none) / (2 * rows.numel())).tolist() for unit in units}
+                sums, changes = {}, {}
+
+
+def _add_squares(sums: dict[str, Tensor], calls: Sequence[ModuleCall], units: dict[str, str], changes: dict[str, Tensor]) -> None:
+    """Add what the units do at each token of one batch, squared."""
+    scores: dict[tuple[str, int], Tensor] = {}  # (unit, tokens) -> [formats, tokens]: modules of a unit may see other tokens
+    for call in calls:
+        inputs, gradient = (part.reshape(-1, part.shape[-1]) for part in (call.inputs, call.gradient))
+        if call.name in units and len(inputs):
+            score = torch.stack([((inputs @ change.T) * gradient).sum(1) for change in changes[call.name]])
+            key = units[call.name], len(inputs)
+            scores[key] = scores[key] + score if key in scores else score
+    for (unit, _), score in scores.items():
+        squares = score.double().square().sum(1)
+        sums[unit] = sums[unit] + squares if unit in sums else squares
+
+
+def changes_of(bank: Bank, name: str, formats: Sequence[str]) -> Tensor:
+    """Return the change of a module's weight in every format, [formats, out, in]."""
+    reference = bank.reference(name)
+    return torch.stack([bank.weights({name: fmt})[name] - reference for fmt in formats])

@@ -14,12 +14,10 @@ from bitatlas.model.decoder import Decoder
 from bitatlas.quantize import autoround, ggml, gptq, hqq, rtn
 from bitatlas.quantize.codes import Codes
 from bitatlas.quantize.ggml import Blocks
-from bitatlas.quantize.moments import InputMoments
 from bitatlas.records.formats import FORMATS, LLAMA_CPP, Format
 
 WORKER_PIECES = 4  # of a bank, for a worker: modules differ in size
 
-Fit = Callable[[Decoder, InputMoments, Sequence[Format]], Iterator[tuple[str, Sequence[Codes | Blocks]]]]
 Quantize = Callable[[Decoder, Sequence[str], Sequence[Format], Tensor | None], Iterator[tuple[str, Sequence[Codes | Blocks]]]]
 
 
@@ -41,7 +39,6 @@ class Quantizer:
     needs_all: bool = False  # of the model's weights in memory at once
     whole_zeros: bool = True  # its zero-points are codes, not numbers in between
     runtime: str = ""  # whose formats it makes; "": integer formats
-    fit: Fit | None = None  # gives all modules of the moments in every format: what `quantize` does of one input
     by_format: bool = False  # one run over the whole model makes a format, whichever modules are asked for
 
     def pieces(self, modules: Sequence[str], formats: Sequence[str], slots: int) -> list[tuple[list[str], list[str]]]:
@@ -92,7 +89,7 @@ QUANTIZERS: dict[str, Quantizer] = {
     quantizer.name: quantizer
     for quantizer in (
         Quantizer("rtn", one_by_one(rtn.quantize), uses_rows=False, version=2),
-        Quantizer("gptq", gptq.quantize, uses_rows=True, version=3, fit=gptq.fit_moments),
+        Quantizer("gptq", gptq.quantize, uses_rows=True, version=3),
         Quantizer("hqq", one_by_one(hqq.quantize), uses_rows=False, version=1, package="hqq", symmetric=False, whole_zeros=False),
         Quantizer(
             "autoround", autoround.quantize, uses_rows=True, version=1, package="auto_round", needs_all=True, by_format=True

@@ -15,7 +15,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections import OrderedDict
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 
 import torch
@@ -30,7 +30,6 @@ from bitatlas.model.streaming import LazyMapping
 from bitatlas.quantize import get_quantizer
 from bitatlas.quantize.codes import Codes, pack, unpack
 from bitatlas.quantize.ggml import Blocks
-from bitatlas.quantize.moments import module_moments
 from bitatlas.records import Module, Plan
 from bitatlas.records.files import write_bytes, write_text
 from bitatlas.records.formats import FORMATS, Format, stored_bytes
@@ -108,24 +107,6 @@ class Bank:
             self._make([key])
         self._cache.move_to_end(key)
         return self._cache[key]
-
-    def prices(self, modules: Sequence[str], formats: Sequence[str], rows: Tensor) -> Iterator[tuple[str, list[float]]]:
-        """Yield each of `modules` with what each of `formats` costs: damage to second order on `rows` [rows, tokens], nats/token (see `moments`).
-
-        Codes that are missing and are fitted to moments are made in the same pass; `rows` are the bank's own then.
-        """
-        wanted = set(modules)
-        with self.decoder.swapped(self._reference):  # whatever swap is going on around us
-            for moments in module_moments(self.decoder, modules, rows):
-                names = [name for name in moments.names if name in wanted]
-                if self.quantizer.fit and self._missing((name, fmt) for name in names for fmt in formats):
-                    table = [self.formats[fmt] for fmt in formats]
-                    for name, codes in self.quantizer.fit(self.decoder, moments, table):
-                        self._store(name, formats, codes)
-                for name in names:
-                    weight = self.decoder.weight(name).float()
-                    changes = (self.codes(name, fmt).to(weight.device).weight() - weight for fmt in formats)
-                    yield name, [float(moments.price(name, change, rows.numel())) for change in changes]
 
     def reference(self, module: str) -> Tensor:
         """Return the unquantized weight [out, in]."""

@@ -33,7 +33,7 @@ from bitatlas.errors import UserError
 from bitatlas.model.decoder import Decoder
 from bitatlas.quantize import rtn
 from bitatlas.quantize.codes import LARGEST_SCALE, SMALLEST_SCALE, Codes, compile_loops
-from bitatlas.quantize.moments import InputMoments, module_moments, to_float64
+from bitatlas.quantize.moments import module_moments, to_float64
 from bitatlas.records.formats import Format
 
 DAMPING = 0.01  # of the mean diagonal; the paper's
@@ -72,18 +72,12 @@ def _quantize(
 ) -> Iterator[tuple[str, list[Codes]]]:
     wanted = set(modules)
     for moments in module_moments(decoder, modules, rows):
-        yield from ((name, codes) for name, codes in fit_moments(decoder, moments, formats) if name in wanted)
-
-
-@torch.no_grad()
-def fit_moments(decoder: Decoder, moments: InputMoments, formats: Sequence[Format]) -> Iterator[tuple[str, list[Codes]]]:
-    """Yield the modules of one input in every format, fitted to its moments."""
-    factor = factorize(moments.hessian)
-    for name in moments.names:
-        weight = decoder.weight(name)
-        # Where float64 had to go elsewhere, the codes are chosen there too.
-        codes = fit_all(weight.to(factor.hessian.device).float(), formats, factor)
-        yield name, [of_format.to(weight.device) for of_format in codes]
+        factor = factorize(moments.hessian)
+        for name in (name for name in moments.names if name in wanted):
+            weight = decoder.weight(name)
+            # Where float64 had to go elsewhere, the codes are chosen there too.
+            codes = fit_all(weight.to(factor.hessian.device).float(), formats, factor)
+            yield name, [of_format.to(weight.device) for of_format in codes]
 
 
 def factorize(hessian: Tensor, act_order: bool = True) -> CholeskyFactor:

@@ -1,20 +1,16 @@
-"""Second moments of what linear modules meet on some rows: their inputs, and the gradients at their outputs. And what a change costs by them.
+"""Second moments of what goes into linear modules on some rows: of all tokens alike, and of tokens weighted by the gradients at the output.
 
-With δ_t the gradient of drawn labels' log-probability at a module's output and x_t its input, a change ΔW of its weight does the damage
-½ mean_t (δ_tᵀ ΔW x_t)² to second order at the reference, in nats/token, as if what it does at different tokens did not interact. Taking the
-directions of δ as independent of x beside its size |δ|², this is
-
-    ½ tr(G ΔW H ΔWᵀ),    G = mean δδᵀ,    H = Σ |δ|² x xᵀ / Σ |δ|²:
-
-two matrices price every format. H has to carry the weights |δ|²: tokens that a model uses as a sink have inputs a thousand times larger than
-all others, and next to no gradient. `plain` is the mean of x xᵀ without them. Quantizers fit codes to the mean of both, each by its own mean
-diagonal: less damage than with either. G is taken from every fifth token.
+A quantizer that looks at the data needs no more than one such matrix: the squared error of an output row with weight error e is e H eᵀ.
+`plain` is the sum of x xᵀ; in `weighted` every token counts by |δ|², δ being the gradient of drawn labels' log-probability at the module's output:
+tokens that a model uses as a sink have inputs a thousand times larger than all others, and next to no gradient. Codes are fitted to the mean of
+both, each by its own mean diagonal, which does less damage than either. Modules that are called with the same tensor (q, k and v; gate and
+up) share one matrix.
 
 Layer by layer, from the last one to the first, with one layer's matrices in memory. Of a module that a pass calls more than once, or with an
-expert's tokens alone, all calls are added up.
+expert's tokens alone, all calls are added up. Inputs are those that the reference gives, since which formats the other modules will get is not
+known yet.
 
-Sources: the Kronecker form: K-FAC (arXiv 1503.05671), YAQA (2505.22988); tokens weighted by their gradients: GuidedQuant (2505.07004).
-Left out: interactions between tokens, between modules and between outputs beyond G.
+Source: tokens weighted by their gradients: GuidedQuant (arXiv 2505.07004).
 """
 
 from __future__ import annotations
@@ -33,56 +29,40 @@ from bitatlas.model.linear import is_linear
 BLOCK = 256  # columns of a sum
 SEED = 0  # of the labels: codes must not depend on a survey's seed
 BATCH_ROWS = 8
-OUTPUT_STEP = 5  # every so many tokens count for G, of a batch with more than so many:
-FEW_TOKENS = 512
 TINY = 1e-30
 STATE_BYTES = 2**29  # of what goes into the layers that stays in memory; the rest waits in files
 
 
 @dataclass
 class InputMoments:
-    """Sums over the tokens of modules that share their input; zeros where no token came (an expert that was never chosen).
+    """Sums over the tokens of modules that share their input, float32 [in, in]; zeros where no token came (an expert that was never chosen).
 
-    plain: x xᵀ; weighted: |δ|² x xᵀ by module: float32 [in, in]; outputs: δδᵀ by module, float32 [out, out].
+    plain: of x xᵀ; weighted: of w x xᵀ, a token's weight w being its share of |δ|² in its batch, mean over the modules.
     """
 
     names: tuple[str, ...]
     plain: Tensor
-    weighted: dict[str, Tensor]
-    outputs: dict[str, Tensor]
-    weight: dict[str, Tensor]  # Σ |δ|² by module
+    weighted: Tensor
 
-    def add(self, inputs: Tensor, gradients: dict[str, Tensor]) -> None:
-        """Add one call of all modules. inputs: [tokens, in]; gradients: module -> [tokens, out]."""
+    def add(self, inputs: Tensor, gradients: Sequence[Tensor]) -> None:
+        """Add one call of all modules. inputs: [tokens, in]; gradients: [tokens, out] each."""
         inputs = inputs.float()
         add_products(self.plain, inputs, inputs)
-        step = OUTPUT_STEP if len(inputs) > FEW_TOKENS else 1
-        for name, gradient in gradients.items():
-            gradient = gradient.float()
-            weights = gradient.square().sum(1)  # [tokens]
-            add_products(self.weighted[name], inputs * weights.unsqueeze(1), inputs)
-            self.weight[name] += weights.sum()
-            part = gradient[::step]
-            add_products(self.outputs[name], part * (len(gradient) / max(1, len(part))), part)
+        squares = [gradient.float().square().sum(1) for gradient in gradients]  # [tokens]
+        weights = sum(square / square.mean().clamp(min=TINY) for square in squares) / len(squares)
+        add_products(self.weighted, inputs * weights.unsqueeze(1), inputs)  # type: ignore[union-attr]
 
     def fill(self) -> None:
         """Make the sums whole, once all calls are added."""
-        for total in (self.plain, *self.weighted.values(), *self.outputs.values()):
+        for total in (self.plain, self.weighted):
             for start in range(0, len(total), BLOCK):
                 block = slice(start, start + BLOCK)
                 total[start + BLOCK :, block] = total[block, start + BLOCK :].T
 
     @property
     def hessian(self) -> Tensor:
-        """The matrix that codes are fitted to: the mean of `plain` and of the modules' `weighted`, each by its own mean diagonal. float64 [in, in]"""
-        weighted = [_by_diagonal(matrix) for matrix in self.weighted.values()]
-        return _by_diagonal(self.plain) + sum(weighted[1:], weighted[0]) / len(weighted)
-
-    def price(self, name: str, change: Tensor, tokens: int) -> Tensor:
-        """Return the damage of `change` [out, in] of a module's weight, nats/token, as a scalar. `tokens`: of the rows."""
-        gradients = self.outputs[name] @ change  # Σ δδᵀ ΔW [out, in]
-        inputs = change @ self.weighted[name] / self.weight[name].clamp(min=TINY)
-        return (gradients * inputs).sum() / (2 * tokens)
+        """The matrix that codes are fitted to: the mean of `plain` and `weighted`, each by its own mean diagonal. float64 [in, in]"""
+        return (_by_diagonal(self.plain) + _by_diagonal(self.weighted)) / 2
 
 
 def add_products(total: Tensor, left: Tensor, right: Tensor) -> None:
@@ -142,18 +122,12 @@ def _add(sums: dict[tuple[str, ...], InputMoments], calls: Sequence[ModuleCall])
         names = tuple(dict.fromkeys(call.name for call in group))
         inputs = group[0].inputs.reshape(-1, group[0].inputs.shape[-1])
         if names not in sums:
-            sums[names] = _empty(names, inputs.shape[1], {call.name: call.gradient.shape[-1] for call in group}, inputs.device)
-        sums[names].add(inputs, {call.name: call.gradient.reshape(len(inputs), -1) for call in group})
+            sums[names] = _empty(names, inputs.shape[1], inputs.device)
+        sums[names].add(inputs, [call.gradient.reshape(len(inputs), -1) for call in group])
 
 
-def _empty(names: tuple[str, ...], inputs: int, outputs: dict[str, int], device: torch.device) -> InputMoments:
-    def square(width: int) -> Tensor:
-        return torch.zeros(width, width, device=device)
-
-    weight = {name: torch.zeros((), device=device) for name in names}
-    return InputMoments(
-        names, square(inputs), {name: square(inputs) for name in names}, {name: square(outputs[name]) for name in names}, weight
-    )
+def _empty(names: tuple[str, ...], width: int, device: torch.device) -> InputMoments:
+    return InputMoments(names, torch.zeros(width, width, device=device), torch.zeros(width, width, device=device))
 
 
 def _by_input(decoder: Decoder, names: Sequence[str], sums: dict[tuple[str, ...], InputMoments]) -> Iterator[InputMoments]:
@@ -166,12 +140,9 @@ def _by_input(decoder: Decoder, names: Sequence[str], sums: dict[tuple[str, ...]
             moments.fill()
             yield moments
     for name in left:
-        outputs, inputs = decoder.shape(name)
-        alone = _empty((name,), inputs, {name: outputs}, decoder.device)
+        alone = _empty((name,), decoder.shape(name)[1], decoder.device)
         for moments in (moments for key, moments in sums.items() if name in key):
             alone.plain += moments.plain
-            alone.weighted[name] += moments.weighted[name]
-            alone.outputs[name] += moments.outputs[name]
-            alone.weight[name] += moments.weight[name]
+            alone.weighted += moments.weighted
         alone.fill()
         yield alone

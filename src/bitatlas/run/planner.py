@@ -26,6 +26,7 @@ from bitatlas.records.text import number
 from bitatlas.run.prepare import Session
 
 SOURCE = "second-order prices"
+PRICED_ROWS = 16  # of the select rows
 SCALED_ROWS = 8  # of the select rows, on which prices are compared with damage
 
 
@@ -85,10 +86,11 @@ def probe(session: Session) -> Probe:
 def first_hooks(session: Session) -> PlannerHooks:
     """Return the planner's ways to the model for a first plan: the price list, and measured plans."""
     settings, subject = session.settings, session.subject
-    with session.reporter.stage(f"quantizing ({settings.quantizer}) and pricing every unit") as progress:
-        if session.bank.helper or not session.bank.quantizer.fit:
-            session.bank.fill(settings.formats, progress)
-        prices = price_units(session.meter, subject.modules, settings.formats, session.rows.fit, progress)
+    with session.reporter.stage(f"quantizing ({settings.quantizer})") as progress:
+        session.bank.fill(settings.formats, progress)
+    with session.reporter.stage("pricing every unit in every format") as progress:
+        rows = session.rows.select[:PRICED_ROWS]
+        prices = price_units(session.meter, subject.modules, settings.formats, rows, settings.seed, progress)
     return PlannerHooks(_price_scores(session, prices), on_select(session))
 
 
