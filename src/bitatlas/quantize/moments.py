@@ -43,10 +43,12 @@ class InputMoments:
     names: tuple[str, ...]
     plain: Tensor
     weighted: Tensor
+    tokens: int = 0
 
     def add(self, inputs: Tensor, gradients: Sequence[Tensor]) -> None:
         """Add one call of all modules. inputs: [tokens, in]; gradients: [tokens, out] each."""
         inputs = inputs.float()
+        self.tokens += len(inputs)
         add_products(self.plain, inputs, inputs)
         squares = [gradient.float().square().sum(1) for gradient in gradients]  # [tokens]
         weights = sum(square / square.mean().clamp(min=TINY) for square in squares) / len(squares)
@@ -61,8 +63,16 @@ class InputMoments:
 
     @property
     def hessian(self) -> Tensor:
-        """The matrix that codes are fitted to: the mean of `plain` and `weighted`, each by its own mean diagonal. float64 [in, in]"""
-        return (_by_diagonal(self.plain) + _by_diagonal(self.weighted)) / 2
+        """The matrix that codes are fitted to: the mean of `plain` and `weighted`, each by its own mean diagonal. float64 [in, in]
+
+        What lies off the diagonal is shrunk by the share in / (in + tokens), as much as so few tokens make of it by chance: codes that are fitted to
+        that do more damage elsewhere.
+        """
+        mixed = (_by_diagonal(self.plain) + _by_diagonal(self.weighted)) / 2
+        diagonal, width = mixed.diagonal().clone(), len(mixed)
+        mixed *= self.tokens / (width + self.tokens)
+        mixed.diagonal().copy_(diagonal)
+        return mixed
 
 
 def add_products(total: Tensor, left: Tensor, right: Tensor) -> None:
@@ -144,5 +154,6 @@ def _by_input(decoder: Decoder, names: Sequence[str], sums: dict[tuple[str, ...]
         for moments in (moments for key, moments in sums.items() if name in key):
             alone.plain += moments.plain
             alone.weighted += moments.weighted
+            alone.tokens += moments.tokens
         alone.fill()
         yield alone
