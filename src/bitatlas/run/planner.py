@@ -14,6 +14,7 @@ from bitatlas.measure.curvature import expand
 from bitatlas.measure.damage import Swap
 from bitatlas.measure.interactions import Interactions, swap_interactions
 from bitatlas.measure.prices import price_units
+from bitatlas.model.streaming import release_free_memory
 from bitatlas.plan.baselines import most_critical_first
 from bitatlas.plan.calibration import LEAST
 from bitatlas.plan.expansion import Expansion
@@ -88,9 +89,11 @@ def first_hooks(session: Session) -> PlannerHooks:
     settings, subject = session.settings, session.subject
     with session.reporter.stage(f"quantizing ({settings.quantizer})") as progress:
         session.bank.fill(settings.formats, progress)
+    release_free_memory()
     with session.reporter.stage("pricing every unit in every format") as progress:
         rows = session.rows.select[:PRICED_ROWS]
         prices = price_units(session.meter, subject.modules, settings.formats, rows, settings.seed, progress)
+    release_free_memory()
     return PlannerHooks(_price_scores(session, prices), on_select(session))
 
 

@@ -201,8 +201,7 @@ def load_mode_of(settings: Settings, checkpoint: Checkpoint, device: str, out: P
 
 def load_decoder(settings: Settings, checkpoint: Checkpoint, load_mode: LoadMode, device: str) -> Decoder:
     """Load the model, in memory or layer by layer."""
-    if load_mode.streamed:
-        release_large_blocks()
+    release_large_blocks()
     load = checkpoint.stream_model if load_mode.streamed else checkpoint.load_model
     return load(device, settings.torch_dtype(device))
 
