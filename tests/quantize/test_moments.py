@@ -33,7 +33,7 @@ def test_a_module_without_tokens_has_zeros():
     empty = InputMoments(("a",), torch.zeros(4, 4), torch.zeros(4, 4))
     empty.add(torch.ones(3, 4), [torch.zeros(3, 2)])
     empty.fill()
-    expected = torch.ones(4, 4).double() * 3 / (4 + 3) / 2
+    expected = torch.ones(4, 4).double() * 3 / (8 + 3) / 2
     expected.fill_diagonal_(1 / 2)
     torch.testing.assert_close(empty.hessian, expected, rtol=1e-6, atol=0)
     assert not empty.weighted.any()

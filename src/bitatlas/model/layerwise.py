@@ -33,7 +33,7 @@ from bitatlas.model.linear import is_linear
 Call = tuple[tuple[Any, ...], dict[str, Any]]
 Shared = dict[int, Any]  # a pass's own copy of each container that layers share, by the id of the one that the model made
 
-BATCH_ROWS = 16
+BATCH_ROWS = 8
 HIDDEN_BYTES = 2**24  # of one batch's hidden state: as many are alive as the model has layers
 LOGIT_BYTES = 2**26  # of one array of float32 logits: a few are alive at a time; in smaller ones the head's product is slower
 CACHED_BYTES = 2**21  # of logits that are looked at at a time on a CPU, whose caches hold a few arrays of this size
@@ -41,7 +41,7 @@ CHAIN_TOLERANCE = 1e-3  # of the largest logit; a whole pass and one in pieces d
 
 
 def batch_rows(row_length: int, numbers: int, most_bytes: int = LOGIT_BYTES) -> int:
-    """Return the rows of a batch: at most 16, and at most so many bytes of what has `numbers` float32 numbers a token.
+    """Return the rows of a batch: at most 8, and at most so many bytes of what has `numbers` float32 numbers a token.
 
     Where logits of a whole batch are made at once these are the vocabulary; where rows go through layers, the width of a hidden state.
     """

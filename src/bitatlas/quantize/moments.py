@@ -65,12 +65,12 @@ class InputMoments:
     def hessian(self) -> Tensor:
         """The matrix that codes are fitted to: the mean of `plain` and `weighted`, each by its own mean diagonal. float64 [in, in]
 
-        What lies off the diagonal is shrunk by the share in / (in + tokens), as much as so few tokens make of it by chance: codes that are fitted to
-        that do more damage elsewhere.
+        What lies off the diagonal is shrunk by the share in / (in + tokens / 2): so much of it few tokens, which resemble each other, make by chance,
+        and codes that are fitted to chance do more damage elsewhere. On SmolLM2-135M and 4608 tokens this takes 3 bits from 0.500 nats/token to 0.416.
         """
         mixed = (_by_diagonal(self.plain) + _by_diagonal(self.weighted)) / 2
         diagonal, width = mixed.diagonal().clone(), len(mixed)
-        mixed *= self.tokens / (width + self.tokens)
+        mixed *= self.tokens / (2 * width + self.tokens)
         mixed.diagonal().copy_(diagonal)
         return mixed
 

@@ -26,7 +26,7 @@ from bitatlas.run.settings import Settings
 
 NOMINAL_SPEED = 1e11  # multiply-adds and additions a second: a processor core of today
 NOMINAL_SECONDS = 2400.0
-VERDICT_MODELS = 4  # of the verdict that are measured on all test rows: the plan, a uniform one, the reference, what is close
+VERDICT_MODELS = 3  # of the verdict that are measured on all test rows: the plan, a uniform one, the reference
 RIVALS = 24  # that are measured on few
 ROW_SHARE = 1 / 3  # of a usual row, that a row of a task's text is long
 REPEATED = 32  # sequences of repeated tokens
@@ -230,12 +230,12 @@ def time_table(stages: Mapping[str, float], effort: Effort, shape: Shape) -> str
     """Return the stages with their times, their sum, and what an effort below the full one leaves out."""
     lines = [f"  {name:<26}{duration(seconds):>8}" for name, seconds in stages.items()]
     left_out = left_out_text(effort, shape)
-    more = [f"{effort.name} effort: {left_out} (--time)"] if left_out else []
+    more = [f"{effort.name} effort: {left_out} (--time)"] if effort.name != "full" else []
     return "\n".join([f"about {duration(sum(stages.values()))}, by what a row takes here:", *lines, *more])
 
 
 def left_out_text(effort: Effort, shape: Shape) -> str:
-    """Return what is measured on fewer rows than a full effort would, and what is left out; "" where nothing is."""
+    """Return what is measured on fewer rows than a full effort would, and what is left out; "none" where nothing is."""
     full = EFFORTS["full"]
     most = {"layer_rows": shape.rows[2], "unit_rows": shape.rows[0]}
     texts = []
