@@ -28,9 +28,8 @@ import scipy
 from scipy.optimize import Bounds, LinearConstraint, milp
 from scipy.sparse import csr_matrix, kron
 
-from bitatlas.plan.expansion import Quadratic
 from bitatlas.plan.knapsack import solve_knapsack
-from bitatlas.plan.quadratic import solve_quadratic
+from bitatlas.plan.quadratic import Quadratic, solve_quadratic
 
 RESULTS = Path(__file__).parent / "results"
 BAR_SECONDS = 5.0
@@ -60,7 +59,7 @@ def interactions(damage: np.ndarray, seed: int) -> Quadratic:
     generator = np.random.default_rng(seed)
     noise = generator.normal(size=(RANK, *damage.shape)) + 0.5 * generator.normal(size=(RANK, 1, 1))
     scores = (np.sqrt(damage) * noise).reshape(RANK, -1)
-    return Quadratic(damage, scores.T @ scores / (2 * TOKENS * RANK), 1.0)
+    return Quadratic(damage, scores.T @ scores / (2 * TOKENS * RANK))
 
 
 def highs(damage: np.ndarray, cost: np.ndarray, limit: int) -> float | None:

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 import tiny
-from bitatlas.measure import curvature, damage, interactions
+from bitatlas.measure import damage, interactions, prices
 from bitatlas.measure.damage import DamageMeter, Swap
 from bitatlas.measure.screens import uniform
 from bitatlas.model.checkpoint import open_checkpoint
@@ -32,13 +32,11 @@ def measured(folder: Path, quantizer: str = "rtn") -> dict[str, np.ndarray]:
     meter = DamageMeter(decoder, bank, "", bank.identity, Journal(None))
     low, high = (uniform(modules, name) for name in FORMATS)
     swaps = [Swap(layer, {m.name: "int2_g32" for m in modules if m.layer == layer}) for layer in range(3)]
-    expanded = curvature.expand(meter, modules, FORMATS, low, rows)
     together = interactions.swap_interactions(meter, high, swaps, rows)
     return {
         "plans": meter.plans({"low": low}, rows)["low"],
         "swaps": np.stack(list(meter.swaps(high, {str(s.layer): s for s in swaps}, rows).values())),
-        "first": expanded.first,
-        "scores": expanded.scores,
+        "prices": prices.price_units(meter, modules, FORMATS, rows),
         "added": together.added,
         "together": together.together,
     }
@@ -54,6 +52,7 @@ def same(found: dict[str, np.ndarray], other: dict[str, np.ndarray]) -> None:
 def test_the_batch_does_not_matter(tiny_llama: Path, monkeypatch: pytest.MonkeyPatch, rows_at_once: int):
     whole = measured(tiny_llama)
     monkeypatch.setattr(damage, "batch_rows", lambda *_: rows_at_once)
+    monkeypatch.setattr(prices, "BATCH_ROWS", rows_at_once)
     same(whole, measured(tiny_llama))
 
 

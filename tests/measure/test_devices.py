@@ -8,9 +8,10 @@ import numpy as np
 import pytest
 import torch
 
-from bitatlas.measure import curvature, damage, interactions
+from bitatlas.measure import damage, interactions, prices
 from bitatlas.measure.damage import DamageMeter, Swap
 from bitatlas.model.checkpoint import Checkpoint, open_checkpoint
+from bitatlas.quantize import moments
 from bitatlas.quantize.bank import Bank
 from bitatlas.records.journal import Journal
 from elsewhere import ELSEWHERE, Elsewhere
@@ -34,14 +35,13 @@ def measured(checkpoint: Checkpoint, device: torch.device) -> dict[str, np.ndarr
     base = {m.name: "int4_g32" for m in checkpoint.modules}
     swaps = [Swap(m.layer, {m.name: "int2_g32"}) for m in checkpoint.modules[:3]]
     meter = meter_on(checkpoint, device)
-    expanded = curvature.expand(meter, checkpoint.modules, FORMATS, base, rows)
     together = interactions.swap_interactions(meter, base, swaps, rows)
     return {
         "plans": meter.plans({"base": base}, rows)["base"],
         "swaps": meter.swaps(base, {"first": swaps[0]}, rows)["first"],
-        "first": expanded.first,
-        "scores": expanded.scores,
+        "prices": prices.price_units(meter, checkpoint.modules, FORMATS, rows),
         "together": together.together,
+        **{" ".join(part.names): part.hessian.cpu().numpy() for part in moments.module_moments(meter.decoder, list(base), rows)},
     }
 
 
@@ -55,7 +55,12 @@ def test_another_device_measures_the_same(tiny_llama: Path):
 
 
 MISTAKES = {
-    "sums on the CPU": (curvature, "_zeros", lambda batch, *shape: torch.zeros(*shape, dtype=torch.float64)),
+    "changes on the CPU": (
+        prices,
+        "changes_of",
+        lambda bank, name, formats: torch.zeros(len(formats), *bank.reference(name).shape),
+    ),
+    "sums on the CPU": (moments, "_empty", lambda names, width, _: moments.InputMoments(names, *torch.zeros(2, width, width))),
     "labels on the CPU": (interactions, "labels_at", lambda q, points: torch.zeros(points.shape, dtype=torch.int64)),
     "damage on the CPU": (damage, "kl_per_token", lambda log_p, p, logits: torch.zeros(logits.shape[:2])),
 }

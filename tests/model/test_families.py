@@ -1,4 +1,4 @@
-"""Families of every shape are measured as a plain pass measures them: units, plans, curvature by row, streamed or in memory.
+"""Families of every shape are measured as a plain pass measures them: units, plans, prices, streamed or in memory.
 
 The oracle knows nothing of layers: a copy of the model gets its weights set, and one whole forward pass gives the logits.
 """
@@ -16,9 +16,9 @@ from torch import Tensor
 from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForImageTextToText
 
 from bitatlas.errors import UserError
-from bitatlas.measure.curvature import expand, label_points, labels_at
 from bitatlas.measure.damage import DamageMeter, StateBudget, Swap
 from bitatlas.measure.interactions import swap_interactions
+from bitatlas.measure.prices import price_units
 from bitatlas.model.checkpoint import Checkpoint, check_causal, open_checkpoint
 from bitatlas.model.decoder import Decoder
 from bitatlas.model.layerwise import check_chain, is_chain
@@ -146,31 +146,6 @@ def test_what_is_measured_is_what_a_plain_pass_gives(shape: str, tmp_path: Path)
         plain.put(dict.fromkeys(swap.assignment, "int4_g32"))
         np.testing.assert_allclose(alone[name], truly, err_msg=name, **close)
         np.testing.assert_allclose(paired.by_row[:, index], truly - before, err_msg=name, rtol=1e-2, atol=1e-3 * before.max())
-    check_curvature(checkpoint, meter, plain, rows, base, units)
-
-
-def check_curvature(
-    checkpoint: Checkpoint, meter: DamageMeter, plain: Plain, rows: Tensor, base: dict[str, str], units: list[Unit]
-) -> None:
-    """First order and scores of every row and unit, against autograd's gradient of every weight on that row alone."""
-    found = expand(meter, checkpoint.modules, FORMATS, base, rows, draws=1)
-    plain.put(base)
-    names = [module.name for module in checkpoint.modules]
-    weights = [plain.model.get_submodule(name).weight.requires_grad_(True) for name in names]
-    change = {name: meter.bank.weights({name: "int2_g32"})[name] - meter.bank.weights({name: "int4_g32"})[name] for name in names}
-    for number, row in enumerate(rows.split(1)):
-        log_p = torch.log_softmax(plain.model(input_ids=row, use_cache=False).logits.float(), -1)
-        labels = labels_at(log_p.detach().exp(), label_points(row, 0, 0))
-        reference = plain.reference[number : number + 1]
-        values = {
-            "scores": log_p.gather(-1, labels[..., None]).sum(),
-            "first": (reference.exp() * (reference - log_p)).sum(-1).mean(),
-        }
-        for what, value in values.items():
-            gradients = dict(zip(names, torch.autograd.grad(value, weights, retain_graph=True), strict=True))
-            exact = [sum(float((gradients[m.name] * change[m.name]).sum()) for m in unit.modules) for unit in units]
-            mine = found.scores[number, 0, :, 0] if what == "scores" else found.first[number, :, 0]
-            np.testing.assert_allclose(mine, exact, err_msg=what, rtol=5e-3, atol=1e-3 * np.abs(exact).max())
 
 
 @pytest.mark.parametrize(
@@ -185,8 +160,8 @@ def test_streamed_is_in_memory(shape: str, tmp_path: Path):
     mine, theirs = (one.swaps(base, swaps, rows) for one in (streamed, meter))
     for name in swaps:
         np.testing.assert_allclose(mine[name], theirs[name], rtol=1e-4, atol=1e-6)
-    curves = [expand(one, checkpoint.modules, FORMATS, base, rows, draws=1).scores for one in (streamed, meter)]
-    np.testing.assert_allclose(*curves, rtol=1e-3, atol=1e-4 * np.abs(curves[1]).max())
+    prices = [price_units(one, checkpoint.modules, FORMATS, rows) for one in (streamed, meter)]
+    np.testing.assert_allclose(*prices, rtol=1e-3, atol=1e-4 * prices[1].max())
 
 
 def test_what_cannot_be_run_layer_by_layer_is_not_streamed(tmp_path: Path):

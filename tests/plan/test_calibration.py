@@ -16,7 +16,6 @@ from atlas_factory import Recipe, make_atlas
 from bitatlas.findings.reliability import as_measured, calibration_findings, calibration_verdict, line_text
 from bitatlas.measure.interactions import Interactions
 from bitatlas.plan.calibration import (
-    CURVATURE,
     FARTHEST,
     PLANS,
     PREDICTION,
@@ -27,7 +26,6 @@ from bitatlas.plan.calibration import (
     draw_plans,
     line,
 )
-from bitatlas.plan.expansion import Expansion
 from bitatlas.plan.refine import Change, Probe
 from bitatlas.plan.search import Scores
 from bitatlas.records import Atlas, Calibration, Correlation
@@ -61,10 +59,6 @@ class Game:
         value = float(self.first[at].sum() + moved @ moved / 2)
         return 1.0 + (np.tanh(self.saturation * value) / self.saturation if self.saturation else value)
 
-    def curvature(self, base: np.ndarray | None) -> Expansion:
-        scores = np.sqrt(len(self.vectors)) * self.vectors.reshape(1, -1, self.units, self.formats)
-        return Expansion(np.repeat(self.first.reshape(1, self.units, self.formats), 2, 0), np.repeat(scores, 2, 0), 1)
-
     def swaps(self, base: np.ndarray, changes: Sequence[Change], split: str) -> Interactions:
         assert split == "fit", "the prediction must not see other rows"
         plans = np.repeat(base[None], len(changes), axis=0)
@@ -88,7 +82,7 @@ class Game:
             raise AssertionError("not asked for")
 
         scores = Scores({"mean of both": self.first.reshape(self.units, self.formats)}, 1.0)
-        found = calibrate(self.base, self.formats, Probe(self.curvature, self.swaps, damage), scores, self.measure, seed)
+        found = calibrate(self.base, self.formats, Probe(self.swaps, damage), scores, self.measure, seed)
         assert found is not None
         return found
 
@@ -135,7 +129,6 @@ def test_an_exact_quadratic_is_predicted_exactly(formats: int) -> None:
     assert found.slope.mean == pytest.approx(1.0, abs=1e-9)
     assert found.intercept.mean == pytest.approx(0.0, abs=1e-9)
     assert found.relative_error.mean < 1e-9
-    assert {one.measure: one.rho for one in found.others}[CURVATURE] == pytest.approx(1.0, abs=1e-12)
     assert found.on_fit.rho == pytest.approx(1.0, abs=1e-12)
     assert calibration_verdict(found) == "holds"
     assert found.centre.predicted == found.centre.measured.mean == 1.0
@@ -183,7 +176,7 @@ def test_equal_input_gives_equal_records_and_the_seed_matters() -> None:
 def test_too_few_different_plans_are_not_judged() -> None:
     game = Game(units=4, formats=2)
     none = Scores({"mean of both": np.zeros((4, 2))}, 0.0)
-    assert calibrate(game.base, 2, Probe(game.curvature, game.swaps, lambda plans: {}), none, game.measure) is None
+    assert calibrate(game.base, 2, Probe(game.swaps, lambda plans: {}), none, game.measure) is None
     some = Game(units=5, formats=5).calibrated()
     assert 10 <= len(some.points) < PLANS
     assert len(some.points) + some.training == 5 * 4

@@ -1,4 +1,4 @@
-"""The quadratic problem: against brute force, within budget and radius, bounds below every plan; shrinkage that finds the truth."""
+"""The quadratic problem: against brute force, within budget and radius, bounds below every plan."""
 
 from __future__ import annotations
 
@@ -11,15 +11,19 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from bitatlas.errors import UserError
-from bitatlas.plan.expansion import Expansion, Quadratic, quadratic_model, shrinkage_factor
-from bitatlas.plan.quadratic import nearest_plans, relaxed_knapsack, solve_quadratic
+from bitatlas.plan.quadratic import Quadratic, nearest_plans, relaxed_knapsack, solve_quadratic
 
 
 def problem_of(generator: np.random.Generator, units: int, formats: int, kept: float = 0.7) -> Quadratic:
     """Interactions with a common direction, so that they matter."""
-    common = generator.normal(size=(6, 3, 1, 1))
-    scores = 3 * (generator.normal(size=(6, 3, units, formats)) + common)
-    return quadratic_model(Expansion(generator.normal(size=(6, units, formats)), scores, 10), kept)
+    scores = 3 * (generator.normal(size=(18, units * formats)) + generator.normal(size=(18, 1)))
+    return model_of(generator.normal(size=(6, units, formats)).mean(axis=0), scores, 10, kept)
+
+
+def model_of(first: np.ndarray, scores: np.ndarray, tokens: int, kept: float) -> Quadratic:
+    """The model of `scores` [samples, units x formats]; its off-diagonal times `kept`, which leaves it positive semidefinite."""
+    matrix = scores.T @ scores / (2 * tokens * len(scores))
+    return Quadratic(first, kept * matrix + (1 - kept) * np.diag(np.diag(matrix)))
 
 
 def costs(generator: np.random.Generator, units: int, formats: int) -> tuple[np.ndarray, int]:
@@ -111,7 +115,8 @@ def test_a_large_problem_is_quick_and_the_gap_small():
     scores = (generator.normal(size=(24, 4, units, formats)) + generator.normal(size=(24, 4, 1, 1))) * np.linspace(
         1, 0.1, formats
     )
-    problem = quadratic_model(Expansion(0.001 * generator.normal(size=(24, units, formats)), scores, 192), 0.5)
+    first = 0.001 * generator.normal(size=(24, units, formats)).mean(axis=0)
+    problem = model_of(first, scores.reshape(96, -1), 192, 0.5)
     cost = np.sort(generator.integers(1, 30_000, size=(units, formats)), axis=1)
     start = time.process_time()
     found = solve_quadratic(problem, cost, int(cost.mean(axis=1).sum()))
@@ -123,21 +128,3 @@ def test_equal_input_gives_equal_plans():
     problem = problem_of(np.random.default_rng(1), 30, 3)
     cost, limit = costs(np.random.default_rng(1), 30, 3)
     assert (solve_quadratic(problem, cost, limit).choice == solve_quadratic(problem, cost, limit).choice).all()
-
-
-def test_shrinkage_keeps_what_is_there_and_drops_noise():
-    generator = np.random.default_rng(0)
-    noise = generator.normal(size=(24, 4, 60))
-    shared = noise + 2 * generator.normal(size=(24, 4, 1))
-    assert shrinkage_factor(noise) < 0.05
-    assert shrinkage_factor(shared) > 0.9
-
-
-def test_shrinkage_is_the_best_factor_on_rows_left_out():
-    """By brute force: the factor that fits each row's products best from the other rows' mean, scaled to all rows."""
-    generator = np.random.default_rng(4)
-    scores = generator.normal(size=(8, 2, 10)) + 0.5 * generator.normal(size=(8, 2, 1))
-    scaled = scores / np.sqrt((scores**2).mean(axis=(0, 1)))
-    products = np.einsum("nki,nkj->nij", scaled, scaled) / 2 * (1 - np.eye(10))
-    signal = np.mean([(products[n] * products[m]).sum() for n in range(8) for m in range(8) if n != m])
-    assert shrinkage_factor(scores) == pytest.approx(signal / (products.mean(0) ** 2).sum(), rel=1e-9)

@@ -46,7 +46,7 @@ def test_only_the_promising_changes_of_many_are_measured():
         asked.append(len(changes))
         return game.swaps(base, changes, split)
 
-    found = refine(Probe(game.curvature, swaps, game.damage), cost, limit, {})
+    found = refine(Probe(swaps, game.damage), cost, limit, {})
     assert asked and max(asked[2:]) <= EFFORTS["full"].swaps  # the first two are the screens at both ends
     assert cost[np.arange(60), found.choice].sum() <= limit
 

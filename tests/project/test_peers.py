@@ -80,7 +80,7 @@ def test_autoscheme_is_fed_the_very_rows() -> None:
 
 
 def test_other_seconds_leaves_the_search_out() -> None:
-    log = "opening the checkpoint: 0.4 s\nunits, one at a time (base uniform:int4_g32): 10.0 s\ncurvature at a plan: 1.5 s\n"
+    log = "opening the checkpoint: 0.4 s\nunits, one at a time (base uniform:int4_g32): 10.0 s\n"
     log += "start: high: 0.8491 nats/token, better\n12 swaps around a plan (fit rows): 2.0 s\nplans on select rows: 0.5 s\n"
     log += "plans on test rows: 9.0 s\nwriting the report: 3.0 s\n"
     assert outside.other_seconds(log) == pytest.approx(0.4 + 9.0 + 3.0)

@@ -1,4 +1,4 @@
-"""A first plan from curvature: it keeps the budget and what it promises, measures no swap, and leaves a survey that follows as it would have been."""
+"""A first plan from prices: it keeps the budget and what it promises, measures no swap, and leaves a survey that follows as it would have been."""
 
 from __future__ import annotations
 

@@ -34,6 +34,9 @@ class Moved(Tensor):
 
     __torch_function__ = torch._C._disabled_torch_function_impl
 
+    def data_ptr(self) -> int:
+        return self.numbers.data_ptr()
+
     @property  # a parameter's storage is exchanged where weights are swapped
     def data(self) -> Tensor:  # type: ignore[override]
         return Moved(self.numbers.detach())

@@ -7,7 +7,6 @@ from collections.abc import Mapping, Sequence
 import numpy as np
 
 from bitatlas.measure.interactions import Interactions
-from bitatlas.plan.expansion import Expansion
 from bitatlas.plan.refine import Change, Probe
 from bitatlas.plan.search import PlanningProblem, Scores, damage_tables
 from bitatlas.records import ModelInfo, Module
@@ -48,23 +47,15 @@ class Planted:
         self.units, self.formats = units, formats
         self.measured = 0
 
-    def error(self, choice: np.ndarray | None) -> np.ndarray:
-        return np.zeros(self.errors.shape[2]) if choice is None else self.errors[np.arange(self.units), choice].sum(axis=0)
+    def error(self, choice: np.ndarray) -> np.ndarray:
+        return self.errors[np.arange(self.units), choice].sum(axis=0)
 
     def of(self, choice: np.ndarray) -> float:
         error = self.error(choice)
         return float(error @ error / 2 + self.cubic * abs(error.sum()) ** 3)
 
-    def moves(self, base: np.ndarray | None) -> np.ndarray:
-        own = 0.0 if base is None else self.errors[np.arange(self.units), base][:, None]
-        return self.errors - own  # [units, formats, dimensions]
-
-    def curvature(self, base: np.ndarray | None) -> Expansion:
-        """Exact but for the cubic part: one row a dimension, so that the mean of s s' is the curvature."""
-        moves, dimensions = self.moves(base), self.errors.shape[2]
-        first = np.repeat((moves @ self.error(base))[None], 2, axis=0)
-        scores = np.moveaxis(moves, 2, 0)[None] * np.sqrt(dimensions)
-        return Expansion(first, np.repeat(scores, 2, axis=0), 1)
+    def moves(self, base: np.ndarray) -> np.ndarray:
+        return self.errors - self.errors[np.arange(self.units), base][:, None]  # [units, formats, dimensions]
 
     def swaps(self, base: np.ndarray, changes: Sequence[Change], split: str) -> Interactions:
         assert split in ("fit", "select")
@@ -79,7 +70,7 @@ class Planted:
         return {name: self.of(plan) for name, plan in plans.items()}
 
     def probe(self) -> Probe:
-        return Probe(self.curvature, self.swaps, self.damage)
+        return Probe(self.swaps, self.damage)
 
 
 def costs(units: int, formats: int, seed: int = 0) -> tuple[np.ndarray, int]:

@@ -40,6 +40,7 @@ from bitatlas.model.layerwise import (
     logits_of,
     record,
     slice_tokens,
+    token_blocks,
     token_spans,
 )
 from bitatlas.model.streaming import LazyMapping, Stream
@@ -51,7 +52,6 @@ Finals = dict[str, list[Tensor]]  # plan -> what comes out of the last layer, by
 FinalsOf = Callable[[Sequence[Tensor], Sequence[str]], Iterator[Finals]]
 REFERENCE_BYTES = 2**28  # of the reference's log-probabilities that are kept: a search asks for the same rows again and again
 STATE_BYTES = 2**28  # of hidden states in memory, where nothing else is said
-CACHED_BYTES = 2**21  # of logits that are compared at a time on a CPU, whose caches hold a few arrays of this size
 GROUP = 8  # models that go through a layer together: what is measured of them is journaled together
 
 
@@ -101,13 +101,6 @@ def kl_per_token(log_p: Tensor, p: Tensor, logits: Tensor) -> Tensor:
         moved, level = moved_logits(log_p.flatten(0, 1)[block], logits.flatten(0, 1)[block])
         parts.append(level.double() - torch.linalg.vecdot(p.flatten(0, 1)[block], moved).double())
     return torch.cat(parts).view(logits.shape[:2])
-
-
-def token_blocks(logits: Tensor) -> list[slice]:
-    """Cut the rows x tokens of logits [rows, tokens, vocabulary] into runs that a CPU's caches hold; elsewhere one run."""
-    tokens = logits.shape[0] * logits.shape[1]
-    step = max(1, CACHED_BYTES // (4 * logits.shape[2])) if logits.device.type == "cpu" else tokens
-    return [slice(start, start + step) for start in range(0, tokens, step)]
 
 
 def moved_logits(log_p: Tensor, logits: Tensor) -> tuple[Tensor, Tensor]:
@@ -196,7 +189,6 @@ class DamageMeter:
         self.workers: Workers | None = None
         weight = next(decoder.model.parameters())
         self.identity = (weights_sha256, quantizer, str(weight.dtype), weight.device.type)
-        self.row_by_row = False  # the rows of a module's inputs cannot be told apart (see `curvature`)
         # what is kept of a model that is run whole is its logits
         self._width, self._batch_bytes = (decoder.width, HIDDEN_BYTES) if is_chain(decoder) else (decoder.vocabulary, LOGIT_BYTES)
         self.reference = Reference(decoder, self.budget)

@@ -3,8 +3,8 @@
 A swap changes the logits at one token by d_u; with q the base's next-token distribution, the curvature of the damage between two swaps
 is the mean over tokens of d_u' (diag(q) - q q') d_v, half of which is what the pair adds beyond its two single damages. It is computed
 from K labels drawn from q at each token, e_u = d_u[y] - q . d_u, whose products have that mean: memory does not grow with the
-vocabulary. Against `curvature` this costs a (resumed) pass for each swap, but the noise is that of rows x tokens x K samples instead
-of rows x draws, and the swaps themselves are measured, not expanded.
+vocabulary. This costs a (resumed) pass for each swap, in which the swap itself is measured, and the noise is that of rows x tokens x K
+samples.
 
 Every swap is journaled by itself, with its scores e_u: the same swap around the same base is never run again, whichever others it is
 asked for together with. The screens of units measure this way, so a search has the interactions at both ends for nothing.
@@ -25,10 +25,10 @@ import torch
 from torch import Tensor
 
 from bitatlas.data.rows import rows_sha256
-from bitatlas.measure.curvature import label_points, labels_at
-from bitatlas.measure.damage import Assignment, DamageMeter, Swap, moved_logits, token_blocks
+from bitatlas.measure.damage import Assignment, DamageMeter, Swap, moved_logits
 from bitatlas.measure.workers import Progress, Share
-from bitatlas.model.layerwise import check_range, logits_of, record, slice_tokens
+from bitatlas.model.gradients import label_points, labels_at
+from bitatlas.model.layerwise import check_range, logits_of, record, slice_tokens, token_blocks
 from bitatlas.records.journal import content_key
 
 LABELS = 2  # drawn at each token

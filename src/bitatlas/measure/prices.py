@@ -69,7 +69,7 @@ def _price_layers(
             if number % len(batches) == 0:
                 none = torch.zeros(len(formats))
                 units = dict.fromkeys(module.unit for module in layers[layer])
-                yield layer, {unit: (sums.get(unit, none) / (2 * rows.numel())).tolist() for unit in units}
+                yield layer, {unit: (sums.get(unit, none).cpu() / (2 * rows.numel())).tolist() for unit in units}
                 sums, changes = {}, {}
 
 

@@ -432,7 +432,7 @@ def check_finite(checkpoint: Checkpoint, progress: Callable[[int, int], None] | 
 # Which linear modules of a model do their work when they are called, so that a quantized weight can be measured and packed.
 #
 # Some families have linear modules that only hold a weight: the module around them reads it and multiplies for itself (mamba's `dt_proj`), or
-# nothing reads it (keys and values of layers that use those of others). What is done to modules as they are called (curvature, input
+# nothing reads it (keys and values of layers that use those of others). What is done to modules as they are called (gradients, input
 # moments, packed weights) passes such a weight by.
 #
 # A skeleton is asked, without any weight: every parameter is one number seen through the parameter's shape, every linear module answers

@@ -32,6 +32,7 @@ from bitatlas.model.layerwise import (
     record,
     run_layer,
     slice_tokens,
+    token_blocks,
     token_spans,
 )
 
@@ -84,10 +85,13 @@ def label_points(batch: Tensor, seed: int, draw: int) -> Tensor:
 
 
 def labels_at(q: Tensor, points: Tensor) -> Tensor:
-    """Return one label a position, drawn from q [rows, tokens, vocabulary] at `points` [rows, tokens]: int64 [rows, tokens]."""
-    cumulative = q.cumsum(-1)
-    labels = torch.searchsorted(cumulative, points.to(q.device, q.dtype).unsqueeze(-1) * cumulative[..., -1:])
-    return labels.squeeze(-1).clamp(max=q.shape[-1] - 1)
+    """Return a label for each of `points`, [rows, tokens] or [rows, tokens, draws], drawn from q [rows, tokens, vocabulary]: int64, as `points`."""
+    labels = []
+    values = points.to(q.device, q.dtype).reshape(q.shape[0] * q.shape[1], -1)
+    for block in token_blocks(q):
+        cumulative = q.flatten(0, 1)[block].cumsum(-1)
+        labels.append(torch.searchsorted(cumulative, values[block] * cumulative[..., -1:]))
+    return torch.cat(labels).clamp(max=q.shape[-1] - 1).view(points.shape)
 
 
 def _score(logits: Tensor, points: Tensor) -> Tensor:

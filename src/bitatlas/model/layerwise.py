@@ -36,6 +36,7 @@ Shared = dict[int, Any]  # a pass's own copy of each container that layers share
 BATCH_ROWS = 8
 HIDDEN_BYTES = 2**24  # of one batch's hidden state: as many are alive as the model has layers
 LOGIT_BYTES = 2**26  # of one array of float32 logits: a few are alive at a time; in smaller ones the head's product is slower
+CACHED_BYTES = 2**21  # of logits that are looked at at a time on a CPU, whose caches hold a few arrays of this size
 CHAIN_TOLERANCE = 1e-3  # of the largest logit; a whole pass and one in pieces differ by rounding alone
 
 
@@ -51,6 +52,13 @@ def token_spans(rows: int, tokens: int, vocabulary: int, logit_bytes: int = LOGI
     """Return runs of tokens whose logits, for all `rows`, take at most `logit_bytes`: one run, but for long rows of a large vocabulary."""
     step = max(1, logit_bytes // (4 * rows * vocabulary))
     return [slice(start, min(tokens, start + step)) for start in range(0, tokens, step)]
+
+
+def token_blocks(logits: Tensor) -> list[slice]:
+    """Cut the rows x tokens of logits [rows, tokens, vocabulary] into runs that a CPU's caches hold; elsewhere one run."""
+    tokens = logits.shape[0] * logits.shape[1]
+    step = max(1, CACHED_BYTES // (4 * logits.shape[2])) if logits.device.type == "cpu" else tokens
+    return [slice(start, start + step) for start in range(0, tokens, step)]
 
 
 @dataclass(frozen=True)
@@ -163,48 +171,6 @@ def logits_of(decoder: Decoder, input_ids: Tensor, final: Tensor) -> Tensor:
 def _logits(decoder: Decoder, input_ids: Tensor, final: Tensor) -> Tensor:
     with _replaced_layers(decoder, lambda args, kwargs: final):
         return decoder.model(input_ids=input_ids, use_cache=False).logits
-
-
-def word_logits(decoder: Decoder, input_ids: Tensor, final: Tensor, words: Tensor) -> Tensor:
-    """Return the logit of one word a token, `words` int64 [rows, tokens] -> [rows, tokens], as `logits_of` gives it, without the other words.
-
-    Differentiable in `final`. Only of a decoder for which `picks_words` holds.
-    """
-    head = decoder.model.get_output_embeddings()
-    bias = getattr(head, "bias", None)
-
-    def forward(hidden: Tensor, *_: Any, **__: Any) -> Tensor:  # [rows, tokens, width] -> [rows, tokens, 1]
-        logits = (hidden * head.weight[words]).sum(-1, keepdim=True)
-        return logits if bias is None else logits + bias[words].unsqueeze(-1)
-
-    before = head.__dict__.get("forward")
-    head.forward = forward
-    try:
-        return _logits(decoder, input_ids, final).squeeze(-1)
-    finally:
-        if before is None:
-            del head.forward
-        else:
-            head.forward = before
-
-
-@once
-@torch.no_grad()
-def picks_words(decoder: Decoder) -> bool:
-    """Return whether the head is a linear module whose outputs are changed one by one, if at all, on the way to the logits; tried on a few tokens."""
-    head = decoder.model.get_output_embeddings()
-    if not (is_chain(decoder) and type(head) is nn.Linear):
-        return False
-    ids = decoder.probe_ids()
-    final = record(decoder, [ids]).final[0]
-    logits = _logits(decoder, ids, final)
-    words = torch.stack([ids, logits.argmax(-1), logits.argmin(-1)])  # [3, 1, tokens]
-    try:
-        picked = torch.stack([word_logits(decoder, ids, final, of_tokens) for of_tokens in words])
-    except Exception:  # each family fails in its own way where logits are fewer than it has words
-        return False
-    exact = torch.stack([logits.gather(-1, of_tokens.unsqueeze(-1)).squeeze(-1) for of_tokens in words])
-    return picked.shape == exact.shape and bool((picked - exact).abs().max() <= CHAIN_TOLERANCE * logits.abs().max())
 
 
 @torch.no_grad()

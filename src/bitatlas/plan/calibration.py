@@ -13,8 +13,7 @@ base model's own predictions (Gauss-Newton); at a base that is far from the refe
 to each other, because damage saturates. Neither the select rows nor the plans that judge it are seen by the prediction.
 
 *Beside it*, on the same plans: their damage measured on the fit rows, which no prediction from those rows can be expected to beat (where it ranks
-badly too, the rows are too few, not the prediction too poor); scores measured around the two uniform widths and added up (`plan.search`), and the second-order
-expansion alone (`plan.expansion`), with single changes expanded instead of measured.
+badly too, the rows are too few, not the prediction too poor), and scores measured around the two uniform widths and added up (`plan.search`).
 
 Intervals are by bootstrap over the plans, all statistics from the same draws; a point's own interval is over rows.
 Left out: terms of three changes, and the noise of the rows in the intervals (all plans share the rows).
@@ -27,7 +26,6 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 
-from bitatlas.plan.expansion import quadratic_model
 from bitatlas.plan.knapsack import Floats, Ints
 from bitatlas.plan.refine import Change, MeasuredChanges, Probe
 from bitatlas.plan.search import Scores
@@ -43,7 +41,6 @@ REDRAWS = 100  # of a plan that was drawn before
 LEAST = 1e-9  # nats/token, that an error is compared with
 FEWEST = 10  # plans that a rank correlation is worth something of
 PREDICTION = "prediction"
-CURVATURE = "second-order expansion"
 ADDED = "scores added up"
 MEASURED = "same plans measured on fit rows"
 
@@ -127,11 +124,9 @@ def calibrate(
     if training:
         damage = np.array([on_fit[str(i)].mean() for i in range(len(training))])
         model = replace(model, share=curvature_share(model, training, damage))
-    expanded = quadratic_model(probe.curvature(base))
     table = scores.tables["mean of both"]
     predicted = {
         PREDICTION: np.array([model.predict(plan) for plan in plans]),
-        CURVATURE: np.array([model.level + expanded.value(plan) for plan in plans]),
         ADDED: np.array([scores.at_high + float(table[np.arange(len(plan)), plan].sum()) for plan in plans]),
     }
     again = measure(_named(plans), "fit")

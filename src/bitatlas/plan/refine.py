@@ -1,6 +1,6 @@
 """From a few starting plans to one that no nearby plan beats: measure single changes, solve with their interactions, measure, go on.
 
-1. *Starts*: the plans that are handed in, and the best plans of the interpolated models (`plan.expansion`), whose measurements the
+1. *Starts*: the plans that are handed in, and the best plans of the interpolated models (`plan.quadratic`), whose measurements the
    survey's screens have already paid for. All are measured; the best is the base.
 2. *Swaps*: the changes that look promising are measured one by one around the base, on the fit rows, with all their interactions. The solver
    picks a step of at most `radius` units. Measured better: the new base. Worse: half the radius.
@@ -20,9 +20,16 @@ from typing import Any, Protocol
 import numpy as np
 from numpy.typing import NDArray
 
-from bitatlas.plan.expansion import SHARES, Expansion, InterpolatedModel, Quadratic
 from bitatlas.plan.knapsack import Ints
-from bitatlas.plan.quadratic import nearest_plans, recentred, single_changes, solve_quadratic
+from bitatlas.plan.quadratic import (
+    SHARES,
+    InterpolatedModel,
+    Quadratic,
+    nearest_plans,
+    recentred,
+    single_changes,
+    solve_quadratic,
+)
 
 Change = tuple[int, int]  # unit, format
 Step = dict[str, Any]
@@ -47,7 +54,6 @@ EFFORTS = {
     "quarter": Effort(2, 24, 12, 2),
     "short": Effort(2, 16, 16, 2),
 }
-MEASURED_SWAPS = "measured swaps"
 
 
 class MeasuredChanges(Protocol):
@@ -61,12 +67,10 @@ class MeasuredChanges(Protocol):
 
 @dataclass(frozen=True)
 class Probe:
-    """The ways to the model. Choices are [units]; None is the reference. Columns of formats go from the narrowest to the widest."""
+    """The ways to the model. Choices are [units]. Columns of formats go from the narrowest to the widest."""
 
-    curvature: Callable[[Ints | None], Expansion]
     swaps: Callable[[Ints, Sequence[Change], str], MeasuredChanges]  # on the rows of that split
     damage: Callable[[Mapping[str, Ints]], Mapping[str, float]]  # on fit and select rows together, nats/token
-    rounds_of: str = MEASURED_SWAPS  # what `swaps` gives, for the record
 
 
 @dataclass(frozen=True)
@@ -215,7 +219,7 @@ def _swap(search: _Search) -> str:
                 search.guide = measured.guide
                 return "no change and no pair of changes that looked promising was measured better"
         search.guide, count = measured.guide, search.effort.later
-    return f"{search.effort.rounds} rounds of {search.probe.rounds_of}"
+    return f"{search.effort.rounds} rounds of measured swaps"
 
 
 @dataclass(frozen=True)

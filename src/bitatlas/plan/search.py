@@ -27,7 +27,7 @@ from bitatlas.records.sizes import Unit, units_of
 from bitatlas.records.text import given
 
 KNAPSACK = "certified knapsack on {}"
-REFINED = "quadratic models between the uniform ends, then rounds of {}"
+REFINED = "quadratic models between the uniform ends, then rounds of measured swaps"
 FIRST_STEP = 0.01  # of the range of sizes, below the smallest knapsack plan that is good enough
 SMALLER = 5  # limits that are tried below it, at most
 BISECTIONS = 12
@@ -137,7 +137,7 @@ def search_within(
     if candidate.selected < selected:
         return candidate
     predicted = refined.predicted if np.isfinite(refined.predicted) else best.predicted
-    method = {"method": REFINED.format(hooks.probe.rounds_of), "gap": refined.gap, "select_damage": selected}
+    method = {"method": REFINED, "gap": refined.gap, "select_damage": selected}
     return replace(
         candidate, choice=refined.choice, predicted=predicted, selected=selected, solver={**candidate.solver, **method}
     )

@@ -1,4 +1,4 @@
-"""How the planner reaches the model: prices, curvature, measured swaps and measured plans, journaled and shown; and a survey's first plan.
+"""How the planner reaches the model: prices, measured swaps and measured plans, journaled and shown; and a survey's first plan.
 
 The first plan comes from the price list (`measure.prices`): one pass forwards and one backwards for all units and formats. A few measured models say
 what a price is worth in nats/token.
@@ -10,14 +10,12 @@ from collections.abc import Mapping, Sequence
 
 import numpy as np
 
-from bitatlas.measure.curvature import expand
 from bitatlas.measure.damage import Swap
 from bitatlas.measure.interactions import Interactions, swap_interactions
 from bitatlas.measure.prices import price_units
 from bitatlas.model.streaming import release_free_memory
 from bitatlas.plan.baselines import most_critical_first
 from bitatlas.plan.calibration import LEAST
-from bitatlas.plan.expansion import Expansion
 from bitatlas.plan.knapsack import Floats, Ints
 from bitatlas.plan.refine import Change, Probe, step_text
 from bitatlas.plan.search import MeasureDamage, PlannerHooks, Scores
@@ -60,28 +58,21 @@ def on_select(session: Session) -> MeasureDamage:
 
 def probe(session: Session) -> Probe:
     """Return what a refinement asks of the model, on the fit and select rows; test rows are out of its reach."""
-    meter, reporter, subject, count = session.meter, session.reporter, session.subject, session.effort.unit_rows
+    meter, subject, count = session.meter, session.subject, session.effort.unit_rows
     rows = {"fit": session.rows.fit[:count], "select": session.rows.select[:count]}
-    units, formats, seed = subject.units, subject.formats, subject.seed
-
-    def assignment(choice: Ints | None) -> dict[str, str]:
-        return {} if choice is None else assignment_of(units, formats, choice)
-
-    def curvature(base: Ints | None) -> Expansion:
-        with reporter.stage("curvature at the reference" if base is None else "curvature at a plan") as progress:
-            return expand(meter, subject.modules, formats, assignment(base), rows["fit"], seed, progress=progress)
+    units, formats = subject.units, subject.formats
 
     def swaps(base: Ints, changes: Sequence[Change], split: str) -> Interactions:
         single = [Swap(units[u].layer, {module.name: formats[f] for module in units[u].modules}) for u, f in changes]
-        with reporter.stage(f"{len(single)} swaps around a plan ({split} rows)") as progress:
-            return swap_interactions(meter, assignment(base), single, rows[split], seed, progress)
+        with session.reporter.stage(f"{len(single)} swaps around a plan ({split} rows)") as progress:
+            return swap_interactions(meter, assignment_of(units, formats, base), single, rows[split], subject.seed, progress)
 
     def damage(plans: Mapping[str, Ints]) -> dict[str, float]:
         named = session.assignments(plans)
         fit, select = (meter.plans(named, part) for part in (rows["fit"], session.rows.select))
         return {name: float(np.concatenate([fit[name], select[name]]).mean()) for name in plans}
 
-    return Probe(curvature, swaps, damage)
+    return Probe(swaps, damage)
 
 
 def first_hooks(session: Session) -> PlannerHooks:

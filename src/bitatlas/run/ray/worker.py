@@ -19,7 +19,6 @@ import torch
 
 from bitatlas.data.rows import Rows
 from bitatlas.errors import UserError
-from bitatlas.measure.curvature import expand
 from bitatlas.measure.interactions import swap_interactions
 from bitatlas.measure.machine import LoadMode
 from bitatlas.model.checkpoint import open_checkpoint
@@ -107,6 +106,5 @@ JOBS: dict[str, Callable[..., object]] = {
     "plans": lambda session, *piece: session.meter.plans(*piece),
     "swaps": lambda session, *piece: session.meter.swaps(*piece),
     "interactions": lambda session, *piece: swap_interactions(session.meter, *piece),
-    "curvature": lambda session, *piece: expand(session.meter, *piece),
     "tasks": lambda session, task, items, assignment: session.answers(task, items, assignment, ""),
 }
