@@ -43,7 +43,7 @@ from bitatlas.model.layerwise import (
     token_blocks,
     token_spans,
 )
-from bitatlas.model.streaming import LazyMapping, Stream
+from bitatlas.model.streaming import LazyMapping
 from bitatlas.quantize.bank import Bank
 from bitatlas.records.journal import Journal, content_key
 
@@ -219,25 +219,16 @@ class DamageMeter:
         return self._measure(rows, whole, finals_of, share, progress)
 
     def _whole_models(self, batches: Sequence[Tensor], plans: Sequence[Assignment]) -> list[list[Tensor]]:
-        """Return what comes out of the last layer, by plan and batch. Of a streamed model, all plans go through a layer before the next is read."""
-        stream = self.decoder.stream
-        if stream is not None:
-            layer_weights = _LayerWeights(self.bank)
-            jobs = [Job(0, self._plan_swap(plan, stream, layer_weights)) for plan in plans]
-            return follow(self.decoder, begin(self.decoder, batches), jobs)
-        finals = []
-        for plan in plans:
-            with self.decoder.swapped(self.bank.weights(plan)):
-                finals.append(record(self.decoder, batches).final)
-        return finals
+        """Return what comes out of the last layer, by plan and batch: all plans go through a layer, whose weights are made once, before the next."""
+        layer_weights = _LayerWeights(self.bank)
+        jobs = [Job(0, self._plan_swap(plan, layer_weights)) for plan in plans]
+        return follow(self.decoder, begin(self.decoder, batches), jobs)
 
-    def _plan_swap(
-        self, plan: Assignment, stream: Stream, layer_weights: _LayerWeights
-    ) -> Callable[[int], AbstractContextManager[Any]]:
+    def _plan_swap(self, plan: Assignment, layer_weights: _LayerWeights) -> Callable[[int], AbstractContextManager[Any]]:
         """Return what swaps a plan's weights into a layer while it runs."""
         names: dict[int, list[str]] = defaultdict(list)
         for name in plan:
-            names[stream.layer_of(name)].append(name)
+            names[self.decoder.layer_of(name)].append(name)
         return lambda layer: self.decoder.swapped(
             LazyMapping(names[layer], lambda name: layer_weights.get(layer, name, plan[name]))
         )

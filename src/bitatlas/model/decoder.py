@@ -66,6 +66,10 @@ class Decoder:
         """Return (out, in) of module `name`; nothing is read."""
         return shape_of(self.model.get_submodule(name))
 
+    def layer_of(self, name: str) -> int:
+        """Return the decoder layer that module `name` is in."""
+        return int(name.removeprefix(f"{self.layers_path}.").split(".")[0])
+
     def held(self, layer: int) -> AbstractContextManager[None]:
         """Keep the weights of decoder layer `layer` within the block, however often it runs."""
         return self.stream.held(layer) if self.stream else nullcontext()
