@@ -9,7 +9,7 @@ from bitatlas.data.rows import make_rows
 from bitatlas.measure.damage import DamageMeter, StateBudget, Swap, kl_per_token
 from bitatlas.model.checkpoint import Checkpoint, open_checkpoint
 from bitatlas.model.hidden_states import StateCache
-from bitatlas.model.layerwise import Job, follow, logits_of, record
+from bitatlas.model.layerwise import BATCH_ROWS, Job, follow, logits_of, record
 from bitatlas.quantize.bank import Bank
 from bitatlas.records.formats import FORMATS
 from bitatlas.records.journal import Journal
@@ -157,10 +157,10 @@ def test_small_and_enormous_damages_keep_their_digits(size: float, moved: float)
 
 
 def test_a_large_vocabulary_goes_through_layers_in_whole_batches(tmp_path: Path):
-    checkpoint, decoder, meter = setup(make_checkpoint(tmp_path / "wide", vocab_size=100_000))
+    checkpoint, decoder, meter = setup(make_checkpoint(tmp_path / "wide", vocab_size=150_000))
     rows = rows_for(checkpoint)
-    assert len(meter.chunks(rows)[0][0]) == 16
-    assert len(meter.spans(rows[:16])) > 1
+    assert len(meter.chunks(rows)[0][0]) == BATCH_ROWS
+    assert len(meter.spans(rows[:BATCH_ROWS])) > 1
     plans = {name: dict.fromkeys([m.name for m in checkpoint.modules], name) for name in CANDIDATES}
     in_pieces = meter.plans(plans, rows)
     at_once = DamageMeter(decoder, meter.bank, "", "rtn", Journal(None), StateBudget(logit_bytes=2**30)).plans(plans, rows)
