@@ -128,7 +128,12 @@ def test_nothing_is_measured_twice(tiny_llama: Path, tmp_path: Path, monkeypatch
         passes.append(sum(map(len, batches)))
         return record(decoder, batches, inputs)
 
+    def counted_jobs(decoder, recorded, jobs):
+        passes.append(len(jobs) * sum(map(len, recorded.ids)))
+        return follow(decoder, recorded, jobs)
+
     monkeypatch.setattr("bitatlas.measure.damage.record", counted)
+    monkeypatch.setattr("bitatlas.measure.damage.follow", counted_jobs)
     second = meter.plans(plans, rows)
     assert sum(passes) == 2 * len(rows)  # the reference and the one plan that was missing
     assert (second["int2_g32"] == first["int2_g32"]).all()
