@@ -86,7 +86,7 @@ Seed = Annotated[int, Option("Seed of everything drawn at random.")]
 Rows = Annotated[
     RowCounts, Option("Rows to find, choose and judge a plan on: fit,select,test.", parse=parse_rows, may_be_empty=True)
 ]
-Device = Annotated[str, Option("cpu, cuda, mps or auto.")]
+Device = Annotated[str, Option("cpu, cuda, mps or auto: a GPU where there is one.")]
 Folder = Annotated[StrPath, Argument("Folder of a finished survey.", parse=Path)]
 PlannedModel = Annotated[StrPath, Argument("The checkpoint that the plan was made for.")]
 PlanFile = Annotated[StrPath, Argument("A plan.json.", parse=Path, metavar="PLAN")]
@@ -200,7 +200,7 @@ class SurveyOptions(TaskOptions, RowOptions, BudgetOptions, Candidates):  # a re
     curve: Annotated[
         bool, Option("Also a few verified plans at other sizes, for the report's slider.", ("--curve/--no-curve",))
     ] = True
-    device: Device = "cpu"
+    device: Device = "auto"
     dtype: Annotated[
         str, Option("What the model computes in: float32, bfloat16, float16; auto: float32 on a CPU, else bfloat16.")
     ] = "auto"
@@ -257,7 +257,7 @@ class VerifyOptions(RowOptions):
         Sequence[str] | None, Option("Of a folder: score these of the survey's tasks again. Default: none.", parse=split_names)
     ] = None
     card: Annotated[bool, Option("Of a folder: put what was found into its README.md.")] = False
-    device: Device = "cpu"
+    device: Device = "auto"
     seed: Seed = 0
     quiet: Quiet = False
 
@@ -272,7 +272,7 @@ class CompareOptions(TaskOptions, RowOptions):
     second: Annotated[StrPath, Argument("Another one, or another plan.", metavar="MODEL_B")]
     _: KW_ONLY
     rows: Rows = (2, 2, 64)
-    device: Device = "cpu"
+    device: Device = "auto"
     seed: Seed = 0
     quiet: Quiet = False
 
