@@ -34,7 +34,7 @@ TABLES: dict[str, tuple[str, Any]] = {
     "items.parquet": ("one line an item and precision", {
         "task": "its name", "precision": "`reference`, `uniform:FORMAT` or `plan`", "item": "its id", "correct": "true or false",
         "correct_norm": "of choices: by likelihood per character (acc_norm)",
-        "answer": "the model's", "expected": "the right one", "truncated": "the prompt did not fit and lost its beginning", "output": "what the model wrote",
+        "answer": "the model's", "expected": "the right one", "truncated": "the prompt did not fit and lost its beginning", "output": "what the model wrote, as far as it is read",
     }),
 }  # fmt: skip
 

@@ -219,7 +219,7 @@ def score_shards(
     """
     answers: list[dict[str, Any]] = []
     shards = [items[start : start + SHARD_ITEMS] for start in range(0, len(items), SHARD_ITEMS)]
-    keys = [content_key("task", meter.identity, dict(assignment), task, items_sha256(shard)) for shard in shards]
+    keys = [content_key("task answers", meter.identity, dict(assignment), task, items_sha256(shard)) for shard in shards]
     with reporter.stage(f"{task} ({precision})") as progress:
         if meter.workers:
             missing = [shard for shard, key in zip(shards, keys, strict=True) if meter.journal.get(key) is None]
