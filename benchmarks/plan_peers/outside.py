@@ -32,7 +32,9 @@ ENVIRONMENTS = {
 TARGET_STEP = 0.02  # bits by which a peer's target is lowered while its plan is above the budget
 MOST_TRIES = 12
 REASON_CHARACTERS = 160
-SEARCH_STAGE = re.compile(r"^units, one at a time|swaps around a plan|^pricing|^plans on (fit|select) rows")  # of a survey, by its log
+SEARCH_STAGE = re.compile(
+    r"^units, one at a time|swaps around a plan|^pricing|^plans on (fit|select) rows"
+)  # of a survey, by its log
 
 
 class NotRunError(Exception):

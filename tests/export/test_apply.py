@@ -298,7 +298,8 @@ def test_verify_measures_the_folder(tiny_llama: Path, tmp_path: Path, text: Path
 def test_two_copies_of_a_model_do_no_damage(tiny_llama: Path):
     decoder = open_checkpoint(str(tiny_llama), None, False).load_model()
     rows = torch.randint(300, (3, 16), generator=torch.Generator().manual_seed(0))
-    assert kl_between(decoder, decoder.model, rows, lambda done, total: None) == pytest.approx(0, abs=1e-12)
+    # sums of 300 float32 probabilities are 1 to 1e-7
+    assert kl_between(decoder, decoder.model, rows, lambda done, total: None) == pytest.approx(0, abs=1e-7)
 
 
 # --- wrong use ---------------------------------------------------------------------------------------------------------

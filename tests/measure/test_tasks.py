@@ -437,12 +437,11 @@ import json, sys
 from pathlib import Path
 import torch
 sys.path[:0] = sys.argv[1].split(":")
-from task_files import PROBLEMS
-from test_tasks import byte_tokenizer, small_llama
 from bitatlas.errors import UserError
 from bitatlas.data.tasks import load_items
 from bitatlas.measure.tasks import score_items
 heavy = sorted({"lm_eval", "datasets"} & set(sys.modules))
+from test_tasks import byte_tokenizer, small_llama
 told = []
 for task in ("svamp", "arc_easy", "gsm8k"):
     try:

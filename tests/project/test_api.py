@@ -55,7 +55,7 @@ def test_the_names_are_typed_functions():
 @pytest.mark.parametrize("name", ["survey", "compare"])
 def test_what_the_command_takes_the_function_takes(name: str):
     command, function = inspect.signature(COMMANDS[name]).parameters, inspect.signature(getattr(api, name)).parameters
-    assert set(command) - {"as_json", "draft"} == set(function)  # one is about stdout, one makes a plan and no atlas
+    assert set(command) - {"as_json", "draft", "dry_run"} == set(function)  # one is about stdout, the others make no atlas
     with pytest.raises(UserError, match="margin 0pp: give percentage points"):
         getattr(api, name)("nothing", "nowhere", margin="0pp")
 

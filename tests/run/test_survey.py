@@ -129,7 +129,7 @@ def test_an_interrupted_run_resumes_to_the_same_bytes(
     monkeypatch.setattr(Journal, "put_all", interrupting)
     with pytest.raises(Interrupted):
         run_survey(settings_for(tiny_llama, text), tmp_path / "out", False, QUIET)
-    assert not any((tmp_path / "out" / name).exists() for name in OUTPUTS)
+    assert not any((tmp_path / "out" / name).exists() for name in ("atlas.json", "report.md"))  # a first plan may be there
     first = list(written)
 
     def recording(self: Journal, stage: str, values: dict[str, object]) -> None:

@@ -128,6 +128,7 @@ def find_first_plan(session: Session) -> Plan | None:
         return None
     judged = judge(subject, budget, search(subject, budget, hooks), session.measure, layers_by_score(session, hooks.scores))
     session.reporter.found("first plan", f"{interval(judged.plan.damage.measured, unit=True)} on test rows")
+    session.checkpoint.check_unchanged()
     if not (session.out / "atlas.json").exists():
         write_text(session.out / "plan.json", to_json(judged.plan))
     return judged.plan
