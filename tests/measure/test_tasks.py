@@ -4,7 +4,6 @@ import json
 import os
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import numpy as np
@@ -27,7 +26,7 @@ from bitatlas.data.numbers import read_number
 from bitatlas.data.tasks import TASKS, load_items, task_text
 from bitatlas.errors import UserError
 from bitatlas.measure.scorer import Scorer
-from bitatlas.measure.tasks import first_line, line_decided, score_items, seconds_per_item
+from bitatlas.measure.tasks import first_line, line_decided, score_items
 from bitatlas.model.decoder import decoder_of
 from task_files import PROBLEMS, QUESTIONS, needs_shared
 from tiny import SHARED
@@ -335,16 +334,6 @@ def test_what_is_decided_no_later_text_changes():
                 if stop not in output:  # cut there, the answer is the same
                     assert read_number("problem", longer.split(stop)[0]) == read_number("problem", output)
     assert decided > 500
-
-
-@pytest.mark.parametrize("task", ["svamp", "arc_easy"])
-def test_the_time_of_an_item_is_about_that_of_a_shard(learned, tokenizer, task):
-    model, items = learned
-    many = (items[task] * 50)[:50]
-    per_item = seconds_per_item(decoder_of(model), tokenizer, task, many)
-    start = time.perf_counter()
-    score_items(model, tokenizer, task, many)
-    assert 0.1 < per_item / ((time.perf_counter() - start) / 50) < 10
 
 
 def test_examples_stand_before_the_prompt(learned, tokenizer):

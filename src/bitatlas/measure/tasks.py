@@ -36,6 +36,7 @@ if TYPE_CHECKING:
 
 SHARD_ITEMS = 50  # of a task, between two entries of the journal
 TIMING_SECONDS = 1.5  # enough that starting costs little; with the smaller timings before, about 3 seconds, at most twice that
+SHORT_SECONDS = 5.0  # of all items of a task, whose time need not be known better
 TASK_FILES = Path(__file__).parent / "harness"
 
 
@@ -74,15 +75,16 @@ def score_items(
 def seconds_per_item(decoder: Decoder, tokenizer: PreTrainedTokenizerBase, task: str, items: Sequence[Item]) -> float:
     """Return how long an item of `task` takes with the weights that the model has now: seconds of wall-clock time, to choose a number of items.
 
-    Timed on 1, 2, 4, ... of the first items until a timing takes `TIMING_SECONDS`; the largest counts, so that loading and warming up do
-    not. A shard's larger batches cost less an item, most of all in writing: rather an upper estimate. Raises what `score_items` does.
+    Timed on 1, 2, 4, ... of the first items until a timing takes `TIMING_SECONDS`, or all items would take little; the largest counts, so that
+    loading and warming up do not. A shard's larger batches cost less an item, most of all in writing: rather an upper estimate. Raises what `score_items` does.
     """
     count = 1
     while True:
         start = time.perf_counter()
         score_items(decoder.model, tokenizer, task, items[:count])
         seconds = time.perf_counter() - start
-        if count >= min(SHARD_ITEMS, len(items)) or (count > 1 and seconds >= TIMING_SECONDS):
+        enough = seconds >= TIMING_SECONDS or seconds / count * len(items) <= SHORT_SECONDS
+        if count >= min(SHARD_ITEMS, len(items)) or (count > 1 and enough):
             return seconds / min(count, len(items))
         count *= 2
 
