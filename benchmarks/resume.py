@@ -26,7 +26,7 @@ from bitatlas.measure.damage import DamageMeter, Swap
 from bitatlas.measure.screens import uniform
 from bitatlas.model.checkpoint import open_checkpoint
 from bitatlas.model.decoder import Decoder
-from bitatlas.model.layerwise import batch_rows
+from bitatlas.model.layerwise import split_rows
 from bitatlas.quantize.bank import Bank
 from bitatlas.records import Module
 from bitatlas.records.journal import Journal
@@ -51,7 +51,7 @@ def floor_seconds(decoder: Decoder, modules: Sequence[Module], rows: int, length
     layers = len(decoder.layers)
     per_layer = [sum(m.weights for m in modules if m.layer == i) for i in range(layers)]
     head = decoder.vocabulary * decoder.width
-    batches = -(-rows // batch_rows(length, decoder.vocabulary))
+    batches = len(split_rows(decoder, torch.zeros(rows, length)))
     tokens = rows * length
     work = tokens * (sum(sum(per_layer[i:]) + head for i in range(layers)) + 2 * (sum(per_layer) + head))
     widest = max(modules, key=lambda m: m.weights).shape

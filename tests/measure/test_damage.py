@@ -1,5 +1,6 @@
 """Swaps restore, resumed passes equal full ones to the last bit, damage equals an independent computation, the journal remembers."""
 
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -10,6 +11,7 @@ from bitatlas.measure.damage import DamageMeter, StateBudget, Swap, kl_per_token
 from bitatlas.model.checkpoint import Checkpoint, open_checkpoint
 from bitatlas.model.hidden_states import StateCache
 from bitatlas.model.layerwise import BATCH_ROWS, Job, follow, logits_of, record
+from bitatlas.quantize import QUANTIZERS
 from bitatlas.quantize.bank import Bank
 from bitatlas.records.formats import FORMATS
 from bitatlas.records.journal import Journal
@@ -96,7 +98,7 @@ def test_swaps_equal_whole_plans(tiny_llama: Path):
 
 
 def test_batches_share_what_is_made_of_codes_and_are_measured_as_alone(tiny_llama: Path, monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.setattr("bitatlas.measure.damage.batch_rows", lambda *_: 4)
+    monkeypatch.setattr("bitatlas.model.layerwise.batch_rows", lambda *_: 4)
     checkpoint, decoder, together = setup(tiny_llama)
     alone = DamageMeter(decoder, together.bank, "", "rtn", Journal(None), StateBudget(state_bytes=1))
     rows = rows_for(checkpoint)
@@ -139,6 +141,22 @@ def test_nothing_is_measured_twice(tiny_llama: Path, tmp_path: Path, monkeypatch
     assert (second["int2_g32"] == first["int2_g32"]).all()
     meter.plans(plans, rows)
     assert sum(passes) == 2 * len(rows)
+
+
+def test_codes_that_are_missing_are_made_in_one_go(tiny_llama: Path, monkeypatch: pytest.MonkeyPatch):
+    """A fit passes through the whole model: once for a plan, not once for each of its modules."""
+    checkpoint, decoder, _ = setup(tiny_llama)
+    rows, names = rows_for(checkpoint), [module.name for module in checkpoint.modules]
+    real, asked = QUANTIZERS["gptq"], []
+
+    def counted(decoder, modules, formats, rows):
+        asked.append(len(modules))
+        return real.quantize(decoder, modules, formats, rows)
+
+    monkeypatch.setitem(QUANTIZERS, "gptq", replace(real, quantize=counted))
+    bank = Bank(decoder, names, "gptq", rows=rows)
+    DamageMeter(decoder, bank, "", "gptq", Journal(None)).plans({"plan": dict.fromkeys(names, "int4_g32")}, rows)
+    assert asked == [len(names)]
 
 
 def test_zero_damage_of_the_reference(tiny_llama: Path):

@@ -97,7 +97,7 @@ def test_measurements_equal_those_in_memory_and_layers_are_read_once_a_pass(tiny
 
 def test_a_pass_reads_each_layer_once_however_many_batches(tiny_llama: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     checkpoint, _, streamed, rows = opened(tiny_llama, tmp_path)
-    monkeypatch.setattr("bitatlas.measure.damage.batch_rows", lambda *_: 2)
+    monkeypatch.setattr("bitatlas.model.layerwise.batch_rows", lambda *_: 2)
     object.__setattr__(streamed.budget, "state_bytes", 2**24)
     streamed.reference.see(streamed.chunks(rows)[0])
     before = streamed.decoder.stream.reads

@@ -18,7 +18,7 @@ from bitatlas.run.prepare import prepare
 from bitatlas.run.survey import run_draft, run_survey
 from bitatlas.run.verify import verify_plan
 from command import run
-from surveys import OUTPUTS, QUIET, settings_for
+from surveys import OUTPUTS, QUIET, settings_for, survey_words
 
 
 @pytest.fixture(scope="module")
@@ -62,24 +62,15 @@ def test_its_scores_rank_true_changes(tiny_llama: Path, text: Path, tmp_path: Pa
 
 
 def test_the_command(capsys, monkeypatch, tiny_llama: Path, text: Path, tmp_path: Path):
-    words = [
-        "survey",
-        tiny_llama,
-        "--tokens",
-        text,
-        "--rows",
-        "6,6,8",
-        "--row-length",
-        "24",
-        "--formats",
-        "int2_g32,int4_g32",
-        "--draft",
-    ]
-    code, out, err = run(capsys, monkeypatch, *words, "--code-bits", "3", "--out", tmp_path / "out")
+    def draft(name: str, *words: str) -> tuple[int, str, str]:
+        draft_words = [*survey_words(tiny_llama, text, tmp_path / name), "--formats", "int2_g32,int4_g32", "--draft"]
+        return run(capsys, monkeypatch, *draft_words, *words)
+
+    code, out, err = draft("out", "--code-bits", "3")
     assert code == 0, err
     assert out.splitlines()[-1] == str(tmp_path / "out" / "plan.json") and "best of 20 random plans" in out
     assert "Verdict: " in out and "with --resume in the place of --draft" in out
-    code, out, err = run(capsys, monkeypatch, *words, "--protect", "svamp=1pp", "--out", tmp_path / "no")
+    code, out, err = draft("no", "--protect", "svamp=1pp")
     assert (code, out) == (2, "") and err.startswith("bitatlas: --draft --protect: ") and not (tmp_path / "no").exists()
     with pytest.raises(UserError, match="holds a run already"):
         run_draft(settings_for(tiny_llama, text), tmp_path / "out", False, QUIET)

@@ -22,7 +22,7 @@ from bitatlas.run.effort import (
 from bitatlas.run.prepare import open_model, prepare
 from bitatlas.run.settings import parse_time
 from command import run
-from surveys import QUIET, settings_for
+from surveys import QUIET, settings_for, survey_words
 
 SMALL = Shape(
     layers=4, units=16, kinds=7, formats=3, rows=(24, 24, 64), row_length=192, weights=10**6, tasks=2, refine=True, curve=True
@@ -76,20 +76,7 @@ def test_durations_are_said_as_people_do(seconds: float, text: str):
 
 
 def test_a_dry_run_says_how_long_and_writes_nothing(capsys, monkeypatch, tiny_llama: Path, text: Path, tmp_path: Path):
-    words = [
-        "survey",
-        tiny_llama,
-        "--tokens",
-        text,
-        "--rows",
-        "6,6,8",
-        "--row-length",
-        "24",
-        "--tasks",
-        "none",
-        "--out",
-        tmp_path / "out",
-    ]
+    words = [*survey_words(tiny_llama, text, tmp_path / "out"), "--tasks", "none"]
     code, out, err = run(capsys, monkeypatch, *words, "--dry-run")
     assert (code, out) == (0, "") and not (tmp_path / "out").exists()
     for stage in ("about ", "quantizing", "first plan", "its verdict", "layers", "units", "the plan"):

@@ -17,6 +17,11 @@ OUTPUTS = ("atlas.json", "plan.json", "report.md", "report.html")
 QUIET = Reporter(quiet=True)
 
 
+def survey_words(model: Path, text: Path, out: Path) -> list[object]:
+    """Return the words of a short survey on the command line."""
+    return ["survey", model, "--tokens", text, "--rows", "6,6,8", "--row-length", "24", "--out", out]
+
+
 def settings_for(model: Path, text: Path, budget: Budget | None = None, **changes: Any) -> Settings:
     usual = SurveyOptions(
         model,

@@ -28,11 +28,9 @@ from bitatlas.measure.workers import Progress, Share, Workers
 from bitatlas.model.decoder import Decoder
 from bitatlas.model.hidden_states import StateCache
 from bitatlas.model.layerwise import (
-    HIDDEN_BYTES,
     LOGIT_BYTES,
     Job,
     Recorded,
-    batch_rows,
     begin,
     check_range,
     follow,
@@ -40,6 +38,7 @@ from bitatlas.model.layerwise import (
     logits_of,
     record,
     slice_tokens,
+    split_rows,
     token_blocks,
     token_spans,
 )
@@ -190,7 +189,7 @@ class DamageMeter:
         weight = next(decoder.model.parameters())
         self.identity = (weights_sha256, quantizer, str(weight.dtype), weight.device.type)
         # what is kept of a model that is run whole is its logits
-        self._width, self._batch_bytes = (decoder.width, HIDDEN_BYTES) if is_chain(decoder) else (decoder.vocabulary, LOGIT_BYTES)
+        self._width = decoder.width if is_chain(decoder) else decoder.vocabulary
         self.reference = Reference(decoder, self.budget)
 
     def plans(self, plans: Mapping[str, Assignment], rows: Tensor, progress: Progress | None = None) -> dict[str, np.ndarray]:
@@ -220,6 +219,9 @@ class DamageMeter:
 
     def _whole_models(self, batches: Sequence[Tensor], plans: Sequence[Assignment]) -> list[list[Tensor]]:
         """Return what comes out of the last layer, by plan and batch: all plans go through a layer, whose weights are made once, before the next."""
+        self.bank.ready(
+            {pair: None for plan in plans for pair in plan.items()}
+        )  # in one go: a fit passes through the whole model
         layer_weights = _LayerWeights(self.bank)
         jobs = [Job(0, self._plan_swap(plan, layer_weights)) for plan in plans]
         return follow(self.decoder, begin(self.decoder, batches), jobs)
@@ -243,12 +245,9 @@ class DamageMeter:
 
     def chunks(self, rows: Tensor) -> list[list[Tensor]]:
         """Cut the rows into batches [rows, tokens], in runs of as many as go through a layer together."""
-        batches = list(rows.split(self._batch_rows(rows)))
+        batches = split_rows(self.decoder, rows)
         step = self.budget.batches(len(batches), self._state_bytes(batches[0]), len(self.decoder.layers)) if batches else 1
         return [batches[start : start + step] for start in range(0, len(batches), step)]
-
-    def _batch_rows(self, rows: Tensor) -> int:
-        return batch_rows(rows.shape[1], self._width, self._batch_bytes)
 
     def groups(self, names: Sequence[Any], batches: Sequence[Tensor]) -> Iterator[Sequence[Any]]:
         """Cut `names` into runs of as many models as go through a layer together."""
@@ -282,7 +281,7 @@ class DamageMeter:
         """Take each (assignment, batch) from the journal, or from `finals_of(batches, missing names)`."""
         self._measure_ahead(rows, plans, share, progress)
         parts: dict[str, list[Any]] = {name: [] for name in plans}
-        done, total = 0, len(plans) * -(-len(rows) // self._batch_rows(rows))
+        done, total = 0, len(plans) * len(split_rows(self.decoder, rows))
         for chunk in self.chunks(rows):
             keys = {name: self._keys(plan, chunk) for name, plan in plans.items()}
             known = {key: self.journal.get(key) for of_plan in keys.values() for key in of_plan}

@@ -21,11 +21,10 @@ from bitatlas.data.rows import rows_sha256
 from bitatlas.measure.damage import DamageMeter
 from bitatlas.measure.workers import Progress
 from bitatlas.model.gradients import ModuleCall, layer_calls
+from bitatlas.model.layerwise import split_rows
 from bitatlas.quantize.bank import Bank
 from bitatlas.records import Module
 from bitatlas.records.journal import content_key
-
-BATCH_ROWS = 8
 
 
 def price_units(
@@ -58,7 +57,7 @@ def _price_layers(
 ) -> Iterator[tuple[int, dict[str, list[float]]]]:
     """Yield (layer, unit -> price of each format), from the last layer to the first."""
     names = {layer: [module.name for module in inside] for layer, inside in layers.items()}
-    batches = [batch.to(meter.decoder.device) for batch in rows.split(BATCH_ROWS)]
+    batches = [batch.to(meter.decoder.device) for batch in split_rows(meter.decoder, rows)]
     sums: dict[str, Tensor] = {}  # unit -> float64 [formats], of squares
     changes: dict[str, Tensor] = {}
     with meter.budget.shelf() as states:

@@ -162,7 +162,7 @@ def _watched(model: nn.Module, names: Sequence[str]) -> Iterator[list[Output]]:
         def hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Tensor) -> Tensor:
             # where nothing in front has an effect that is asked for, the output becomes a leaf of its own
             output = output if output.requires_grad else output.detach().requires_grad_(True)
-            outputs.append((name, module_input(args, kwargs).detach(), output))
+            outputs.append((name, _module_input(args, kwargs).detach(), output))
             return output.view_as(output)  # another tensor: what comes next may write into it
 
         return hook
@@ -175,7 +175,7 @@ def _watched(model: nn.Module, names: Sequence[str]) -> Iterator[list[Output]]:
             hook.remove()
 
 
-def module_input(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Tensor:
+def _module_input(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Tensor:
     """Return what a linear module was called with."""
     return next(iter((*args, *kwargs.values())))  # type: ignore[no-any-return]
 

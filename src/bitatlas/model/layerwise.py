@@ -48,6 +48,12 @@ def batch_rows(row_length: int, numbers: int, most_bytes: int = LOGIT_BYTES) -> 
     return max(1, min(BATCH_ROWS, most_bytes // (4 * row_length * numbers)))
 
 
+def split_rows(decoder: Decoder, rows: Tensor) -> list[Tensor]:
+    """Cut rows [rows, tokens] into the batches that go through a layer together, or through all of a model that has to be run whole."""
+    numbers, most = (decoder.width, HIDDEN_BYTES) if is_chain(decoder) else (decoder.vocabulary, LOGIT_BYTES)
+    return list(rows.split(batch_rows(rows.shape[1], numbers, most)))
+
+
 def token_spans(rows: int, tokens: int, vocabulary: int, logit_bytes: int = LOGIT_BYTES) -> list[slice]:
     """Return runs of tokens whose logits, for all `rows`, take at most `logit_bytes`: one run, but for long rows of a large vocabulary."""
     step = max(1, logit_bytes // (4 * rows * vocabulary))

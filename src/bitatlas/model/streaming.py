@@ -108,10 +108,6 @@ class Stream:
                     parameter.data = self._placeholder(parameter.shape)
                 release_free_memory()
 
-    def layer_of(self, module: str) -> int:
-        """Return the decoder layer that a module is in."""
-        return self._layer_of[module]
-
     def weight(self, module: str) -> Tensor:
         """Return the weight [out, in] that a linear module has now, swaps included."""
         owner = self.model.get_submodule(module)

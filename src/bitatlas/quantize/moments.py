@@ -24,11 +24,11 @@ from torch import Tensor
 from bitatlas.model.decoder import Decoder
 from bitatlas.model.gradients import ModuleCall, layer_calls
 from bitatlas.model.hidden_states import StateCache
+from bitatlas.model.layerwise import split_rows
 from bitatlas.model.linear import is_linear
 
 BLOCK = 256  # columns of a sum
 SEED = 0  # of the labels: codes must not depend on a survey's seed
-BATCH_ROWS = 8
 TINY = 1e-30
 STATE_BYTES = 2**29  # of what goes into the layers that stays in memory; the rest waits in files
 
@@ -99,7 +99,7 @@ def module_moments(decoder: Decoder, modules: Sequence[str], rows: Tensor, seed:
     Raises ValueError for a module outside the decoder layers.
     """
     layers, wanted = _by_layer(decoder, modules), set(modules)
-    batches = [batch.to(decoder.device) for batch in rows.split(BATCH_ROWS)]
+    batches = [batch.to(decoder.device) for batch in split_rows(decoder, rows)]
     sums: dict[tuple[str, ...], InputMoments] = {}
     with StateCache(STATE_BYTES) as states:
         for number, (layer, calls) in enumerate(layer_calls(decoder, layers, batches, states, seed), start=1):

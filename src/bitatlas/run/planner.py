@@ -78,9 +78,6 @@ def probe(session: Session) -> Probe:
 def first_hooks(session: Session) -> PlannerHooks:
     """Return the planner's ways to the model for a first plan: the price list, and measured plans."""
     settings, subject = session.settings, session.subject
-    with session.reporter.stage(f"quantizing ({settings.quantizer})") as progress:
-        session.bank.fill(settings.formats, progress)
-    release_free_memory()
     with session.reporter.stage("pricing every unit in every format") as progress:
         rows = session.rows.select[:PRICED_ROWS]
         prices = price_units(session.meter, subject.modules, settings.formats, rows, settings.seed, progress)

@@ -34,7 +34,7 @@ from bitatlas.plan.search import PlanningProblem
 from bitatlas.progress import Reporter
 from bitatlas.quantize import get_quantizer
 from bitatlas.quantize.bank import BANK, Bank, disk_bytes
-from bitatlas.records import Atlas, Budget, Plan
+from bitatlas.records import Atlas, Budget
 from bitatlas.records.journal import Journal
 from bitatlas.records.sizes import assignment_of, check_rows, size_of
 from bitatlas.records.text import byte_size, number
@@ -48,17 +48,23 @@ TaskItems = dict[str, list[Item]]  # task -> items
 
 
 @dataclass
-class Session:
-    """An opened survey. `decoder` holds the reference weights between measurements; `items`: those to score."""
+class Opened:
+    """A model that is open and checked, with what is measured on it. `items`: those to score."""
 
     settings: Settings
-    out: Path
     checkpoint: Checkpoint
     load_mode: LoadMode
     decoder: Decoder
     tokenizer: Any
     rows: Rows
     items: TaskItems
+
+
+@dataclass
+class Session(Opened):
+    """An opened survey, with its folder. `decoder` holds the reference weights between measurements."""
+
+    out: Path
     journal: Journal
     reporter: Reporter
     bank: Bank = field(init=False)
@@ -94,10 +100,10 @@ class Session:
         """Score items of a task with `assignment`, journaled: one record an item. `precision`: its name."""
         return score_shards(self.meter, self.tokenizer, self.reporter, task, items, assignment, precision)
 
-    def choice(self, plan: Plan) -> np.ndarray:
-        """Return the format of every unit in a plan, by its index: int64 [units]."""
+    def choice(self, assignment: Mapping[str, str]) -> np.ndarray:
+        """Return the choice of a plan, module -> format: int64 [units], the index of a unit's format."""
         subject = self.subject
-        return np.array([subject.formats.index(plan.modules[unit.modules[0].name]) for unit in subject.units])
+        return np.array([subject.formats.index(assignment[unit.modules[0].name]) for unit in subject.units])
 
     def measure(
         self, plans: Mapping[str, Mapping[str, str]], split: str, rows: Sequence[int] | None = None
@@ -115,19 +121,6 @@ class Session:
         self.reporter.say(f"peak memory: {peak}, at most {byte_size(self.load_mode.predicted_bytes)} predicted")
 
 
-@dataclass(frozen=True)
-class Opened:
-    """A model that is open and checked, with what is measured on it; nothing is written yet."""
-
-    settings: Settings
-    checkpoint: Checkpoint
-    load_mode: LoadMode
-    decoder: Decoder
-    tokenizer: Any
-    rows: Rows
-    items: TaskItems
-
-
 def prepare(
     settings: Settings,
     out: Path,
@@ -143,8 +136,7 @@ def prepare(
     if connect:
         connect(out, opened.checkpoint)
     journal = _open_journal(out, opened.checkpoint)
-    o = opened
-    return Session(o.settings, out, o.checkpoint, o.load_mode, o.decoder, o.tokenizer, o.rows, o.items, journal, reporter)
+    return Session(**vars(opened), out=out, journal=journal, reporter=reporter)
 
 
 def open_model(settings: Settings, out: Path, resume: bool, reporter: Reporter, by_itself: bool = True) -> Opened:
@@ -329,4 +321,4 @@ def reopen(folder: Path, atlas: Atlas, model_name: str | None, device: str | Non
         decoder = load_decoder(settings, checkpoint, load_mode, device)
     use_threads(decoder, settings.threads, reporter)
     tokenizer, journal = checkpoint.load_tokenizer(), _open_journal(folder, checkpoint)
-    return Session(settings, folder, checkpoint, load_mode, decoder, tokenizer, rows, {}, journal, reporter)
+    return Session(settings, checkpoint, load_mode, decoder, tokenizer, rows, {}, folder, journal, reporter)

@@ -44,6 +44,7 @@ from bitatlas.measure.screens import (
 )
 from bitatlas.measure.tasks import right_of, with_norms
 from bitatlas.measure.weights import weight_profile
+from bitatlas.model.streaming import release_free_memory
 from bitatlas.plan.baselines import most_critical_first
 from bitatlas.plan.calibration import calibrate
 from bitatlas.plan.judge import curve_point, judge
@@ -74,7 +75,7 @@ def run_survey(settings: Settings, out: Path, resume: bool, reporter: Reporter, 
 
 @contextmanager
 def _opened(settings: Settings, out: Path, resume: bool, reporter: Reporter, ray: str | None) -> Iterator[Session]:
-    """Open a survey, on a Ray cluster where one is asked for."""
+    """Open a survey, with every module in every format at hand."""
     with ExitStack() as stack:
         scheduler = stack.enter_context(closing(Scheduler(ray, reporter))) if ray is not None else None
         session = prepare(settings, out, resume, reporter, scheduler.connect if scheduler else None)
@@ -82,6 +83,9 @@ def _opened(settings: Settings, out: Path, resume: bool, reporter: Reporter, ray
         if scheduler:
             scheduler.configure(session)
         check_protected(session)
+        with reporter.stage(f"quantizing ({settings.quantizer})") as progress:
+            session.bank.fill(settings.formats, progress)
+        release_free_memory()
         yield session
 
 
@@ -122,15 +126,14 @@ def run_draft(settings: Settings, out: Path, resume: bool, reporter: Reporter, r
 
 
 def find_first_plan(session: Session) -> Plan | None:
-    """Find and judge a plan from prices, and write it; None under a budget of tasks, which no price knows."""
-    subject, budget, hooks = session.subject, session.settings.budget, first_hooks(session)
+    """Find and judge a plan from prices; None under a budget of tasks, which no price knows."""
+    subject, budget = session.subject, session.settings.budget
     if budget.protect:
         return None
+    hooks = first_hooks(session)
     judged = judge(subject, budget, search(subject, budget, hooks), session.measure, layers_by_score(session, hooks.scores))
     session.reporter.found("first plan", f"{interval(judged.plan.damage.measured, unit=True)} on test rows")
     session.checkpoint.check_unchanged()
-    if not (session.out / "atlas.json").exists():
-        write_text(session.out / "plan.json", to_json(judged.plan))
     return judged.plan
 
 
@@ -138,8 +141,9 @@ STAGES = ("damage of layers, kinds and units", "the plan under the budget, and a
 
 
 def show_progress(session: Session, first: Plan | None, waiting: Sequence[str]) -> None:
-    """Write a page of what is known and what is still being measured, in the place of the report until that is there."""
+    """Write the first plan and a page of what is still being measured, in the place of the survey's own until these are there."""
     if first and not (session.out / "atlas.json").exists():
+        write_text(session.out / "plan.json", to_json(first))
         write_text(session.out / "report.html", progress_html(first, session.reporter.results, waiting))
 
 
@@ -296,7 +300,7 @@ def find_plan(session: Session, screens: Screens, first: Plan | None) -> PlanEvi
     if settings.budget.protect:
         judged = protect_plan(session, hooks, most_critical)
     else:
-        starts = {"first plan": session.choice(first)} if first else {}
+        starts = {"first plan": session.choice(first.modules)} if first else {}
         candidate = search(subject, settings.budget, hooks, starts)
         judged = judge(subject, settings.budget, candidate, session.measure, most_critical)
     session.reporter.found("plan", f"{interval(judged.plan.damage.measured, unit=True)} on test rows")
@@ -315,7 +319,7 @@ def find_plan(session: Session, screens: Screens, first: Plan | None) -> PlanEvi
 
 def check_prediction(session: Session, hooks: PlannerHooks, assignment: Mapping[str, str]) -> Calibration | None:
     """Compare predicted with measured damage of random plans around a refined plan; None where the units are too few for that."""
-    units, formats, probe, plans = session.subject.units, session.settings.formats, hooks.probe, session.effort.calibration
+    settings, probe, plans = session.settings, hooks.probe, session.effort.calibration
     if probe is None or not plans:
         return None
 
@@ -324,9 +328,8 @@ def check_prediction(session: Session, hooks: PlannerHooks, assignment: Mapping[
     def measure(choices: Mapping[str, np.ndarray], split: str) -> dict[str, np.ndarray]:
         return session.measure(session.assignments(choices), split, fit_rows if split == "fit" else None)
 
-    base = np.array([formats.index(assignment[unit.modules[0].name]) for unit in units])
-    blocks = session.rows.blocks("select")
-    return calibrate(base, len(formats), probe, hooks.scores, measure, session.settings.seed, blocks, plans)
+    base, blocks = session.choice(assignment), session.rows.blocks("select")
+    return calibrate(base, len(settings.formats), probe, hooks.scores, measure, settings.seed, blocks, plans)
 
 
 # --- tasks -----------------------------------------------------------------------------------------------------------------

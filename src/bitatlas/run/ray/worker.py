@@ -79,7 +79,7 @@ def _open_session(config: WorkerConfig, device: str) -> Session:
         raise UserError(f"has other weights in {settings.model}; they must be the same on all hosts")
     decoder, tokenizer = load_decoder(settings, checkpoint, load_mode, device), checkpoint.load_tokenizer()
     out, quiet = Path(config.required.out), Reporter(quiet=True)
-    session = Session(settings, out, checkpoint, load_mode, decoder, tokenizer, config.rows, {}, Journal(None), quiet)
+    session = Session(settings, checkpoint, load_mode, decoder, tokenizer, config.rows, {}, out, Journal(None), quiet)
     if session.meter.identity != config.identity:
         raise UserError(f"would measure another model: {session.meter.identity}, not {config.identity}")
     return session
