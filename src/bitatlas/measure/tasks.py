@@ -35,7 +35,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 SHARD_ITEMS = 50  # of a task, between two entries of the journal
-TIMING_SECONDS = 1.5  # enough that starting costs little; with the smaller timings before, about 3 seconds, at most twice that
+TIMING_SECONDS = 1.5  # of the items of a timing, enough to tell them from what a call costs
 SHORT_SECONDS = 5.0  # of all items of a task, whose time need not be known better
 TASK_FILES = Path(__file__).parent / "harness"
 
@@ -73,19 +73,26 @@ def score_items(
 
 
 def seconds_per_item(decoder: Decoder, tokenizer: PreTrainedTokenizerBase, task: str, items: Sequence[Item]) -> float:
-    """Return how long an item of `task` takes with the weights that the model has now: seconds of wall-clock time, to choose a number of items.
+    """Return how long another item of `task` takes with the weights that the model has now: seconds of wall-clock time.
 
-    Timed on 1, 2, 4, ... of the first items until a timing takes `TIMING_SECONDS`, or all items would take little; the largest counts, so that
-    loading and warming up do not. A shard's larger batches cost less an item, most of all in writing: rather an upper estimate. Raises what `score_items` does.
+    Timed on one item, and on 4, 8, ... of the first until a timing takes `TIMING_SECONDS`, or all items would take little: the difference, since
+    what a call costs beside its items is paid once a shard. The first call of all, which loads the harness, does not count. A shard's
+    larger batches cost less an item: rather an upper estimate. Raises what `score_items` does.
     """
-    count = 1
-    while True:
+
+    def seconds_of(count: int) -> float:
         start = time.perf_counter()
         score_items(decoder.model, tokenizer, task, items[:count])
-        seconds = time.perf_counter() - start
-        enough = seconds >= TIMING_SECONDS or seconds / count * len(items) <= SHORT_SECONDS
-        if count >= min(SHARD_ITEMS, len(items)) or (count > 1 and enough):
-            return seconds / min(count, len(items))
+        return time.perf_counter() - start
+
+    seconds_of(1)
+    alone, count, most = seconds_of(1), 4, min(SHARD_ITEMS, len(items))
+    if most < count:
+        return alone
+    while True:
+        each = max(0.0, seconds_of(count) - alone) / (count - 1)
+        if 2 * count > most or each * count >= TIMING_SECONDS or each * len(items) <= SHORT_SECONDS:
+            return each
         count *= 2
 
 
