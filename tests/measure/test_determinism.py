@@ -9,7 +9,7 @@ import pytest
 import torch
 
 import tiny
-from bitatlas.measure import damage, interactions, prices
+from bitatlas.measure import interactions, prices
 from bitatlas.measure.damage import DamageMeter, Swap
 from bitatlas.measure.screens import uniform
 from bitatlas.model.checkpoint import open_checkpoint
@@ -51,8 +51,7 @@ def same(found: dict[str, np.ndarray], other: dict[str, np.ndarray]) -> None:
 @pytest.mark.parametrize("rows_at_once", [1, 4])
 def test_the_batch_does_not_matter(tiny_llama: Path, monkeypatch: pytest.MonkeyPatch, rows_at_once: int):
     whole = measured(tiny_llama)
-    monkeypatch.setattr(damage, "batch_rows", lambda *_: rows_at_once)
-    monkeypatch.setattr(prices, "BATCH_ROWS", rows_at_once)
+    monkeypatch.setattr("bitatlas.model.layerwise.batch_rows", lambda *_: rows_at_once)
     same(whole, measured(tiny_llama))
 
 
