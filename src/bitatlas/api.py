@@ -129,11 +129,13 @@ def survey(options: SurveyOptions) -> Atlas:
 
 @taking(ApplyOptions)
 def apply(options: ApplyOptions) -> Applied:
-    """Write the packed checkpoint of a plan.json, read where the survey wrote it, beside its bank, to the new folder `out`."""
-    from bitatlas.export.packed import apply_plan
-    from bitatlas.progress import Reporter
+    """Write the packed checkpoint of a plan.json, read where the survey wrote it, beside its bank, to the new folder `out`.
 
-    return apply_plan(str(options.model), Path(options.plan), Path(options.out), Reporter(options.quiet))
+    `tune`: train the codes first for so long, like "10min" (docs/quantizers.md).
+    """
+    from bitatlas.run.tune import apply_tuned
+
+    return apply_tuned(options)[0]
 
 
 @taking(VerifyOptions)

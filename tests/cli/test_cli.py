@@ -28,7 +28,19 @@ from bitatlas.records.plan import Workload
 from command import run
 from tiny import make_checkpoint
 
-SMALL = ["--formats", "int2_g32,int4_g32", "--rows", "8,8,8", "--row-length", "16", "--tasks", "none", "--quiet"]
+SMALL = [
+    "--formats",
+    "int2_g32,int4_g32",
+    "--quantizer",
+    "rtn",
+    "--rows",
+    "8,8,8",
+    "--row-length",
+    "16",
+    "--tasks",
+    "none",
+    "--quiet",
+]
 
 
 def refused(capsys: pytest.CaptureFixture, monkeypatch: pytest.MonkeyPatch, out: Path, *arguments: object) -> str:

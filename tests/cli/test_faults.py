@@ -41,7 +41,7 @@ def disk(tmp_path: Path) -> Iterator[Path]:
 def command(model: Path, text: Path, out: Path, *more: str) -> list[str]:
     return [
         "survey", str(model), "--tokens", str(text), "--out", str(out), "--tasks", "none", "--rows", "2,2,4", "--row-length", "24",
-        "--no-refine", "--formats", "int2_g32,int4_g32", "--quiet", *more,
+        "--no-refine", "--formats", "int2_g32,int4_g32", "--quantizer", "rtn", "--quiet", *more,
     ]  # fmt: skip
 
 

@@ -227,8 +227,6 @@ def test_from_survey_to_gguf(tiny_llama: Path, tmp_path: Path, monkeypatch, caps
     words = [
         "--formats",
         "q4_0,q5_1,q8_0",
-        "--quantizer",
-        "llama.cpp",
         "--stored-bits",
         "6",
         "--rows",

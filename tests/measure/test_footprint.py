@@ -16,7 +16,7 @@ from bitatlas.records import Module
 from tiny import TEXT
 
 WORDS = [
-    "--tasks", "none", "--rows", "4,4,6", "--row-length", "16", "--formats", "int2_g32,int4_g32", "--no-refine", "--no-curve", "-q",
+    "--tasks", "none", "--rows", "4,4,6", "--row-length", "16", "--formats", "int2_g32,int4_g32", "--quantizer", "rtn", "--no-refine", "--no-curve", "-q",
 ]  # fmt: skip
 STREAMED = """
 import sys

@@ -175,11 +175,13 @@ def test_the_demo_protects_its_questions(tmp_path: Path):
 
     options = SurveyOptions(
         formats=["int2_g128", "int4_g128"],
+        quantizer="rtn",
         protect=["demo_questions=8pp"],
         rows=(2, 2, 2),
         row_length=24,
         tasks=["demo_questions"],
         limit=80,
+        curve=False,
     )
     settings = Settings.of(options)
     quiet = Reporter(quiet=True)

@@ -42,6 +42,7 @@ def settings_for(model: Path, text: Path) -> Settings:
         model,
         tokens=text,
         formats=("int2_g32", "int4_g32"),
+        quantizer="rtn",
         code_bits=3.0,
         rows=(20, 6, 8),
         row_length=16,

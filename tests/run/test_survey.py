@@ -208,6 +208,7 @@ def test_a_trained_checkpoint_meets_the_bars(babyllama: Path, tmp_path: Path):
     """Sizes to the byte and damage, by an independent implementation. Random plans do about 1.06 here, early layers low 1.64."""
     data = SHARED / "data"
     settings = settings_for(babyllama, data / "tinystories_fit.txt", rows=(24, 24, 64), row_length=192, curve=False)
+    settings = replace(settings, effort="half")
     atlas = run_survey(settings, tmp_path / "out", False, QUIET)
     check = [sys.executable, SHARED / "check_plan.py", babyllama, tmp_path / "out" / "plan.json", data / "tinystories_test.txt"]
     report = json.loads(subprocess.run(check, capture_output=True, text=True, check=True).stdout)
@@ -221,5 +222,5 @@ def test_a_trained_checkpoint_meets_the_bars(babyllama: Path, tmp_path: Path):
     assert early.evidence is not None and early.evidence.ci95 is not None
     assert early.evidence.ci95[0] > 0  # the first half is more critical than the second
     assert atlas.calibration is not None
-    assert len(atlas.calibration.points) == 50
+    assert len(atlas.calibration.points) == 32
     assert atlas.calibration.prediction.rho >= 0.95

@@ -19,7 +19,7 @@ QUIET = Reporter(quiet=True)
 
 def survey_words(model: Path, text: Path, out: Path) -> list[object]:
     """Return the words of a short survey on the command line."""
-    return ["survey", model, "--tokens", text, "--rows", "6,6,8", "--row-length", "24", "--out", out]
+    return ["survey", model, "--tokens", text, "--rows", "6,6,8", "--row-length", "24", "--quantizer", "rtn", "--out", out]
 
 
 def settings_for(model: Path, text: Path, budget: Budget | None = None, **changes: Any) -> Settings:
@@ -27,6 +27,7 @@ def settings_for(model: Path, text: Path, budget: Budget | None = None, **change
         model,
         tokens=text,
         formats=("int2_g32", "int4_g32"),
+        quantizer="rtn",  # the quickest
         code_bits=3.0,
         rows=(8, 8, 8),
         row_length=24,

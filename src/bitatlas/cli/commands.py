@@ -18,6 +18,7 @@ from bitatlas.run.options import (
     PlanOptions,
     ReportOptions,
     SurveyOptions,
+    TuneOptions,
     VerifyOptions,
 )
 
@@ -142,13 +143,27 @@ def compare(options: CompareOptions, as_json: Json = False) -> None:
 
 def apply(options: ApplyOptions) -> None:
     """Write the packed checkpoint of a plan, which transformers loads (compressed-tensors, pack-quantized)."""
-    from bitatlas.cli.show import show_applied
-    from bitatlas.export.packed import apply_plan
-    from bitatlas.progress import Reporter
+    from bitatlas.cli.show import show_applied, show_plan
+    from bitatlas.run.tune import apply_tuned
 
-    out = Path(options.out)
-    show_applied(apply_plan(str(options.model), Path(options.plan), out, Reporter(options.quiet)))
-    print(out)
+    applied, tuned = apply_tuned(options)
+    if tuned:
+        show_plan(tuned.plan)
+    show_applied(applied)
+    print(options.out)
+
+
+def tune(options: TuneOptions, as_json: Json = False) -> None:
+    """Train a plan's codes on the reference's own predictions: less damage in the same bytes, in a plan of its own."""
+    from bitatlas.cli import show
+    from bitatlas.run.tune import tune_plan
+
+    tuned = tune_plan(options)
+    if as_json:
+        show.print_plan(tuned.plan, tuned.file)
+        return
+    show.show_plan(tuned.plan)
+    print(tuned.file)
 
 
 def export(options: ExportOptions) -> None:

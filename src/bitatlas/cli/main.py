@@ -49,6 +49,7 @@ COMMANDS: dict[str, Callable[..., None]] = {
     for function in (
         commands.survey,
         commands.plan,
+        commands.tune,
         commands.apply,
         commands.export,
         commands.verify,

@@ -104,11 +104,7 @@ def make_rows(
     if row_length > context:
         raise UserError(f"--row-length {row_length}: the model's context is {context} tokens; give at most that")
     cut = _cut(documents, tokenizer, row_length, vocabulary)
-    index = cut.distinct()
-    dealt = cut.deal(index, counts, seed)
-    if dealt is None:
-        index = cut.distinct(everywhere=True)
-        dealt = cut.deal(index, counts, seed)
+    index, dealt = _dealt_rows(cut, counts, seed)
     if dealt is None:
         raise UserError(_too_little(cut, len(index), source, counts))
     parts = {name: cut.rows(index[rows]) for name, rows in zip(SPLITS, dealt.rows, strict=True)}
@@ -120,6 +116,29 @@ def make_rows(
         source, row_length, splits, cut.documents, cut.repeated_documents, repeated, dealt.documents, dealt.by_document
     )
     return Rows(**{name: torch.from_numpy(part) for name, part in parts.items()}, info=info)
+
+
+def fit_pool(documents: Sequence[str], tokenizer: Any, rows: Rows, seed: int) -> Tensor:
+    """Return every row of what `make_rows` took its fit rows from, in the text's order: int64 [rows, row_length].
+
+    They share no document, or stretch, with the select and test rows. `rows`, `seed`: what it returned, and was given.
+    """
+    cut = _cut(documents, tokenizer, rows.info.row_length)
+    counts = [len(part) for part in (rows.fit, rows.select, rows.test)]
+    index, dealt = _dealt_rows(cut, counts, seed)
+    if dealt is None or rows_sha256(cut.rows(index[dealt.rows[0]])) != rows.sha256("fit"):
+        raise ValueError("these rows were not made of this text")
+    return torch.from_numpy(cut.rows(index[dealt.parts == 0]))
+
+
+def _dealt_rows(cut: _Cut, counts: Sequence[int], seed: int) -> tuple[Ints, Dealt | None]:
+    """Return the indices of the different rows, and how they are dealt out; None where there are too few."""
+    index = cut.distinct()
+    dealt = cut.deal(index, counts, seed)
+    if dealt is None:
+        index = cut.distinct(everywhere=True)
+        dealt = cut.deal(index, counts, seed)
+    return index, dealt
 
 
 def _too_little(cut: _Cut, rows: int, source: str, counts: Sequence[int]) -> str:
@@ -289,10 +308,14 @@ def _in_many(inverse: Ints, units: Ints) -> np.ndarray:
 
 @dataclass(frozen=True)
 class Dealt:
-    """`rows`: indices of rows, ascending, one array a set; `blocks`: the block of each. `documents`: no two sets share a document."""
+    """`rows`: indices of rows, ascending, one array a set; `blocks`: the block of each. `documents`: no two sets share a document.
+
+    `parts`: of every row, whether it is needed or not, the set whose block it lies in.
+    """
 
     rows: list[Ints]
     blocks: list[Ints]
+    parts: Ints
     documents: bool
     by_document: bool  # a block is a whole document
 
@@ -358,7 +381,7 @@ def _dealt(
 ) -> Dealt:
     phase = None if by_document else float(rng.random())
     rows = [_spread(np.flatnonzero(parts == part), blocks, count, rng, phase) for part, count in enumerate(counts)]
-    return Dealt(rows, [blocks[chosen] for chosen in rows], documents, by_document)
+    return Dealt(rows, [blocks[chosen] for chosen in rows], parts, documents, by_document)
 
 
 def _spread(rows: Ints, blocks: Ints, count: int, rng: np.random.Generator, phase: float | None) -> Ints:

@@ -39,7 +39,7 @@ from bitatlas.model.linear import is_transposed
 from bitatlas.model.tensor_files import DTYPES, SHARD_BYTES, Entry, Shard, Writer, read_header, split_shards
 from bitatlas.progress import Reporter
 from bitatlas.quantize import get_quantizer
-from bitatlas.quantize.bank import bank_of_plan
+from bitatlas.quantize.bank import bank_of_plan, needs_bank
 from bitatlas.quantize.codes import Codes
 from bitatlas.quantize.ggml import Blocks
 from bitatlas.records import Module, Plan
@@ -127,7 +127,7 @@ def apply_plan(model_name: str, plan_file: Path, out: Path, reporter: Reporter, 
         blueprint = blueprint_of(plan, checkpoint, skeleton, shard_bytes)
         others = companion_files(checkpoint.folder)
         check_free_space(out, blueprint.disk_bytes + sum(file.stat().st_size for file in others) + SMALL_BYTES)
-        if get_quantizer(plan.quantizer).uses_rows:
+        if needs_bank(plan):
             for module in plan.modules:
                 bank_of_plan(plan, plan_file, decoder, [module])
     evidence = evidence_beside(plan_file, plan)

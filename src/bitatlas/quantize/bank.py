@@ -37,6 +37,7 @@ from bitatlas.records.journal import content_key
 
 BANK = "bank"  # folder of quantized weights, in a run's folder
 CACHE_BYTES = 2**31  # of unpacked codes in memory
+TUNED = "-tuned-"  # in the identity of codes that were trained after they were chosen (see `tune`)
 HEADER_BYTES = 1024  # of one file, at most
 Key = tuple[str, str]  # module, format
 Progress = Callable[[int, int], None]
@@ -124,6 +125,11 @@ class Bank:
         assert isinstance(like, Tensor)
         return self.codes(module, format_name).to(like.device).weight(like.dtype).to(like.device)
 
+    def put(self, codes: Mapping[str, Codes], formats: Mapping[str, str]) -> None:
+        """Store codes of modules that were made elsewhere, each in its format."""
+        for module, of_module in codes.items():
+            self._store(module, [formats[module]], [of_module])
+
     # --- making what is missing ------------------------------------------------------------------------------------------
 
     def _make(self, keys: Iterable[Key], progress: Progress | None = None) -> None:
@@ -200,6 +206,11 @@ def disk_bytes(modules: Sequence[Module], formats: Sequence[str]) -> int:
     return sum(stored_bytes(m.shape, FORMATS[name]) + HEADER_BYTES for m in modules for name in formats)
 
 
+def needs_bank(plan: Plan) -> bool:
+    """Return whether a plan's codes cannot be made again of the model alone."""
+    return get_quantizer(plan.quantizer).uses_rows or TUNED in plan.codes
+
+
 def bank_of_plan(plan: Plan, plan_file: Path, decoder: Decoder, modules: Sequence[str]) -> Bank:
     """Return the bank of a plan's `modules`: its survey's, or a new one where the codes depend on the model alone; else UserError."""
     folders = [folder / BANK for folder in (plan_file.parent, plan_file.parent.parent) if (folder / BANK).is_dir()]
@@ -212,9 +223,10 @@ def bank_of_plan(plan: Plan, plan_file: Path, decoder: Decoder, modules: Sequenc
         weights_sha256=plan.model.weights_sha256,
         identity=plan.codes or None,
     )
-    if bank.quantizer.uses_rows and not bank.holds({module: plan.modules[module] for module in modules}):
+    if needs_bank(plan) and not bank.holds({module: plan.modules[module] for module in modules}):
+        what = "tuned" if TUNED in plan.codes else plan.quantizer
         raise UserError(
-            f"{plan_file}: {plan.quantizer} weights depend on the text they were fitted on, so the survey's folder {BANK!r} must lie "
+            f"{plan_file}: {what} weights depend on the text they were fitted on, so the survey's folder {BANK!r} must lie "
             "beside the plan, whole; or run the survey again with --resume"
         )
     return bank

@@ -173,13 +173,14 @@ class Candidates:
         ),
     ] = None
     quantizer: Annotated[
-        str,
+        str | None,
         Option(
-            "How codes are chosen: rtn, gptq (fitted on the fit rows); hqq, autoround, llama.cpp (extras).",
+            "How codes are chosen: gptq (fitted on the fit rows), rtn (no data); hqq, autoround, llama.cpp (extras). "
+            "Default: gptq; llama.cpp for its formats.",
             values=lambda: QUANTIZER_NAMES,
             may_be_empty=True,
         ),
-    ] = "rtn"
+    ] = None
 
 
 @dataclass(frozen=True)
@@ -285,6 +286,23 @@ class ApplyOptions:
     plan: PlanFile
     out: Annotated[StrPath, Option("A new folder for the packed checkpoint.", parse=Path)]
     _: KW_ONLY
+    tune: Annotated[
+        str | None, Option("Train the codes first for so long, like 10min (see `bitatlas tune`); kept where that helps.")
+    ] = None
+    quiet: Quiet = False
+
+
+@dataclass(frozen=True)
+class TuneOptions(RowOptions):
+    """Options of `tune`."""
+
+    model: PlannedModel
+    plan: PlanFile
+    _: KW_ONLY
+    time: Annotated[str, Option("What the steps may take, like 10min or 1h.")] = "10min"
+    steps: Annotated[int | None, Option("So many steps, in the place of a time: the same steps give the same codes.")] = None
+    device: Device = "auto"
+    seed: Seed = 0
     quiet: Quiet = False
 
 

@@ -14,8 +14,9 @@ from typing import Any
 
 import numpy as np
 from pydantic import TypeAdapter
+from torch import Tensor
 
-from bitatlas.data.rows import Rows, check_vocabulary, make_rows
+from bitatlas.data.rows import Rows, check_vocabulary, fit_pool, make_rows
 from bitatlas.data.tasks import Item, split_items, task_text
 from bitatlas.data.texts import read_documents
 from bitatlas.errors import FULL, UserError
@@ -301,6 +302,13 @@ def rows_of_survey(atlas: Atlas, checkpoint: Checkpoint) -> Rows:
     if rows.info.splits != atlas.tokens.splits:
         raise UserError(f"--tokens: {atlas.tokens.source} is not what the survey measured on; its hash differs")
     return rows
+
+
+def fit_pool_of_survey(atlas: Atlas, checkpoint: Checkpoint, rows: Rows) -> Tensor:
+    """Return every row of what a survey's fit rows were taken from: int64 [rows, tokens]. rows: the survey's."""
+    settings = settings_of(atlas)
+    spare = {task: items for task, (_, items) in split_tasks(settings, settings.tasks).items()}
+    return fit_pool(_documents(settings, spare)[1], checkpoint.load_tokenizer(), rows, settings.seed)
 
 
 def reopen(folder: Path, atlas: Atlas, model_name: str | None, device: str | None, reporter: Reporter) -> Session:

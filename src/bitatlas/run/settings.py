@@ -72,6 +72,7 @@ class Settings:
             "effort": None,
             "margin_points": parse_points(options.margin, "--margin"),
             "formats": (formats := parse_formats(usual_formats if options.formats is None else options.formats)),
+            "quantizer": default_quantizer(formats) if options.quantizer is None else options.quantizer,
             "tasks": tuple(check_task_names(usual_tasks if options.tasks is None else options.tasks)),
             "budget": budget or default_budget(formats),
             "rows": parse_rows(",".join(map(str, options.rows))),
@@ -131,11 +132,11 @@ class Settings:
         return content | {"formats": list(self.formats), "rows": list(self.rows), "tasks": list(self.tasks)}
 
 
-def parse_time(text: str) -> float:
+def parse_time(text: str, flag: str = "--time") -> float:
     """Parse `20min`, `2h`, `90s` -> seconds; UserError for anything else."""
     match = re.fullmatch(r"([0-9]{1,6}(?:[.][0-9]{1,3})?) ?(s|min|h)", text.strip())
     if not match or float(match[1]) <= 0:
-        raise UserError(f"--time {text}: give a number of s, min or h, like 20min")
+        raise UserError(f"{flag} {text}: give a number of s, min or h, like 20min")
     return float(match[1]) * {"s": 1, "min": 60, "h": 3600}[match[2]]
 
 
@@ -145,6 +146,11 @@ def parse_formats(names: Sequence[str]) -> tuple[str, ...]:
     if not known:
         raise UserError(TOO_FEW_FORMATS)
     return tuple(by_width(known))
+
+
+def default_quantizer(formats: Sequence[str]) -> str:
+    """Return the quantizer that makes the best codes without a package of its own: llama.cpp's own for its formats, which no other makes."""
+    return FORMATS[formats[0]].runtime or "gptq"
 
 
 def default_budget(formats: Sequence[str]) -> Budget:

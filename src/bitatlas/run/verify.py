@@ -42,7 +42,7 @@ from bitatlas.records.files import parse_record, read_record, write_text
 from bitatlas.records.formats import FORMATS
 from bitatlas.records.journal import Journal
 from bitatlas.records.sizes import size_of
-from bitatlas.run.options import StrPath, VerifyOptions, check_seed
+from bitatlas.run.options import StrPath, TuneOptions, VerifyOptions, check_seed
 from bitatlas.run.prepare import rows_of_survey, settings_of, split_tasks
 from bitatlas.run.settings import check_device
 from bitatlas.stats.bootstrap import measured
@@ -165,7 +165,7 @@ def kl_between(decoder: Decoder, packed: Any, rows: Tensor, progress: Callable[[
     return torch.cat(values).numpy()
 
 
-def rows_for(plan_file: Path, checkpoint: Checkpoint, options: VerifyOptions) -> Rows:
+def rows_for(plan_file: Path, checkpoint: Checkpoint, options: VerifyOptions | TuneOptions) -> Rows:
     """Return the rows of the text that is given, or those of the survey in whose folder `plan_file` lies."""
     if options.tokens is None:
         atlas = atlas_beside(plan_file.absolute())

@@ -1,0 +1,355 @@
+"""Tune the codes of a finished plan on the reference's own predictions: scales, and codes near a border of rounding, by gradient descent.
+
+Quantizers look at one module at a time. Here all modules are changed together, so that the next-token distribution of the whole quantized
+model comes nearer to the reference's: the loss is the damage itself, KL(reference || quantized), on rows of the fit text. A module's weight is
+(round(l) - z) s (1 + t); the latent code l and the scale's change t are trained, the zero-point z stays. Rounding is passed over backwards
+(straight through). A latent begins at the reference's own weight, moved into the interval that rounds to the code that the quantizer chose:
+the model begins as it was, and codes that the quantizer moved away from nearest lie at the border to it.
+
+Adam; of the latents' squared gradients one mean a group is kept. A weight's gradient is turned into its module's moments as soon as it is there,
+and dropped. At the marks, a few times a run, the model is measured on the select rows; the best of them is what comes out, the untuned codes
+where no mark is better, and a run ends at the first mark that is worse than the one before. State is rounded to what a file of it holds at every
+mark, so a run that was interrupted and resumed ends in the same bytes.
+
+Source: straight-through gradients: Bengio et al., arXiv 1308.3432; latents and scales trained together: EfficientQAT, arXiv 2407.11062.
+Left out: norms and other tensors outside the plan's modules, which files for runtimes take from the checkpoint; layers that are streamed.
+"""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError
+from torch import Tensor, nn
+
+from bitatlas.model.decoder import Decoder
+from bitatlas.model.layerwise import is_chain, logits_of, record, slice_tokens, token_spans, whole_logits
+from bitatlas.model.linear import oriented
+from bitatlas.quantize.bank import load_checked, save_checked
+from bitatlas.quantize.codes import LARGEST_SCALE, SMALLEST_SCALE, Codes, by_input
+
+VERSION = 1  # raised whenever the same steps give other codes
+STEP_ROWS = 2
+MARKS = 4
+WARM_UP = 0.05  # of the steps
+SCALE_RATE = 2e-3  # relative
+CODE_RATE = 0.01  # of a step of the grid
+MOMENTUM, SQUARES = 0.9, 0.99
+BORDER = 0.499  # of a latent's distance from its code
+MOST_CHANGE = 0.5  # of a scale, relative
+TINY = 1e-20
+BYTES_A_WEIGHT = 16  # the reference's weight beside the tuned one, its latent and its momentum, float32 each
+
+
+@dataclass(frozen=True)
+class Tuning:
+    """What a run is. rows, select: int64 [rows, tokens]; steps: of `STEP_ROWS` rows each; seed: of their order."""
+
+    rows: Tensor
+    select: Tensor
+    steps: int
+    seed: int = 0
+
+    def batch(self, step: int) -> Tensor:
+        """Return the indices of the rows of a step, counted from 0: every row once before any comes again. int64 [STEP_ROWS]"""
+        count = min(STEP_ROWS, len(self.rows))
+        each = len(self.rows) // count
+        epoch, index = divmod(step, each)
+        order = torch.randperm(len(self.rows), generator=torch.Generator().manual_seed(self.seed * 1_000_003 + epoch))
+        return order[index * count : (index + 1) * count]
+
+    def rate(self, step: int) -> float:
+        """Return the share of the full rates at a step: up over the first few, then down along a cosine."""
+        rise = min(1.0, (step + 1) / max(1.0, WARM_UP * self.steps))
+        return rise * 0.5 * (1 + math.cos(math.pi * step / self.steps))
+
+    def marks(self) -> list[int]:
+        """Return the numbers of steps after which the model is measured."""
+        return sorted({max(1, round(self.steps * mark / MARKS)) for mark in range(1, MARKS + 1)})
+
+
+@dataclass
+class Tuned:
+    """What came out. `select`: damage on the select rows by number of steps, untuned at 0; `steps`: those of the best; `flipped`: share of codes."""
+
+    codes: dict[str, Codes]
+    select: dict[int, float]
+    steps: int
+    flipped: float
+
+
+class TunedWeight:
+    """A module's codes while they are tuned, and the parameter that is made of them."""
+
+    def __init__(self, module: nn.Module, codes: Codes, reference: Tensor, bits: int):
+        """reference: [out, in]. The parameter's data must be a tensor that may be written into."""
+        self.module, self.size, self.top = module, codes.group_size, 2**bits - 1
+        assert isinstance(module.weight, nn.Parameter)
+        self.parameter = module.weight
+        device = reference.device
+        self.codes = codes.to(device)
+        self.scale, self.zero = self.codes.scale.float(), self.codes.zero.float()  # [out, groups]
+        start = self.codes.codes.float()
+        latent = reference.float() / self._wide(self.scale) + self._wide(self.zero)
+        self.latent = torch.maximum(torch.minimum(latent.nan_to_num(0), start + BORDER), start - BORDER)  # [out, in]
+        self.momentum = torch.zeros_like(self.latent)
+        self.squares = torch.zeros_like(self.scale)  # of the latents' gradients, a group's mean
+        self.change, self.scale_momentum, self.scale_squares = (torch.zeros_like(self.scale) for _ in range(3))
+        self.calls = 0  # steps in which a gradient came: of an expert that was not chosen there is none
+
+    def _wide(self, values: Tensor) -> Tensor:
+        return by_input(values, self.size, self.codes.codes.shape[1])
+
+    def _sums(self, values: Tensor) -> Tensor:
+        """Return every group's sum, [out, groups]. values: [out, in]"""
+        padded = nn.functional.pad(values, (0, -values.shape[1] % self.size))
+        return padded.unflatten(1, (-1, self.size)).sum(-1)
+
+    def _steps(self) -> Tensor:
+        """Return codes less zero-points, [out, in]."""
+        return self.latent.round().clamp_(0, self.top).sub_(self._wide(self.zero))
+
+    def _scale(self) -> Tensor:
+        """Return the scales as they would be stored, [out, groups]."""
+        return (self.scale * (1 + self.change)).clamp_(SMALLEST_SCALE, LARGEST_SCALE).half().float()
+
+    @torch.no_grad()
+    def write(self) -> None:
+        """Make the parameter of the codes."""
+        weight = self._steps().mul_(self._wide(self._scale()))
+        self.parameter.data.copy_(oriented(self.module, weight))
+
+    @torch.no_grad()
+    def take(self, parameter: nn.Parameter) -> None:
+        """Turn the parameter's gradient into moments, and drop it."""
+        assert parameter.grad is not None
+        gradient = oriented(self.module, parameter.grad).float()
+        parameter.grad = None
+        self.calls += 1
+        of_scale = self._sums(self._steps().mul_(gradient)) * self.scale
+        self.scale_momentum.lerp_(of_scale, 1 - MOMENTUM)
+        self.scale_squares.lerp_(of_scale.square(), 1 - SQUARES)
+        of_latent = gradient * self._wide(self.scale)
+        self.momentum.lerp_(of_latent, 1 - MOMENTUM)
+        self.squares.lerp_(self._sums(of_latent.square_()) / self.size, 1 - SQUARES)
+
+    @torch.no_grad()
+    def step(self, rate: float) -> None:
+        """Move scales and latents, and make the parameter of them."""
+        if not self.calls:
+            return
+        first, second = 1 - MOMENTUM**self.calls, 1 - SQUARES**self.calls
+        self.change -= SCALE_RATE * rate / first * self.scale_momentum / ((self.scale_squares / second).sqrt() + TINY)
+        self.change.clamp_(-MOST_CHANGE, MOST_CHANGE)
+        inverse = CODE_RATE * rate / first / ((self.squares / second).sqrt() + TINY)
+        self.latent.sub_(self.momentum * self._wide(inverse)).clamp_(-BORDER, self.top + BORDER)
+        self.write()
+
+    def result(self) -> Codes:
+        """Return the codes as they are now."""
+        codes = self.latent.round().clamp_(0, self.top).to(torch.uint8)
+        return Codes(codes, self._scale().half(), self.codes.zero, self.size)
+
+    # --- state ----------------------------------------------------------------------------------------------------------
+
+    def state(self) -> dict[str, Tensor]:
+        """Return all that changes, on the CPU: a latent as its code and a float16 distance from it."""
+        code = self.latent.round()
+        tensors = {
+            "code": code.to(torch.int16), "distance": (self.latent - code).half(), "momentum": self._scaled_momentum().half(),
+            "squares": self.squares, "change": self.change, "scale_momentum": self.scale_momentum, "scale_squares": self.scale_squares,
+            "calls": torch.tensor(self.calls),
+        }  # fmt: skip
+        return {name: tensor.cpu().contiguous() for name, tensor in tensors.items()}
+
+    def restore(self, state: Mapping[str, Tensor]) -> None:
+        """Go on from a state."""
+        device = self.latent.device
+        tensors = {name: tensor.to(device) for name, tensor in state.items()}
+        self.latent = tensors["code"].float() + tensors["distance"].float()
+        self.squares, self.change = tensors["squares"], tensors["change"]
+        self.scale_momentum, self.scale_squares = tensors["scale_momentum"], tensors["scale_squares"]
+        self.momentum = tensors["momentum"].float() * self._wide(self.squares.sqrt() + TINY)
+        self.calls = int(state["calls"])
+        self.write()
+
+    def _scaled_momentum(self) -> Tensor:
+        """Return the momentum in units of its group's root of squares, which float16 holds."""
+        return self.momentum / self._wide(self.squares.sqrt() + TINY)
+
+
+class Teacher:
+    """The reference's predictions. Where layers follow each other its last hidden states are kept; else its weights are put back for a pass."""
+
+    def __init__(self, decoder: Decoder, reference: Mapping[str, Tensor]):
+        self.decoder, self.reference = decoder, reference
+        self._final: dict[int, Tensor] = {}  # row's number -> [1, tokens, width]
+
+    @torch.no_grad()
+    def see(self, rows: Tensor, first: int, progress: Callable[[int, int], None] | None = None) -> None:
+        """Run the reference over rows [rows, tokens], numbered from `first`; call it while the model holds the reference weights."""
+        if not is_chain(self.decoder):
+            return
+        for done, row in enumerate(rows, start=1):
+            self._final[first + done - 1] = record(self.decoder, [row[None].to(self.decoder.device)]).final[0]
+            if progress:
+                progress(done, len(rows))
+
+    @torch.no_grad()
+    def log_p(self, batch: Tensor, numbers: Sequence[int], span: slice) -> Tensor:
+        """Return log-probabilities [rows, tokens of the span, vocabulary] of rows that were seen."""
+        if not is_chain(self.decoder):
+            with self.decoder.swapped(self.reference):
+                return torch.log_softmax(whole_logits(self.decoder, batch)[:, span].float(), -1)
+        final = torch.cat([self._final[number] for number in numbers])
+        return torch.log_softmax(logits_of(self.decoder, batch[:, span], slice_tokens(self.decoder, final, span)).float(), -1)
+
+
+@dataclass
+class Tuner:
+    """Tunes a decoder's modules. `codes`, `bits`: of each; `state_file`: where the state lies between marks."""
+
+    decoder: Decoder
+    codes: Mapping[str, Codes]
+    bits: Mapping[str, int]
+    tuning: Tuning
+    state_file: Path | None = None
+    name: str = "tuning"  # of the state: one run's is not taken for another's
+    seen: Tensor = field(init=False)  # rows that some step needs, then the select rows
+
+    def __post_init__(self) -> None:
+        self.reference = {name: self.decoder.weight(name) for name in self.codes}
+        self.teacher = Teacher(self.decoder, self.reference)
+
+    def run(self, progress: Callable[[int, int], None] | None = None) -> Tuned:
+        """Tune, and return the best codes of all marks. The model is as before, to the last bit, whatever happens."""
+        tuning = self.tuning
+        needed = sorted({int(row) for step in range(tuning.steps) for row in tuning.batch(step)})
+        for row in needed:
+            self.teacher.see(tuning.rows[row : row + 1], row)
+        self.teacher.see(tuning.select, len(tuning.rows))
+        with self._tuned() as weights:
+            return self._steps(weights, progress)
+
+    def seconds_per_step(self, steps: int = 2) -> float:
+        """Return what a step takes: the quickest of a few, which change nothing."""
+        times = []
+        for row in range(min(STEP_ROWS, len(self.tuning.rows))):
+            self.teacher.see(self.tuning.rows[row : row + 1], row)
+        with self._tuned() as weights:
+            for _ in range(steps):
+                begun = time.perf_counter()
+                self._step(weights, list(range(min(STEP_ROWS, len(self.tuning.rows)))), 0.0)
+                times.append(time.perf_counter() - begun)
+        return min(times)
+
+    def _steps(self, weights: dict[str, TunedWeight], progress: Callable[[int, int], None] | None) -> Tuned:
+        best = Tuned(dict(self.codes), {}, 0, 0.0)
+        start = self._restore(weights, best)
+        if not start:
+            best.select[0] = self.damage()
+            self._save(weights, best, 0)
+        marks = self.tuning.marks()
+        for step in range(start, self.tuning.steps):
+            if self._worse(best):
+                break
+            self._step(weights, self.tuning.batch(step).tolist(), self.tuning.rate(step))
+            if step + 1 in marks:
+                self._mark(weights, best, step + 1)
+            if progress:
+                progress(step + 1, self.tuning.steps)
+        return best
+
+    def _worse(self, tuned: Tuned) -> bool:
+        """Return whether the last mark is worse than the one before."""
+        last = [tuned.select[step] for step in sorted(tuned.select)][-2:]
+        return len(last) == 2 and last[1] > last[0]
+
+    def _mark(self, weights: dict[str, TunedWeight], tuned: Tuned, step: int) -> None:
+        """Measure the model, keep its codes where they are the best, and round the state to what its file holds."""
+        damage = self.damage()
+        if damage < min(tuned.select.values()):
+            tuned.codes, tuned.steps = {name: weight.result() for name, weight in weights.items()}, step
+            changed = sum(int((codes.codes != weights[name].codes.codes).sum()) for name, codes in tuned.codes.items())
+            tuned.flipped = changed / sum(codes.codes.numel() for codes in tuned.codes.values())
+        tuned.select[step] = damage
+        self._save(weights, tuned, step)
+        for weight in weights.values():
+            weight.restore(weight.state())
+
+    def _step(self, weights: dict[str, TunedWeight], numbers: Sequence[int], rate: float) -> None:
+        batch = self.tuning.rows[list(numbers)].to(self.decoder.device)
+        span = slice(0, batch.shape[1])
+        log_p = self.teacher.log_p(batch, numbers, span)
+        with torch.enable_grad():
+            logits = self.decoder.model(input_ids=batch, use_cache=False).logits
+        # of the mean KL a token, with respect to the logits: what the model predicts less what the reference predicts
+        gradient = torch.softmax(logits.detach().float(), -1).sub_(log_p.exp_()).div_(batch.numel())
+        logits.backward(gradient.to(logits.dtype))
+        del logits, gradient, log_p
+        for weight in weights.values():
+            weight.step(rate)
+
+    @torch.no_grad()
+    def damage(self) -> float:
+        """Return the damage of the model as it is now on the select rows, nats/token."""
+        total, first = 0.0, len(self.tuning.rows)
+        for number, row in enumerate(self.tuning.select):
+            batch = row[None].to(self.decoder.device)
+            logits = whole_logits(self.decoder, batch)
+            for span in token_spans(1, batch.shape[1], self.decoder.vocabulary):
+                log_p = self.teacher.log_p(batch, [first + number], span)
+                q = torch.log_softmax(logits[:, span].float(), -1)
+                total += float((log_p.exp() * (log_p - q)).sum(dtype=torch.float64))
+        return total / self.tuning.select.numel()
+
+    @contextmanager
+    def _tuned(self) -> Iterator[dict[str, TunedWeight]]:
+        """Put the codes' weights into the model within the block, with gradients."""
+        with ExitStack() as stack:
+            new = {name: codes.to(self.reference[name].device).weight() for name, codes in self.codes.items()}
+            stack.enter_context(self.decoder.swapped(new))
+            weights: dict[str, TunedWeight] = {}
+            for name, codes in self.codes.items():
+                module = self.decoder.model.get_submodule(name)
+                weights[name] = TunedWeight(module, codes, self.reference[name], self.bits[name])
+                parameter = weights[name].parameter
+                stack.callback(setattr, parameter, "requires_grad", parameter.requires_grad)
+                parameter.requires_grad = True
+                stack.callback(parameter.register_post_accumulate_grad_hook(weights[name].take).remove)
+            yield weights
+
+    # --- state -----------------------------------------------------------------------------------------------------------
+
+    def _save(self, weights: Mapping[str, TunedWeight], tuned: Tuned, step: int) -> None:
+        if self.state_file is None or not step:
+            return
+        tensors = {f"{name} {key}": t for name, weight in weights.items() for key, t in weight.state().items()}
+        for name, codes in tuned.codes.items():
+            tensors |= {f"{name} best codes": codes.codes.cpu(), f"{name} best scale": codes.scale.cpu()}
+        tensors["select"] = torch.tensor(sorted(tuned.select.items()), dtype=torch.float64)
+        tensors["best"] = torch.tensor([tuned.steps, tuned.flipped], dtype=torch.float64)
+        self.state_file.parent.mkdir(parents=True, exist_ok=True)
+        save_checked(tensors, self.state_file, self.name)
+
+    def _restore(self, weights: Mapping[str, TunedWeight], tuned: Tuned) -> int:
+        """Take up the state that lies in the file, and return its number of steps; 0 where there is none of this run."""
+        if self.state_file is None or not self.state_file.is_file():
+            return 0
+        try:
+            tensors = load_checked(self.state_file, self.name)
+        except (SafetensorError, ValueError, OSError):
+            return 0
+        for name, weight in weights.items():
+            weight.restore({key.removeprefix(f"{name} "): t for key, t in tensors.items() if key.startswith(f"{name} ")})
+            codes = tensors[f"{name} best codes"].to(weight.latent.device), tensors[f"{name} best scale"].to(weight.latent.device)
+            tuned.codes[name] = Codes(*codes, weight.codes.zero, weight.size)
+        tuned.select = {int(step): damage for step, damage in tensors["select"].tolist()}
+        tuned.steps, tuned.flipped = int(tensors["best"][0]), float(tensors["best"][1])
+        return max(tuned.select)

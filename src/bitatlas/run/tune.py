@@ -1,0 +1,231 @@
+"""Tune the codes of a plan on the fit text, measure them beside the untuned ones, and write a plan of its own beside the given one.
+
+The tuned codes are a bank of their own, under the name that the new plan has for its codes, so that `apply`, `export`, `verify` and `compare`
+take the new plan like any other. The number of steps is settled before the start, from the time that is given and what a step takes here;
+the same number of steps gives the same bytes. Test rows are looked at once, at the end.
+"""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import numpy as np
+import psutil
+from torch import Tensor
+
+from bitatlas.data.rows import Rows, fit_pool, rows_sha256
+from bitatlas.data.texts import read_documents
+from bitatlas.errors import UserError
+from bitatlas.export.card import atlas_beside
+from bitatlas.export.packed import Applied, apply_plan, check_fits, check_package
+from bitatlas.measure.damage import DamageMeter
+from bitatlas.measure.machine import LIBRARIES_BYTES, LOGIT_ARRAYS, available_bytes, use_threads
+from bitatlas.model.checkpoint import Checkpoint, check_finite, open_checkpoint
+from bitatlas.model.decoder import Decoder
+from bitatlas.model.folder import check_out
+from bitatlas.plan.judge import BETTER, NO_WORSE
+from bitatlas.progress import Reporter
+from bitatlas.quantize.bank import BANK, TUNED, Bank, bank_of_plan
+from bitatlas.quantize.codes import Codes
+from bitatlas.quantize.tune import BYTES_A_WEIGHT, STEP_ROWS, VERSION, Tuned, Tuner, Tuning
+from bitatlas.records import Baseline, Measured, Plan, PlanDamage
+from bitatlas.records.files import read_record, to_json, write_text
+from bitatlas.records.journal import Journal, content_key
+from bitatlas.records.text import byte_size, interval, number
+from bitatlas.run.effort import duration
+from bitatlas.run.options import ApplyOptions, TuneOptions, check_seed
+from bitatlas.run.prepare import fit_pool_of_survey
+from bitatlas.run.settings import check_device, parse_time
+from bitatlas.run.verify import rows_for
+from bitatlas.stats.bootstrap import measured
+
+SELECT_ROWS = 12  # on which the marks are measured
+UNTUNED = "the same plan, codes not tuned"
+
+
+@dataclass(frozen=True)
+class TunedPlan:
+    """The better plan of two, and its file: where tuning helped nothing, the one that was given. `result`: what tuning did."""
+
+    plan: Plan
+    file: Path
+    result: Tuned
+
+
+@dataclass(frozen=True)
+class _Opened:
+    """A plan with its model, its codes, and the rows to tune and to judge on.
+
+    banks: the folder of the new codes' bank; pool: all rows of the fit text, int64 [rows, tokens].
+    """
+
+    plan: Plan
+    checkpoint: Checkpoint
+    decoder: Decoder
+    bank: Bank
+    banks: Path
+    rows: Rows
+    pool: Tensor
+    seed: int
+
+
+def tune_plan(options: TuneOptions) -> TunedPlan:
+    """Tune a plan's codes and write the new plan; UserError, and nothing written, where that is impossible."""
+    plan_file, reporter = Path(options.plan), Reporter(options.quiet)
+    out, _ = plan_file.with_name(f"{plan_file.stem}-tuned.json"), parse_time(options.time)
+    opened = _open(plan_file, options, reporter)
+    use_threads(opened.decoder, None, reporter)
+    tuner = _tuner(opened, options, reporter)
+    with reporter.stage("tuning") as progress:
+        result = tuner.run(progress)
+    marks = ", ".join(f"{number(damage)} after {step}" for step, damage in result.select.items())
+    reporter.say(f"select rows, nats/token by steps: {marks}")
+    if result.steps:
+        write_text(out, to_json(plan := _finished(opened, tuner, result, reporter)))
+    else:
+        reporter.say(f"no number of steps was better than none: {plan_file} stays as it is (more text would help)")
+    if tuner.state_file:
+        tuner.state_file.unlink(missing_ok=True)
+    return TunedPlan(plan, out, result) if result.steps else TunedPlan(opened.plan, plan_file, result)
+
+
+def apply_tuned(options: ApplyOptions) -> tuple[Applied, TunedPlan | None]:
+    """Write a plan's packed checkpoint, with `options.tune` after tuning its codes for so long."""
+    plan_file, tuned, reporter = Path(options.plan), None, Reporter(options.quiet)
+    if options.tune:
+        check_package()
+        check_out(Path(options.out))
+        parse_time(options.tune, "--tune")
+        tuned = tune_plan(TuneOptions(options.model, plan_file, time=options.tune, quiet=options.quiet))
+        plan_file = tuned.file
+    return apply_plan(str(options.model), plan_file, Path(options.out), reporter), tuned
+
+
+# --- opening --------------------------------------------------------------------------------------------------------------
+
+
+def _open(plan_file: Path, options: TuneOptions, reporter: Reporter) -> _Opened:
+    check_seed(options.seed)
+    if options.steps is not None and options.steps < 1:
+        raise UserError(f"--steps {options.steps}: at least 1")
+    plan, device = read_record(plan_file, Plan), check_device(options.device)
+    _check(plan, plan_file)
+    with reporter.stage("opening the checkpoint"):
+        checkpoint = open_checkpoint(str(options.model), plan.model.revision, fuse=False)
+        check_fits(plan, checkpoint)
+        rows = rows_for(plan_file, checkpoint, options)
+        pool = _fit_rows(plan_file, checkpoint, rows, options)
+        _check_memory(plan, checkpoint, rows.info.row_length, device)
+        check_finite(checkpoint)
+        decoder = checkpoint.load_model(device)
+        bank = bank_of_plan(plan, plan_file, decoder, list(plan.modules))
+        bank.ready(plan.modules.items())
+    banks = bank.folder.parent if bank.folder else plan_file.parent / BANK
+    return _Opened(plan, checkpoint, decoder, bank, banks, rows, pool, options.seed)
+
+
+def _check(plan: Plan, plan_file: Path) -> None:
+    foreign = [fmt for fmt in plan.formats.values() if fmt.runtime]
+    if foreign:
+        raise UserError(
+            f"{plan_file}: its formats ({foreign[0].name}) are of the runtime {foreign[0].runtime}, whose blocks cannot be tuned"
+        )
+    if TUNED in plan.codes:
+        raise UserError(f"{plan_file}: its codes are tuned already; give the plan that it was made of")
+
+
+def _fit_rows(plan_file: Path, checkpoint: Checkpoint, rows: Rows, options: TuneOptions) -> Tensor:
+    """Return all rows of the fit text."""
+    if options.tokens is not None:
+        return fit_pool(read_documents(str(options.tokens)), checkpoint.load_tokenizer(), rows, options.seed)
+    atlas = atlas_beside(plan_file.absolute())
+    assert atlas  # `rows_for` has refused a plan without one
+    return fit_pool_of_survey(atlas, checkpoint, rows)
+
+
+def _check_memory(plan: Plan, checkpoint: Checkpoint, row_length: int, device: str) -> None:
+    """Refuse, with UserError, what does not fit: all weights are in memory, those of the plan four times."""
+    info = checkpoint.info
+    planned = [module for module in checkpoint.modules if module.name in plan.modules]
+    others = 4 * info.other_numbers if info.other_numbers else info.other_bytes
+    tokens = STEP_ROWS * row_length
+    kept = 4 * tokens * sum(sum(module.shape) for module in planned) + 8 * info.layers * info.heads * tokens * row_length
+    logits = LOGIT_ARRAYS * 4 * tokens * checkpoint.vocabulary
+    process = psutil.Process().memory_info().rss if device == "cpu" else 0
+    needed = process + LIBRARIES_BYTES + BYTES_A_WEIGHT * sum(module.weights for module in planned) + others + kept + logits
+    free = available_bytes(device)
+    if needed > free:
+        raise UserError(
+            f"tuning holds all weights in memory and takes about {byte_size(needed)}; {byte_size(free)} are free here"
+        )
+
+
+# --- steps ----------------------------------------------------------------------------------------------------------------
+
+
+def _tuner(opened: _Opened, options: TuneOptions, reporter: Reporter) -> Tuner:
+    """Return the tuner of the plan's codes. Its steps: what was asked for, those of a run that was interrupted, or what fits into the time."""
+    plan, seconds = opened.plan, parse_time(options.time)
+    codes = {name: opened.bank.codes(name, fmt) for name, fmt in plan.modules.items()}
+    integer = {name: of_module for name, of_module in codes.items() if isinstance(of_module, Codes)}
+    bits = {name: plan.formats[fmt].bits for name, fmt in plan.modules.items()}
+    tuning = Tuning(opened.pool, opened.rows.select[:SELECT_ROWS], options.steps or 0, opened.seed)
+    key = content_key(plan.codes, plan.modules, rows_sha256(tuning.rows), rows_sha256(tuning.select), tuning.seed, VERSION)[:12]
+    tuner = Tuner(opened.decoder, integer, bits, tuning, name=f"tuning-{key}")
+    begun = _interrupted_steps(opened, tuner.name)
+    if begun and options.steps in (None, begun):
+        reporter.say(f"going on with a run of {begun} steps that was interrupted")
+        tuner.tuning = replace(tuning, steps=begun)
+    elif not options.steps:
+        each = tuner.seconds_per_step()
+        tuner.tuning = replace(tuning, steps=max(1, int(seconds / each)))
+        reporter.say(
+            f"{tuner.tuning.steps} steps of {STEP_ROWS} rows, {number(each, 2)} s each: about {duration(tuner.tuning.steps * each)}, on "
+            f"{len(tuning.rows)} rows of the fit text (--steps {tuner.tuning.steps}: the same codes again)"
+        )
+    tuner.name += f"-{tuner.tuning.steps}"
+    tuner.state_file = opened.banks / f"{tuner.name}.safetensors"
+    return tuner
+
+
+def _interrupted_steps(opened: _Opened, name: str) -> int | None:
+    """Return the number of steps of a run whose state lies in the bank's folder."""
+    files = sorted(opened.banks.glob(f"{name}-*.safetensors"))
+    numbers = [match[1] for file in files if (match := re.fullmatch(r".*-([0-9]+)", file.stem))]
+    return int(numbers[-1]) if numbers else None
+
+
+# --- the new plan -----------------------------------------------------------------------------------------------------------
+
+
+def _finished(opened: _Opened, tuner: Tuner, result: Tuned, reporter: Reporter) -> Plan:
+    """Store the codes, and return the plan with them, measured on the test rows beside the untuned ones."""
+    plan, bank, sha = opened.plan, opened.bank, opened.checkpoint.info.weights_sha256
+    identity = f"{bank.identity}{TUNED}{content_key(tuner.name)[:12]}"
+    new = Bank(opened.decoder, list(plan.modules), plan.quantizer, plan.formats, None, opened.banks, sha, identity)
+    new.put(result.codes, plan.modules)
+    nats = []
+    for name, of_plan in (("not tuned", bank), ("tuned", new)):
+        meter = DamageMeter(opened.decoder, of_plan, sha, of_plan.identity, Journal(None))
+        with reporter.stage(f"test rows, {name}") as progress:
+            nats.append(meter.plans({name: plan.modules}, opened.rows.test, progress)[name])
+    before, after, difference = (_nats(opened, values) for values in (*nats, nats[1] - nats[0]))
+    better = difference.ci95 is not None and difference.ci95[1] < 0
+    tuned = {"steps": result.steps, "of": tuner.tuning.steps, "rows": STEP_ROWS, "flipped": result.flipped}
+    return replace(
+        plan,
+        codes=identity,
+        damage=PlanDamage(None, after),
+        baselines=[Baseline(UNTUNED, plan.size.code_bits, plan.size.quantized_bytes, before, difference)],
+        recommended=better,
+        standing=BETTER if better else NO_WORSE,
+        verdict=f"Tuned: {interval(after, unit=True)} on test rows, {interval(before)} before"
+        + (f", a difference of {interval(difference)}." if better else "; they do not show that it is better."),
+        solver={**plan.solver, "tuned": tuned},
+    )
+
+
+def _nats(opened: _Opened, values: np.ndarray) -> Measured:
+    return measured(values, "nats/token", "plan", "test", opened.seed, opened.rows.blocks("test"))
