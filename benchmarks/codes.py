@@ -29,7 +29,6 @@ from bitatlas.progress import Reporter
 from bitatlas.quantize.bank import Bank
 from bitatlas.quantize.codes import Codes
 from bitatlas.quantize.tune import Tuned, Tuner, Tuning
-from bitatlas.records.formats import FORMATS
 from bitatlas.records.journal import Journal
 from bitatlas.run.tune import SELECT_ROWS
 
@@ -86,14 +85,14 @@ class Bench:
             methods[quantizer] = bank, time.perf_counter() - begun, {}
         begun = time.perf_counter()
         bank, tuned = self._tuned(methods["gptq"][0], format_name)
-        more = {"steps": tuned.steps, "select": tuned.select, "flipped": tuned.flipped}
+        more = {"steps": tuned.steps, "select": tuned.select}
         methods["tuned"] = bank, time.perf_counter() - begun, more
         return {"date": date.today().isoformat(), "rows_to_tune_on": len(self.pool), **self._damages(methods, format_name)}
 
     def _tuned(self, bank: Bank, format_name: str) -> tuple[Bank, Tuned]:
         codes = {name: of_module for name in self.names if isinstance(of_module := bank.codes(name, format_name), Codes)}
         tuning = Tuning(self.pool, self.rows.select[:SELECT_ROWS], self.words.steps or 0)
-        tuner = Tuner(self.decoder, codes, dict.fromkeys(codes, FORMATS[format_name].bits), tuning)
+        tuner = Tuner(self.decoder, codes, tuning)
         if not self.words.steps:
             steps = max(1, int(60 * self.words.minutes / tuner.seconds_per_step()))
             tuner.tuning = Tuning(tuning.rows, tuning.select, steps)

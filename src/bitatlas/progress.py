@@ -2,7 +2,8 @@
 
 The live part of a terminal is redrawn while a stage runs and gone after it; what is said stays. Names of models, tensors, tasks and files
 come from whoever made them, so the console takes brackets for brackets and shows control characters instead of sending them.
-Left out: a time for the whole run, since later stages depend on what earlier ones find; look-alike letters of other alphabets.
+What the whole run still takes is what its later stages were expected to take, times the pace of those that are done.
+Left out: look-alike letters of other alphabets.
 """
 
 from __future__ import annotations
@@ -18,9 +19,10 @@ from rich.segment import Segment
 from rich.table import Table
 from rich.text import Text
 
-from bitatlas.records.text import number, visible
+from bitatlas.records.text import duration, number, visible
 
 Advance = Callable[[int, int], None]
+KNOWN = 0.1  # of the expected time: a stage that took less had been measured before
 
 
 class Reporter:
@@ -30,6 +32,9 @@ class Reporter:
         self.console = console or SafeConsole(stderr=True, quiet=quiet)
         self.start = time.monotonic()
         self.results: dict[str, str] = {}  # of the run so far, by name
+        self._expected: dict[str, float] = {}  # seconds of the stages to come
+        self._pace = [0.0, 0.0]  # seconds taken, and expected, of those that are done
+        self._last = self.start
 
     def say(self, text: str) -> None:
         """Print a line that stays."""
@@ -42,6 +47,21 @@ class Reporter:
         self.results[name] = text
         if not self.console.is_terminal:
             self.say(f"{name}: {text}")
+
+    def expect(self, stages: Mapping[str, float]) -> None:
+        """Begin a run whose stages take so many seconds, about."""
+        self._expected, self._pace, self._last = dict(stages), [0.0, 0.0], time.monotonic()
+
+    def passed(self, *names: str) -> None:
+        """Say what is left of the run, now that all of the stages `names` are done. Those that took next to nothing, being known, tell no pace."""
+        expected, now = sum(self._expected.pop(name, 0.0) for name in names), time.monotonic()
+        taken, self._last = now - self._last, now
+        if not expected or not self._expected:
+            return
+        if taken > KNOWN * expected:
+            self._pace = [self._pace[0] + taken, self._pace[1] + expected]
+        pace = self._pace[0] / self._pace[1] if self._pace[1] else 1.0
+        self.found("left", f"about {duration(pace * sum(self._expected.values()))}")
 
     @contextmanager
     def stage(self, name: str) -> Iterator[Advance]:

@@ -8,14 +8,16 @@ from pathlib import Path
 import pytest
 import torch
 from torch import Tensor, nn
+from transformers.pytorch_utils import Conv1D
 
 from bitatlas.measure.damage import DamageMeter
 from bitatlas.model.checkpoint import open_checkpoint
 from bitatlas.model.decoder import Decoder
+from bitatlas.model.linear import weight_of
 from bitatlas.quantize import rtn, tune
 from bitatlas.quantize.bank import Bank
 from bitatlas.quantize.codes import Codes
-from bitatlas.quantize.tune import BORDER, STEP_ROWS, TunedWeight, Tuner, Tuning
+from bitatlas.quantize.tune import STEP_ROWS, TunedWeight, Tuner, Tuning
 from bitatlas.records.formats import FORMATS
 from bitatlas.records.journal import Journal
 from tiny import make_checkpoint
@@ -33,9 +35,8 @@ def opened(folder: Path) -> tuple[Decoder, dict[str, Codes]]:
     return decoder, {m.name: rtn.quantize(decoder.weight(m.name), FORMATS[FORMAT]) for m in checkpoint.modules}
 
 
-def tuner(decoder: Decoder, codes: dict[str, Codes], steps: int, file: Path | None = None, fit: Tensor | None = None) -> Tuner:
-    tuning = Tuning(rows(24, 1) if fit is None else fit, rows(8, 2), steps)
-    return Tuner(decoder, codes, dict.fromkeys(codes, 2), tuning, file)
+def tuner(decoder: Decoder, codes: dict[str, Codes], steps: int, file: Path | None = None) -> Tuner:
+    return Tuner(decoder, codes, Tuning(rows(24, 1), rows(8, 2), steps), file)
 
 
 @pytest.fixture(scope="module")
@@ -44,39 +45,28 @@ def llama(tiny_llama: Path) -> tuple[Decoder, dict[str, Codes]]:
 
 
 @pytest.mark.parametrize("width", [64, 75])
-def test_moments_are_autograds_gradients(width: int):
+@pytest.mark.parametrize("kind", [nn.Linear, Conv1D])
+def test_moments_are_autograds_gradients(width: int, kind: type):
     generator = torch.Generator().manual_seed(width)
     reference = torch.randn(8, width, generator=generator)
-    module = nn.Linear(width, 8, bias=False)
+    module = nn.Linear(width, 8, bias=False) if kind is nn.Linear else Conv1D(8, width)
     codes = rtn.quantize(reference, FORMATS["int3_g32"])
-    weight = TunedWeight(module, codes, reference, 3)
+    weight = TunedWeight(module, codes)
     weight.write()
-    torch.testing.assert_close(module.weight.data, codes.weight())  # it begins as the quantizer left it
+    torch.testing.assert_close(weight_of(module), codes.weight())  # it begins as the quantizer left it
+    weight.change = 0.2 * torch.rand(weight.change.shape, generator=generator) - 0.1
+    weight.write()
     inputs, target = torch.randn(5, width, generator=generator), torch.randn(5, 8, generator=generator)
-    change = torch.zeros_like(weight.scale, requires_grad=True)
+    change = weight.change.clone().requires_grad_(True)
     groups = torch.arange(width) // 32
-    latent = weight.latent.clone().requires_grad_(True)
-    rounded = latent + (latent.round() - latent).detach()
-    explicit = (rounded - weight.zero[:, groups]) * (weight.scale * (1 + change))[:, groups]
+    explicit = (codes.codes - codes.zero[:, groups].float()) * (codes.scale.float() * (1 + change))[:, groups]
     (inputs @ explicit.T - target).square().sum().backward()
     module.weight.requires_grad_(True)
     (module(inputs) - target).square().sum().backward()
     weight.take(module.weight)
     assert module.weight.grad is None
-    share = 1 - tune.MOMENTUM  # of a first gradient in a momentum
-    torch.testing.assert_close(weight.scale_momentum, share * change.grad, rtol=1e-4, atol=1e-4)
-    torch.testing.assert_close(weight.momentum, share * latent.grad, rtol=1e-4, atol=1e-4)
-
-
-def test_a_latent_rounds_to_its_code_and_lies_towards_the_reference(llama: tuple[Decoder, dict[str, Codes]]):
-    decoder, codes = llama
-    for name, of_module in codes.items():
-        reference = decoder.weight(name)
-        weight = TunedWeight(decoder.model.get_submodule(name), of_module, reference, 2)
-        assert torch.equal(weight.latent.round().to(torch.uint8), of_module.codes)
-        wanted = reference / weight._wide(weight.scale) + weight._wide(weight.zero)
-        beyond = (wanted - of_module.codes).abs() > BORDER
-        assert torch.equal((weight.latent - of_module.codes).sign()[beyond], (wanted - of_module.codes).sign()[beyond])
+    # a share of a first gradient goes into a momentum; scales are rounded to float16
+    torch.testing.assert_close(weight.momentum, (1 - tune.MOMENTUM) * change.grad, rtol=5e-3, atol=5e-3)
 
 
 def test_tuning_does_less_damage_and_its_figure_is_a_plain_passes(llama: tuple[Decoder, dict[str, Codes]]):
@@ -88,12 +78,11 @@ def test_tuning_does_less_damage_and_its_figure_is_a_plain_passes(llama: tuple[D
     assert not any(parameter.requires_grad or parameter._post_accumulate_grad_hooks for parameter in decoder.model.parameters())
     assert list(result.select) == [0, *run.tuning.marks()]
     assert result.select[result.steps] == min(result.select.values()) < 0.95 * result.select[0]
-    assert result.flipped > 0
     for step, of_step in ((0, codes), (result.steps, result.codes)):
         assert result.select[step] == pytest.approx(damage_of(decoder, of_step, run.tuning.select), rel=1e-4)
     for name, of_module in result.codes.items():
-        assert of_module.scale.dtype == torch.float16 and int(of_module.codes.max()) <= 3
-        assert torch.equal(of_module.zero, codes[name].zero)
+        assert of_module.scale.dtype == torch.float16
+        assert torch.equal(of_module.codes, codes[name].codes) and torch.equal(of_module.zero, codes[name].zero)
 
 
 def damage_of(decoder: Decoder, codes: dict[str, Codes], select: Tensor) -> float:
@@ -122,7 +111,7 @@ def test_an_interrupted_run_ends_in_the_same_bytes(llama: tuple[Decoder, dict[st
     done: list[int] = []
     resumed = tuner(decoder, codes, 12, file).run(lambda step, total: done.append(step))
     assert done[0] == after // 3 * 3 + 1  # from the last mark on
-    assert resumed.select == whole.select and resumed.steps == whole.steps and resumed.flipped == whole.flipped
+    assert resumed.select == whole.select and resumed.steps == whole.steps
     for name, of_module in whole.codes.items():
         for part in ("codes", "scale", "zero"):
             assert torch.equal(getattr(of_module, part), getattr(resumed.codes[name], part))
@@ -140,10 +129,9 @@ def test_another_runs_state_is_not_taken(llama: tuple[Decoder, dict[str, Codes]]
 
 
 def test_what_does_not_help_is_not_taken(llama: tuple[Decoder, dict[str, Codes]], monkeypatch: pytest.MonkeyPatch):
-    """With rates that throw everything about, the codes stay those that were given, and the run ends early."""
+    """With a rate that throws everything about, the codes stay those that were given, and the run ends early."""
     decoder, codes = llama
-    monkeypatch.setattr(tune, "SCALE_RATE", 1.0)
-    monkeypatch.setattr(tune, "CODE_RATE", 5.0)
+    monkeypatch.setattr(tune, "RATE", 1.0)
     done: list[int] = []
     result = tuner(decoder, codes, 20).run(lambda step, total: done.append(step))
     assert result.steps == 0 and result.codes == codes

@@ -6,6 +6,7 @@ import io
 import re
 import time
 
+import pytest
 from rich.console import Console
 
 from bitatlas.progress import Live, Reporter
@@ -52,6 +53,22 @@ def test_a_result_is_replaced_by_the_next_of_its_name_and_not_said_twice():
         reporter.found("best", value)
     assert file.getvalue().splitlines() == ["best: 0.9", "best: 0.8"]
     assert reporter.results == {"best": "0.8"}
+
+
+def test_what_is_left_follows_the_pace_of_what_is_done(monkeypatch: pytest.MonkeyPatch):
+    clock = iter([0.0, 0.0, 20.0, 20.5, 80.5, 90.0])
+    monkeypatch.setattr("bitatlas.progress.time.monotonic", lambda: next(clock))
+    file = io.StringIO()
+    reporter = Reporter(console=Console(file=file, force_terminal=False))
+    reporter.expect({"a": 10.0, "b": 20.0, "c": 30.0, "d": 40.0, "e": 50.0})
+    reporter.passed("a")  # 20 s in the place of 10: twice as long
+    assert reporter.results["left"] == "about 5 min"  # 2 x 140 s
+    reporter.passed("b")  # was known: tells nothing
+    assert reporter.results["left"] == "about 4 min"  # 2 x 120 s
+    reporter.passed("c", "left out")  # 60 s in the place of 30
+    assert reporter.results["left"] == "about 3 min"  # 2 x 90 s
+    reporter.passed("nothing that was expected")
+    assert file.getvalue().count("left: about") == 3
 
 
 def test_markup_in_a_result_is_text():

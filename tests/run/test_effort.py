@@ -10,10 +10,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from bitatlas.errors import UserError
+from bitatlas.records.text import duration
 from bitatlas.run.effort import (
     EFFORTS,
     Shape,
-    duration,
     effort_within,
     left_out_text,
     nominal_effort,

@@ -68,7 +68,7 @@ def test_the_same_steps_give_the_same_plan(tiny_llama: Path, text: Path, survey:
 
 
 def test_what_was_interrupted_goes_on(tiny_llama: Path, text: Path, survey: Path, monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.setattr(tune, "CODE_RATE", 1e-3)  # so that every mark is better
+    monkeypatch.setattr(tune, "RATE", 1e-3)  # so that every mark is better
     whole = tune_plan(options(tiny_llama, survey, text, steps=8)).plan
     step = Tuner._step
 

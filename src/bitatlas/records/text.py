@@ -46,6 +46,13 @@ def decimals_of(low: float, high: float, least: int = 0) -> int:
     return min(6, max(least, 1 - math.floor(math.log10(width))))
 
 
+def duration(seconds: float) -> str:
+    """Return seconds as people say them: "40 s", "12 min", "2.5 h"."""
+    if seconds < 90:
+        return f"{seconds:.0f} s"
+    return f"{seconds / 60:.0f} min" if seconds < 5400 else f"{number(seconds / 3600, 2)} h"
+
+
 def percent(share: float, decimals: int = 1) -> str:
     """Return a share 0..1 as a percentage."""
     return number(100 * share, decimals) + "%"

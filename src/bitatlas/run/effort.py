@@ -21,7 +21,7 @@ from bitatlas.plan.calibration import TRAINING
 from bitatlas.plan.refine import EFFORTS as SEARCHES
 from bitatlas.progress import Reporter
 from bitatlas.records import Module
-from bitatlas.records.text import listed, number
+from bitatlas.records.text import duration, listed
 from bitatlas.run.settings import Settings
 
 NOMINAL_SPEED = 1e11  # multiply-adds and additions a second: a processor core of today
@@ -185,6 +185,7 @@ def settle_effort(
     for task, of_task in items.items():
         stages[task] = precisions * answer[task] * min(len(of_task), settings.limit or len(of_task))
     reporter.say(time_table(stages, effort, shape))
+    reporter.expect(stages)
     return settings
 
 
@@ -244,10 +245,3 @@ def left_out_text(effort: Effort, shape: Shape) -> str:
         if value < usual:
             texts.append(f"{label} on {value} of {usual} rows" if value else f"no {label}")
     return listed(texts)
-
-
-def duration(seconds: float) -> str:
-    """Return seconds as people say them: "40 s", "12 min", "2.5 h"."""
-    if seconds < 90:
-        return f"{seconds:.0f} s"
-    return f"{seconds / 60:.0f} min" if seconds < 5400 else f"{number(seconds / 3600, 2)} h"

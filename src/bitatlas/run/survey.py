@@ -85,6 +85,7 @@ def _opened(settings: Settings, out: Path, resume: bool, reporter: Reporter, ray
         check_protected(session)
         with reporter.stage(f"quantizing ({settings.quantizer})") as progress:
             session.bank.fill(settings.formats, progress)
+        reporter.passed("quantizing")
         release_free_memory()
         yield session
 
@@ -131,7 +132,10 @@ def find_first_plan(session: Session) -> Plan | None:
     if budget.protect:
         return None
     hooks = first_hooks(session)
-    judged = judge(subject, budget, search(subject, budget, hooks), session.measure, layers_by_score(session, hooks.scores))
+    candidate = search(subject, budget, hooks)
+    session.reporter.passed("first plan")
+    judged = judge(subject, budget, candidate, session.measure, layers_by_score(session, hooks.scores))
+    session.reporter.passed("its verdict")
     session.reporter.found("first plan", f"{interval(judged.plan.damage.measured, unit=True)} on test rows")
     session.checkpoint.check_unchanged()
     return judged.plan
@@ -179,16 +183,20 @@ def screen_damage(session: Session) -> Screens:
     records = uniform_records(session, widths)
     for record in records:
         reporter.found(f"uniform {record.format}", interval(record.damage, unit=True))
+    reporter.passed("uniform widths")
     by_layer = screen_layers(session.meter, modules, low, high, test[: effort.layer_rows], reporter)
+    reporter.passed("layers")
     by_kind = screen_kinds(session.meter, modules, low, high, test[: effort.kind_rows], reporter)
     orders = screen_orders(
         session.meter, modules, low, high, test[: effort.order_rows], settings.seed, reporter, not settings.refine
     )
+    reporter.passed("kinds of modules", "orders of layers")
     layers = part_rows(session, "layer", widths, by_layer, "test", blocks)
     layers = replace(layers, orders=orders.added) if orders else layers
     kinds = part_rows(session, "kind", widths, by_kind, "test", blocks)
     joint = lowered_together(session, layers)
     units = screen_units(session.meter, modules, settings.formats, session.rows.fit[: effort.unit_rows], reporter, settings.seed)
+    reporter.passed("units")
     damage = DamageEvidence(layers, modules, kinds, unit_rows(session, units), orders.models if orders else 0, joint)
     return Screens(damage, widths, records, units)
 
@@ -304,16 +312,20 @@ def find_plan(session: Session, screens: Screens, first: Plan | None) -> PlanEvi
         candidate = search(subject, settings.budget, hooks, starts)
         judged = judge(subject, settings.budget, candidate, session.measure, most_critical)
     session.reporter.found("plan", f"{interval(judged.plan.damage.measured, unit=True)} on test rows")
+    session.reporter.passed("the plan")
     others = short_curve(session, hooks, most_critical, judged.plan) if settings.curve and session.effort.curve else []
     points = [
         CurvePoint(f"uniform {u.format}", "uniform", u.size.code_bits, u.size.stored_bits, u.size.total_bytes, u.damage)
         for u in screens.uniform
     ]
+    session.reporter.passed("plans at other sizes")
+    calibration = check_prediction(session, hooks, judged.plan.modules)
+    session.reporter.passed("check of the prediction")
     return PlanEvidence(
         plan=judged.plan,
         curve=[*points, *judged.curve, *map(curve_point, others)],
         plans=[other.plan for other in others],
-        calibration=check_prediction(session, hooks, judged.plan.modules),
+        calibration=calibration,
     )
 
 
@@ -338,6 +350,7 @@ def check_prediction(session: Session, hooks: PlannerHooks, assignment: Mapping[
 def ask_tasks(session: Session, plan: Plan | None) -> TaskEvidence:
     """Measure damage on each task's own text, and ask every task at every precision, the plan's among them."""
     texts, general = screen_texts(session)
+    session.reporter.passed("tasks' own text")
     modules, settings = session.checkpoint.modules, session.settings
     precisions: dict[str, dict[str, str]] = {"reference": {}}  # -> module -> format
     precisions |= {f"uniform:{name}": uniform(modules, name) for name in reversed(settings.formats)}
@@ -350,6 +363,7 @@ def ask_tasks(session: Session, plan: Plan | None) -> TaskEvidence:
             right = outcomes[task][precision] = right_of(answers)
             session.reporter.found(f"{task} ({precision})", f"{right.sum()}/{len(answers)} right")
             lines += [{"task": task, "precision": precision, **answer} for answer in answers]
+        session.reporter.passed(task)
     chance = {task: chance_level(items) for task, items in session.items.items()}
     scores, pairs = compare_all(outcomes, chance, settings.margin_points)
     math_tasks = [task for task in outcomes if not TASKS[task].is_choice]

@@ -33,8 +33,7 @@ from bitatlas.quantize.tune import BYTES_A_WEIGHT, STEP_ROWS, VERSION, Tuned, Tu
 from bitatlas.records import Baseline, Measured, Plan, PlanDamage
 from bitatlas.records.files import read_record, to_json, write_text
 from bitatlas.records.journal import Journal, content_key
-from bitatlas.records.text import byte_size, interval, number
-from bitatlas.run.effort import duration
+from bitatlas.records.text import byte_size, duration, interval, number
 from bitatlas.run.options import ApplyOptions, TuneOptions, check_seed
 from bitatlas.run.prepare import fit_pool_of_survey
 from bitatlas.run.settings import check_device, parse_time
@@ -146,7 +145,7 @@ def _fit_rows(plan_file: Path, checkpoint: Checkpoint, rows: Rows, options: Tune
 
 
 def _check_memory(plan: Plan, checkpoint: Checkpoint, row_length: int, device: str) -> None:
-    """Refuse, with UserError, what does not fit: all weights are in memory, those of the plan four times."""
+    """Refuse, with UserError, what does not fit: all weights are in memory, those of the plan three times."""
     info = checkpoint.info
     planned = [module for module in checkpoint.modules if module.name in plan.modules]
     others = 4 * info.other_numbers if info.other_numbers else info.other_bytes
@@ -170,10 +169,9 @@ def _tuner(opened: _Opened, options: TuneOptions, reporter: Reporter) -> Tuner:
     plan, seconds = opened.plan, parse_time(options.time)
     codes = {name: opened.bank.codes(name, fmt) for name, fmt in plan.modules.items()}
     integer = {name: of_module for name, of_module in codes.items() if isinstance(of_module, Codes)}
-    bits = {name: plan.formats[fmt].bits for name, fmt in plan.modules.items()}
     tuning = Tuning(opened.pool, opened.rows.select[:SELECT_ROWS], options.steps or 0, opened.seed)
     key = content_key(plan.codes, plan.modules, rows_sha256(tuning.rows), rows_sha256(tuning.select), tuning.seed, VERSION)[:12]
-    tuner = Tuner(opened.decoder, integer, bits, tuning, name=f"tuning-{key}")
+    tuner = Tuner(opened.decoder, integer, tuning, name=f"tuning-{key}")
     begun = _interrupted_steps(opened, tuner.name)
     if begun and options.steps in (None, begun):
         reporter.say(f"going on with a run of {begun} steps that was interrupted")
@@ -213,7 +211,7 @@ def _finished(opened: _Opened, tuner: Tuner, result: Tuned, reporter: Reporter) 
             nats.append(meter.plans({name: plan.modules}, opened.rows.test, progress)[name])
     before, after, difference = (_nats(opened, values) for values in (*nats, nats[1] - nats[0]))
     better = difference.ci95 is not None and difference.ci95[1] < 0
-    tuned = {"steps": result.steps, "of": tuner.tuning.steps, "rows": STEP_ROWS, "flipped": result.flipped}
+    tuned = {"steps": result.steps, "of": tuner.tuning.steps, "rows": STEP_ROWS}
     return replace(
         plan,
         codes=identity,
