@@ -3,7 +3,7 @@
     python benchmarks/codes.py MODEL FIT JUDGED [--other TEXT] [--formats int2_g64,int3_g64,int4_g64] [--minutes 10 | --steps N]
 
 gptq is fitted to 24 rows of 192 tokens of FIT; tuning starts from its codes and reads all rows of FIT's fit part, and 12 select rows decide. AutoRound
-has its package's default steps on the same 24 rows. Damage on 64 rows of JUDGED, nats/token, paired by row with gptq's, and on 16 rows of another
+has its package's default steps on the same 24 rows; where it is there, gptq and tuning together get its time in the place of --minutes. Damage on 64 rows of JUDGED, nats/token, paired by row with gptq's, and on 16 rows of another
 text, where tuning must not do harm. Seconds are wall-clock, on all threads. Results are added to benchmarks/results/codes.json by model and format.
 """
 
@@ -84,17 +84,20 @@ class Bench:
                 bank.fill([format_name], progress)
             methods[quantizer] = bank, time.perf_counter() - begun, {}
         begun = time.perf_counter()
-        bank, tuned = self._tuned(methods["gptq"][0], format_name)
+        seconds = 60 * self.words.minutes
+        if "autoround" in methods:
+            seconds = methods["autoround"][1] - methods["gptq"][1]
+        bank, tuned = self._tuned(methods["gptq"][0], format_name, seconds)
         more = {"steps": tuned.steps, "select": tuned.select}
         methods["tuned"] = bank, time.perf_counter() - begun, more
         return {"date": date.today().isoformat(), "rows_to_tune_on": len(self.pool), **self._damages(methods, format_name)}
 
-    def _tuned(self, bank: Bank, format_name: str) -> tuple[Bank, Tuned]:
+    def _tuned(self, bank: Bank, format_name: str, seconds: float) -> tuple[Bank, Tuned]:
         codes = {name: of_module for name in self.names if isinstance(of_module := bank.codes(name, format_name), Codes)}
         tuning = Tuning(self.pool, self.rows.select[:SELECT_ROWS], self.words.steps or 0)
         tuner = Tuner(self.decoder, codes, tuning)
         if not self.words.steps:
-            steps = max(1, int(60 * self.words.minutes / tuner.seconds_per_step()))
+            steps = max(1, int(seconds / tuner.seconds_per_step()))
             tuner.tuning = Tuning(tuning.rows, tuning.select, steps)
         with self.reporter.stage(f"{format_name} tuned for {tuner.tuning.steps} steps") as progress:
             tuned = tuner.run(progress)

@@ -110,6 +110,8 @@ def test_apply_tunes_first(tiny_llama: Path, text: Path, survey: Path, tmp_path:
     assert "steps of 2 rows" in error and "codes not tuned" in out
     plan = read_record(tmp_path / "whole" / "packed" / "plan.json", Plan)
     assert TUNED in plan.codes
+    card = (tmp_path / "whole" / "packed" / "README.md").read_text(encoding="utf-8")
+    assert f"scales trained on the unquantized model's predictions for {plan.solver['tuned']['steps']} steps" in card
     code, out, error = run(capsys, monkeypatch, "verify", tiny_llama, tmp_path / "whole" / "packed", "--quiet")
     assert code == 0, out + error
     code, out, _ = run(

@@ -71,7 +71,7 @@ def card_text(
         (
             f"{plan.model.name} with mixed-precision weights: {len(plan.modules)} linear modules at "
             f"{number(plan.size.code_bits)} bits of codes a weight ({number(plan.size.stored_bits)} with scales and zero-points), "
-            f"chosen by bitatlas, quantized by {plan.quantizer}; everything else as it was ({info.dtype}). "
+            f"chosen by bitatlas, quantized by {plan.quantizer}{_tuned(plan)}; everything else as it was ({info.dtype}). "
             f"{byte_size(disk_bytes)} of weights, {byte_size(info.total_bytes)} before. Format: compressed-tensors `pack-quantized`."
         ),
         _usage(info),
@@ -80,6 +80,12 @@ def card_text(
         "## How to make it again\n\n" + _reproduce(plan, evidence),
     ]
     return "\n\n".join(parts) + "\n"
+
+
+def _tuned(plan: Plan) -> str:
+    """Return what was done to the codes after they were chosen."""
+    tuned = plan.solver.get("tuned")
+    return f", then their scales trained on the unquantized model's predictions for {tuned['steps']} steps" if tuned else ""
 
 
 def _front_matter(plan: Plan, evidence: Evidence, base_card: Path | None) -> str:

@@ -24,9 +24,13 @@ from bitatlas.records import Module
 from bitatlas.records.text import duration, listed
 from bitatlas.run.settings import Settings
 
+PRICED_ROWS = 16  # of the select rows, on which units are priced
+SCALED_ROWS = 8  # of the select rows, on which prices are compared with damage
+
 NOMINAL_SPEED = 1e11  # multiply-adds and additions a second: a processor core of today
 NOMINAL_SECONDS = 2400.0
 VERDICT_MODELS = 3  # of the verdict that are measured on all test rows: the plan, a uniform one, the reference
+FIRST_PLANS = 3  # with the reference
 RIVALS = 24  # that are measured on few
 ROW_SHARE = 1 / 3  # of a usual row, that a row of a task's text is long
 REPEATED = 32  # sequences of repeated tokens
@@ -39,7 +43,8 @@ LABELS = {
 STAGES_PART = 0.7  # of --time, where tasks get the rest
 FEWEST_ITEMS = 8
 GPTQ_PRODUCTS, GPTQ_MOVES, RTN_MOVES = 4.0, 4000.0, 1800.0  # operations for a weight and format, the first in units of its inputs
-BACKWARD = 4.2  # rows forwards that a row of the price list takes: forwards, again, backwards, and the products of the moments
+BACKWARD = 4.2  # rows forwards that a row takes which codes are fitted to, the products of its moments included
+PRICED = 3.2  # that a row of the price list takes
 
 
 @dataclass(frozen=True)
@@ -100,7 +105,7 @@ def rows_by_stage(effort: Effort, shape: Shape) -> dict[str, float]:
     layers, units, others = min(effort.layer_rows, test), min(effort.unit_rows, fit), shape.formats - 1
     text = ROW_SHARE * (shape.layers + shape.formats) * (shape.tasks * effort.text_rows + effort.general_rows * bool(shape.tasks))
     stages = {
-        "first plan": BACKWARD * fit + (5 + shape.formats) * select,
+        "first plan": PRICED * min(PRICED_ROWS, select) + shape.formats * min(SCALED_ROWS, select) + FIRST_PLANS * select,
         "its verdict": test * VERDICT_MODELS + RIVALS * min(8, test),
         "uniform widths": others * test,
         "layers": (shape.layers + 2) * layers,
@@ -170,7 +175,8 @@ def settle_effort(
     shape = shape_of_survey(settings, checkpoint, decoder)
     row = row_seconds(decoder, settings.row_length)
     answer = {task: seconds_per_item(decoder, tokenizer, task, of_task) for task, of_task in items.items()}
-    speed = Speed(row, quantizing_operations(settings, checkpoint.modules) / (shape.row_operations / row), answer)
+    operations = quantizing_operations(settings, checkpoint.modules, shape)
+    speed = Speed(row, operations / (shape.row_operations / row), answer)
     if settings.effort is None:
         settings = replace(settings, effort=_effort_for(settings, shape, speed).name)
     effort = EFFORTS[settings.effort or ""]
@@ -206,11 +212,12 @@ def shape_of_survey(settings: Settings, checkpoint: Checkpoint, decoder: Decoder
     )
 
 
-def quantizing_operations(settings: Settings, modules: Sequence[Module]) -> float:
+def quantizing_operations(settings: Settings, modules: Sequence[Module], shape: Shape) -> float:
     """Return multiplications and additions that take as long as quantizing does, about; 0 for quantizers of other packages."""
     weights, formats = sum(module.weights for module in modules), len(settings.formats)
     if settings.quantizer == "gptq":
-        return formats * sum(module.weights * (GPTQ_PRODUCTS * 2 * module.shape[1] + GPTQ_MOVES) for module in modules)
+        rounding = sum(module.weights * (GPTQ_PRODUCTS * 2 * module.shape[1] + GPTQ_MOVES) for module in modules)
+        return formats * rounding + BACKWARD * shape.rows[0] * shape.row_operations
     return RTN_MOVES * weights * formats if settings.quantizer == "rtn" else 0.0
 
 

@@ -22,11 +22,10 @@ from bitatlas.plan.search import MeasureDamage, PlannerHooks, Scores
 from bitatlas.records import Atlas
 from bitatlas.records.sizes import assignment_of
 from bitatlas.records.text import number
+from bitatlas.run.effort import PRICED_ROWS, SCALED_ROWS
 from bitatlas.run.prepare import Session
 
 SOURCE = "second-order prices"
-PRICED_ROWS = 16  # of the select rows
-SCALED_ROWS = 8  # of the select rows, on which prices are compared with damage
 
 
 def critical_first(atlas: Atlas) -> list[int]:
