@@ -29,6 +29,7 @@ from bitatlas.progress import Reporter
 from bitatlas.quantize.bank import Bank
 from bitatlas.quantize.codes import Codes
 from bitatlas.quantize.tune import Tuned, Tuner, Tuning
+from bitatlas.records.formats import FORMATS
 from bitatlas.records.journal import Journal
 from bitatlas.run.tune import SELECT_ROWS
 
@@ -95,7 +96,7 @@ class Bench:
     def _tuned(self, bank: Bank, format_name: str, seconds: float) -> tuple[Bank, Tuned]:
         codes = {name: of_module for name in self.names if isinstance(of_module := bank.codes(name, format_name), Codes)}
         tuning = Tuning(self.pool, self.rows.select[:SELECT_ROWS], self.words.steps or 0)
-        tuner = Tuner(self.decoder, codes, tuning)
+        tuner = Tuner(self.decoder, codes, dict.fromkeys(codes, FORMATS[format_name].bits), tuning)
         if not self.words.steps:
             steps = max(1, int(seconds / tuner.seconds_per_step()))
             tuner.tuning = Tuning(tuning.rows, tuning.select, steps)

@@ -169,9 +169,10 @@ def _tuner(opened: _Opened, options: TuneOptions, reporter: Reporter) -> Tuner:
     plan, seconds = opened.plan, parse_time(options.time)
     codes = {name: opened.bank.codes(name, fmt) for name, fmt in plan.modules.items()}
     integer = {name: of_module for name, of_module in codes.items() if isinstance(of_module, Codes)}
+    bits = {name: plan.formats[fmt].bits for name, fmt in plan.modules.items()}
     tuning = Tuning(opened.pool, opened.rows.select[:SELECT_ROWS], options.steps or 0, opened.seed)
     key = content_key(plan.codes, plan.modules, rows_sha256(tuning.rows), rows_sha256(tuning.select), tuning.seed, VERSION)[:12]
-    tuner = Tuner(opened.decoder, integer, tuning, name=f"tuning-{key}")
+    tuner = Tuner(opened.decoder, integer, bits, tuning, name=f"tuning-{key}")
     begun = _interrupted_steps(opened, tuner.name)
     if begun and options.steps in (None, begun):
         reporter.say(f"going on with a run of {begun} steps that was interrupted")
