@@ -47,15 +47,18 @@ def test_refining_finds_the_smallest_plan_where_the_knapsacks_do_not(seed: int, 
     assert (found.choice == 1).sum() == least < (plain.choice == 1).sum()
 
 
-def test_a_start_that_does_not_fit_is_left_out_and_one_that_fits_bounds_the_result():
+@pytest.mark.parametrize("refined", [True, False])
+def test_a_start_that_does_not_fit_is_left_out_and_one_that_fits_bounds_the_result(refined: bool):
     game = Planted(UNITS, seed=1, cubic=0.1)
     cost = np.array([[2, 4]] * UNITS)
     best = min((np.array(p) for p in np.ndindex(*(2,) * UNITS) if sum(p) == 3), key=game.of)
     too_large = np.ones(UNITS, dtype=int)
-    found = search_within(cost, 2 * UNITS + 6, tools_of(game), {"given": best, "too large": too_large})
+    found = search_within(cost, 2 * UNITS + 6, tools_of(game, refined), {"given": best, "too large": too_large})
     assert total_cost(cost, found.choice) <= 2 * UNITS + 6
-    assert found.selected <= game.of(best)
-    assert not any("too large" in step["kind"] for step in found.solver["steps"])
+    assert found.selected == game.of(found.choice) <= game.of(best)
+    assert "too large" not in found.solver["select_damage_by_scores"]
+    assert not any("too large" in step["kind"] for step in found.solver.get("steps", ()))
+    assert game.of(search_within(cost, 2 * UNITS + 6, tools_of(game, False)).choice) > game.of(best)  # the start is needed
 
 
 def test_smaller_limits_stop_at_the_cheapest_plan():

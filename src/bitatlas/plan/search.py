@@ -122,17 +122,19 @@ def search_within(
     cost: Ints, limit: int, hooks: PlannerHooks, starts: Mapping[str, Ints] | None = None, near: Refined | None = None
 ) -> Candidate:
     """Return the best plan of cost at most `limit`. cost: [units, formats]; `near`: of a budget near this one, for a shorter search."""
-    if hooks.probe is None:
-        best, selected, tried = best_knapsack(hooks.scores, cost, limit, hooks.on_select)
-        return _candidate(hooks.scores, best, selected, limit, tried)
     knapsacks = {plan.scores: plan for plan in knapsack_plans(hooks.scores, cost, limit)}
     plans = {name: plan.choice for name, plan in knapsacks.items()}
     fitting = {name: choice for name, choice in (starts or {}).items() if total_cost(cost, choice) <= limit}
+    if hooks.probe is None:
+        damage = hooks.on_select({**plans, **fitting})
+        best = min(knapsacks.values(), key=lambda plan: damage[plan.scores])  # ties: the first
+        return _or_start(_candidate(hooks.scores, best, damage[best.scores], limit, damage), hooks.scores, fitting)
     refined = refine(hooks.probe, cost, limit, {**plans, **fitting}, hooks.on_step, near, "short" if near else hooks.effort)
-    damage = hooks.on_select({"refined": refined.choice, **plans})
+    damage = hooks.on_select({"refined": refined.choice, **plans, **fitting})
     best = min(knapsacks.values(), key=lambda plan: damage[plan.scores])
     more = {"reason": refined.reason, "steps": refined.steps}
-    candidate = replace(_candidate(hooks.scores, best, damage[best.scores], limit, damage, **more), near=refined)
+    candidate = _candidate(hooks.scores, best, damage[best.scores], limit, damage, **more)
+    candidate = replace(_or_start(candidate, hooks.scores, fitting), near=refined)
     selected = damage["refined"]
     if candidate.selected < selected:
         return candidate
@@ -141,6 +143,17 @@ def search_within(
     return replace(
         candidate, choice=refined.choice, predicted=predicted, selected=selected, solver={**candidate.solver, **method}
     )
+
+
+def _or_start(candidate: Candidate, scores: Scores, starts: Mapping[str, Ints]) -> Candidate:
+    """Return the start that does less damage on the select rows than the candidate, or the candidate."""
+    damage = candidate.solver["select_damage_by_scores"]
+    best = min(starts, key=lambda name: damage[name], default=None)
+    if best is None or damage[best] >= candidate.selected:
+        return candidate
+    predicted = scores.predicted(scores.tables.get("mean of both", next(iter(scores.tables.values()))), starts[best])
+    solver = {**candidate.solver, "method": f"the {best}", "select_damage": damage[best]}
+    return replace(candidate, choice=starts[best], predicted=predicted, selected=damage[best], solver=solver)
 
 
 def _smaller(cost: Ints, tolerated: float, hooks: PlannerHooks, start: Candidate) -> Candidate:
