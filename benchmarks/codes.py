@@ -98,7 +98,7 @@ class Bench:
         tuning = Tuning(self.pool, self.rows.select[:SELECT_ROWS], self.words.steps or 0)
         tuner = Tuner(self.decoder, codes, dict.fromkeys(codes, FORMATS[format_name].bits), tuning)
         if not self.words.steps:
-            steps = max(1, int(seconds / tuner.seconds_per_step()))
+            steps = tuner.steps_within(seconds, tuner.pace())
             tuner.tuning = Tuning(tuning.rows, tuning.select, steps)
         with self.reporter.stage(f"{format_name} tuned for {tuner.tuning.steps} steps") as progress:
             tuned = tuner.run(progress)

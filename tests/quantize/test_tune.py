@@ -17,7 +17,7 @@ from bitatlas.model.linear import weight_of
 from bitatlas.quantize import rtn, tune
 from bitatlas.quantize.bank import Bank
 from bitatlas.quantize.codes import Codes
-from bitatlas.quantize.tune import STEP_ROWS, TunedWeight, Tuner, Tuning
+from bitatlas.quantize.tune import STEP_ROWS, Pace, TunedWeight, Tuner, Tuning
 from bitatlas.records.formats import FORMATS
 from bitatlas.records.journal import Journal
 from tiny import make_checkpoint
@@ -134,6 +134,16 @@ def test_what_does_not_help_is_not_taken(llama: tuple[Decoder, dict[str, Codes]]
     monkeypatch.setattr(tune, "RATE", 2.0)
     result = tuner(decoder, codes, 20).run()
     assert result.steps == 0 and result.codes == codes
+
+
+def test_the_most_steps_that_fit_into_a_time(llama: tuple[Decoder, dict[str, Codes]]):
+    run = tuner(*llama, steps=0)  # 24 rows to tune on, 8 select rows
+    pace = run.pace()
+    assert 0 < pace.row < pace.step
+    for seconds in (0.1, 1.0, 30.0):
+        steps = run.steps_within(seconds, Pace(0.5, 0.01))
+        assert run.seconds(steps + 1, Pace(0.5, 0.01)) > seconds >= run.seconds(steps, Pace(0.5, 0.01)) or steps == 1
+    assert run.seconds(100, Pace(0.5, 0.01)) == pytest.approx(50 + 0.01 * (24 + 6 * 8))
 
 
 def test_every_row_comes_once_before_any_comes_again():

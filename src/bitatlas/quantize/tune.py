@@ -140,6 +140,14 @@ class TunedWeight:
         self.write()
 
 
+@dataclass(frozen=True)
+class Pace:
+    """Seconds of a step, and of a row through the model as it is."""
+
+    step: float
+    row: float
+
+
 class Teacher:
     """The reference's predictions. Where layers follow each other its last hidden states are kept; else its weights are put back for a pass."""
 
@@ -148,14 +156,11 @@ class Teacher:
         self._final: dict[int, Tensor] = {}  # row's number -> [1, tokens, width]
 
     @torch.no_grad()
-    def see(self, rows: Tensor, first: int, progress: Callable[[int, int], None] | None = None) -> None:
-        """Run the reference over rows [rows, tokens], numbered from `first`; call it while the model holds the reference weights."""
-        if not is_chain(self.decoder):
-            return
-        for done, row in enumerate(rows, start=1):
-            self._final[first + done - 1] = record(self.decoder, [row[None].to(self.decoder.device)]).final[0]
-            if progress:
-                progress(done, len(rows))
+    def see(self, rows: Tensor, numbers: Sequence[int]) -> None:
+        """Run the reference over rows [rows, tokens], which get these numbers; call it while the model holds the reference weights."""
+        if is_chain(self.decoder):
+            for row, number in zip(rows, numbers, strict=True):
+                self._final[number] = record(self.decoder, [row[None].to(self.decoder.device)]).final[0]
 
     @torch.no_grad()
     def log_p(self, batch: Tensor, numbers: Sequence[int], span: slice) -> Tensor:
@@ -186,23 +191,38 @@ class Tuner:
         """Tune, and return the best codes of all marks. The model is as before, to the last bit, whatever happens."""
         tuning = self.tuning
         needed = sorted({int(row) for step in range(tuning.steps) for row in tuning.batch(step)})
-        for row in needed:
-            self.teacher.see(tuning.rows[row : row + 1], row)
-        self.teacher.see(tuning.select, len(tuning.rows))
+        self.teacher.see(tuning.rows[needed], needed)
+        self.teacher.see(tuning.select, range(len(tuning.rows), len(tuning.rows) + len(tuning.select)))
         with self._tuned() as weights:
             return self._steps(weights, progress)
 
-    def seconds_per_step(self, steps: int = 2) -> float:
-        """Return what a step takes: the quickest of a few, which change nothing."""
-        times = []
-        for row in range(min(STEP_ROWS, len(self.tuning.rows))):
-            self.teacher.see(self.tuning.rows[row : row + 1], row)
+    def pace(self, tries: int = 2) -> Pace:
+        """Time a step, and a row of the reference's: the quickest of a few, which change nothing."""
+        numbers = range(min(STEP_ROWS, len(self.tuning.rows)))
+        rows, steps = [], []
+        for number in numbers:
+            begun = time.perf_counter()
+            self.teacher.see(self.tuning.rows[number : number + 1], [number])
+            rows.append(time.perf_counter() - begun)
         with self._tuned() as weights:
-            for _ in range(steps):
+            for _ in range(tries):
                 begun = time.perf_counter()
-                self._step(weights, list(range(min(STEP_ROWS, len(self.tuning.rows)))), 0.0)
-                times.append(time.perf_counter() - begun)
-        return min(times)
+                self._step(weights, list(numbers), 0.0)
+                steps.append(time.perf_counter() - begun)
+        return Pace(min(steps), min(rows))
+
+    def seconds(self, steps: int, pace: Pace) -> float:
+        """Return what so many steps take, with the rows that the reference reads for them and all marks."""
+        read = min(steps * STEP_ROWS, len(self.tuning.rows)) + (MARKS + 2) * len(self.tuning.select)
+        return steps * pace.step + read * pace.row
+
+    def steps_within(self, seconds: float, pace: Pace) -> int:
+        """Return the most steps that take at most so many seconds; at least one."""
+        least, most = 1, max(1, int(seconds / pace.step))
+        while least < most:
+            middle = (least + most + 1) // 2
+            least, most = (middle, most) if self.seconds(middle, pace) <= seconds else (least, middle - 1)
+        return least
 
     def _steps(self, weights: dict[str, TunedWeight], progress: Callable[[int, int], None] | None) -> Tuned:
         best = Tuned(dict(self.codes), {}, 0)

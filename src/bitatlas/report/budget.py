@@ -173,7 +173,7 @@ def memory_of(atlas: Atlas) -> Memory:
 
 
 def commands(atlas: Atlas, plan: Plan, place: str) -> list[str]:
-    """Return shell commands for the folder of the report: verify, apply, and an export to every runtime that holds the plan.
+    """Return shell commands for the folder of the report: verify, tune, apply, and an export to every runtime that holds the plan.
 
     place: the plan's file, from there.
     """
@@ -182,6 +182,7 @@ def commands(atlas: Atlas, plan: Plan, place: str) -> list[str]:
     result = [f"bitatlas verify {model} {file}"]
     stem = place.rpartition("/")[2].removesuffix(".json")
     if not any(fmt.runtime for fmt in used.values()):
+        result.append(f"bitatlas tune {model} {file}")
         result.append(f"bitatlas apply {model} {file} --out {shlex.quote(f'{stem}-packed')}")
     for name, runtime in RUNTIMES.items():
         if fits(runtime, plan, atlas.modules):

@@ -183,7 +183,8 @@ def load_mode_of(settings: Settings, checkpoint: Checkpoint, device: str, out: P
     """Return how the model is loaded, by what was asked for and what is there; UserError where neither is possible."""
     dtype, formats, rows = settings.torch_dtype(device), len(settings.formats), sum(settings.rows)
     info, modules, vocabulary = checkpoint.info, checkpoint.modules, checkpoint.vocabulary
-    need = estimate_memory(info, modules, vocabulary, rows, settings.row_length, formats, dtype, device)
+    tasks = bool(settings.tasks)
+    need = estimate_memory(info, modules, vocabulary, rows, settings.row_length, formats, dtype, device, tasks)
     load_mode = choose_load_mode(need, settings.memory_bytes, device, out)
     if load_mode.streamed and get_quantizer(settings.quantizer).needs_all:
         raise UserError(

@@ -178,11 +178,11 @@ def _tuner(opened: _Opened, options: TuneOptions, reporter: Reporter) -> Tuner:
         reporter.say(f"going on with a run of {begun} steps that was interrupted")
         tuner.tuning = replace(tuning, steps=begun)
     elif not options.steps:
-        each = tuner.seconds_per_step()
-        tuner.tuning = replace(tuning, steps=max(1, int(seconds / each)))
+        pace = tuner.pace()
+        tuner.tuning = replace(tuning, steps=(steps := tuner.steps_within(seconds, pace)))
         reporter.say(
-            f"{tuner.tuning.steps} steps of {STEP_ROWS} rows, {number(each, 2)} s each: about {duration(tuner.tuning.steps * each)}, on "
-            f"{len(tuning.rows)} rows of the fit text (--steps {tuner.tuning.steps}: the same codes again)"
+            f"{steps} steps of {STEP_ROWS} rows, {number(pace.step, 2)} s each, on {len(tuning.rows)} rows of the fit text: about "
+            f"{duration(tuner.seconds(steps, pace))} with what the reference reads and the marks (--steps {steps}: the same codes again)"
         )
     tuner.name += f"-{tuner.tuning.steps}"
     tuner.state_file = opened.banks / f"{tuner.name}.safetensors"
