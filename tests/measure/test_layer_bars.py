@@ -92,7 +92,7 @@ def test_a_planted_fragile_layer_is_the_one_that_is_called_critical(even: Path, 
 @pytest.mark.slow
 def test_layers_called_critical_hold_on_fresh_rows():
     """Twenty random halves call layers critical, the other halves check them: criticality above 1 is a mean above 0, so a t test does."""
-    rows = layers_of(demo.MODEL_DIR, "int2_g128", "int4_g128", 80, 128)
+    rows = layers_of(demo.MODEL_DIR, "int2_g128", "int4_g128", 64, 96)
     excess = rows.values - rows.values.sum(axis=1, keepdims=True) * rows.weights / rows.weights.sum()  # [rows, layers]
     held, confirmed = [], []
     for seed in range(20):

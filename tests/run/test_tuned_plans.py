@@ -67,7 +67,7 @@ def test_the_same_steps_give_the_same_plan(tiny_llama: Path, text: Path, survey:
     assert tune_plan(options(tiny_llama, survey, text, steps=6)).plan == first
 
 
-def test_what_was_interrupted_goes_on(tiny_llama: Path, text: Path, survey: Path, monkeypatch: pytest.MonkeyPatch):
+def test_what_was_interrupted_goes_on(tiny_llama: Path, text: Path, survey: Path, monkeypatch, capsys):
     monkeypatch.setattr(tune, "RATE", 1e-3)  # so that every mark is better
     whole = tune_plan(options(tiny_llama, survey, text, steps=8)).plan
     step = Tuner._step
@@ -80,8 +80,9 @@ def test_what_was_interrupted_goes_on(tiny_llama: Path, text: Path, survey: Path
 
     stop.left = 5
     monkeypatch.setattr(Tuner, "_step", stop)
-    with pytest.raises(KeyboardInterrupt):
-        tune_plan(options(tiny_llama, survey, text, steps=8))
+    words = ["--tokens", text, "--rows", "8,8,8", "--row-length", "24", "--steps", "8", "--quiet"]
+    code, _, error = run(capsys, monkeypatch, "tune", tiny_llama, survey / "plan.json", *words)
+    assert code == 1 and error == "bitatlas: interrupted; the same command goes on from the last quarter of the steps\n"
     assert list((survey / "bank").glob("tuning-*-8.safetensors"))
     stop.left = 4  # the last mark was after 4 of 8
     by_time = replace(options(tiny_llama, survey, text), steps=None, time="2h")  # its steps are those that were begun

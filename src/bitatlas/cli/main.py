@@ -15,6 +15,7 @@ from typing import Annotated, Any, NoReturn
 from bitatlas.errors import UserError, file_trouble
 
 INTERRUPTED = "bitatlas: interrupted; what was measured is kept: run the same command with --resume to go on"
+TUNE_INTERRUPTED = "bitatlas: interrupted; the same command goes on from the last quarter of the steps"
 try:
     import typer
 except KeyboardInterrupt:  # most of the time before main() goes by here
@@ -78,7 +79,8 @@ def main() -> None:
             raise
         _end(f"bitatlas: {line}", 2)
     if code == TYPER_INTERRUPTED:
-        _end(INTERRUPTED if sys.argv[1:2] == ["survey"] else "bitatlas: interrupted", 1)
+        texts = {"survey": INTERRUPTED, "tune": TUNE_INTERRUPTED}
+        _end(texts.get("".join(sys.argv[1:2]), "bitatlas: interrupted"), 1)
     raise SystemExit(code)
 
 
