@@ -219,9 +219,8 @@ class DamageMeter:
 
     def _whole_models(self, batches: Sequence[Tensor], plans: Sequence[Assignment]) -> list[list[Tensor]]:
         """Return what comes out of the last layer, by plan and batch: all plans go through a layer, whose weights are made once, before the next."""
-        self.bank.ready(
-            {pair: None for plan in plans for pair in plan.items()}
-        )  # in one go: a fit passes through the whole model
+        # In one go: a fit passes through the whole model.
+        self.bank.ready({pair: None for plan in plans for pair in plan.items()})
         layer_weights = _LayerWeights(self.bank)
         jobs = [Job(0, self._plan_swap(plan, layer_weights)) for plan in plans]
         return follow(self.decoder, begin(self.decoder, batches), jobs)

@@ -125,16 +125,16 @@ def search_within(
     knapsacks = {plan.scores: plan for plan in knapsack_plans(hooks.scores, cost, limit)}
     plans = {name: plan.choice for name, plan in knapsacks.items()}
     fitting = {name: choice for name, choice in (starts or {}).items() if total_cost(cost, choice) <= limit}
-    if hooks.probe is None:
-        damage = hooks.on_select({**plans, **fitting})
-        best = min(knapsacks.values(), key=lambda plan: damage[plan.scores])  # ties: the first
-        return _or_start(_candidate(hooks.scores, best, damage[best.scores], limit, damage), hooks.scores, fitting)
-    refined = refine(hooks.probe, cost, limit, {**plans, **fitting}, hooks.on_step, near, "short" if near else hooks.effort)
-    damage = hooks.on_select({"refined": refined.choice, **plans, **fitting})
-    best = min(knapsacks.values(), key=lambda plan: damage[plan.scores])
-    more = {"reason": refined.reason, "steps": refined.steps}
-    candidate = _candidate(hooks.scores, best, damage[best.scores], limit, damage, **more)
-    candidate = replace(_or_start(candidate, hooks.scores, fitting), near=refined)
+    refined = None
+    if hooks.probe:
+        refined = refine(hooks.probe, cost, limit, {**plans, **fitting}, hooks.on_step, near, "short" if near else hooks.effort)
+    damage = hooks.on_select({**({"refined": refined.choice} if refined else {}), **plans, **fitting})
+    best = min(knapsacks.values(), key=lambda plan: damage[plan.scores])  # ties: the first
+    more = {"reason": refined.reason, "steps": refined.steps} if refined else {}
+    candidate = _or_start(_candidate(hooks.scores, best, damage[best.scores], limit, damage, **more), hooks.scores, fitting)
+    if refined is None:
+        return candidate
+    candidate = replace(candidate, near=refined)
     selected = damage["refined"]
     if candidate.selected < selected:
         return candidate

@@ -73,10 +73,10 @@ class _Opened:
 def tune_plan(options: TuneOptions) -> TunedPlan:
     """Tune a plan's codes and write the new plan; UserError, and nothing written, where that is impossible."""
     plan_file, reporter = Path(options.plan), Reporter(options.quiet)
-    out, _ = plan_file.with_name(f"{plan_file.stem}-tuned.json"), parse_time(options.time)
+    out, seconds = plan_file.with_name(f"{plan_file.stem}-tuned.json"), parse_time(options.time)
     opened = _open(plan_file, options, reporter)
     use_threads(opened.decoder, None, reporter)
-    tuner = _tuner(opened, options, reporter)
+    tuner = _tuner(opened, options, seconds, reporter)
     with reporter.stage("tuning") as progress:
         result = tuner.run(progress)
     marks = ", ".join(f"{number(damage)} after {step}" for step, damage in result.select.items())
@@ -164,9 +164,9 @@ def _check_memory(plan: Plan, checkpoint: Checkpoint, row_length: int, device: s
 # --- steps ----------------------------------------------------------------------------------------------------------------
 
 
-def _tuner(opened: _Opened, options: TuneOptions, reporter: Reporter) -> Tuner:
+def _tuner(opened: _Opened, options: TuneOptions, seconds: float, reporter: Reporter) -> Tuner:
     """Return the tuner of the plan's codes. Its steps: what was asked for, those of a run that was interrupted, or what fits into the time."""
-    plan, seconds = opened.plan, parse_time(options.time)
+    plan = opened.plan
     codes = {name: opened.bank.codes(name, fmt) for name, fmt in plan.modules.items()}
     integer = {name: of_module for name, of_module in codes.items() if isinstance(of_module, Codes)}
     bits = {name: plan.formats[fmt].bits for name, fmt in plan.modules.items()}
