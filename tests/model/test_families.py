@@ -23,6 +23,7 @@ from bitatlas.model.checkpoint import Checkpoint, check_causal, open_checkpoint
 from bitatlas.model.decoder import Decoder
 from bitatlas.model.layerwise import check_chain, is_chain
 from bitatlas.quantize.bank import Bank
+from bitatlas.quantize.tune import Tuner, Tuning
 from bitatlas.records.journal import Journal
 from bitatlas.records.sizes import Unit, units_of
 from gradients import check_moments, check_prices
@@ -162,6 +163,22 @@ def test_streamed_is_in_memory(shape: str, tmp_path: Path):
         np.testing.assert_allclose(mine[name], theirs[name], rtol=1e-4, atol=1e-6)
     prices = [price_units(one, checkpoint.modules, FORMATS, rows) for one in (streamed, meter)]
     np.testing.assert_allclose(*prices, rtol=1e-3, atol=1e-4 * prices[1].max())
+
+
+@pytest.mark.parametrize("shape", sorted(set(SHAPES) - WHOLE))
+def test_gradients_of_scales_layer_by_layer_are_those_of_a_whole_pass(shape: str, tmp_path: Path):
+    checkpoint, meter, rows = setup(build(tmp_path / "model", *SHAPES[shape]))
+    codes = {module.name: meter.bank.codes(module.name, "int4_g32") for module in checkpoint.modules}
+    gradients = []
+    for streamed in (False, True):
+        tuner = Tuner(meter.decoder, codes, dict.fromkeys(codes, 4), Tuning(rows, rows[:1], 2))
+        tuner.teacher.see(rows, range(3))
+        tuner._streamed = streamed
+        with tuner._tuned() as weights:
+            tuner._step(weights, [0, 2], 0.0)
+            gradients.append({name: weight.momentum for name, weight in weights.items()})
+    for name, gradient in gradients[0].items():
+        torch.testing.assert_close(gradients[1][name], gradient, rtol=1e-3, atol=1e-4 * float(gradient.abs().max()), msg=name)
 
 
 def test_what_cannot_be_run_layer_by_layer_is_not_streamed(tmp_path: Path):

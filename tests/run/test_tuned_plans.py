@@ -67,6 +67,15 @@ def test_the_same_steps_give_the_same_plan(tiny_llama: Path, text: Path, survey:
     assert tune_plan(options(tiny_llama, survey, text, steps=6)).plan == first
 
 
+def test_layer_by_layer(tiny_llama: Path, text: Path, survey: Path, monkeypatch):
+    whole = tune_plan(options(tiny_llama, survey, text, steps=8)).plan
+    monkeypatch.setattr("bitatlas.run.tune._fits_whole", lambda *words: False)
+    first, second = (tune_plan(options(tiny_llama, survey, text, steps=8)).plan for _ in range(2))
+    assert first == second and first.codes != whole.codes
+    assert first.damage.measured.mean == pytest.approx(whole.damage.measured.mean, rel=1e-3)
+    assert verify_plan(VerifyOptions(tiny_llama, survey / "plan-tuned.json", tokens=text, quiet=True, **ROWS)).kept
+
+
 def test_what_was_interrupted_goes_on(tiny_llama: Path, text: Path, survey: Path, monkeypatch, capsys):
     monkeypatch.setattr(tune, "RATE", 1e-3)  # so that every mark is better
     whole = tune_plan(options(tiny_llama, survey, text, steps=8)).plan
@@ -152,6 +161,8 @@ def test_one_line_for_what_cannot_be_done(tiny_llama: Path, text: Path, survey: 
         assert (code, out) == (2, "") and expected in lines[-1], (words, error)
     monkeypatch.setattr("bitatlas.run.tune.available_bytes", lambda device: 1000)
     code, _, error = run(capsys, monkeypatch, "tune", tiny_llama, plan_file, *usual)
-    assert code == 2 and "tuning holds all weights in memory and takes about" in error
+    assert code == 2 and "1.00 kB are free here; tuning takes about" in error
+    code, _, error = run(capsys, monkeypatch, "tune", tiny_llama, plan_file, *usual, "--memory", "2MB")
+    assert code == 2 and "--memory 2.00 MB: too little; tuning takes about" in error
     code, _, error = run(capsys, monkeypatch, "verify", tiny_llama, tuned, *usual)  # never rounded again and called tuned
     assert code == 2 and "tuned weights depend on the text they were fitted on" in error

@@ -207,7 +207,7 @@ def estimate_memory(
         LOGIT_ARRAYS * min(4 * tokens * vocabulary, most + 4 * batch * vocabulary) for most in (LOGIT_BYTES, LEAST_LOGITS)
     )
     changes = (formats * layer + (formats + 2) * largest) * size + 16 * largest
-    loading = info.total_bytes  # the stored bytes, mapped, beside the converted ones
+    loading = info.total_bytes  # the stored bytes, mapped, beside the converted ones; layer by layer one tensor is there twice
     base = (psutil.Process().memory_info().rss + LIBRARIES_BYTES) if device == "cpu" else 2**29
     fixed = base + outside + TASK_BYTES * tasks
     state = tokens * modules[0].shape[1] * size
@@ -217,7 +217,7 @@ def estimate_memory(
     codes = min(CACHE_BYTES, formats * info.quantizable_weights) if device == "cpu" else 0
     return MemoryNeed(
         fixed + max(loading, activations + logits + changes) + info.quantizable_weights * size + reference + states + codes,
-        fixed + max(loading, activations + least_logits + changes) + layer * size + max(stored.values()) + 4 * LEAST_STATES,
+        fixed + max(outside, activations + least_logits + changes) + layer * size + max(stored.values()) + 4 * LEAST_STATES,
         states,
         max(states, min(all_states, STATE_BYTES if device == "cpu" else DEVICE_STATE_BYTES)),
     )

@@ -12,7 +12,7 @@ Source: Fisher = Gauss-Newton for KL: Martens, arXiv 1412.1193.
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable, Iterator, Mapping, MutableMapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, MutableMapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -66,7 +66,7 @@ def layer_calls(
                 yield index, _whole_calls(decoder, layers[index], batch, seed)
         return
     recorded = record(decoder, batches, states)
-    gradients = [_final_gradient(decoder, batch, final, seed) for batch, final in zip(batches, recorded.final, strict=True)]
+    gradients = [_label_gradient(decoder, batch, final, seed) for batch, final in zip(batches, recorded.final, strict=True)]
     for index in reversed(range(wanted[-1] if wanted else 0, len(recorded.starts[0].calls))):
         with decoder.held(index):
             for number in range(len(batches)):
@@ -101,16 +101,22 @@ def _score(logits: Tensor, points: Tensor) -> Tensor:
     return q.neg_().scatter_add_(-1, labels, torch.ones_like(q[..., :1])).to(logits.dtype)
 
 
-def _final_gradient(decoder: Decoder, batch: Tensor, final: Tensor, seed: int) -> Gradients:
-    """Return the gradient of the labels' log-probability with respect to the last hidden state."""
-    gradient, points = torch.zeros_like(final), label_points(batch, seed, 0)
+def final_gradient(decoder: Decoder, batch: Tensor, final: Tensor, score: Callable[[Tensor, slice], Tensor]) -> Gradients:
+    """Return the gradient with respect to the last hidden state; `score` gives that with respect to the logits of a span of tokens."""
+    gradient = torch.zeros_like(final)
     for span in token_spans(len(batch), batch.shape[1], decoder.vocabulary, LOGIT_BYTES):
         leaf = slice_tokens(decoder, final, span).detach().requires_grad_(True)
         with torch.enable_grad():
             logits = logits_of(decoder, batch[:, span], leaf)
-        (of_span,) = torch.autograd.grad(logits, leaf, _score(logits, points[:, span]))
+        (of_span,) = torch.autograd.grad(logits, leaf, score(logits.detach(), span))
         slice_tokens(decoder, gradient, span).copy_(of_span)
     return {HIDDEN: gradient}
+
+
+def _label_gradient(decoder: Decoder, batch: Tensor, final: Tensor, seed: int) -> Gradients:
+    """Return the gradient of the drawn labels' log-probability with respect to the last hidden state."""
+    points = label_points(batch, seed, 0)
+    return final_gradient(decoder, batch, final, lambda logits, span: _score(logits, points[:, span]))
 
 
 def _whole_calls(decoder: Decoder, names: Sequence[str], batch: Tensor, seed: int) -> list[ModuleCall]:
@@ -123,27 +129,42 @@ def _whole_calls(decoder: Decoder, names: Sequence[str], batch: Tensor, seed: in
     return _calls(outputs, gradients)
 
 
-def _backward(
-    decoder: Decoder, index: int, recorded: Recorded, number: int, gradients: list[Gradients], names: Sequence[str]
-) -> list[ModuleCall]:
-    """Send a batch's gradients through one layer, in place, and return its modules' calls."""
+def send_back(
+    decoder: Decoder,
+    index: int,
+    recorded: Recorded,
+    number: int,
+    gradients: list[Gradients],
+    more: Iterable[Tensor],
+) -> list[Tensor | None]:
+    """Send a batch's gradients through one layer, in place, and return those with respect to `more`, None where nothing arrived.
+
+    `more` is read once the layer has run. Hold the layer around the call.
+    """
     start, arriving = recorded.starts[number], gradients[number]
     leaf = recorded.inputs.get((index, number)).detach().requires_grad_(True)
     shared, before = recorded.shared_at(index, number), _tensors(start.fresh())
     entering = {HIDDEN: leaf, **_as_leaves(shared, before)}
-    with torch.enable_grad(), _watched(decoder.model, names) as outputs:
+    with torch.enable_grad():
         output = run_layer(decoder.layers[index], leaf, start.call(index, shared))
         leaving = {HIDDEN: output, **{key: t for key, t in _tensors(shared).items() if t is not before.get(key)}}
         keys = [key for key, tensor in leaving.items() if key in arriving and tensor.requires_grad]
-        asked = [*entering.values(), *(module_output for *_, module_output in outputs)]
+        asked = [*entering.values(), *more]
         arrived = [arriving[key] for key in keys]
-        new = (
-            torch.autograd.grad([leaving[key] for key in keys], asked, arrived, allow_unused=True)
-            if keys
-            else [None] * len(asked)
-        )
+        new: Sequence[Tensor | None] = [None] * len(asked)
+        if keys:
+            new = torch.autograd.grad([leaving[key] for key in keys], asked, arrived, allow_unused=True)
     gradients[number] = {key: gradient for key, gradient in zip(entering, new, strict=False) if gradient is not None}
-    return _calls(outputs, new[len(entering) :])
+    return list(new[len(entering) :])
+
+
+def _backward(
+    decoder: Decoder, index: int, recorded: Recorded, number: int, gradients: list[Gradients], names: Sequence[str]
+) -> list[ModuleCall]:
+    """Send a batch's gradients through one layer, in place, and return its modules' calls."""
+    with _watched(decoder.model, names) as outputs:
+        new = send_back(decoder, index, recorded, number, gradients, (output for *_, output in outputs))
+    return _calls(outputs, new)
 
 
 def _calls(outputs: Sequence[Output], gradients: Sequence[Tensor | None]) -> list[ModuleCall]:

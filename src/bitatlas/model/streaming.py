@@ -13,7 +13,7 @@ from __future__ import annotations
 import ctypes
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager, suppress
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -22,15 +22,17 @@ from bitatlas.errors import UserError
 from bitatlas.model.linear import oriented
 from bitatlas.model.tensor_files import Reader, targets_of
 
+Value = TypeVar("Value")
 
-class LazyMapping(Mapping[str, Tensor]):
+
+class LazyMapping(Mapping[str, Value]):
     """A mapping whose values are made anew whenever they are asked for."""
 
-    def __init__(self, names: Iterable[str], make: Callable[[str], Tensor]):
+    def __init__(self, names: Iterable[str], make: Callable[[str], Value]):
         self._names = dict.fromkeys(names)
         self._make = make
 
-    def __getitem__(self, name: str) -> Tensor:
+    def __getitem__(self, name: str) -> Value:
         if name not in self._names:
             raise KeyError(name)
         return self._make(name)

@@ -11,7 +11,10 @@ are high then. A run that was interrupted goes on from its last mark and ends in
 Tried and left out: codes that may flip (latents with straight-through gradients, from the codes or from the reference's weights on: at the same
 number of steps never better than scales alone, and worse where many flip); codes fitted once more to the inputs that the quantized layers before
 give (2 bits: 5 % less damage before tuning, none after it; 3 bits: more); norms (3 % less damage; files for runtimes take them from the
-checkpoint). Left out: layers that are streamed.
+checkpoint).
+
+Of a streamed model (see `streaming`) a step runs layer by layer: forwards, then backwards with each layer run once more from what went into it, so
+that one layer's weights and gradients are in memory at a time. Both ways give the same gradients, but for the order of sums.
 Source: a student trained on its teacher's distribution: Hinton et al., arXiv 1503.02531; Adam: Kingma and Ba, arXiv 1412.6980.
 """
 
@@ -22,6 +25,7 @@ import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -29,8 +33,11 @@ from safetensors import SafetensorError
 from torch import Tensor, nn
 
 from bitatlas.model.decoder import Decoder
+from bitatlas.model.gradients import final_gradient, send_back
+from bitatlas.model.hidden_states import StateCache
 from bitatlas.model.layerwise import is_chain, logits_of, record, slice_tokens, token_spans, whole_logits
 from bitatlas.model.linear import oriented
+from bitatlas.model.streaming import LazyMapping
 from bitatlas.quantize.bank import load_checked, save_checked
 from bitatlas.quantize.codes import LARGEST_SCALE, SMALLEST_SCALE, Codes
 
@@ -42,7 +49,8 @@ RATE = 0.02  # how far a step moves the outermost code of a group, in steps of t
 MOMENTUM, SQUARES = 0.9, 0.99
 MOST_CHANGE = 0.5  # of a scale, relative
 TINY = 1e-20
-BYTES_A_WEIGHT = 12  # the reference's and the tuned one, and a gradient on its way, float32 each
+BYTES_A_WEIGHT = 13  # the reference's and the tuned one, and a gradient on its way, float32 each; a code
+STATE_BYTES = 2**28  # of what goes into a streamed model's layers in one step that stays in memory; the rest waits in files
 
 
 @dataclass(frozen=True)
@@ -76,55 +84,56 @@ class Tuning:
 class Tuned:
     """What came out. `select`: damage on the select rows by number of steps, untuned at 0; `steps`: those of the best."""
 
-    codes: dict[str, Codes]
+    codes: Mapping[str, Codes]
     select: dict[int, float]
     steps: int
 
 
 class TunedWeight:
-    """A module's codes while their scales are tuned, and the parameter that is made of them. `change`: of each scale, relative, [out, groups]."""
+    """A module's codes while their scales are tuned. `change`: of each scale, relative, float32 [out, groups]."""
 
-    def __init__(self, module: nn.Module, codes: Codes, bits: int):
-        """The parameter's data must be a tensor that may be written into."""
-        self.rate = RATE / 2 ** (bits - 1)
+    def __init__(self, module: nn.Module, codes: Callable[[], Codes], bits: int):
+        """codes: gives those that tuning starts from, whenever they are needed."""
         assert isinstance(module.weight, nn.Parameter)
-        self.module, self.parameter = module, module.weight
-        self.codes = codes.to(module.weight.device)
-        self.scale = self.codes.scale.float()  # [out, groups]
+        self.module, self.parameter, self._codes = module, module.weight, codes
+        self.rate = RATE / 2 ** (bits - 1)
+        first = codes()
+        self.group_size, self.scale = first.group_size, first.scale.to(module.weight.device).float()  # [out, groups]
         self.change, self.momentum, self.squares = (torch.zeros_like(self.scale) for _ in range(3))
         self.calls = 0  # steps in which a gradient came: of an expert that was not chosen there is none
 
-    def result(self) -> Codes:
-        """Return the codes as they are now."""
-        scale = (self.scale * (1 + self.change)).clamp_(SMALLEST_SCALE, LARGEST_SCALE).half()
-        return replace(self.codes, scale=scale)
+    def scale_now(self) -> Tensor:
+        """Return the scales as they are now, float16 [out, groups]."""
+        return (self.scale * (1 + self.change)).clamp_(SMALLEST_SCALE, LARGEST_SCALE).half()
+
+    @torch.no_grad()
+    def weight(self) -> Tensor:
+        """Return the weight as it is now, float32 [out, in]."""
+        return replace(self._codes().to(self.scale.device), scale=self.scale_now()).weight()
 
     @torch.no_grad()
     def write(self) -> None:
-        """Make the parameter of the codes."""
-        self.parameter.data.copy_(oriented(self.module, self.result().weight()))
+        """Write the weight into the parameter, whose data must be a tensor that may be written into."""
+        self.parameter.data.copy_(oriented(self.module, self.weight()))
 
     @torch.no_grad()
-    def take(self, parameter: nn.Parameter) -> None:
-        """Turn the parameter's gradient into the moments of the scales', and drop it."""
-        assert parameter.grad is not None
-        products = oriented(self.module, parameter.grad.float().mul_(parameter.data))  # [out, in]
-        parameter.grad = None
+    def take(self, gradient: Tensor) -> None:
+        """Turn the gradient of the parameter, while it holds the weight, into the moments of the scales'. `gradient` is written over."""
+        products = oriented(self.module, gradient.float().mul_(self.parameter.data))  # [out, in]
         self.calls += 1
-        products = nn.functional.pad(products, (0, -products.shape[1] % self.codes.group_size))
+        products = nn.functional.pad(products, (0, -products.shape[1] % self.group_size))
         # a weight is in proportion to its scale: their products' sum, less the change, is the gradient of the change
-        gradient = products.unflatten(1, (-1, self.codes.group_size)).sum(-1) / (1 + self.change)  # [out, groups]
-        self.momentum.lerp_(gradient, 1 - MOMENTUM)
-        self.squares.lerp_(gradient.square(), 1 - SQUARES)
+        of_scales = products.unflatten(1, (-1, self.group_size)).sum(-1) / (1 + self.change)  # [out, groups]
+        self.momentum.lerp_(of_scales, 1 - MOMENTUM)
+        self.squares.lerp_(of_scales.square(), 1 - SQUARES)
 
     @torch.no_grad()
     def step(self, rate: float) -> None:
-        """Move the scales, and make the parameter of them."""
+        """Move the scales."""
         if self.calls:
             first, second = 1 - MOMENTUM**self.calls, 1 - SQUARES**self.calls
             self.change -= self.rate * rate / first * self.momentum / ((self.squares / second).sqrt() + TINY)
             self.change.clamp_(-MOST_CHANGE, MOST_CHANGE)
-            self.write()
 
     def state(self) -> dict[str, Tensor]:
         """Return all that changes, on the CPU."""
@@ -137,7 +146,6 @@ class TunedWeight:
             state[name].to(self.scale.device) for name in ("change", "momentum", "squares")
         )
         self.calls = int(state["calls"])
-        self.write()
 
 
 @dataclass(frozen=True)
@@ -159,8 +167,8 @@ class Teacher:
     def see(self, rows: Tensor, numbers: Sequence[int]) -> None:
         """Run the reference over rows [rows, tokens], which get these numbers; call it while the model holds the reference weights."""
         if is_chain(self.decoder):
-            for row, number in zip(rows, numbers, strict=True):
-                self._final[number] = record(self.decoder, [row[None].to(self.decoder.device)]).final[0]
+            batches = [row[None].to(self.decoder.device) for row in rows]
+            self._final.update(zip(numbers, record(self.decoder, batches).final, strict=True))
 
     @torch.no_grad()
     def log_p(self, batch: Tensor, numbers: Sequence[int], span: slice) -> Tensor:
@@ -184,8 +192,9 @@ class Tuner:
     name: str = "tuning"  # of the state: one run's is not taken for another's
 
     def __post_init__(self) -> None:
-        self.reference = {name: self.decoder.weight(name) for name in self.codes}
-        self.teacher = Teacher(self.decoder, self.reference)
+        self._streamed = self.decoder.stream is not None  # then the layers follow each other: nothing else can be streamed
+        reference = {} if self._streamed else {name: self.decoder.weight(name) for name in self.codes}
+        self.teacher = Teacher(self.decoder, reference)
 
     def run(self, progress: Callable[[int, int], None] | None = None) -> Tuned:
         """Tune, and return the best codes of all marks. The model is as before, to the last bit, whatever happens."""
@@ -225,7 +234,7 @@ class Tuner:
         return least
 
     def _steps(self, weights: dict[str, TunedWeight], progress: Callable[[int, int], None] | None) -> Tuned:
-        best = Tuned(dict(self.codes), {}, 0)
+        best = Tuned(self.codes, {}, 0)
         start = self._restore(weights, best)
         if not start:
             best.select[0] = self.damage()
@@ -242,33 +251,66 @@ class Tuner:
         """Measure the model, and keep its codes where they are the best."""
         damage = self.damage()
         if damage < min(tuned.select.values()):
-            tuned.codes, tuned.steps = {name: weight.result() for name, weight in weights.items()}, step
+            tuned.codes = self._with_scales({name: weight.scale_now() for name, weight in weights.items()})
+            tuned.steps = step
         tuned.select[step] = damage
         self._save(weights, tuned)
 
+    def _with_scales(self, scales: Mapping[str, Tensor]) -> Mapping[str, Codes]:
+        """Return the codes with other scales."""
+        return LazyMapping(
+            self.codes, lambda name: replace(self.codes[name], scale=scales[name].to(self.codes[name].scale.device))
+        )
+
     def _step(self, weights: dict[str, TunedWeight], numbers: Sequence[int], rate: float) -> None:
         batch = self.tuning.rows[list(numbers)].to(self.decoder.device)
-        span = slice(0, batch.shape[1])
-        log_p = self.teacher.log_p(batch, numbers, span)
-        with torch.enable_grad():
-            logits = self.decoder.model(input_ids=batch, use_cache=False).logits
-        # of the mean KL a token, with respect to the logits: what the model predicts less what the reference predicts
-        gradient = torch.softmax(logits.detach().float(), -1).sub_(log_p.exp_()).div_(batch.numel())
-        logits.backward(gradient.to(logits.dtype))
-        del logits, gradient, log_p
+        if self._streamed:
+            self._layerwise_gradients(weights, batch, numbers)
+        else:
+            with torch.enable_grad():
+                logits = self.decoder.model(input_ids=batch, use_cache=False).logits
+            logits.backward(self._score(logits.detach(), batch, numbers, slice(0, batch.shape[1])))
+            del logits
         for weight in weights.values():
             weight.step(rate)
+            if not self._streamed:
+                weight.write()
+
+    def _score(self, logits: Tensor, batch: Tensor, numbers: Sequence[int], span: slice) -> Tensor:
+        """Return the gradient of the mean KL a token with respect to the logits of a span: what the model predicts less what the reference predicts."""
+        log_p = self.teacher.log_p(batch, numbers, span)
+        return torch.softmax(logits.float(), -1).sub_(log_p.exp_()).div_(batch.numel()).to(logits.dtype)
+
+    def _layerwise_gradients(self, weights: dict[str, TunedWeight], batch: Tensor, numbers: Sequence[int]) -> None:
+        """Run a batch forwards and backwards with one layer's weights in memory at a time."""
+        decoder = self.decoder
+        with StateCache(STATE_BYTES) as states:
+            recorded = record(decoder, [batch], states)
+            gradients = [
+                final_gradient(decoder, batch, recorded.final[0], lambda logits, span: self._score(logits, batch, numbers, span))
+            ]
+            for index in reversed(range(len(recorded.starts[0].calls))):
+                of_layer = [weight for name, weight in weights.items() if decoder.layer_of(name) == index]
+                parameters = [weight.parameter for weight in of_layer]
+                with decoder.held(index):
+                    new = send_back(decoder, index, recorded, 0, gradients, parameters)
+                    for weight, gradient in zip(of_layer, new, strict=True):
+                        if gradient is not None:
+                            weight.take(gradient)
 
     @torch.no_grad()
     def damage(self) -> float:
         """Return the damage of the model as it is now on the select rows, nats/token."""
-        total, first = 0.0, len(self.tuning.rows)
-        for number, row in enumerate(self.tuning.select):
-            batch = row[None].to(self.decoder.device)
-            logits = whole_logits(self.decoder, batch)
-            for span in token_spans(1, batch.shape[1], self.decoder.vocabulary):
-                log_p = self.teacher.log_p(batch, [first + number], span)
-                q = torch.log_softmax(logits[:, span].float(), -1)
+        decoder, first, total = self.decoder, len(self.tuning.rows), 0.0
+        batches = [row[None].to(decoder.device) for row in self.tuning.select]
+        # all rows through a layer together; of a model that is run whole, whose "final" is a row's logits, one after the other
+        groups = [batches] if is_chain(decoder) else [[batch] for batch in batches]
+        finals = (final for group in groups for final in record(decoder, group).final)
+        for number, (batch, final) in enumerate(zip(batches, finals, strict=True), start=first):
+            for span in token_spans(1, batch.shape[1], decoder.vocabulary):
+                log_p = self.teacher.log_p(batch, [number], span)
+                logits = logits_of(decoder, batch[:, span], slice_tokens(decoder, final, span))
+                q = torch.log_softmax(logits.float(), -1)
                 total += float((log_p.exp() * (log_p - q)).sum(dtype=torch.float64))
         return total / self.tuning.select.numel()
 
@@ -276,16 +318,18 @@ class Tuner:
     def _tuned(self) -> Iterator[dict[str, TunedWeight]]:
         """Put the codes' weights into the model within the block, with gradients."""
         with ExitStack() as stack:
-            new = {name: codes.to(self.reference[name].device).weight() for name, codes in self.codes.items()}
-            stack.enter_context(self.decoder.swapped(new))
-            weights: dict[str, TunedWeight] = {}
-            for name, codes in self.codes.items():
-                module = self.decoder.model.get_submodule(name)
-                weights[name] = TunedWeight(module, codes, self.bits[name])
-                parameter = weights[name].parameter
+            weights = {
+                name: TunedWeight(self.decoder.model.get_submodule(name), partial(self.codes.__getitem__, name), self.bits[name])
+                for name in self.codes
+            }
+            current = LazyMapping(weights, lambda name: weights[name].weight())
+            stack.enter_context(self.decoder.swapped(current))
+            for weight in weights.values():
+                parameter = weight.parameter
                 stack.callback(setattr, parameter, "requires_grad", parameter.requires_grad)
                 parameter.requires_grad = True
-                stack.callback(parameter.register_post_accumulate_grad_hook(weights[name].take).remove)
+                if not self._streamed:
+                    stack.callback(parameter.register_post_accumulate_grad_hook(partial(_take, weight)).remove)
             yield weights
 
     # --- state -----------------------------------------------------------------------------------------------------------
@@ -294,7 +338,7 @@ class Tuner:
         if self.state_file is None:
             return
         tensors = {f"{name} {key}": t for name, weight in weights.items() for key, t in weight.state().items()}
-        tensors |= {f"{name} best": codes.scale.cpu() for name, codes in tuned.codes.items()}
+        tensors |= {f"{name} best": tuned.codes[name].scale.cpu().contiguous() for name in tuned.codes}
         tensors["select"] = torch.tensor(sorted(tuned.select.items()), dtype=torch.float64)
         tensors["steps"] = torch.tensor(tuned.steps)
         self.state_file.parent.mkdir(parents=True, exist_ok=True)
@@ -310,7 +354,16 @@ class Tuner:
             return 0
         for name, weight in weights.items():
             weight.restore({key: tensors[f"{name} {key}"] for key in weight.state()})
-            tuned.codes[name] = replace(weight.codes, scale=tensors[f"{name} best"].to(weight.scale.device))
+            if not self._streamed:
+                weight.write()
+        tuned.codes = self._with_scales({name: tensors[f"{name} best"] for name in weights})
         tuned.select = {int(step): damage for step, damage in tensors["select"].tolist()}
         tuned.steps = int(tensors["steps"])
         return max(tuned.select)
+
+
+def _take(weight: TunedWeight, parameter: nn.Parameter) -> None:
+    """Take the gradient that has come for the parameter, and drop it."""
+    gradient, parameter.grad = parameter.grad, None
+    assert gradient is not None
+    weight.take(gradient)

@@ -301,6 +301,10 @@ class TuneOptions(RowOptions):
     _: KW_ONLY
     time: Annotated[str, Option("What the steps may take, like 10min or 1h.")] = "10min"
     steps: Annotated[int | None, Option("So many steps, in the place of a time: the same steps give the same codes.")] = None
+    memory: Annotated[
+        str | None,
+        Option("What this may take at its peak, like 6GiB; layer by layer where all weights do not fit. Default: what is free."),
+    ] = None
     device: Device = "auto"
     seed: Seed = 0
     quiet: Quiet = False

@@ -8,6 +8,7 @@ the same number of steps gives the same bytes. Test rows are looked at once, at 
 from __future__ import annotations
 
 import re
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -25,22 +26,26 @@ from bitatlas.measure.machine import LIBRARIES_BYTES, LOGIT_ARRAYS, available_by
 from bitatlas.model.checkpoint import Checkpoint, check_finite, open_checkpoint
 from bitatlas.model.decoder import Decoder
 from bitatlas.model.folder import check_out
+from bitatlas.model.layerwise import LOGIT_BYTES, check_chain
+from bitatlas.model.streaming import LazyMapping
 from bitatlas.plan.judge import BETTER, NO_WORSE
 from bitatlas.progress import Reporter
 from bitatlas.quantize.bank import BANK, TUNED, Bank, bank_of_plan
 from bitatlas.quantize.codes import Codes
-from bitatlas.quantize.tune import BYTES_A_WEIGHT, STEP_ROWS, VERSION, Tuned, Tuner, Tuning
-from bitatlas.records import Baseline, Measured, Plan, PlanDamage
+from bitatlas.quantize.tune import BYTES_A_WEIGHT, STATE_BYTES, STEP_ROWS, VERSION, Tuned, Tuner, Tuning
+from bitatlas.records import Baseline, Measured, Module, Plan, PlanDamage
 from bitatlas.records.files import read_record, to_json, write_text
 from bitatlas.records.journal import Journal, content_key
-from bitatlas.records.text import byte_size, duration, interval, number
+from bitatlas.records.text import byte_size, duration, given_size, interval, number
 from bitatlas.run.options import ApplyOptions, TuneOptions, check_seed
 from bitatlas.run.prepare import fit_pool_of_survey
-from bitatlas.run.settings import check_device, parse_time
+from bitatlas.run.settings import check_device, parse_size, parse_time
 from bitatlas.run.verify import rows_for
 from bitatlas.stats.bootstrap import measured
 
 SELECT_ROWS = 12  # on which the marks are measured
+CODES_BYTES = 2**28  # of unpacked codes of a streamed model in memory
+SCALE_BYTES = 22  # of a group: its scale, change and moments, those of the best mark, and a state that is being written
 UNTUNED = "the same plan, codes not tuned"
 
 
@@ -116,11 +121,16 @@ def _open(plan_file: Path, options: TuneOptions, reporter: Reporter) -> _Opened:
         check_fits(plan, checkpoint)
         rows = rows_for(plan_file, checkpoint, options)
         pool = _fit_rows(plan_file, checkpoint, rows, options)
-        _check_memory(plan, checkpoint, rows.info.row_length, device)
+        need = _memory_need(plan, checkpoint, rows.info.row_length, len(pool), device)
+        whole = _fits_whole(need, parse_size(options.memory, "--memory") if options.memory else None, device)
         check_finite(checkpoint)
-        decoder = checkpoint.load_model(device)
+        decoder = (checkpoint.load_model if whole else checkpoint.stream_model)(device)
+        check_chain(decoder, checkpoint.info.name)
         bank = bank_of_plan(plan, plan_file, decoder, list(plan.modules))
+        bank.cache_bytes = checkpoint.info.quantizable_weights if whole else CODES_BYTES
         bank.ready(plan.modules.items())
+    if not whole:
+        reporter.say(f"one decoder layer's weights at a time; at most about {byte_size(need.streamed)}")
     banks = bank.folder.parent if bank.folder else plan_file.parent / BANK
     return _Opened(plan, checkpoint, decoder, bank, banks, rows, pool, options.seed)
 
@@ -144,21 +154,55 @@ def _fit_rows(plan_file: Path, checkpoint: Checkpoint, rows: Rows, options: Tune
     return fit_pool_of_survey(atlas, checkpoint, rows)
 
 
-def _check_memory(plan: Plan, checkpoint: Checkpoint, row_length: int, device: str) -> None:
-    """Refuse, with UserError, what does not fit: all weights are in memory, those of the plan three times."""
+@dataclass(frozen=True)
+class _Need:
+    """Bytes at the peak, with all weights in memory and layer by layer."""
+
+    whole: int
+    streamed: int
+
+
+def _memory_need(plan: Plan, checkpoint: Checkpoint, row_length: int, rows: int, device: str) -> _Need:
+    """Return what tuning takes: all weights three times, or those of one layer; what a step keeps; what is kept of the reference's rows."""
     info = checkpoint.info
     planned = [module for module in checkpoint.modules if module.name in plan.modules]
+    layers = [[module for module in planned if module.layer == layer] for layer in sorted({m.layer for m in planned})]
     others = 4 * info.other_numbers if info.other_numbers else info.other_bytes
-    tokens = STEP_ROWS * row_length
-    kept = 4 * tokens * sum(sum(module.shape) for module in planned) + 8 * info.layers * info.heads * tokens * row_length
-    logits = LOGIT_ARRAYS * 4 * tokens * checkpoint.vocabulary
+    tokens, width = STEP_ROWS * row_length, checkpoint.modules[0].shape[1]
     process = psutil.Process().memory_info().rss if device == "cpu" else 0
-    needed = process + LIBRARIES_BYTES + BYTES_A_WEIGHT * sum(module.weights for module in planned) + others + kept + logits
-    free = available_bytes(device)
-    if needed > free:
+    base = process + LIBRARIES_BYTES + others + 4 * (rows + SELECT_ROWS) * row_length * width
+
+    def kept(modules: Sequence[Module], attention_layers: int) -> int:
+        """Bytes of what a pass through the modules leaves for the way back."""
+        return 4 * tokens * sum(sum(module.shape) for module in modules) + 8 * attention_layers * info.heads * tokens * row_length
+
+    def weights(modules: Sequence[Module]) -> int:
+        return BYTES_A_WEIGHT * sum(module.weights for module in modules)
+
+    groups = sum(m.shape[0] * -(-m.shape[1] // plan.formats[plan.modules[m.name]].group_size) for m in planned)
+    logits = 4 * tokens * checkpoint.vocabulary
+    layer = max(weights(modules) + kept(modules, 1) for modules in layers)
+    states = min(STATE_BYTES, 4 * tokens * width * info.layers)
+    return _Need(
+        base + weights(planned) + kept(planned, info.layers) + LOGIT_ARRAYS * logits + SCALE_BYTES * groups,
+        # while the model is opened, a tensor outside the layers is there twice
+        base
+        + max(layer + LOGIT_ARRAYS * min(logits, LOGIT_BYTES), others)
+        + states
+        + min(CODES_BYTES, info.quantizable_weights)
+        + SCALE_BYTES * groups,
+    )
+
+
+def _fits_whole(need: _Need, memory_bytes: int | None, device: str) -> bool:
+    """Return whether all weights fit into memory; UserError where one layer's do not either."""
+    limit = available_bytes(device) if memory_bytes is None else memory_bytes
+    if min(need.whole, need.streamed) > limit:
+        room = f"--memory {given_size(limit)}: too little" if memory_bytes else f"{byte_size(limit)} are free here"
         raise UserError(
-            f"tuning holds all weights in memory and takes about {byte_size(needed)}; {byte_size(free)} are free here"
+            f"{room}; tuning takes about {byte_size(need.whole)} with all weights in memory, {byte_size(need.streamed)} layer by layer"
         )
+    return need.whole <= limit
 
 
 # --- steps ----------------------------------------------------------------------------------------------------------------
@@ -167,12 +211,20 @@ def _check_memory(plan: Plan, checkpoint: Checkpoint, row_length: int, device: s
 def _tuner(opened: _Opened, options: TuneOptions, seconds: float, reporter: Reporter) -> Tuner:
     """Return the tuner of the plan's codes. Its steps: what was asked for, those of a run that was interrupted, or what fits into the time."""
     plan = opened.plan
-    codes = {name: opened.bank.codes(name, fmt) for name, fmt in plan.modules.items()}
-    integer = {name: of_module for name, of_module in codes.items() if isinstance(of_module, Codes)}
+
+    def codes_of(name: str) -> Codes:
+        codes = opened.bank.codes(name, plan.modules[name])
+        assert isinstance(codes, Codes)  # `_check` has refused others
+        return codes
+
+    codes = LazyMapping(plan.modules, codes_of)
     bits = {name: plan.formats[fmt].bits for name, fmt in plan.modules.items()}
     tuning = Tuning(opened.pool, opened.rows.select[:SELECT_ROWS], options.steps or 0, opened.seed)
-    key = content_key(plan.codes, plan.modules, rows_sha256(tuning.rows), rows_sha256(tuning.select), tuning.seed, VERSION)[:12]
-    tuner = Tuner(opened.decoder, integer, bits, tuning, name=f"tuning-{key}")
+    streamed = opened.decoder.stream is not None  # another order of sums, so other bytes
+    key = content_key(
+        plan.codes, plan.modules, rows_sha256(tuning.rows), rows_sha256(tuning.select), tuning.seed, VERSION, streamed
+    )[:12]
+    tuner = Tuner(opened.decoder, codes, bits, tuning, name=f"tuning-{key}")
     begun = _interrupted_steps(opened, tuner.name)
     if begun and options.steps in (None, begun):
         reporter.say(f"going on with a run of {begun} steps that was interrupted")
