@@ -22,9 +22,8 @@ from torch import Tensor
 
 from bitatlas.data.rows import fit_pool, make_rows
 from bitatlas.data.texts import read_documents
-from bitatlas.measure.damage import DamageMeter
+from bitatlas.measure.damage import DamageMeter, Reference
 from bitatlas.model.checkpoint import Checkpoint, open_checkpoint
-from bitatlas.model.decoder import Decoder
 from bitatlas.progress import Reporter
 from bitatlas.quantize.bank import Bank
 from bitatlas.quantize.codes import Codes
@@ -65,6 +64,7 @@ class Bench:
         self.words, self.checkpoint, self.reporter = words, checkpoint, Reporter()
         self.decoder, self.names = checkpoint.load_model(), [module.name for module in checkpoint.modules]
         tokenizer, documents = checkpoint.load_tokenizer(), read_documents(words.fit)
+        self.reference: Reference | None = None
         self.rows = make_rows(documents, tokenizer, words.fit, ROWS, words.row_length, checkpoint.info.context, 0)
         self.pool = fit_pool(documents, tokenizer, self.rows, 0)
         self.judged = {"judged": self._test_rows(words.judged, JUDGED_ROWS)}
@@ -106,9 +106,15 @@ class Bench:
         new.put(tuned.codes, dict.fromkeys(codes, format_name))
         return new, tuned
 
+    def _damage(self, bank: Bank, format_name: str, rows: Tensor) -> Any:
+        """Return the damage of one format everywhere, float64 [rows]. The reference reads the rows once for all banks."""
+        meter = DamageMeter(self.decoder, bank, "", bank.identity, Journal(None))
+        meter.reference = self.reference = self.reference or meter.reference
+        return meter.plans({"": dict.fromkeys(self.names, format_name)}, rows)[""]
+
     def _damages(self, methods: Mapping[str, tuple[Bank, float, dict[str, Any]]], format_name: str) -> dict[str, Any]:
         damage = {
-            name: {text: damage_of(self.decoder, bank, self.names, format_name, rows) for text, rows in self.judged.items()}
+            name: {text: self._damage(bank, format_name, rows) for text, rows in self.judged.items()}
             for name, (bank, *_) in methods.items()
         }
         results: dict[str, Any] = {}
@@ -120,12 +126,6 @@ class Bench:
                 result[text]["standard_error_of_difference"] = float(difference.std(ddof=1) / len(difference) ** 0.5)
             results[name] = result
         return results
-
-
-def damage_of(decoder: Decoder, bank: Bank, names: list[str], format_name: str, rows: Tensor) -> Any:
-    """Return the damage of one format everywhere, float64 [rows]."""
-    meter = DamageMeter(decoder, bank, "", bank.identity, Journal(None))
-    return meter.plans({"": dict.fromkeys(names, format_name)}, rows)[""]
 
 
 if __name__ == "__main__":

@@ -22,7 +22,7 @@ from bitatlas.plan.baselines import outside_uniform
 from bitatlas.quantize import QUANTIZERS, get_quantizer
 from bitatlas.quantize.bank import from_tensors, to_tensors
 from bitatlas.quantize.ggml import Blocks
-from bitatlas.records import Budget
+from bitatlas.records import Budget, Module
 from bitatlas.records.files import to_json
 from bitatlas.records.formats import (
     FORMATS,
@@ -80,7 +80,7 @@ def test_a_row_that_a_format_cannot_take_is_named_with_the_nearest_that_can(tiny
     check_rows(modules, ["q4_0", "q8_0"])
     with pytest.raises(UserError, match=r"q_proj has rows of 64, which q4_k cannot take .*256.*nearest .* is (q4_0|iq4_nl)"):
         check_rows(modules, ["q4_0", "q4_k"])
-    odd = [type("Odd", (), {"name": "odd", "shape": (8, 172)})]
+    odd = [Module("odd", 0, "odd", (8, 172), "odd")]
     with pytest.raises(UserError, match=r"odd has rows of 172, .*no format of llama.cpp takes them"):
         check_rows(odd, ["q4_0"])
 

@@ -49,12 +49,12 @@ def test_passes_in_pieces_equal_full_passes_to_the_last_bit(family: str, tmp_pat
             Job(layer, lambda at, own=own, layer=layer: decoder.swapped(own if at == layer else {}))
             for layer, own in enumerate(weights)
         ]
-        finals = follow(decoder, recorded, jobs)
-    for own, states in zip(weights, finals, strict=True):
+        endings = follow(decoder, recorded, jobs)
+    for own, ending in zip(weights, endings, strict=True):
         with decoder.swapped(own):
             assert all(
                 torch.equal(logits_of(decoder, part, state), decoder.model(part).logits)
-                for part, state in zip(batches, states, strict=True)
+                for part, state in zip(batches, ending.final, strict=True)
             )
             assert not torch.equal(decoder.model(batches[0]).logits, whole[0])
     assert all(torch.equal(before[name], p) for name, p in decoder.model.named_parameters())
@@ -149,9 +149,9 @@ def test_codes_that_are_missing_are_made_in_one_go(tiny_llama: Path, monkeypatch
     rows, names = rows_for(checkpoint), [module.name for module in checkpoint.modules]
     real, asked = QUANTIZERS["gptq"], []
 
-    def counted(decoder, modules, formats, rows):
-        asked.append(len(modules))
-        return real.quantize(decoder, modules, formats, rows)
+    def counted(decoder, formats, rows):
+        asked.append(len(formats))
+        return real.quantize(decoder, formats, rows)
 
     monkeypatch.setitem(QUANTIZERS, "gptq", replace(real, quantize=counted))
     bank = Bank(decoder, names, "gptq", rows=rows)

@@ -11,10 +11,10 @@ import torch
 import tiny
 from bitatlas.measure import interactions, prices
 from bitatlas.measure.damage import DamageMeter, Swap
-from bitatlas.measure.screens import uniform
 from bitatlas.model.checkpoint import open_checkpoint
 from bitatlas.quantize.bank import Bank
 from bitatlas.records.journal import Journal
+from bitatlas.records.sizes import uniform
 
 FORMATS = ["int2_g32", "int4_g32"]
 # Sums of 24 tokens x 300 words in float32, in another order: about 1e-6 of the damage; labels may flip where a

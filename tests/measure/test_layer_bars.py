@@ -15,11 +15,12 @@ import bitatlas.data as demo
 from bitatlas.data.rows import make_rows
 from bitatlas.findings.shares import LayerRows, layer_records
 from bitatlas.measure.damage import DamageMeter
-from bitatlas.measure.screens import pairs_for, screen_kinds, screen_layers, screen_orders, screen_uniform, screen_units, uniform
+from bitatlas.measure.screens import pairs_for, screen_kinds, screen_layers, screen_orders, screen_uniform, screen_units
 from bitatlas.model.checkpoint import open_checkpoint
 from bitatlas.progress import Reporter
 from bitatlas.quantize.bank import Bank
 from bitatlas.records.journal import Journal
+from bitatlas.records.sizes import uniform
 from tiny import make_checkpoint
 
 QUIET = Reporter(quiet=True)

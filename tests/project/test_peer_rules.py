@@ -11,7 +11,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from bitatlas.measure.screens import uniform
+from bitatlas.records.sizes import uniform
 from plan_peers import rules, scores, search
 from plan_peers.problem import Problem, Question
 

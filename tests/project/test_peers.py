@@ -12,7 +12,7 @@ import torch
 
 import peers
 from bitatlas.errors import UserError
-from bitatlas.measure.screens import uniform
+from bitatlas.records.sizes import uniform
 from bitatlas.stats.bootstrap import mean_interval
 from plan_peers import autoround_worker, measure, outside, results, table
 from plan_peers.judging import BEST, MEAN, entries_of, judge

@@ -89,7 +89,7 @@ def test_a_layers_output_changes_less_than_with_rtn(tiny_llama: Path):
         reference = run_layer(layer, start.hidden, start.calls[0])
     errors = {}
     for quantizer in ("autoround", "rtn"):
-        found = dict(QUANTIZERS[quantizer].quantize(decoder, first, [fmt], rows))
+        found = dict(QUANTIZERS[quantizer].quantize(decoder, {name: [fmt] for name in first}, rows))
         assert list(found) == first
         with decoder.swapped({name: codes.weight() for name, (codes,) in found.items()}), torch.no_grad():
             output = run_layer(layer, start.hidden, start.calls[0])
@@ -101,4 +101,4 @@ def test_a_layers_output_changes_less_than_with_rtn(tiny_llama: Path):
 def test_without_rows_it_is_refused_at_once(tiny_llama: Path, rows: torch.Tensor | None):
     names, decoder, _ = opened(tiny_llama)
     with pytest.raises(UserError, match=r"--quantizer autoround.*--tokens"):
-        QUANTIZERS["autoround"].quantize(decoder, names, [FORMATS["int4_g32"]], rows)
+        QUANTIZERS["autoround"].quantize(decoder, {name: [FORMATS["int4_g32"]] for name in names}, rows)

@@ -78,9 +78,9 @@ def test_nothing_is_quantized_twice_and_a_damaged_file_is_made_again(opened, tmp
     asked: list[tuple[str, str]] = []
     real = QUANTIZERS["rtn"]
 
-    def counted(decoder, names, formats, rows):
-        for name, codes in real.quantize(decoder, names, formats, rows):
-            asked.extend((name, fmt.name) for fmt in formats)
+    def counted(decoder, formats, rows):
+        for name, codes in real.quantize(decoder, formats, rows):
+            asked.extend((name, fmt.name) for fmt in formats[name])
             yield name, codes
 
     monkeypatch.setitem(QUANTIZERS, "rtn", dataclasses.replace(real, quantize=counted))

@@ -199,25 +199,25 @@ def test_one_cholesky_an_input_for_all_its_modules_and_formats(tiny_llama: Path,
     calls: list[int] = []
     real = torch.linalg.cholesky
     monkeypatch.setattr(torch.linalg, "cholesky", lambda matrix: (calls.append(len(matrix)), real(matrix))[1])
-    found = dict(gptq.quantize(decoder, names, CANDIDATES, rows))
+    found = dict(gptq.quantize(decoder, dict.fromkeys(names, CANDIDATES), rows))
     assert sorted(calls) == sorted(3 * [64, 64, 64, 96])  # a layer's q/k/v, o, gate/up and down
     assert set(found) == set(names) and all(len(codes) == 2 for codes in found.values())
     assert all(torch.equal(before[name], p) for name, p in decoder.model.named_parameters())
-    again = dict(gptq.quantize(decoder, names[3:9], CANDIDATES[:1], rows))
+    again = dict(gptq.quantize(decoder, dict.fromkeys(names[3:9], CANDIDATES[:1]), rows))
     for name, (codes,) in again.items():
         assert torch.equal(codes.codes, found[name][0].codes) and torch.equal(codes.scale, found[name][0].scale)
 
 
 def test_modules_come_one_by_one(tiny_llama: Path):
     names, decoder, rows = opened(tiny_llama)
-    stream = gptq.quantize(decoder, names, CANDIDATES, rows)
+    stream = gptq.quantize(decoder, dict.fromkeys(names, CANDIDATES), rows)
     assert {next(stream)[0], next(stream)[0]} <= set(names[-7:])  # the last layer comes first
 
 
 def test_transposed_weights_are_fitted_the_right_way_round(tmp_path: Path):
     names, decoder, rows = opened(make_checkpoint(tmp_path / "gpt2", "gpt2"))
     hessians = {name: moments.hessian for moments in module_moments(decoder, names, rows) for name in moments.names}
-    for name, (codes, _) in gptq.quantize(decoder, names, CANDIDATES, rows):
+    for name, (codes, _) in gptq.quantize(decoder, dict.fromkeys(names, CANDIDATES), rows):
         weight = decoder.weight(name)
         assert codes.codes.shape == weight.shape
         errors = ((weight - q.weight()).double() for q in (codes, rtn.quantize(weight, CANDIDATES[0])))
@@ -229,7 +229,7 @@ def test_transposed_weights_are_fitted_the_right_way_round(tmp_path: Path):
 def test_without_rows_it_is_refused_at_once(tiny_llama: Path, rows: Tensor | None):
     names, decoder, _ = opened(tiny_llama)
     with pytest.raises(UserError, match=r"--quantizer gptq.*--tokens"):
-        QUANTIZERS["gptq"].quantize(decoder, names, CANDIDATES, rows)
+        QUANTIZERS["gptq"].quantize(decoder, dict.fromkeys(names, CANDIDATES), rows)
 
 
 def test_damage_of_a_trained_model_on_rows_not_seen(babyllama: Path):

@@ -98,7 +98,7 @@ def test_rtn_gives_every_module_in_every_format_without_rows(tiny_llama: Path):
     checkpoint = open_checkpoint(str(tiny_llama), fuse=False)
     decoder, names = checkpoint.load_model(), [module.name for module in checkpoint.modules]
     formats = [FORMATS["int2_g32"], FORMATS["int8_g128_sym"]]
-    found = dict(QUANTIZERS["rtn"].quantize(decoder, names, formats, None))
+    found = dict(QUANTIZERS["rtn"].quantize(decoder, dict.fromkeys(names, formats), None))
     assert list(found) == names
     for name, codes in found.items():
         assert all(

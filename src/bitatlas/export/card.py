@@ -16,6 +16,7 @@ from typing import Any
 from bitatlas.errors import UserError
 from bitatlas.records import Atlas, Measured, ModelInfo, Module, Plan, TaskScore
 from bitatlas.records.files import read_record
+from bitatlas.records.sizes import inner
 from bitatlas.records.text import byte_size, interval, number
 
 TAKEN_OVER = ("license", "license_name", "license_link", "language", "pipeline_tag")  # from the base model's card
@@ -163,15 +164,21 @@ def _results(plan: Plan, evidence: Evidence) -> str:
 
 def formats_table(plan: Plan, modules: Sequence[Module]) -> str:
     """Return the formats, a line a layer and a column a kind of module; modules that stay as they are have no format."""
-    kinds = list(dict.fromkeys(module.kind for module in modules))
+    layers = inner(modules)
+    kinds = list(dict.fromkeys(module.kind for module in layers))
     cells: dict[int, dict[str, str]] = {}
-    for module in modules:
+    for module in layers:
         row = cells.setdefault(module.layer, {})
         name = plan.modules.get(module.name, "as it was")
         row[module.kind] = name if row.get(module.kind, name) == name else "mixed"
     lines = [f"| layer | {' | '.join(kinds)} |", "|" + "---|" * (len(kinds) + 1)]
     lines += [f"| {layer} | {' | '.join(row.get(kind, '') for kind in kinds)} |" for layer, row in sorted(cells.items())]
-    return "\n".join(lines)
+    outside = [
+        f"{module.part} (`{module.name}`): {plan.modules[module.name]}"
+        for module in modules
+        if module.name in plan.modules and module.part
+    ]
+    return "\n".join([*lines, *(["", *outside] if outside else [])])
 
 
 def _reproduce(plan: Plan, evidence: Evidence) -> str:

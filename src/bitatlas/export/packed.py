@@ -121,7 +121,7 @@ def apply_plan(model_name: str, plan_file: Path, out: Path, reporter: Reporter, 
     with reporter.stage("opening the checkpoint"):
         check_transposed(plan, model_name)
         checkpoint = open_checkpoint(model_name, plan.model.revision, fuse=False)
-        check_fits(plan, checkpoint)
+        checkpoint = fitted(plan, checkpoint)
         skeleton = checkpoint.skeleton()
         decoder = decoder_of(skeleton, checkpoint.layers_path)
         blueprint = blueprint_of(plan, checkpoint, skeleton, shard_bytes)
@@ -169,13 +169,15 @@ def check_package() -> None:
         raise UserError("packed checkpoints need a package that is not here: pip install 'bitatlas[export]'")
 
 
-def check_fits(plan: Plan, checkpoint: Checkpoint) -> None:
-    """Raise UserError where the plan is about other weights."""
+def fitted(plan: Plan, checkpoint: Checkpoint) -> Checkpoint:
+    """Return the checkpoint with the outer modules that the plan names among its modules; UserError where the plan is about other weights."""
     if plan.model.weights_sha256 != checkpoint.info.weights_sha256:
         raise UserError(f"{checkpoint.info.name}: these are not the weights that the plan was made for ({plan.model.name})")
+    checkpoint = checkpoint.planning(module for module in checkpoint.outer if module.name in plan.modules)
     unknown = sorted(set(plan.modules) - {module.name for module in checkpoint.modules})
     if unknown:
         raise UserError(f"the plan names {unknown[0]}, which the checkpoint lacks")
+    return checkpoint
 
 
 def check_transposed(

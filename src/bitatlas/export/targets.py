@@ -14,7 +14,7 @@ from bitatlas.errors import UserError
 from bitatlas.export import mlx, recipes
 from bitatlas.export.card import atlas_beside
 from bitatlas.export.gguf import write as gguf
-from bitatlas.export.packed import apply_plan, check_fits, check_transposed
+from bitatlas.export.packed import apply_plan, check_transposed, fitted
 from bitatlas.export.target import Job, Target
 from bitatlas.model.checkpoint import Checkpoint, open_checkpoint
 from bitatlas.model.folder import atomic_folder, check_out
@@ -88,7 +88,7 @@ def export_plan(plan_file: Path, target_name: str, out: Path, model_name: str | 
             if not target.transposed:
                 check_transposed(plan, model_name, TRANSPOSED.format(target.name, "{}"))
             checkpoint = open_checkpoint(model_name, plan.model.revision)
-            check_fits(plan, checkpoint)
+            checkpoint = fitted(plan, checkpoint)
     modules = _modules(plan, plan_file, checkpoint)
     job = Job(plan, plan_file, checkpoint, modules, reporter, model_name or "")
     _check_rows(target, job)

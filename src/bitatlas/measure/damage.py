@@ -4,7 +4,8 @@ Every result belongs to one *assignment* (module -> format; modules not named ke
 and is journaled under their hash, so nothing is measured twice, whichever way it was asked for.
 
 Swapping the modules of one layer changes nothing in front of that layer: what goes into every layer of the base is recorded once and
-every swap begins at its own layer (see `layerwise`), which halves the work and gives the same bits as a full pass. Of the reference
+every swap begins at its own layer (see `layerwise`), which halves the work and gives the same bits as a full pass. A swapped embedding begins in
+front of them, and a swapped head behind them: logits are made with each model's own. Of the reference
 its last hidden states are kept, which say the same as its logits in a fraction of the bytes; logits are made of them where they are needed.
 Batches are a fixed cut of the rows; where a run was interrupted does not change them.
 """
@@ -29,6 +30,7 @@ from bitatlas.model.decoder import Decoder
 from bitatlas.model.hidden_states import StateCache
 from bitatlas.model.layerwise import (
     LOGIT_BYTES,
+    Ending,
     Job,
     Recorded,
     begin,
@@ -47,8 +49,7 @@ from bitatlas.quantize.bank import Bank
 from bitatlas.records.journal import Journal, content_key
 
 Assignment = Mapping[str, str]
-Finals = dict[str, list[Tensor]]  # plan -> what comes out of the last layer, by batch
-FinalsOf = Callable[[Sequence[Tensor], Sequence[str]], Iterator[Finals]]
+EndingsOf = Callable[[Sequence[Tensor], Sequence[str]], Iterator[dict[str, Ending]]]
 REFERENCE_BYTES = 2**28  # of the reference's log-probabilities that are kept: a search asks for the same rows again and again
 STATE_BYTES = 2**28  # of hidden states in memory, where nothing else is said
 GROUP = 8  # models that go through a layer together: what is measured of them is journaled together
@@ -113,7 +114,7 @@ def moved_logits(log_p: Tensor, logits: Tensor) -> tuple[Tensor, Tensor]:
 
 @dataclass(frozen=True)
 class Swap:
-    """A change to a base: some modules of one layer in other formats."""
+    """A change to a base: some modules of one layer in other formats, or one outside the layers, whose first stage counts as its layer."""
 
     layer: int
     assignment: Assignment
@@ -122,8 +123,9 @@ class Swap:
 class Reference:
     """The unquantized model on batches that it has seen: last hidden states, and log-probabilities as far as the budget goes."""
 
-    def __init__(self, decoder: Decoder, budget: StateBudget):
-        self.decoder = decoder
+    def __init__(self, decoder: Decoder, budget: StateBudget, head: Mapping[str, Tensor]):
+        """head: the unquantized weights behind the layers that may be swapped."""
+        self.decoder, self.head = decoder, head
         self.states = budget.shelf()
         self._log_p: dict[str, Tensor] = {}
         self._free_bytes = budget.reference_bytes
@@ -143,9 +145,9 @@ class Reference:
         if key in self._log_p:
             return self._log_p[key]
         final = self.states.get(rows_sha256(batch))
-        log_p = torch.log_softmax(
-            logits_of(self.decoder, batch[:, span], slice_tokens(self.decoder, final, span)).float(), dim=-1
-        )
+        with self.decoder.swapped(self.head):  # a base may be swapped in around us
+            logits = logits_of(self.decoder, batch[:, span], slice_tokens(self.decoder, final, span))
+        log_p = torch.log_softmax(logits.float(), dim=-1)
         if log_p.nbytes <= self._free_bytes:
             self._log_p[key] = log_p
             self._free_bytes -= log_p.nbytes
@@ -153,7 +155,7 @@ class Reference:
 
 
 class _LayerWeights:
-    """Weights made of one layer's codes, cached until another layer is asked for: most plans share them."""
+    """Weights made of one layer's codes, cached until another layer is asked for: most plans share them. Outside the layers one weight at a time."""
 
     def __init__(self, bank: Bank):
         self._bank = bank
@@ -161,9 +163,10 @@ class _LayerWeights:
         self._weights: dict[tuple[str, str], Tensor] = {}
 
     def get(self, layer: int, module: str, format_name: str) -> Tensor:
-        if layer != self._layer:
-            self._layer, self._weights = layer, {}
         key = (module, format_name)
+        inside = 0 <= layer < self._bank.decoder.behind
+        if layer != self._layer or not (inside or key in self._weights):
+            self._layer, self._weights = layer, {}
         if key not in self._weights:
             self._weights[key] = self._bank.weights({module: format_name})[module]
         return self._weights[key]
@@ -190,24 +193,25 @@ class DamageMeter:
         self.identity = (weights_sha256, quantizer, str(weight.dtype), weight.device.type)
         # what is kept of a model that is run whole is its logits
         self._width = decoder.width if is_chain(decoder) else decoder.vocabulary
-        self.reference = Reference(decoder, self.budget)
+        self._head = [name for name in bank.modules if decoder.stages_of(name)[-1] == decoder.behind]
+        self.reference = Reference(decoder, self.budget, decoder.references(self._head))
 
     def plans(self, plans: Mapping[str, Assignment], rows: Tensor, progress: Progress | None = None) -> dict[str, np.ndarray]:
         """Measure whole assignments: name -> damage, float64 [rows], nats/token."""
 
-        def finals_of(batches: Sequence[Tensor], names: Sequence[str]) -> Iterator[Finals]:
+        def endings_of(batches: Sequence[Tensor], names: Sequence[str]) -> Iterator[dict[str, Ending]]:
             for group in self.groups(names, batches):
                 yield dict(zip(group, self._whole_models(batches, [plans[name] for name in group]), strict=True))
 
         share = Share("plans", lambda names, batch: ({name: plans[name] for name in names}, batch), passes=1, fixed=1)
-        return self._measure(rows, plans, finals_of, share, progress)
+        return self._measure(rows, plans, endings_of, share, progress)
 
     def swaps(
         self, base: Assignment, swaps: Mapping[str, Swap], rows: Tensor, progress: Progress | None = None
     ) -> dict[str, np.ndarray]:
         """Measure `base` with each swap made alone: name -> damage, float64 [rows], nats/token."""
 
-        def finals_of(batches: Sequence[Tensor], names: Sequence[str]) -> Iterator[Finals]:
+        def endings_of(batches: Sequence[Tensor], names: Sequence[str]) -> Iterator[dict[str, Ending]]:
             with self.budget.shelf() as shelf, self.decoder.swapped(self.bank.weights(base)):
                 recorded = record(self.decoder, batches, shelf)
                 for group in self.groups(sorted(names, key=lambda name: swaps[name].layer), batches):
@@ -215,32 +219,34 @@ class DamageMeter:
 
         whole = {name: {**base, **swap.assignment} for name, swap in swaps.items()}
         share = Share("swaps", lambda names, batch: (base, {name: swaps[name] for name in names}, batch), passes=0.5, fixed=2)
-        return self._measure(rows, whole, finals_of, share, progress)
+        return self._measure(rows, whole, endings_of, share, progress)
 
-    def _whole_models(self, batches: Sequence[Tensor], plans: Sequence[Assignment]) -> list[list[Tensor]]:
-        """Return what comes out of the last layer, by plan and batch: all plans go through a layer, whose weights are made once, before the next."""
+    def _whole_models(self, batches: Sequence[Tensor], plans: Sequence[Assignment]) -> list[Ending]:
+        """Return what each plan comes to: all plans go through a layer, whose weights are made once, before the next."""
         # In one go: a fit passes through the whole model.
         self.bank.ready({pair: None for plan in plans for pair in plan.items()})
         layer_weights = _LayerWeights(self.bank)
-        jobs = [Job(0, self._plan_swap(plan, layer_weights)) for plan in plans]
+        jobs = [Job(min([0, *map(self.decoder.layer_of, plan)]), self._plan_swap(plan, layer_weights)) for plan in plans]
         return follow(self.decoder, begin(self.decoder, batches), jobs)
 
     def _plan_swap(self, plan: Assignment, layer_weights: _LayerWeights) -> Callable[[int], AbstractContextManager[Any]]:
-        """Return what swaps a plan's weights into a layer while it runs."""
+        """Return what swaps a plan's weights into a stage while it runs."""
         names: dict[int, list[str]] = defaultdict(list)
         for name in plan:
-            names[self.decoder.layer_of(name)].append(name)
+            for stage in self.decoder.stages_of(name):
+                names[stage].append(name)
         return lambda layer: self.decoder.swapped(
             LazyMapping(names[layer], lambda name: layer_weights.get(layer, name, plan[name]))
         )
 
-    def follow(self, recorded: Recorded, swaps: Sequence[Swap]) -> list[list[Tensor]]:
-        """Return what comes out of the last layer by swap, each made alone, and batch; call it while the recorded base is swapped in."""
+    def follow(self, recorded: Recorded, swaps: Sequence[Swap]) -> list[Ending]:
+        """Return what each swap comes to, made alone; call it, and make logits of what it returns, while the recorded base is swapped in."""
         return follow(self.decoder, recorded, [Job(swap.layer, self._swap_in(swap)) for swap in swaps])
 
     def _swap_in(self, swap: Swap) -> Callable[[int], AbstractContextManager[Any]]:
         weights = self.bank.weights(swap.assignment)
-        return lambda layer: self.decoder.swapped(weights if layer == swap.layer else {})
+        stages = {stage for name in swap.assignment for stage in self.decoder.stages_of(name)}
+        return lambda stage: self.decoder.swapped(weights if stage in stages else {})
 
     def chunks(self, rows: Tensor) -> list[list[Tensor]]:
         """Cut the rows into batches [rows, tokens], in runs of as many as go through a layer together."""
@@ -260,24 +266,28 @@ class DamageMeter:
         """Return the runs of tokens in which a batch's logits are made."""
         return token_spans(len(batch), batch.shape[1], self.decoder.vocabulary, self.budget.logit_bytes)
 
+    def logits(self, ending: Ending, number: int, batch: Tensor, span: slice) -> Tensor:
+        """Return the logits [rows, tokens of the span, vocabulary] of what a model came to on batch `number`."""
+        with ending.head():
+            return logits_of(self.decoder, batch[:, span], slice_tokens(self.decoder, ending.final[number], span))
+
     @torch.no_grad()
-    def _kl(self, batch: Tensor, finals: Sequence[Tensor]) -> list[Tensor]:
-        """Return the damage of each model whose last hidden state on `batch` is given: float64 [rows] each."""
-        sums = torch.zeros(len(finals), len(batch), dtype=torch.float64, device=batch.device)
+    def _kl(self, batch: Tensor, number: int, endings: Sequence[Ending]) -> list[Tensor]:
+        """Return the damage of each model on batch `number` of those that it was run on: float64 [rows] each."""
+        sums = torch.zeros(len(endings), len(batch), dtype=torch.float64, device=batch.device)
         for span in self.spans(batch):
             log_p = self.reference.log_p(batch, span)  # [rows, tokens of the span, vocabulary]
             p = log_p.exp()
-            for total, final in zip(sums, finals, strict=True):
-                logits = logits_of(self.decoder, batch[:, span], slice_tokens(self.decoder, final, span))
-                total += kl_per_token(log_p, p, logits).sum(-1)
+            for total, ending in zip(sums, endings, strict=True):
+                total += kl_per_token(log_p, p, self.logits(ending, number, batch, span)).sum(-1)
         means = (sums / batch.shape[1]).cpu()
-        check_range(means, "a quantized model", finals[0].dtype)
+        check_range(means, "a quantized model", endings[0].final[number].dtype)
         return list(means)
 
     def _measure(
-        self, rows: Tensor, plans: Mapping[str, Assignment], finals_of: FinalsOf, share: Share, progress: Progress | None
+        self, rows: Tensor, plans: Mapping[str, Assignment], endings_of: EndingsOf, share: Share, progress: Progress | None
     ) -> dict[str, np.ndarray]:
-        """Take each (assignment, batch) from the journal, or from `finals_of(batches, missing names)`."""
+        """Take each (assignment, batch) from the journal, or from `endings_of(batches, missing names)`."""
         self._measure_ahead(rows, plans, share, progress)
         parts: dict[str, list[Any]] = {name: [] for name in plans}
         done, total = 0, len(plans) * len(split_rows(self.decoder, rows))
@@ -287,7 +297,7 @@ class DamageMeter:
             # equal plans once
             missing = {of_plan: name for name, of_plan in keys.items() if any(known[key] is None for key in of_plan)}
             done += len(chunk) * (len(plans) - len(missing))
-            for measured in self._measured(chunk, finals_of, list(missing.values())) if missing else ():
+            for measured in self._measured(chunk, endings_of, list(missing.values())) if missing else ():
                 for name, values in measured.items():
                     new = dict(zip(keys[name], values, strict=True))
                     self.journal.put_all("damage", new)
@@ -316,13 +326,11 @@ class DamageMeter:
         return tuple(content_key("damage", self.identity, rows_sha256(batch), dict(plan)) for batch in batches)
 
     def _measured(
-        self, batches: Sequence[Tensor], finals_of: FinalsOf, names: Sequence[str]
+        self, batches: Sequence[Tensor], endings_of: EndingsOf, names: Sequence[str]
     ) -> Iterator[dict[str, list[list[float]]]]:
         """Yield damage by name, batch and row, as it is measured."""
         batches = [batch.to(self.decoder.device) for batch in batches]
         self.reference.see(batches)
-        for finals in finals_of(batches, names):
-            by_batch = [
-                self._kl(batch, states) for batch, states in zip(batches, zip(*finals.values(), strict=True), strict=True)
-            ]
-            yield {name: [of_batch[index].tolist() for of_batch in by_batch] for index, name in enumerate(finals)}
+        for endings in endings_of(batches, names):
+            by_batch = [self._kl(batch, number, list(endings.values())) for number, batch in enumerate(batches)]
+            yield {name: [of_batch[index].tolist() for of_batch in by_batch] for index, name in enumerate(endings)}

@@ -28,7 +28,7 @@ from bitatlas.data.rows import rows_sha256
 from bitatlas.measure.damage import Assignment, DamageMeter, Swap, moved_logits
 from bitatlas.measure.workers import Progress, Share
 from bitatlas.model.gradients import label_points, labels_at
-from bitatlas.model.layerwise import check_range, logits_of, record, slice_tokens, token_blocks
+from bitatlas.model.layerwise import Ending, check_range, record, token_blocks
 from bitatlas.records.journal import content_key
 
 LABELS = 2  # drawn at each token
@@ -140,32 +140,30 @@ def _measured(
     with meter.budget.shelf() as shelf, meter.decoder.swapped(meter.bank.weights(base)):
         recorded = record(meter.decoder, batches, shelf)
         for group in meter.groups(sorted(swaps, key=lambda keys: swaps[keys].layer), batches):
-            finals = meter.follow(recorded, [swaps[keys] for keys in group])
-            by_batch = [
-                _against_base(meter, batch, final, of_batch, seed)
-                for batch, final, of_batch in zip(batches, recorded.final, zip(*finals, strict=True), strict=True)
-            ]
+            endings = meter.follow(recorded, [swaps[keys] for keys in group])
+            base_ending = Ending(recorded.final)
+            by_batch = [_against_base(meter, batch, number, base_ending, endings, seed) for number, batch in enumerate(batches)]
             yield group, [list(of_swap) for of_swap in zip(*by_batch, strict=True)]
 
 
-def _against_base(meter: DamageMeter, batch: Tensor, base: Tensor, finals: Sequence[Tensor], seed: int) -> list[Value]:
-    """Return what each swap adds on one batch. base, finals: last hidden states [rows, tokens, width]"""
+def _against_base(
+    meter: DamageMeter, batch: Tensor, number: int, base: Ending, endings: Sequence[Ending], seed: int
+) -> list[Value]:
+    """Return what each swap adds on batch `number`. base, endings: what the base and the swaps came to"""
     points = torch.stack([label_points(batch, seed, draw) for draw in range(LABELS)], dim=-1).to(batch.device)
-    added = torch.zeros(len(finals), len(batch), dtype=torch.float64, device=batch.device)
-    scores = torch.zeros(len(finals), *points.shape, device=batch.device)  # [swaps, rows, tokens, labels]
+    added = torch.zeros(len(endings), len(batch), dtype=torch.float64, device=batch.device)
+    scores = torch.zeros(len(endings), *points.shape, device=batch.device)  # [swaps, rows, tokens, labels]
     for span in meter.spans(batch):
         p = meter.reference.log_p(batch, span).exp()  # [rows, tokens, vocabulary], as all logits here
-        logits = logits_of(meter.decoder, batch[:, span], slice_tokens(meter.decoder, base, span))
-        log_q = torch.log_softmax(logits.float(), dim=-1)
+        log_q = torch.log_softmax(meter.logits(base, number, batch, span).float(), dim=-1)
         q = log_q.exp()
         labels = labels_at(q, points[:, span])
-        for index, final in enumerate(finals):
-            changed = logits_of(meter.decoder, batch[:, span], slice_tokens(meter.decoder, final, span))
-            by_token, of_labels = _moved(p, log_q, q, labels, changed)
+        for index, ending in enumerate(endings):
+            by_token, of_labels = _moved(p, log_q, q, labels, meter.logits(ending, number, batch, span))
             added[index] += by_token.sum(-1)
             scores[index, :, span] = of_labels
     by_row, packable = (added / batch.shape[1]).cpu(), scores.clamp(-LARGEST_SCORE, LARGEST_SCORE).cpu()
-    check_range(by_row, "a quantized model", base.dtype)
+    check_range(by_row, "a quantized model", base.final[number].dtype)
     return [{"added": of_swap.tolist(), "scores": _packed(part)} for of_swap, part in zip(by_row, packable, strict=True)]
 
 

@@ -189,8 +189,12 @@ def estimate_memory(
     dtype: torch.dtype,
     device: str,
     tasks: bool = False,
+    outside_weights: int = 0,
 ) -> MemoryNeed:
-    """Return what a survey needs with so many rows of `row_length` tokens and so many formats; `tasks`: it scores some, too."""
+    """Return what a survey needs with so many rows of `row_length` tokens and so many formats; `tasks`: it scores some, too.
+
+    modules: of the decoder layers; outside_weights: of the largest module outside them that is planned, too.
+    """
     size = dtype.itemsize
     outside = (info.other_bytes // dtype_bytes(info.dtype) if info.other_numbers is None else info.other_numbers) * size
     layers, stored = Counter[int](), Counter[int]()
@@ -207,6 +211,8 @@ def estimate_memory(
         LOGIT_ARRAYS * min(4 * tokens * vocabulary, most + 4 * batch * vocabulary) for most in (LOGIT_BYTES, LEAST_LOGITS)
     )
     changes = (formats * layer + (formats + 2) * largest) * size + 16 * largest
+    # made of its codes in front of the layers and behind them, beside what choosing the codes takes
+    changes = max(changes + 2 * outside_weights * size, 16 * outside_weights)
     loading = info.total_bytes  # the stored bytes, mapped, beside the converted ones; layer by layer one tensor is there twice
     base = (psutil.Process().memory_info().rss + LIBRARIES_BYTES) if device == "cpu" else 2**29
     fixed = base + outside + TASK_BYTES * tasks

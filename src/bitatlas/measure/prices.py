@@ -61,11 +61,11 @@ def _price_layers(
     sums: dict[str, Tensor] = {}  # unit -> float64 [formats], of squares
     changes: dict[str, Tensor] = {}
     with meter.budget.shelf() as states:
-        for number, (layer, calls) in enumerate(layer_calls(meter.decoder, names, batches, states, seed), start=1):
+        for layer, calls, is_last in layer_calls(meter.decoder, names, batches, states, seed):
             if not changes:
-                changes = {name: changes_of(meter.bank, name, formats) for name in names[layer]}
+                changes = {m.name: changes_of(meter.bank, m.name, m.formats(formats)) for m in layers[layer]}
             _add_squares(sums, calls, {module.name: module.unit for module in layers[layer]}, changes)
-            if number % len(batches) == 0:
+            if is_last:
                 none = torch.zeros(len(formats))
                 units = dict.fromkeys(module.unit for module in layers[layer])
                 yield layer, {unit: (sums.get(unit, none).cpu() / (2 * rows.numel())).tolist() for unit in units}

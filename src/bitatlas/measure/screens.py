@@ -19,7 +19,7 @@ from bitatlas.measure.damage import DamageMeter, Swap
 from bitatlas.measure.interactions import pair_rows, swap_interactions
 from bitatlas.progress import Reporter
 from bitatlas.records import Module
-from bitatlas.records.sizes import units_of
+from bitatlas.records.sizes import Unit, inner, uniform, units_of
 
 STRONGEST = 12  # pairs of units that are given by name
 KIND_ROWS = 32  # of the test rows, at most: whole models cannot resume at a layer, and kinds differ more than layers do
@@ -71,13 +71,8 @@ class UnitScreen:
         return {base: float(rows.mean()) for base, rows in self.base_by_row.items()}
 
 
-def uniform(modules: list[Module], name: str) -> dict[str, str]:
-    """Return the assignment of every module to one format."""
-    return {module.name: name for module in modules}
-
-
 def screen_uniform(
-    meter: DamageMeter, modules: list[Module], formats: tuple[str, ...], rows: Tensor, reporter: Reporter
+    meter: DamageMeter, modules: Sequence[Module], formats: tuple[str, ...], rows: Tensor, reporter: Reporter
 ) -> dict[str, np.ndarray]:
     """Measure every uniform width: format -> damage of every module at it, float64 [rows]."""
     with reporter.stage("uniform widths") as progress:
@@ -85,13 +80,13 @@ def screen_uniform(
 
 
 def screen_layers(
-    meter: DamageMeter, modules: list[Module], low: str, high: str, rows: Tensor, reporter: Reporter
+    meter: DamageMeter, modules: Sequence[Module], low: str, high: str, rows: Tensor, reporter: Reporter
 ) -> LayerScreen:
     """Measure every layer lowered alone, and raised alone."""
     damages = {}
     for name, base, other in (("lowered", high, low), ("raised", low, high)):
-        layers = sorted({module.layer for module in modules})
-        swaps = {str(i): Swap(i, {m.name: other for m in modules if m.layer == i}) for i in layers}
+        layers = sorted({module.layer for module in inner(modules)})
+        swaps = {str(i): Swap(i, {m.name: m.at(other) for m in inner(modules) if m.layer == i}) for i in layers}
         with reporter.stage(f"layers {name} (base uniform:{base})") as progress:
             damage = meter.swaps(uniform(modules, base), swaps, rows, progress)
         damages[name] = np.stack([damage[str(i)] for i in layers])
@@ -99,7 +94,7 @@ def screen_layers(
 
 
 def screen_units(
-    meter: DamageMeter, modules: list[Module], formats: tuple[str, ...], rows: Tensor, reporter: Reporter, seed: int = 0
+    meter: DamageMeter, modules: Sequence[Module], formats: tuple[str, ...], rows: Tensor, reporter: Reporter, seed: int = 0
 ) -> UnitScreen:
     """Measure every unit in every other format, around uniform high and around uniform low. `formats`: narrowest first.
 
@@ -112,14 +107,19 @@ def screen_units(
     for base in (formats[-1], formats[0]):
         whole = uniform(modules, base)
         level = meter.plans({base: whole}, rows)[base]
-        changes = [(unit, name) for unit in units for name in formats if name != base]
-        swaps = [Swap(unit.layer, {module.name: name for module in unit.modules}) for unit, name in changes]
+        # of units in layers by the survey's names, also where a module holds the nearest in its place
+        changes = [(unit, name) for unit in units for name in _others(unit, formats, base)]
+        swaps = [Swap(u.layer, {m.name: name if u.part else m.at(name) for m in u.modules}) for u, name in changes]
         with reporter.stage(f"units, one at a time (base uniform:{base})") as progress:
             interactions = swap_interactions(meter, whole, swaps, rows, seed, progress)
         added = interactions.by_row
         assert added is not None
         if base == formats[-1] and len(units) > 1:
-            lowered = [index for index, (_, name) in enumerate(changes) if name == formats[0]]
+            lowered = [
+                index
+                for index, (unit, name) in enumerate(changes)
+                if name == (unit.formats(formats) if unit.part else formats)[0]
+            ]
             extra = 2 * interactions.together[np.ix_(lowered, lowered)]
             pairs = _strongest_pairs(meter, whole, [swaps[index] for index in lowered], extra, rows, seed)
         bases[f"uniform:{base}"] = level
@@ -127,6 +127,13 @@ def screen_units(
         for (unit, name), more in zip(changes, added.T, strict=True):
             by_unit[unit.name][name] = level + more
     return UnitScreen(damage, bases, pairs)
+
+
+def _others(unit: Unit, formats: Sequence[str], base: str) -> list[str]:
+    """Return the names of a unit's formats but that of uniform `base`."""
+    if unit.part:
+        return [name for name in dict.fromkeys(unit.formats(formats)) if name != unit.modules[0].at(base)]
+    return [name for name in formats if name != base]
 
 
 def _strongest_pairs(
@@ -159,10 +166,10 @@ def screen_kinds(
     One model a kind and direction, on half of the default test rows, so it costs a third of a screen of 16 layers. Units do not matter
     here: the modules of one kind are moved by themselves, also where a runtime would have them share a format with others.
     """
-    kinds = list(dict.fromkeys(module.kind for module in modules))
+    kinds = list(dict.fromkeys(module.kind for module in inner(modules)))
 
     def only(kind: str, there: str, elsewhere: str) -> dict[str, str]:
-        return {module.name: there if module.kind == kind else elsewhere for module in modules}
+        return uniform(modules, elsewhere) | {m.name: m.at(there) for m in inner(modules) if m.kind == kind}
 
     with reporter.stage("kinds of modules") as progress:
         plans = {f"lowered {kind}": only(kind, low, high) for kind in kinds}
@@ -209,7 +216,7 @@ def screen_orders(
 
     rows: [rows, tokens], of which the first are used. None of a model with one layer. `short`: few orders on few rows.
     """
-    layers = sorted({module.layer for module in modules})
+    layers = sorted({module.layer for module in inner(modules)})
     pairs = pairs_for(len(layers), short)
     if not pairs or not len(rows):
         return None
@@ -217,7 +224,10 @@ def screen_orders(
     drawn = [[int(layer) for layer in rng.permutation(layers)] for _ in range(pairs)]
     orders = [order for first in drawn for order in (first, first[::-1])]
     sets = {set_name(order[:count]): frozenset(order[:count]) for order in orders for count in range(len(order) + 1)}
-    plans = {name: {m.name: low if m.layer in chosen else high for m in modules} for name, chosen in sets.items()}
+    plans = {
+        name: uniform(modules, high) | {m.name: m.at(low) for m in inner(modules) if m.layer in chosen}
+        for name, chosen in sets.items()
+    }
     with reporter.stage(f"{len(orders)} orders of the layers") as progress:
         damage = meter.plans(plans, rows[: SHORT_ORDER_ROWS if short else ORDER_ROWS], progress)
     added = np.empty((len(orders), len(damage[""]), len(layers)))
@@ -245,7 +255,7 @@ class TextScreen:
 
 
 def screen_text(
-    meter: DamageMeter, modules: list[Module], formats: tuple[str, ...], rows: Tensor, name: str, reporter: Reporter
+    meter: DamageMeter, modules: Sequence[Module], formats: tuple[str, ...], rows: Tensor, name: str, reporter: Reporter
 ) -> TextScreen:
     """Measure every uniform width and every layer both ways on one text's rows, int64 [rows, length]. `formats`: narrowest first.
 

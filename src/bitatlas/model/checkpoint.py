@@ -13,7 +13,7 @@ from __future__ import annotations
 import math
 import re
 from collections import Counter
-from collections.abc import Callable, Collection, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -31,19 +31,30 @@ from transformers import (
 from transformers.utils import logging
 
 from bitatlas.errors import UserError
-from bitatlas.model.decoder import Decoder, context_length, decoder_of, find_layers, layers_at, memory_shape, vocabulary_size
+from bitatlas.model.decoder import (
+    FRONT,
+    Decoder,
+    context_length,
+    decoder_of,
+    find_layers,
+    layers_at,
+    memory_shape,
+    text_path,
+    vocabulary_size,
+)
 from bitatlas.model.folder import find_folder, read_config, sha256_of, weight_files
 from bitatlas.model.linear import is_linear, shape_of
 from bitatlas.model.streaming import open_stream, without_weights
 from bitatlas.model.tensor_files import Reader, Target, read_header, reason_of, targets_of
 from bitatlas.records import ModelInfo, Module
-from bitatlas.records.sizes import FUSED, kept_bytes
+from bitatlas.records.sizes import EMBEDDING_AND_HEAD, FUSED, inner, kept_bytes
 
 DTYPE_NAMES = {"F64": "float64", "F32": "float32", "F16": "float16", "BF16": "bfloat16"}
 # what no quantized checkpoint can do without, where it has it
 WEIGHTS = (".weight", ".qweight", ".weight_packed", ".weight_scale")
 # what a quantized module has instead of its weight, or beside it
 PACKED = (".qweight", ".weight_packed", ".q_weight", ".trellis", ".SCB")
+SMALL_SHARE = 1e-3  # of all weights: what is outside the layers and has less is left as it is
 CAUSAL_TOLERANCE = 1e-4  # of the largest logit
 logging.disable_progress_bar()  # loading a local file; our own progress is enough
 
@@ -61,11 +72,16 @@ class Checkpoint:
     stamps: list[tuple[int, ...]]  # of each file, from before it was hashed
     notes: list[str] = field(default_factory=list)
     loaded: frozenset[str] = frozenset()  # tensors of the files that transformers does not pass over
+    outer: tuple[Module, ...] = ()  # outside the decoder layers: those that a plan may quantize, too
 
     @property
     def vocabulary(self) -> int:
         """The number of tokens that the model knows."""
         return vocabulary_size(self.config)
+
+    def planning(self, outer: Iterable[Module]) -> Checkpoint:
+        """Return the checkpoint with some of its outer modules among those that are planned."""
+        return replace(self, modules=[*inner(self.modules), *outer])
 
     def load_model(self, device: str = "cpu", dtype: torch.dtype = torch.float32) -> Decoder:
         """Return the model in evaluation mode; UserError where its weights and its config do not belong together."""
@@ -150,7 +166,8 @@ def open_checkpoint(name: str, revision: str | None = None, fuse: bool = True) -
         other_numbers=sum(math.prod(reader.shape(key)) for key in reader) - weights,
     )
     notes = _notes(model, layers_path, modules, left_out)
-    return Checkpoint(folder, config, info, modules, layers_path, files, stamps, notes, frozenset(targets))
+    outer = _with_sizes(outer_modules(model, layers_path), reader, targets)
+    return Checkpoint(folder, config, info, modules, layers_path, files, stamps, notes, frozenset(targets), tuple(outer))
 
 
 def _plannable(
@@ -347,6 +364,35 @@ def linear_modules(model: nn.Module, layers_path: str, fuse: bool, left_out: Col
             parent, _, last = name.rpartition(".")
             unit = f"{parent}.{FUSED[last]}" if fuse and last in FUSED else name
             modules.append(Module(name, index, kinds[path], shape_of(module), unit))
+    return modules
+
+
+def outer_modules(model: nn.Module, layers_path: str) -> list[Module]:
+    """Return what holds most of the weights outside the decoder layers: embeddings in front of them, and the head, if its weight is its own.
+
+    A module's `layer` is the first stage at which its weight is used (see `decoder`). Left out: small ones, and parts that see or hear.
+    """
+    path = text_path(model)
+    head = model.get_output_embeddings()  # type: ignore[operator]
+    least = SMALL_SHARE * sum(p.numel() for p in model.parameters())
+    modules, weights = [], set[int]()
+    for name, module in model.named_modules():
+        is_embedding = isinstance(module, nn.Embedding) and name.startswith(path)
+        if name.startswith(f"{layers_path}.") or not (is_embedding or (module is head and is_linear(module))):
+            continue
+        weight = module.weight
+        if id(weight) in weights or weight.dim() != 2 or weight.numel() < least:
+            continue
+        weights.add(id(weight))
+        stage = FRONT if is_embedding else len(layers_at(model, layers_path))
+        tied = head is not None and head.weight is weight
+        part = (
+            "head" if not is_embedding
+            else EMBEDDING_AND_HEAD if tied
+            else "embedding" if module is model.get_input_embeddings()  # type: ignore[operator]
+            else "other embedding"
+        )  # fmt: skip
+        modules.append(Module(name, stage, name.rpartition(".")[2], shape_of(module), name, part=part))
     return modules
 
 

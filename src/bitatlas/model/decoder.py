@@ -3,6 +3,9 @@
 A `Decoder` is made once, when a model is opened. Weights are changed for the length of a `with` block (`Decoder.swapped`); what was there
 comes back, bit for bit. The parameter's storage is exchanged, not copied into: swapping costs no memory traffic, and restoring cannot
 round. Of a model whose layers are read when they run (see `streaming`), the new weights are looked up when their layer is read.
+
+Stages number where a weight is used on the way through the model: `FRONT`, -1, is all in front of the layers (embeddings), then come the layers, 0,
+1, ..., and behind them, at `Decoder.behind`, the head. A head that is tied to the embedding is one weight with two stages.
 """
 
 from __future__ import annotations
@@ -20,13 +23,14 @@ from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
 
 from bitatlas.errors import UserError
 from bitatlas.model.linear import is_linear, oriented, shape_of, weight_of
-from bitatlas.model.streaming import Stream
+from bitatlas.model.streaming import LazyMapping, Stream
 from bitatlas.model.tensor_files import reason_of
 from bitatlas.records import Module
 from bitatlas.records.plan import CacheLayers, MemoryShape
 
 PROBE_TOKENS = 8  # of a text on which a model is tried
 UNKNOWN_CONTEXT = 2048  # tokens, where the config sets no limit
+FRONT = -1  # the stage in front of the layers
 
 Result = TypeVar("Result")
 
@@ -60,15 +64,46 @@ class Decoder:
 
     def weight(self, name: str) -> Tensor:
         """Return the weight of module `name` as [out, in], a view whichever way round it is kept (of a streamed model, a copy)."""
-        return self.stream.weight(name) if self.stream else weight_of(self.model.get_submodule(name))
+        if self.stream and name.startswith(f"{self.layers_path}."):
+            return self.stream.weight(name)
+        return weight_of(self.model.get_submodule(name))
+
+    def references(self, names: Sequence[str]) -> Mapping[str, Tensor]:
+        """Return the weights [out, in] of modules that no later swap changes: the tensors themselves; of a streamed layer, what is read when asked for."""
+        stream, inside = self.stream, f"{self.layers_path}."
+        if stream is None:
+            return {name: self.weight(name) for name in names}
+        outside = {name: self.weight(name) for name in names if not name.startswith(inside)}
+        return LazyMapping(names, lambda name: outside[name] if name in outside else stream.stored(name))
 
     def shape(self, name: str) -> tuple[int, int]:
         """Return (out, in) of module `name`; nothing is read."""
         return shape_of(self.model.get_submodule(name))
 
+    @property
+    def behind(self) -> int:
+        """The stage behind the layers: their number."""
+        return len(self.layers)
+
+    def stages_of(self, name: str) -> tuple[int, ...]:
+        """Return the stages at which the weight of module `name` is used, in their order."""
+        inside = f"{self.layers_path}."
+        if name.startswith(inside):
+            return (int(name.removeprefix(inside).split(".")[0]),)
+        module, head = self.model.get_submodule(name), self.model.get_output_embeddings()
+        if module is head:
+            return (self.behind,)
+        return (FRONT, self.behind) if head is not None and head.weight is module.weight else (FRONT,)
+
+    def module_at(self, name: str, stage: int) -> Any:
+        """Return the module that uses the weight of module `name` at a stage: of a tied one, behind the layers, the head."""
+        module = self.model.get_submodule(name)
+        is_outside = not name.startswith(f"{self.layers_path}.")
+        return self.model.get_output_embeddings() if is_outside and stage == self.behind else module
+
     def layer_of(self, name: str) -> int:
-        """Return the decoder layer that module `name` is in."""
-        return int(name.removeprefix(f"{self.layers_path}.").split(".")[0])
+        """Return the first stage of module `name`: the decoder layer that it is in, where it is in one."""
+        return self.stages_of(name)[0]
 
     def held(self, layer: int) -> AbstractContextManager[None]:
         """Keep the weights of decoder layer `layer` within the block, however often it runs."""
@@ -81,9 +116,16 @@ class Decoder:
         Raises ValueError where a shape does not fit, before anything is changed (of a streamed model, when the layer is read).
         """
         if self.stream:
-            with self.stream.swapped(weights):
+            outside = {name: weights[name] for name in weights if not name.startswith(f"{self.layers_path}.")}
+            with self.stream.swapped(weights), self._exchanged(outside):
                 yield
             return
+        with self._exchanged(weights):
+            yield
+
+    @contextmanager
+    def _exchanged(self, weights: Mapping[str, Tensor]) -> Iterator[None]:
+        """Exchange weights that are in memory."""
         parameters: dict[str, nn.Parameter] = {}
         new: dict[str, Tensor] = {}
         for name, weight in weights.items():
@@ -148,7 +190,7 @@ def find_layers(model: nn.Module, name: str) -> str:
     """Return the path of the decoder layers: the outermost list of blocks with linear modules that holds most weights, in the part that reads text."""
     candidates: list[tuple[int, str]] = []
     lists: list[str] = []
-    inside = _text_path(model)
+    inside = text_path(model)
     for path, module in model.named_modules():
         if not f"{path}.".startswith(inside):
             continue
@@ -162,7 +204,7 @@ def find_layers(model: nn.Module, name: str) -> str:
     return max(candidates)[1]
 
 
-def _text_path(model: nn.Module) -> str:
+def text_path(model: nn.Module) -> str:
     """Return the path, with its dot, of the decoder of a model that also sees or hears; "" of a language model."""
     get = getattr(model, "get_decoder", None)
     decoder = get() if get else None

@@ -1,4 +1,4 @@
-"""Send the gradients of drawn labels backwards through a decoder, layer by layer: what each linear module meets at its input and its output.
+"""Send the gradients of drawn labels backwards through a decoder, layer by layer: what each module meets at its input and its output.
 
 Labels are drawn from the model's own predictions, so the second moment of what arrives at any tensor is the Fisher matrix there: the
 curvature of KL(reference || model) at the reference. Backwards goes layer by layer: what went into each layer is kept from the pass forwards,
@@ -21,13 +21,14 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from bitatlas.model.decoder import Decoder
+from bitatlas.model.decoder import FRONT, Decoder
 from bitatlas.model.hidden_states import StateCache
 from bitatlas.model.layerwise import (
     LOGIT_BYTES,
     Recorded,
     Shared,
     is_chain,
+    layer_inputs,
     logits_of,
     record,
     run_layer,
@@ -44,7 +45,10 @@ Gradients = dict[Key, Tensor]  # gradients with respect to what goes from a laye
 
 @dataclass(frozen=True)
 class ModuleCall:
-    """One call of a linear module: its input [..., in], and the gradient at its output [..., out], zeros where nothing arrived."""
+    """One call of a linear module: its input [..., in], and the gradient at its output [..., out], zeros where nothing arrived.
+
+    Of an embedding the input is the tokens' numbers, int64 [...].
+    """
 
     name: str
     inputs: Tensor
@@ -53,26 +57,32 @@ class ModuleCall:
 
 def layer_calls(
     decoder: Decoder, layers: Mapping[int, Sequence[str]], batches: Sequence[Tensor], states: StateCache, seed: int = 0
-) -> Iterator[tuple[int, list[ModuleCall]]]:
-    """Yield (layer, the calls of its modules on one batch), from the last layer to the first, batch after batch.
+) -> Iterator[tuple[int, list[ModuleCall], bool]]:
+    """Yield (stage, calls of its modules, are they its last), from the last stage to the first, batch after batch; of the head in a few parts each.
 
-    layers: layer -> names of its modules; batches: int64 [rows, tokens] each, on the model's device; `states` takes what goes into every layer.
-    Of a model that is no chain, the whole model runs forwards and backwards again for every layer.
+    layers: stage (see `decoder`) -> names of its modules; batches: int64 [rows, tokens] each, on the model's device; `states` takes what goes into
+    every layer. Of a model that is no chain, the whole model runs forwards and backwards again for every stage.
     """
     wanted = sorted((index for index, names in layers.items() if names), reverse=True)
     if not is_chain(decoder):
         for index in wanted:
-            for batch in batches:
-                yield index, _whole_calls(decoder, layers[index], batch, seed)
+            for number, batch in enumerate(batches, start=1):
+                yield index, _whole_calls(decoder, index, layers[index], batch, seed), number == len(batches)
         return
     recorded = record(decoder, batches, states)
-    gradients = [_label_gradient(decoder, batch, final, seed) for batch, final in zip(batches, recorded.final, strict=True)]
-    for index in reversed(range(wanted[-1] if wanted else 0, len(recorded.starts[0].calls))):
+    gradients: list[Gradients] = [{HIDDEN: torch.zeros_like(final)} for final in recorded.final]
+    for number, (batch, final) in enumerate(zip(batches, recorded.final, strict=True)):
+        of_head = _head_calls(decoder, batch, final, gradients[number], layers.get(decoder.behind, ()), seed)
+        for calls, is_last in of_head:
+            yield decoder.behind, calls, is_last and number == len(batches) - 1
+    for index in reversed(range(max(0, wanted[-1]) if wanted else 0, len(recorded.starts[0].calls))):
         with decoder.held(index):
             for number in range(len(batches)):
                 calls = _backward(decoder, index, recorded, number, gradients, layers.get(index, ()))
                 if index in layers:
-                    yield index, calls
+                    yield index, calls, number == len(batches) - 1
+    for number in range(len(batches)) if FRONT in layers else ():
+        yield FRONT, _front_calls(decoder, recorded, number, gradients[number], layers[FRONT]), number == len(batches) - 1
 
 
 def label_points(batch: Tensor, seed: int, draw: int) -> Tensor:
@@ -113,14 +123,43 @@ def final_gradient(decoder: Decoder, batch: Tensor, final: Tensor, score: Callab
     return {HIDDEN: gradient}
 
 
-def _label_gradient(decoder: Decoder, batch: Tensor, final: Tensor, seed: int) -> Gradients:
-    """Return the gradient of the drawn labels' log-probability with respect to the last hidden state."""
+def _head_calls(
+    decoder: Decoder, batch: Tensor, final: Tensor, gradients: Gradients, names: Sequence[str], seed: int
+) -> Iterator[tuple[list[ModuleCall], bool]]:
+    """Fill in the gradient of the drawn labels' log-probability with respect to the last hidden state, and yield (the head's calls, are they the last)
+    by spans of tokens."""
     points = label_points(batch, seed, 0)
-    return final_gradient(decoder, batch, final, lambda logits, span: _score(logits, points[:, span]))
+    spans = token_spans(len(batch), batch.shape[1], decoder.vocabulary, LOGIT_BYTES)
+    for span in spans:
+        leaf = slice_tokens(decoder, final, span).detach().requires_grad_(True)
+        with torch.enable_grad(), _watched(decoder, decoder.behind, names) as outputs:
+            logits = logits_of(decoder, batch[:, span], leaf)
+            asked = [leaf, *(output for *_, output in outputs)]
+            of_span, *of_outputs = torch.autograd.grad(logits, asked, _score(logits, points[:, span]))
+        slice_tokens(decoder, gradients[HIDDEN], span).copy_(of_span)
+        if names:
+            yield _calls(outputs, of_outputs), span is spans[-1]
 
 
-def _whole_calls(decoder: Decoder, names: Sequence[str], batch: Tensor, seed: int) -> list[ModuleCall]:
-    with torch.enable_grad(), _watched(decoder.model, names) as outputs:
+def _front_calls(
+    decoder: Decoder, recorded: Recorded, number: int, gradients: Gradients, names: Sequence[str]
+) -> list[ModuleCall]:
+    """Send what has arrived in front of the layers on to the embeddings, and return their calls on one batch."""
+    with torch.enable_grad(), _watched(decoder, FRONT, names) as outputs:
+        start = layer_inputs(decoder, recorded.ids[number])
+        leaving = {HIDDEN: start.hidden, **_tensors(start.fresh())}
+        keys = [key for key in leaving if key in gradients and leaving[key].requires_grad]
+        new: Sequence[Tensor | None] = [None] * len(outputs)
+        if keys and outputs:
+            arrived = [gradients[key] for key in keys]
+            new = torch.autograd.grad(
+                [leaving[key] for key in keys], [output for *_, output in outputs], arrived, allow_unused=True
+            )
+    return _calls(outputs, new)
+
+
+def _whole_calls(decoder: Decoder, stage: int, names: Sequence[str], batch: Tensor, seed: int) -> list[ModuleCall]:
+    with torch.enable_grad(), _watched(decoder, stage, names) as outputs:
         logits = decoder.model(input_ids=batch, use_cache=False).logits
         if not outputs:
             return []
@@ -162,7 +201,7 @@ def _backward(
     decoder: Decoder, index: int, recorded: Recorded, number: int, gradients: list[Gradients], names: Sequence[str]
 ) -> list[ModuleCall]:
     """Send a batch's gradients through one layer, in place, and return its modules' calls."""
-    with _watched(decoder.model, names) as outputs:
+    with _watched(decoder, index, names) as outputs:
         new = send_back(decoder, index, recorded, number, gradients, (output for *_, output in outputs))
     return _calls(outputs, new)
 
@@ -175,8 +214,8 @@ def _calls(outputs: Sequence[Output], gradients: Sequence[Tensor | None]) -> lis
 
 
 @contextmanager
-def _watched(model: nn.Module, names: Sequence[str]) -> Iterator[list[Output]]:
-    """Yield a list that takes (name, input, output) of each call of the modules within the block; gradients can be asked for at the outputs."""
+def _watched(decoder: Decoder, stage: int, names: Sequence[str]) -> Iterator[list[Output]]:
+    """Yield a list that takes (name, input, output) of each call of a stage's modules within the block; gradients can be asked for at the outputs."""
     outputs: list[Output] = []
 
     def hook_of(name: str) -> Callable[..., Tensor]:
@@ -188,7 +227,8 @@ def _watched(model: nn.Module, names: Sequence[str]) -> Iterator[list[Output]]:
 
         return hook
 
-    hooks = [model.get_submodule(name).register_forward_hook(hook_of(name), with_kwargs=True) for name in names]
+    modules = {name: decoder.module_at(name, stage) for name in names}
+    hooks = [module.register_forward_hook(hook_of(name), with_kwargs=True) for name, module in modules.items()]
     try:
         yield outputs
     finally:

@@ -18,15 +18,16 @@ from __future__ import annotations
 import copy
 from collections import Counter
 from collections.abc import Callable, Iterator, MutableMapping, Sequence
-from contextlib import AbstractContextManager, ExitStack, contextmanager
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from bitatlas.errors import UserError
-from bitatlas.model.decoder import Decoder, once
+from bitatlas.model.decoder import FRONT, Decoder, once
 from bitatlas.model.hidden_states import StateCache
 from bitatlas.model.linear import is_linear
 
@@ -116,10 +117,18 @@ def copy_shared(shared: Shared) -> Shared:
 
 @dataclass(frozen=True)
 class Job:
-    """A change of a base that begins at layer `start`; `at(layer)`: the block in which it is in force there."""
+    """A change of a base that begins at stage `start` (see `decoder`); `at(stage)`: the block in which it is in force there."""
 
     start: int
     at: Callable[[int], AbstractContextManager[Any]]
+
+
+@dataclass(frozen=True)
+class Ending:
+    """What a model comes to: what comes out of its last layer, by batch, and the block in which logits are to be made of it."""
+
+    final: list[Tensor]
+    head: Callable[[], AbstractContextManager[Any]] = nullcontext
 
 
 def _split(args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Tensor, Call]:
@@ -137,9 +146,8 @@ def run_layer(layer: nn.Module, hidden: Tensor, call: Call) -> Tensor:
     return output[0] if isinstance(output, tuple | list) else output
 
 
-@torch.no_grad()
 def layer_inputs(decoder: Decoder, input_ids: Tensor) -> LayerInputs:
-    """Return what goes into the layers for `input_ids` [rows, tokens]; no layer is run."""
+    """Return what goes into the layers for `input_ids` [rows, tokens]; no layer is run. Differentiable, where gradients are on, in what it reads."""
     first: list[Tensor] = []
     calls: list[Call] = []
 
@@ -210,7 +218,7 @@ def _called_layers(decoder: Decoder, starts: Sequence[LayerInputs]) -> Sequence[
 
 
 def begin(decoder: Decoder, batches: Sequence[Tensor]) -> Recorded:
-    """Return what goes into layer 0, for jobs that begin there; no layer is run."""
+    """Return what goes into layer 0, for jobs that begin there or in front of it; no layer is run."""
     if not is_chain(decoder):
         return Recorded(batches, [], StateCache(0), [])
     starts = [layer_inputs(decoder, ids) for ids in batches]
@@ -221,40 +229,51 @@ def begin(decoder: Decoder, batches: Sequence[Tensor]) -> Recorded:
 
 
 @torch.no_grad()
-def follow(decoder: Decoder, recorded: Recorded, jobs: Sequence[Job]) -> list[list[Tensor]]:
-    """Return what comes out of the last layer, by job and batch; each job's change is in force from its layer on, the base's weights around it.
+def follow(decoder: Decoder, recorded: Recorded, jobs: Sequence[Job]) -> list[Ending]:
+    """Return what each job comes to; its change is in force from its stage on, the base's weights around it.
 
-    Call it in the block in which the base was recorded.
+    Call it, and make logits of what it returns, in the block in which the base was recorded.
     """
     if not is_chain(decoder):
-        return [_run_whole(decoder, recorded, job) for job in jobs]
-    return _follow(decoder, recorded, jobs)
+        return [Ending(_run_whole(decoder, recorded, job)) for job in jobs]
+    return [
+        Ending(states, partial(job.at, decoder.behind))
+        for job, states in zip(jobs, _follow(decoder, recorded, jobs), strict=True)
+    ]
 
 
 def _run_whole(decoder: Decoder, recorded: Recorded, job: Job) -> list[Tensor]:
     with ExitStack() as stack:
-        for index in range(job.start, len(decoder.layers)):
-            stack.enter_context(job.at(index))
+        for stage in range(job.start, decoder.behind + 1):
+            stack.enter_context(job.at(stage))
         return [whole_logits(decoder, ids) for ids in recorded.ids]
 
 
 def _follow(decoder: Decoder, recorded: Recorded, jobs: Sequence[Job]) -> list[list[Tensor]]:
-    layers = _called_layers(decoder, recorded.starts)
-    states: list[list[Tensor]] = [[] for _ in jobs]
+    layers, batches = _called_layers(decoder, recorded.starts), range(len(recorded.ids))
+    # what only the head changes comes out of the layers as the base does
+    states: list[list[Tensor]] = [recorded.final if job.start >= len(layers) else [] for job in jobs]
+    starts: list[list[LayerInputs]] = [recorded.starts for _ in jobs]
     shared: list[list[Shared]] = [[] for _ in jobs]
-    for index in range(min((job.start for job in jobs), default=len(layers)), len(layers)):
+    for number, job in enumerate(jobs):
+        if job.start == FRONT:
+            with job.at(FRONT):
+                starts[number] = [layer_inputs(decoder, ids) for ids in recorded.ids]
+            states[number] = [start.hidden for start in starts[number]]
+            shared[number] = [start.fresh() for start in starts[number]]
+    for index in range(max(0, min((job.start for job in jobs), default=len(layers))), len(layers)):
         with decoder.held(index):
             starting = any(job.start == index for job in jobs)
-            inputs = [recorded.inputs.get((index, b)) for b in range(len(recorded.ids))] if starting else []
+            inputs = [recorded.inputs.get((index, b)) for b in batches] if starting else []
             for number, job in enumerate(jobs):
                 if job.start == index:
                     states[number] = inputs
-                    shared[number] = [recorded.shared_at(index, b) for b in range(len(recorded.ids))]
+                    shared[number] = [recorded.shared_at(index, b) for b in batches]
                 if job.start <= index:
                     with job.at(index):
                         states[number] = [
                             run_layer(layers[index], hidden, start.call(index, containers))
-                            for hidden, start, containers in zip(states[number], recorded.starts, shared[number], strict=True)
+                            for hidden, start, containers in zip(states[number], starts[number], shared[number], strict=True)
                         ]
     return states
 

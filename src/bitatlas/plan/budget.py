@@ -2,6 +2,7 @@
 
 Every kind of budget becomes the same thing: an integer cost per unit and format, and an integer limit that a plan must not
 exceed by one. `KINDS` is that table; a budget by device memory is one by size with less room (how much less is said below).
+Budgets in bits are about the decoder layers; those in bytes are about the whole file, embedding and head included.
 Average code bits price the codes alone, so two formats of the same width cost the same there; their bytes differ.
 Left out: leaving single modules unquantized as an option (a unit always gets one of the candidate formats).
 """
@@ -20,7 +21,7 @@ from bitatlas.plan.knapsack import Ints
 from bitatlas.records import Budget, ModelInfo, Module
 from bitatlas.records.formats import Format, get_format, stored_bytes
 from bitatlas.records.plan import CacheLayers, MemoryShape, Workload
-from bitatlas.records.sizes import RANGE_DIGITS, Unit, dtype_bytes, parse_size, rounded_up, show_bytes, units_of
+from bitatlas.records.sizes import RANGE_DIGITS, Unit, dtype_bytes, outside_bytes, parse_size, rounded_up, show_bytes, units_of
 from bitatlas.records.text import given
 
 EXACT_DIGITS = 20  # significant digits that show a number as it was given
@@ -46,6 +47,7 @@ class BudgetKind:
     worth: Callable[[int, int, int], Fraction]  # (summed cost, weights, other bytes) -> value
     allows: Callable[[Fraction, int, int], Fraction]  # (value, weights, other bytes) -> summed cost
     show: Callable[[Fraction, int], str]  # (value, significant digits) -> text that can be typed again, rounded up
+    whole_file: bool = False  # what is outside the decoder layers counts, too
 
 
 # --- the kinds of budget -----------------------------------------------------------------------------------------------
@@ -74,6 +76,7 @@ KINDS: dict[str, BudgetKind] = {
         worth=lambda cost, weights, other: Fraction(cost + other),
         allows=lambda value, weights, other: value - other,
         show=show_bytes,
+        whole_file=True,
     ),
 }
 KINDS["vram"] = replace(KINDS["size"], flag="--vram")  # its other bytes hold the cache and the activations too
@@ -94,8 +97,8 @@ def costs_of(budget: Budget, units: Sequence[Unit], formats: Sequence[str], info
     if budget.kind in MEASURED:
         return Costs(_cost_table(KINDS["size"], units, formats), None, KINDS["size"].what)
     kind = _kind(budget.kind)
-    weights = sum(unit.weights for unit in units)
-    other = info.other_bytes + runtime_bytes(budget)
+    weights = _layer_weights(units)
+    other = _other_bytes(units, info) + runtime_bytes(budget)
     limit = math.floor(kind.allows(Fraction(budget.value), weights, other))
     # 2.9 as a float is a little below 29/10: the printed average of one more bit may still be 2.9
     if float(kind.worth(limit + 1, weights, other)) <= budget.value:
@@ -104,9 +107,22 @@ def costs_of(budget: Budget, units: Sequence[Unit], formats: Sequence[str], info
 
 
 def _cost_table(kind: BudgetKind, units: Sequence[Unit], formats: Sequence[str]) -> Ints:
-    table = [get_format(name) for name in formats]
-    costs = [[sum(kind.cost(module, fmt) for module in unit.modules) for fmt in table] for unit in units]
-    return np.array(costs, dtype=np.int64).reshape(len(units), len(table))  # [units, formats]
+    def cost(module: Module, column: int) -> int:
+        counts = kind.whole_file or not module.part
+        return kind.cost(module, get_format(module.formats(formats)[column])) if counts else 0
+
+    costs = [[sum(cost(module, column) for module in unit.modules) for column in range(len(formats))] for unit in units]
+    return np.array(costs, dtype=np.int64).reshape(len(units), len(formats))  # [units, formats]
+
+
+def _layer_weights(units: Sequence[Unit]) -> int:
+    """Return the weights of the units that are in decoder layers."""
+    return sum(unit.weights for unit in units if not unit.part)
+
+
+def _other_bytes(units: Sequence[Unit], info: ModelInfo) -> int:
+    """Return the bytes of all that is in no unit."""
+    return info.other_bytes - outside_bytes((module for unit in units for module in unit.modules), info)
 
 
 def size_range(
@@ -114,9 +130,9 @@ def size_range(
 ) -> tuple[float, float]:
     """Return the (least, most) that these formats can give, in the unit of the budget's kind: bits a weight, or bytes with `beside` of them."""
     counted, units = _kind(kind), units_of(modules)
-    weights = sum(unit.weights for unit in units)
+    weights, other = _layer_weights(units), _other_bytes(units, info) + beside
     ends = _extremes(_cost_table(counted, units, formats))
-    least, most = (float(counted.worth(total, weights, info.other_bytes + beside)) for total in ends)
+    least, most = (float(counted.worth(total, weights, other)) for total in ends)
     return least, most
 
 
@@ -139,10 +155,10 @@ def check_budget(budget: Budget, modules: Sequence[Module], formats: Sequence[st
     kind, units = KINDS[budget.kind], units_of(modules)
     if not units:
         raise UserError("the checkpoint has no linear weights that can be quantized")
-    cost, weights = _cost_table(kind, units, formats), sum(unit.weights for unit in units)
+    cost, weights = _cost_table(kind, units, formats), _layer_weights(units)
     ends = _extremes(cost)
     beside = runtime_bytes(budget)
-    least, most = (kind.worth(total, weights, info.other_bytes + beside) for total in ends)
+    least, most = (kind.worth(total, weights, _other_bytes(units, info) + beside) for total in ends)
     shown_least, shown_most = (kind.show(value, RANGE_DIGITS) for value in (least, most))
     possible = f"possible: {shown_least} to {shown_most}" if least < most else f"possible: {shown_least}"
     asked = f"{flag} {budget_text(budget)}"
@@ -150,13 +166,17 @@ def check_budget(budget: Budget, modules: Sequence[Module], formats: Sequence[st
     if budget.value < float(least):
         load = budget.workload
         alone = f"; the cache of {load.context} tokens and the activations alone take {show_bytes(beside)}" if load else ""
-        raise UserError(f"{asked} is below {shown_least}, the least that {_gives(cost, ends[0], formats)}{alone}; {possible}")
+        raise UserError(
+            f"{asked} is below {shown_least}, the least that {_gives(cost, ends[0], units, formats)}{alone}; {possible}"
+        )
     if Fraction(budget.value) > max(most, typed_most):
-        raise UserError(f"{asked} is above {shown_most}, the most that {_gives(cost, ends[1], formats)}; {possible}")
+        raise UserError(f"{asked} is above {shown_most}, the most that {_gives(cost, ends[1], units, formats)}; {possible}")
 
 
-def _gives(cost: Ints, total: int, formats: Sequence[str]) -> str:
+def _gives(cost: Ints, total: int, units: Sequence[Unit], formats: Sequence[str]) -> str:
     """Name the one format that reaches `total` everywhere, where there is one."""
+    if any(unit.formats(formats) != formats for unit in units):
+        return "these formats give"
     reached = [name for name, whole in zip(formats, cost.sum(axis=0), strict=True) if whole == total]
     return f"{reached[0]} gives" if reached else "these formats give"
 

@@ -18,7 +18,7 @@ from bitatlas.plan.search import Candidate, PlannerHooks, PlanningProblem, Score
 from bitatlas.records import Atlas, Baseline, Budget, CurvePoint, Measured, Plan, PlanDamage, PlanModel, Size
 from bitatlas.records.files import read_record, to_json, write_text
 from bitatlas.records.formats import FORMATS, by_width
-from bitatlas.records.sizes import assignment_of, size_of
+from bitatlas.records.sizes import assignment_of, size_of, uniform
 from bitatlas.records.text import byte_size, given, interval, listed, number, rows_of
 from bitatlas.stats.bootstrap import Blocks, measured
 
@@ -50,7 +50,7 @@ def unverified_plan(problem: PlanningProblem, budget: Budget, candidate: Candida
     assignment = assignment_of(problem.units, problem.formats, candidate.choice)
     return Plan(
         model=PlanModel(info.name, info.revision, info.weights_sha256),
-        formats={name: FORMATS[name] for name in problem.formats},
+        formats={name: FORMATS[name] for name in problem.every_format},
         quantizer=problem.quantizer,
         modules=assignment,
         budget=budget,
@@ -80,7 +80,7 @@ def judge(
     others = {name: assignment_of(units, formats, choice) for name, choice in rules}
     outside = outside_uniform(budget, units, formats, problem.info, candidate.limit)
     if outside:
-        others = {f"{UNIFORM} {outside} ({NOT_A_CANDIDATE})": {m.name: outside for m in problem.modules}, **others}
+        others = {f"{UNIFORM} {outside} ({NOT_A_CANDIDATE})": uniform(problem.modules, outside), **others}
     whole = {name: other for name, other in others.items() if name.startswith(UNIFORM) or other == plan.modules}
     damage = dict(measure({PLAN: plan.modules, **whole}, "test"))
     plan_rows = damage.pop(PLAN)
@@ -287,7 +287,8 @@ def problem_of(atlas: Atlas) -> PlanningProblem:
 def scores_of(atlas: Atlas) -> Scores:
     """Return the three score tables of the survey's screens."""
     problem = problem_of(atlas)
-    return damage_tables([unit.name for unit in problem.units], problem.formats, atlas.unit_damage, atlas.base_damage)
+    names = [unit.name for unit in problem.units]
+    return damage_tables(names, problem.formats, atlas.unit_damage, atlas.base_damage, problem.outside)
 
 
 def write_plan(plan: Plan, folder: Path, out: Path | None) -> Path:

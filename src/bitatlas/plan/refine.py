@@ -67,10 +67,14 @@ class MeasuredChanges(Protocol):
 
 @dataclass(frozen=True)
 class Probe:
-    """The ways to the model. Choices are [units]. Columns of formats go from the narrowest to the widest."""
+    """The ways to the model. Choices are [units]. Columns of formats go from the narrowest to the widest.
+
+    outside: units outside the decoder layers, which have their widest format at both uniform ends.
+    """
 
     swaps: Callable[[Ints, Sequence[Change], str], MeasuredChanges]  # on the rows of that split
     damage: Callable[[Mapping[str, Ints]], Mapping[str, float]]  # on fit and select rows together, nats/token
+    outside: Sequence[int] = ()
 
 
 @dataclass(frozen=True)
@@ -180,8 +184,10 @@ def _interpolated(search: _Search) -> tuple[dict[str, Quadratic], float]:
     units, formats = search.cost.shape
     tables, together = [], np.zeros((units * formats, units * formats))
     for end in (0, formats - 1):
-        changes = [(unit, fmt) for unit in range(units) for fmt in range(formats) if fmt != end]
-        measured = search.probe.swaps(np.full(units, end), changes, "fit")
+        base = np.full(units, end)
+        base[list(search.probe.outside)] = formats - 1
+        changes = [(unit, fmt) for unit in range(units) for fmt in range(formats) if fmt != base[unit]]
+        measured = search.probe.swaps(base, changes, "fit")
         index = _flat(changes, formats)
         table = np.zeros(units * formats)
         table[index] = measured.added

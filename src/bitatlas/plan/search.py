@@ -83,6 +83,17 @@ class PlanningProblem:
     def units(self) -> list[Unit]:
         return units_of(self.modules)
 
+    @property
+    def every_format(self) -> list[str]:
+        """Return all candidates of all modules, each once."""
+        names = (name for module in self.modules for name in module.formats(self.formats))
+        return list(dict.fromkeys([*self.formats, *names]))
+
+    @property
+    def outside(self) -> dict[str, Sequence[str]]:
+        """Return the candidates of each unit that is outside the decoder layers."""
+        return {unit.name: unit.modules[0].candidates for unit in self.units if unit.part}
+
 
 @dataclass(frozen=True)
 class PlannerHooks:
@@ -195,14 +206,23 @@ def damage_tables(
     formats: Sequence[str],
     damage: Mapping[str, Mapping[str, Mapping[str, float]]],
     base: Mapping[str, float],
+    candidates: Mapping[str, Sequence[str]] | None = None,
 ) -> Scores:
-    """Return the tables of the two screens of units (see `measure.screens.UnitScreen`); `formats` narrowest first."""
-    low, high = formats[0], formats[-1]
+    """Return the tables of the two screens of units (see `measure.screens.UnitScreen`); `formats` narrowest first.
+
+    candidates: of units outside the layers, whose widest one both bases have.
+    """
+    low, high, own = formats[0], formats[-1], candidates or {}
 
     def around(name: str) -> np.ndarray:
         """Return what each unit in each format adds to the damage of uniform `name`, 0 for the base's own format. [units, formats]"""
         key = f"uniform:{name}"
-        return np.array([[damage[key][unit][fmt] - base[key] if fmt != name else 0.0 for fmt in formats] for unit in units])
+
+        def of_unit(unit: str) -> list[float]:
+            unchanged = own[unit][-1] if unit in own else name
+            return [damage[key][unit][fmt] - base[key] if fmt != unchanged else 0.0 for fmt in own.get(unit, formats)]
+
+        return np.array([of_unit(unit) for unit in units])
 
     return scores_of_bases(around(high), around(low), base[f"uniform:{high}"])
 

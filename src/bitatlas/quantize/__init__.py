@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import difflib
 import importlib.util
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 from torch import Tensor
@@ -18,15 +18,15 @@ from bitatlas.records.formats import FORMATS, LLAMA_CPP, Format
 
 WORKER_PIECES = 4  # of a bank, for a worker: modules differ in size
 
-Quantize = Callable[[Decoder, Sequence[str], Sequence[Format], Tensor | None], Iterator[tuple[str, Sequence[Codes | Blocks]]]]
+Quantize = Callable[[Decoder, Mapping[str, Sequence[Format]], Tensor | None], Iterator[tuple[str, Sequence[Codes | Blocks]]]]
 
 
 @dataclass(frozen=True)
 class Quantizer:
     """How the stored numbers are chosen.
 
-    `quantize(decoder, modules, formats, rows)` gives every module's codes, one a format, module by module in any order, each as soon
-    as it is known. The model holds the reference weights until the last one has come. `rows` are the fit rows, int64 [rows, tokens].
+    `quantize(decoder, formats, rows)` gives every module's codes, one for each of its formats, module by module in any order, each as soon
+    as it is known; formats: module -> formats. The model holds the reference weights until the last one has come. `rows` are the fit rows, int64 [rows, tokens].
     """
 
     name: str
@@ -76,11 +76,11 @@ def one_by_one(quantize: Callable[[Tensor, Format], Codes | Blocks]) -> Quantize
     """Return what a `Quantizer` calls, made of a function of one weight and one format. The rows are not looked at."""
 
     def quantize_modules(
-        decoder: Decoder, modules: Sequence[str], formats: Sequence[Format], rows: Tensor | None
+        decoder: Decoder, formats: Mapping[str, Sequence[Format]], rows: Tensor | None
     ) -> Iterator[tuple[str, Sequence[Codes | Blocks]]]:
-        for name in modules:
+        for name, of_module in formats.items():
             weight = decoder.weight(name)
-            yield name, [quantize(weight, fmt) for fmt in formats]
+            yield name, [quantize(weight, fmt) for fmt in of_module]
 
     return quantize_modules
 

@@ -21,7 +21,7 @@ import logging
 import os
 import random
 import tempfile
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -32,6 +32,7 @@ from bitatlas.errors import UserError
 from bitatlas.model.checkpoint import linear_modules
 from bitatlas.model.decoder import Decoder
 from bitatlas.model.linear import is_linear, weight_of
+from bitatlas.quantize import rtn
 from bitatlas.quantize.codes import Codes
 from bitatlas.records.formats import Format
 
@@ -41,27 +42,28 @@ SEED = 42  # likewise
 FOLDERS = ("AR_WORK_SPACE", "AUTO_ROUND_CACHE")  # where it would write, by environment variable
 
 
-def quantize(
-    decoder: Decoder, modules: Sequence[str], formats: Sequence[Format], rows: Tensor | None
-) -> Iterator[tuple[str, list[Codes]]]:
-    """Yield every module in every format, fitted on `rows` int64 [rows, tokens]; UserError without them.
+def quantize(decoder: Decoder, formats: Mapping[str, Sequence[Format]], rows: Tensor | None) -> Iterator[tuple[str, list[Codes]]]:
+    """Yield every module in its formats (module -> formats, the same of all), fitted on `rows` int64 [rows, tokens]; UserError without them.
 
-    The first module comes when the last format's run is done. Which modules are asked for changes nothing about their codes.
+    The first module comes when the last format's run is done. Which modules are asked for changes nothing about their codes. Embeddings and heads,
+    which the package leaves alone, are rounded to nearest.
     """
     if rows is None or not len(rows):
         raise UserError("--quantizer autoround fits the codes to rows of text: give a text with --tokens")
-    return _quantize(decoder, modules, formats, rows)
+    return _quantize(decoder, formats, rows)
 
 
-def _quantize(
-    decoder: Decoder, modules: Sequence[str], formats: Sequence[Format], rows: Tensor
-) -> Iterator[tuple[str, list[Codes]]]:
-    codes: dict[str, list[Codes]] = {name: [] for name in modules}
-    for fmt in formats:
+def _quantize(decoder: Decoder, formats: Mapping[str, Sequence[Format]], rows: Tensor) -> Iterator[tuple[str, list[Codes]]]:
+    inside = {name: of_module for name, of_module in formats.items() if 0 <= decoder.layer_of(name) < decoder.behind}
+    codes: dict[str, list[Codes]] = {name: [] for name in inside}
+    for fmt in next(iter(inside.values()), []):
         tuned = tune(decoder, fmt, rows)
-        for name in modules:
+        for name in inside:
             codes[name].append(recover(tuned, name, fmt))
     yield from codes.items()
+    for name, of_module in formats.items():
+        if name not in inside:
+            yield name, [rtn.quantize(decoder.weight(name), fmt) for fmt in of_module]
 
 
 def tune(decoder: Decoder, fmt: Format, rows: Tensor, steps: int = STEPS) -> nn.Module:

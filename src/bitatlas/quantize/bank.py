@@ -71,12 +71,7 @@ class Bank:
         fitted = [] if self.rows is None else [rows_sha256(self.rows)]
         self.identity = identity or "-".join([quantizer, str(self.quantizer.version), *fitted])
         self.modules = list(modules)
-        # The tensors themselves, not the parameters: a swap exchanges the parameter's storage and leaves these as they are.
-        self._reference: Mapping[str, Tensor] = (
-            LazyMapping(self.modules, decoder.stream.stored)
-            if decoder.stream
-            else {name: decoder.weight(name) for name in modules}
-        )
+        self._reference = decoder.references(self.modules)
         self.cache_bytes = CACHE_BYTES  # of unpacked codes that stay in memory
         self.folder = folder / f"{quantizer}-{content_key(weights_sha256, self.identity)[:12]}" if folder else None
         self._cache: OrderedDict[Key, Codes | Blocks] = OrderedDict()
@@ -125,7 +120,7 @@ class Bank:
         assert isinstance(like, Tensor)
         return self.codes(module, format_name).to(like.device).weight(like.dtype).to(like.device)
 
-    def put(self, codes: Mapping[str, Codes], formats: Mapping[str, str]) -> None:
+    def put(self, codes: Mapping[str, Codes | Blocks], formats: Mapping[str, str]) -> None:
         """Store codes of modules that were made elsewhere, each in its format."""
         for module, of_module in codes.items():
             self._store(module, [formats[module]], [of_module])
@@ -134,8 +129,11 @@ class Bank:
 
     def _make(self, keys: Iterable[Key], progress: Progress | None = None) -> None:
         missing = self._missing(keys)
+        if not self.quantizer.by_format:
+            self._quantize(missing, progress)
+            return
         for formats in dict.fromkeys(tuple(names) for names in missing.values()):
-            self._quantize([module for module, names in missing.items() if tuple(names) == formats], formats, progress)
+            self._quantize({module: names for module, names in missing.items() if tuple(names) == formats}, progress)
 
     def _missing(self, keys: Iterable[Key]) -> dict[str, list[str]]:
         """Return module -> formats that are neither in memory nor whole on disk."""
@@ -145,14 +143,17 @@ class Bank:
                 missing.setdefault(module, []).append(name)
         return missing
 
-    def _quantize(self, modules: list[str], names: Sequence[str], progress: Progress | None) -> None:
-        table = [self.formats[name] for name in names]
+    def _quantize(self, missing: Mapping[str, list[str]], progress: Progress | None) -> None:
+        """Quantize every module in the formats that it lacks, in one run. missing: module -> formats"""
+        if not missing:
+            return
+        table = {module: [self.formats[name] for name in names] for module, names in missing.items()}
         with self.decoder.swapped(self._reference):  # whatever swap is going on around us
-            results = self.quantizer.quantize(self.decoder, modules, table, self.rows)
+            results = self.quantizer.quantize(self.decoder, table, self.rows)
             for done, (module, of_formats) in enumerate(results, start=1):
-                self._store(module, names, of_formats)
+                self._store(module, missing[module], of_formats)
                 if progress:
-                    progress(done, len(modules))
+                    progress(done, len(missing))
 
     def _store(self, module: str, names: Sequence[str], of_formats: Sequence[Codes | Blocks]) -> None:
         for name, codes in zip(names, of_formats, strict=True):
@@ -203,7 +204,7 @@ class Bank:
 
 def disk_bytes(modules: Sequence[Module], formats: Sequence[str]) -> int:
     """Return the bytes that a bank of these modules in these formats takes on disk, at most."""
-    return sum(stored_bytes(m.shape, FORMATS[name]) + HEADER_BYTES for m in modules for name in formats)
+    return sum(stored_bytes(m.shape, FORMATS[name]) + HEADER_BYTES for m in modules for name in m.formats(formats))
 
 
 def needs_bank(plan: Plan) -> bool:

@@ -20,7 +20,7 @@ inputs as the quantized layers before would give them, since one bank serves pla
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache
 from typing import Any, NamedTuple
@@ -58,25 +58,20 @@ class CholeskyFactor:
     importance: Tensor  # float32 [in]: R_jj², what a squared error at an input costs that the later ones cannot make up for
 
 
-def quantize(
-    decoder: Decoder, modules: Sequence[str], formats: Sequence[Format], rows: Tensor | None
-) -> Iterator[tuple[str, list[Codes]]]:
-    """Yield every module in every format, fitted on `rows` int64 [rows, tokens]; UserError without them."""
+def quantize(decoder: Decoder, formats: Mapping[str, Sequence[Format]], rows: Tensor | None) -> Iterator[tuple[str, list[Codes]]]:
+    """Yield every module in its formats, fitted on `rows` int64 [rows, tokens]; UserError without them. formats: module -> formats"""
     if rows is None or not len(rows):
         raise UserError("--quantizer gptq fits the codes to rows of text: give a text with --tokens")
-    return _quantize(decoder, modules, formats, rows)
+    return _quantize(decoder, formats, rows)
 
 
-def _quantize(
-    decoder: Decoder, modules: Sequence[str], formats: Sequence[Format], rows: Tensor
-) -> Iterator[tuple[str, list[Codes]]]:
-    wanted = set(modules)
-    for moments in module_moments(decoder, modules, rows):
+def _quantize(decoder: Decoder, formats: Mapping[str, Sequence[Format]], rows: Tensor) -> Iterator[tuple[str, list[Codes]]]:
+    for moments in module_moments(decoder, list(formats), rows):
         factor = factorize(moments.hessian)
-        for name in (name for name in moments.names if name in wanted):
+        for name in (name for name in moments.names if name in formats):
             weight = decoder.weight(name)
             # Where float64 had to go elsewhere, the codes are chosen there too.
-            codes = fit_all(weight.to(factor.hessian.device).float(), formats, factor)
+            codes = fit_all(weight.to(factor.hessian.device).float(), formats[name], factor)
             yield name, [of_format.to(weight.device) for of_format in codes]
 
 

@@ -6,6 +6,9 @@ tokens that a model uses as a sink have inputs a thousand times larger than all 
 both, each by its own mean diagonal, which does less damage than either. Modules that are called with the same tensor (q, k and v; gate and
 up) share one matrix.
 
+An embedding has no inputs to speak of: a token's row goes out as it is, and an error e of it costs e G eᵀ, G being the sum of δ δᵀ over the tokens, which
+takes the place of both. A head that is tied to it is fitted to what the head is called with.
+
 Layer by layer, from the last one to the first, with one layer's matrices in memory. Of a module that a pass calls more than once, or with an
 expert's tokens alone, all calls are added up. Inputs are those that the reference gives, since which formats the other modules will get is not
 known yet.
@@ -54,6 +57,14 @@ class InputMoments:
         weights = sum(square / square.mean().clamp(min=TINY) for square in squares) / len(squares)
         add_products(self.weighted, inputs * weights.unsqueeze(1), inputs)  # type: ignore[union-attr]
 
+    def add_outputs(self, calls: Sequence[ModuleCall]) -> None:
+        """Add calls of an embedding: the gradients take the inputs' place."""
+        for call in calls:
+            gradient = call.gradient.reshape(-1, call.gradient.shape[-1]).float()
+            self.tokens += len(gradient)
+            for total in (self.plain, self.weighted):
+                add_products(total, gradient, gradient)
+
     def fill(self) -> None:
         """Make the sums whole, once all calls are added."""
         for total in (self.plain, self.weighted):
@@ -96,29 +107,31 @@ def module_moments(decoder: Decoder, modules: Sequence[str], rows: Tensor, seed:
     """Yield the moments of `modules`, input by input, on `rows` int64 [rows, tokens]; the model must hold the reference weights all the while.
 
     With each come the other modules of its input, whether they are asked for or not: which ones are changes no number.
-    Raises ValueError for a module outside the decoder layers.
     """
     layers, wanted = _by_layer(decoder, modules), set(modules)
     batches = [batch.to(decoder.device) for batch in split_rows(decoder, rows)]
     sums: dict[tuple[str, ...], InputMoments] = {}
     with StateCache(STATE_BYTES) as states:
-        for number, (layer, calls) in enumerate(layer_calls(decoder, layers, batches, states, seed), start=1):
+        for layer, calls, is_last in layer_calls(decoder, layers, batches, states, seed):
             _add(sums, calls)
-            if number % len(batches) == 0:
+            if is_last:
                 yield from (moments for moments in _by_input(decoder, layers[layer], sums) if wanted & set(moments.names))
                 sums.clear()
 
 
 def _by_layer(decoder: Decoder, modules: Sequence[str]) -> dict[int, list[str]]:
-    """Return layer -> all its linear modules, of the layers that have one of `modules`."""
+    """Return stage -> its modules: of the layers that have one of `modules` all linear ones, outside them those that are asked for."""
     layers: dict[int, list[str]] = {}
     names = {id(module): name for name, module in decoder.model.named_modules() if is_linear(module)}
     for index, layer in enumerate(decoder.layers):
         layers[index] = [names[id(module)] for module in layer.modules() if id(module) in names]
     wanted = set(modules)
-    if wanted - {name for inside in layers.values() for name in inside}:
-        raise ValueError("a module outside the decoder layers has no recorded input")
-    return {index: inside for index, inside in layers.items() if wanted & set(inside)}
+    layers = {index: inside for index, inside in layers.items() if wanted & set(inside)}
+    for name in modules:
+        *_, stage = decoder.stages_of(name)
+        if not 0 <= stage < decoder.behind:
+            layers.setdefault(stage, []).append(name)
+    return layers
 
 
 def _add(sums: dict[tuple[str, ...], InputMoments], calls: Sequence[ModuleCall]) -> None:
@@ -130,6 +143,9 @@ def _add(sums: dict[tuple[str, ...], InputMoments], calls: Sequence[ModuleCall])
         )  # all are alive: an address is a tensor
     for group in sharing.values():
         names = tuple(dict.fromkeys(call.name for call in group))
+        if not group[0].inputs.is_floating_point():  # an embedding's: one call, as ids share no memory with others'
+            sums.setdefault(names, _empty(names, group[0].gradient.shape[-1], group[0].gradient.device)).add_outputs(group)
+            continue
         inputs = group[0].inputs.reshape(-1, group[0].inputs.shape[-1])
         if names not in sums:
             sums[names] = _empty(names, inputs.shape[1], inputs.device)

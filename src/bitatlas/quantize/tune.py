@@ -24,7 +24,7 @@ import math
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
 
@@ -159,8 +159,9 @@ class Pace:
 class Teacher:
     """The reference's predictions. Where layers follow each other its last hidden states are kept; else its weights are put back for a pass."""
 
-    def __init__(self, decoder: Decoder, reference: Mapping[str, Tensor]):
-        self.decoder, self.reference = decoder, reference
+    def __init__(self, decoder: Decoder, reference: Mapping[str, Tensor], head: Mapping[str, Tensor]):
+        """reference: weights that are put back where a model is run whole; head: those behind the layers that are put back for logits."""
+        self.decoder, self.reference, self.head = decoder, reference, head
         self._final: dict[int, Tensor] = {}  # row's number -> [1, tokens, width]
 
     @torch.no_grad()
@@ -177,12 +178,17 @@ class Teacher:
             with self.decoder.swapped(self.reference):
                 return torch.log_softmax(whole_logits(self.decoder, batch)[:, span].float(), -1)
         final = torch.cat([self._final[number] for number in numbers])
-        return torch.log_softmax(logits_of(self.decoder, batch[:, span], slice_tokens(self.decoder, final, span)).float(), -1)
+        with self.decoder.swapped(self.head):
+            logits = logits_of(self.decoder, batch[:, span], slice_tokens(self.decoder, final, span))
+        return torch.log_softmax(logits.float(), -1)
 
 
 @dataclass
 class Tuner:
-    """Tunes a decoder's modules. `codes`, `bits`: of each; `state_file`: where the state lies between marks."""
+    """Tunes a decoder's modules. `codes`, `bits`: of each; `state_file`: where the state lies between marks.
+
+    beside: weights of an embedding or a head that are in place all the while, and stay.
+    """
 
     decoder: Decoder
     codes: Mapping[str, Codes]
@@ -190,11 +196,13 @@ class Tuner:
     tuning: Tuning
     state_file: Path | None = None
     name: str = "tuning"  # of the state: one run's is not taken for another's
+    beside: Mapping[str, Tensor] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         self._streamed = self.decoder.stream is not None  # then the layers follow each other: nothing else can be streamed
-        reference = {} if self._streamed else {name: self.decoder.weight(name) for name in self.codes}
-        self.teacher = Teacher(self.decoder, reference)
+        reference = {} if self._streamed else self.decoder.references([*self.codes, *self.beside])
+        heads = [name for name in self.beside if self.decoder.stages_of(name)[-1] == self.decoder.behind]
+        self.teacher = Teacher(self.decoder, reference, self.decoder.references(heads))
 
     def run(self, progress: Callable[[int, int], None] | None = None) -> Tuned:
         """Tune, and return the best codes of all marks. The model is as before, to the last bit, whatever happens."""
@@ -322,6 +330,7 @@ class Tuner:
                 name: TunedWeight(self.decoder.model.get_submodule(name), partial(self.codes.__getitem__, name), self.bits[name])
                 for name in self.codes
             }
+            stack.enter_context(self.decoder.swapped(self.beside))
             current = LazyMapping(weights, lambda name: weights[name].weight())
             stack.enter_context(self.decoder.swapped(current))
             for weight in weights.values():

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -27,7 +28,10 @@ class Measured:
 
 @dataclass(frozen=True)
 class Module:
-    """One linear weight that can be quantized. `shape` is (out, in), whatever way round the checkpoint stores it."""
+    """One weight that can be quantized. `shape` is (out, in), whatever way round the checkpoint stores it; of an embedding (tokens, width).
+
+    Outside the decoder layers `layer` is -1 in front of them, and their number behind.
+    """
 
     name: str  # "model.layers.3.mlp.up_proj"
     layer: int
@@ -35,10 +39,21 @@ class Module:
     shape: tuple[int, int]
     unit: str  # modules with the same unit share one format
     size_bytes: int | None = None  # of the weight as the checkpoint stores it; None: in the checkpoint's dtype
+    part: str = ""  # outside the decoder layers: "embedding", "head", or "embedding and head" where these are tied
+    candidates: tuple[str, ...] = ()  # outside the layers: as many formats as the survey has, narrowest first
+    instead: dict[str, str] = field(default_factory=dict)  # the survey's format -> the nearest, where the module cannot hold it
 
     @property
     def weights(self) -> int:
         return self.shape[0] * self.shape[1]
+
+    def formats(self, usual: Sequence[str]) -> Sequence[str]:
+        """Return the formats that the module may have, narrowest first: its own, or for each of the survey's what it can hold."""
+        return self.candidates or ([self.at(name) for name in usual] if self.instead else usual)
+
+    def at(self, name: str) -> str:
+        """Return what the module has where all have the format `name`: the nearest that it can hold, outside the layers its widest."""
+        return self.candidates[-1] if self.part else self.instead.get(name, name)
 
 
 @dataclass(frozen=True)
@@ -52,7 +67,9 @@ class ModelInfo:
     context: int  # longest input, tokens
     dtype: str  # of the checkpoint's linear weights, or of most of them
     quantizable_weights: int
-    other_bytes: int  # embeddings, norms, head, biases and all else in the files: they keep their dtypes
+    other_bytes: (
+        int  # all but the linear weights of the decoder layers, in the dtypes of the files: embeddings, norms, head, biases
+    )
     total_bytes: int  # the checkpoint as it is, all tensors
     memory: MemoryShape | str | None = None  # text: why it cannot be told; None: an atlas from before it was recorded
     other_numbers: int | None = None  # that `other_bytes` are; None: of one dtype
@@ -60,7 +77,10 @@ class ModelInfo:
 
 @dataclass(frozen=True)
 class Size:
-    """`code_bits`: bits of the codes alone, per quantized weight. `stored_bits`: all bytes of the quantized modules x 8 / their weights."""
+    """`code_bits`: bits of the codes alone, per quantized weight of the decoder layers. `stored_bits`: all bytes of these weights x 8 / their number.
+
+    `quantized_bytes`: of all quantized modules, embedding and head among them; `total_bytes`: of the whole model.
+    """
 
     code_bits: float
     stored_bits: float

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Protocol
 
 from bitatlas.records import Module, Plan
-from bitatlas.records.formats import FORMATS, LLAMA_CPP, Format
-from bitatlas.records.sizes import unlike_partners
+from bitatlas.records.formats import FORMATS, GROUP_SIZES, LLAMA_CPP, Format, takes
+from bitatlas.records.sizes import EMBEDDING_AND_HEAD, unlike_partners
 
 
 @dataclass(frozen=True)
@@ -26,6 +26,11 @@ def _integer(fmt: Format) -> bool:
     return not fmt.runtime
 
 
+# The modules outside the decoder layers that a file for a runtime can hold in a format of their own. transformers 5.24 does not load a packed embedding
+# (it initializes `Embedding.weight`, which is not there then), so neither a head that is tied to one; vLLM's packed scheme has linear modules of layers.
+EVERY_PART = ("embedding", "head", EMBEDDING_AND_HEAD, "other embedding")
+OUTSIDE = {"transformers": ("head",), "vllm": (), "mlx": EVERY_PART, LLAMA_CPP: EVERY_PART}
+
 RUNTIMES = {
     "vllm": Runtime(lambda fmt: _integer(fmt) and fmt.symmetric, model=True, fused=True),
     "mlx": Runtime(_integer, model=True),
@@ -36,6 +41,24 @@ RUNTIMES = {
     "exllamav3": Runtime(_integer, whole=False),
     LLAMA_CPP: Runtime(lambda fmt: fmt.runtime == LLAMA_CPP, model=True, whole=False),
 }
+
+
+# what llama.cpp takes for rows that blocks of 256 do not divide
+FALLBACKS = {
+    "q2_k": "iq4_nl", "q3_k": "iq4_nl", "iq3_s": "iq4_nl", "iq4_xs": "iq4_nl", "q4_k": "q5_0", "q5_k": "q5_1", "q6_k": "q8_0",
+}  # fmt: skip
+
+
+def nearest_held(name: str, width: int, runtime: str) -> str:
+    """Return the format that a row of `width` has in a runtime's file where others have `name`; `name` itself where nothing else would do."""
+    fmt = FORMATS[name]
+    if fmt.runtime:
+        held = FALLBACKS.get(name, name)
+        return name if takes(fmt, width) or not takes(FORMATS[held], width) else held
+    if runtime in RUNTIMES and RUNTIMES[runtime].whole and width % fmt.group_size:
+        dividing = [size for size in GROUP_SIZES if width % size == 0 and size < fmt.group_size]
+        return replace(fmt, group_size=max(dividing)).name if dividing else name
+    return name
 
 
 def fits(runtime: Runtime, plan: Plan, modules: list[Module]) -> bool:

@@ -19,6 +19,7 @@ SIZE_UNITS = {"": 1, "b": 1} | {
     f"{letter}{infix}b": base**power for power, letter in enumerate("kmgt", start=1) for infix, base in (("", 1000), ("i", 1024))
 }
 FUSED = {"q_proj": "qkv", "k_proj": "qkv", "v_proj": "qkv", "gate_proj": "gate_up", "up_proj": "gate_up"}
+EMBEDDING_AND_HEAD = "embedding and head"  # part of a module: one weight for both
 RANGE_DIGITS = 4  # significant digits of a possible range
 DTYPE_BYTES = {"float64": 8, "float32": 4, "float16": 2, "bfloat16": 2, "float8_e4m3fn": 1, "float8_e5m2": 1}
 
@@ -31,6 +32,15 @@ class Unit:
     modules: tuple[Module, ...]
     layer: int
     weights: int
+
+    @property
+    def part(self) -> str:
+        """Return what part of the model it is, outside the decoder layers; "" within them."""
+        return self.modules[0].part if self.modules else ""
+
+    def formats(self, usual: Sequence[str]) -> Sequence[str]:
+        """Return the formats that the unit may have, narrowest first: its own, or the survey's."""
+        return self.modules[0].formats(usual) if self.modules else usual
 
 
 def units_of(modules: Sequence[Module]) -> list[Unit]:
@@ -59,33 +69,61 @@ def unlike_partners(plan: Plan) -> tuple[str, str, str, str] | None:
 
 
 def assignment_of(units: Sequence[Unit], formats: Sequence[str], choice: NDArray[np.integer]) -> dict[str, str]:
-    """Return module name -> format name. choice: [units], each unit's index into `formats`."""
-    return {module.name: formats[int(k)] for unit, k in zip(units, choice, strict=True) for module in unit.modules}
+    """Return module name -> format name. choice: [units], each unit's index into its formats: `formats`, or its modules' own candidates."""
+    return {
+        module.name: module.formats(formats)[int(k)] for unit, k in zip(units, choice, strict=True) for module in unit.modules
+    }
+
+
+def uniform(modules: Iterable[Module], name: str) -> dict[str, str]:
+    """Return the assignment of one format to all decoder layers, or of the nearest that a module can hold; outside them of the widest candidate."""
+    return {module.name: module.at(name) for module in modules}
+
+
+def inner(modules: Iterable[Module]) -> list[Module]:
+    """Return the modules that are in decoder layers."""
+    return [module for module in modules if not module.part]
+
+
+def candidates_of(modules: Iterable[Module], formats: Sequence[str]) -> list[tuple[str, str]]:
+    """Return every (module, format) that a plan may choose."""
+    return [(module.name, name) for module in modules for name in dict.fromkeys(module.formats(formats))]
+
+
+def outside_bytes(modules: Iterable[Module], info: ModelInfo) -> int:
+    """Return what the modules outside the decoder layers take in the checkpoint, which `other_bytes` holds too."""
+    return sum(kept_bytes(module, info.dtype) for module in modules if module.part)
 
 
 def size_of(modules: Sequence[Module], assignment: dict[str, str], info: ModelInfo) -> Size:
     """Return the exact size of a plan. Modules not in `assignment` stay as the checkpoint stores them and count in `total_bytes` alone.
 
-    With nothing assigned both averages are the stored width of the modules' weights, in the mean.
+    With nothing assigned in the decoder layers both averages are the stored width of their weights, in the mean.
     Raises UserError where the assignment names a module that the checkpoint lacks, or an unknown format.
     """
     unknown = sorted(set(assignment) - {module.name for module in modules})
     if unknown:
         raise UserError(f"the plan names {len(unknown)} modules that the checkpoint lacks, for example {unknown[0]!r}")
-    weights = code_bits = quantized_bytes = unquantized_bytes = 0
+    weights = code_bits = in_layers = unquantized_bytes = outside = 0
+    other = info.other_bytes
     for module in modules:
         if module.name not in assignment:
-            unquantized_bytes += kept_bytes(module, info.dtype)
+            unquantized_bytes += 0 if module.part else kept_bytes(module, info.dtype)
             continue
         fmt = get_format(assignment[module.name])
+        if module.part:
+            other -= kept_bytes(module, info.dtype)
+            outside += stored_bytes(module.shape, fmt)
+            continue
         weights += module.weights
         code_bits += module.weights * fmt.bits
-        quantized_bytes += stored_bytes(module.shape, fmt)
-    total = info.other_bytes + quantized_bytes + unquantized_bytes
+        in_layers += stored_bytes(module.shape, fmt)
+    total = other + in_layers + outside + unquantized_bytes
     if not weights:
-        width = 8 * unquantized_bytes / sum(module.weights for module in modules) if modules else 8.0 * dtype_bytes(info.dtype)
-        return Size(width, width, 0, total)
-    return Size(code_bits / weights, 8 * quantized_bytes / weights, quantized_bytes, total)
+        whole = sum(module.weights for module in inner(modules))
+        width = 8 * unquantized_bytes / whole if whole else 8.0 * dtype_bytes(info.dtype)
+        return Size(width, width, outside, total)
+    return Size(code_bits / weights, 8 * in_layers / weights, in_layers + outside, total)
 
 
 def parse_size(text: str, flag: str = "--size") -> int:
@@ -134,10 +172,10 @@ def rounded_up(value: Fraction, digits: int) -> str:
 
 def check_rows(modules: Iterable[Module], formats: Iterable[str], flag: str = "--formats") -> None:
     """Refuse formats that rows do not fit: UserError with `flag`, the first such module and the nearest format that takes its rows."""
-    table = [get_format(name) for name in formats]
+    names = list(formats)
     for module in modules:
         width = module.shape[1]
-        for fmt in table:
+        for fmt in map(get_format, module.formats(names)):
             if takes(fmt, width):
                 continue
             able = [other for other in FORMATS.values() if other.runtime == fmt.runtime and takes(other, width)]

@@ -271,8 +271,9 @@ def steps_of(atlas: Atlas) -> Steps | None:
     if not {f"uniform:{atlas.low}", f"uniform:{atlas.high}"} <= set(atlas.unit_damage) & set(atlas.base_damage):
         return None
     subject = problem_of(atlas)
-    formats, units = list(subject.formats), subject.units
-    table = scores_of(atlas).tables["mean of both"]  # [units, formats], nats/token
+    formats, every = list(subject.formats), subject.units
+    units = [unit for unit in every if not unit.part]
+    table = scores_of(atlas).tables["mean of both"][[not unit.part for unit in every]]  # [units, formats], nats/token
     sizes = {unit.name: [sum(atlas.module_bytes[m.name][name] for m in unit.modules) for name in formats] for unit in units}
     steps = {
         unit.name: [

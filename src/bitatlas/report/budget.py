@@ -17,8 +17,10 @@ from markupsafe import Markup
 from bitatlas.plan.budget import activation_bytes, cache_bytes, workload_of
 from bitatlas.records import Atlas, Budget, Module, Plan, PlanDamage, PlanModel, Uniform
 from bitatlas.records.files import plan_place, to_json
+from bitatlas.records.formats import FORMATS
 from bitatlas.records.plan import MemoryShape
 from bitatlas.records.runtimes import RUNTIMES, fits
+from bitatlas.records.sizes import uniform as uniform_of
 from bitatlas.records.text import byte_size, interval, number, percent, with_fewer_rows
 from bitatlas.report import advice, facts
 from bitatlas.report.charts import charts, heat
@@ -69,12 +71,13 @@ def stops(atlas: Atlas) -> list[Stop]:
 
 
 def _uniform_plan(atlas: Atlas, own: Plan, uniform: Uniform) -> Plan:
-    """Return the plan with every module at one format."""
+    """Return the plan with every layer at one format."""
+    modules = uniform_of((module for module in atlas.modules if module.name in own.modules), uniform.format)
     return Plan(
         PlanModel(atlas.model.name, atlas.model.revision, atlas.model.weights_sha256),
-        {uniform.format: atlas.formats[uniform.format]},
+        {name: FORMATS[name] for name in dict.fromkeys(modules.values())},
         atlas.quantizer,
-        dict.fromkeys(own.modules, uniform.format),
+        modules,
         Budget("size", float(uniform.size.total_bytes)),
         uniform.size,
         PlanDamage(None, uniform.damage),
@@ -95,7 +98,7 @@ def _stop(atlas: Atlas, plan: Plan, name: str, place: str, kept: bool, point: st
         kept=kept,
         point=point,
         size=byte_size(plan.size.total_bytes),
-        facts=_facts(plan),
+        facts=_facts(atlas, plan),
         verdict=advice.plan_verdict(with_plan) if compared else alone,
         tasks=_tasks(atlas, precision),
         wide=charts.baselines(with_plan, HALF) if compared else None,
@@ -104,12 +107,12 @@ def _stop(atlas: Atlas, plan: Plan, name: str, place: str, kept: bool, point: st
     )
 
 
-def _facts(plan: Plan) -> list[tuple[str, str, str]]:
+def _facts(atlas: Atlas, plan: Plan) -> list[tuple[str, str, str]]:
     size, damage = plan.size, plan.damage.measured
     rests = f"{damage.n} {damage.rows} rows" if damage else ""
     bits = f"{number(size.code_bits, 2)} code bits, {number(size.stored_bits, 2)} stored bits"
     result = [
-        ("Size of the whole model", byte_size(size.total_bytes), bits),
+        ("Size of the whole model", byte_size(size.total_bytes), f"{bits}; {facts.parts_text(atlas, plan)}"),
         ("Damage", facts.mean_text(damage), f"{facts.ends_text(damage)}; {rests}"),
     ]
     rules = [baseline for baseline in plan.baselines if not baseline.is_random]

@@ -25,9 +25,11 @@ from bitatlas.records import (
     WeightProfile,
     Zone,
 )
-from bitatlas.records.formats import by_width
-from bitatlas.records.text import NOT_MEASURED, interval, listed, named_layers, number, p_is, percent, runs
+from bitatlas.records.formats import by_width, stored_bytes
+from bitatlas.records.sizes import inner, kept_bytes
+from bitatlas.records.text import NOT_MEASURED, byte_size, interval, listed, named_layers, number, p_is, percent, runs
 
+LAYERS, OTHERS = "decoder layers", "everything else"  # parts of a file, beside embedding and head
 SHOWN_LAYERS = 8  # of a drawing with one box a layer; the tables list all
 OUTSIDE = " (not in --formats)"  # ends the name of a uniform baseline whose format the plan could not choose
 
@@ -216,6 +218,41 @@ def mean_bits(plan: Plan | None, modules: Iterable[Module]) -> float | None:
             bits += module.weights * plan.formats[name].bits
             weights += module.weights
     return bits / weights if weights else None
+
+
+@dataclass(frozen=True)
+class Part:
+    """A part of the file: bytes in the checkpoint and in a plan, and the formats that the plan gives it."""
+
+    name: str
+    before: int
+    after: int
+    formats: str
+
+
+def file_parts(atlas: Atlas, plan: Plan) -> list[Part]:
+    """Return the parts of the file, which add up to the whole: decoder layers, embedding and head, and all that no plan touches."""
+    groups: dict[str, list[Module]] = {LAYERS: inner(atlas.modules)}
+    for module in atlas.modules:
+        if module.part:
+            groups.setdefault(module.part, []).append(module)
+    parts = []
+    for name, modules in groups.items():
+        given = [plan.modules.get(module.name) for module in modules]
+        after = sum(
+            stored_bytes(module.shape, plan.formats[fmt]) if fmt else kept_bytes(module, atlas.model.dtype)
+            for module, fmt in zip(modules, given, strict=True)
+        )
+        before = sum(kept_bytes(module, atlas.model.dtype) for module in modules)
+        formats = sorted({fmt or atlas.model.dtype for fmt in given})
+        parts.append(Part(name, before, after, formats[0] if len(formats) == 1 else "mixed"))
+    other = atlas.model.total_bytes - sum(part.before for part in parts)
+    return [*parts, Part(OTHERS, other, plan.size.total_bytes - sum(part.after for part in parts), "as in the checkpoint")]
+
+
+def parts_text(atlas: Atlas, plan: Plan) -> str:
+    """Return what the parts of the file take in a plan."""
+    return ", ".join(f"{part.name} {byte_size(part.after)}" for part in file_parts(atlas, plan) if part.after)
 
 
 def plan_bits(atlas: Atlas, layer: int) -> float | None:

@@ -45,6 +45,7 @@ def tables(atlas: Atlas) -> list[Table]:
         unit_table,
         interaction_table,
         plan_table,
+        file_table,
         prediction_table,
         task_table,
         pair_table,
@@ -80,9 +81,27 @@ def uniform_damage(atlas: Atlas) -> Table:
         ]
         for u in atlas.uniform
     ]
-    note = f"Every module at one format. Damage: {basis(u.damage for u in atlas.uniform)}."
+    note = f"Every module of the decoder layers at one format, embedding and head at the widest of theirs. Damage: {basis(u.damage for u in atlas.uniform)}."
     head = ["Format", "Code bits", "Stored bits", "Quantized modules", "Whole model", "Damage, nats/token"]
     return Table("uniform", "Uniform damage", note, head, rows)
+
+
+def file_table(atlas: Atlas) -> Table:
+    """Make the table of what the parts of the file take, as it is and in the plan."""
+    head = ["Part", "Formats in the plan", "In the checkpoint", "Of the file", "In the plan", "Of the file"]
+    if atlas.plan is None:
+        return Table("file", "What the file is made of", "", head, empty="No plan was made.")
+    parts = facts.file_parts(atlas, atlas.plan)
+    before, after = (sum(bytes_of) for bytes_of in zip(*((part.before, part.after) for part in parts), strict=True))
+    rows = [
+        [
+            part.name, part.formats, byte_size(part.before), percent(part.before / before), byte_size(part.after),
+            percent(part.after / after),
+        ]
+        for part in parts
+    ]  # fmt: skip
+    note = "Without headers. Everything else is what no plan touches: norms, biases, and what the runtime reads in no other form."
+    return Table("file", "What the file is made of", note, head, rows)
 
 
 def evidence(record: Layer | UnitDamage | KindDamage) -> list[str]:

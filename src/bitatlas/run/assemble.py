@@ -14,11 +14,11 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from bitatlas.findings.conclude import DamageEvidence, Evidence, conclude
-from bitatlas.measure.screens import PairScreen, UnitScreen, uniform
-from bitatlas.records import Atlas, Uniform, UnitInteractions, UnitPair
+from bitatlas.measure.screens import PairScreen, UnitScreen
+from bitatlas.records import Atlas, Module, Uniform, UnitInteractions, UnitPair
 from bitatlas.records.files import all_or_none, drop_other_plans, to_json, write_plans, write_text, writing
-from bitatlas.records.formats import stored_bytes
-from bitatlas.records.sizes import size_of
+from bitatlas.records.formats import FORMATS, stored_bytes
+from bitatlas.records.sizes import size_of, uniform
 from bitatlas.report.html import write_reports
 from bitatlas.run.prepare import Session
 from bitatlas.stats.bootstrap import measured
@@ -53,7 +53,7 @@ def assemble(session: Session, evidence: Evidence, screens: Screens) -> Atlas:
         low=settings.low,
         tokens=session.rows.info,
         modules=modules,
-        module_bytes={m.name: {name: stored_bytes(m.shape, fmt) for name, fmt in formats.items()} for m in modules},
+        module_bytes={m.name: _bytes_by_format(m, list(formats)) for m in modules},
         unit_damage=screens.units.damage,
         base_damage=screens.units.base,
         uniform=screens.uniform,
@@ -66,6 +66,12 @@ def assemble(session: Session, evidence: Evidence, screens: Screens) -> Atlas:
         **vars(evidence.plan),
         **vars(conclusions),
     )
+
+
+def _bytes_by_format(module: Module, formats: Sequence[str]) -> dict[str, int]:
+    """Return a module's bytes by the names of the survey's formats, outside the layers by those of its own."""
+    names = {name: name for name in module.candidates} if module.part else {name: module.at(name) for name in formats}
+    return {name: stored_bytes(module.shape, FORMATS[held]) for name, held in names.items()}
 
 
 def interactions_of(session: Session, pairs: PairScreen | None) -> UnitInteractions | None:

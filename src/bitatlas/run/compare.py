@@ -19,7 +19,7 @@ from bitatlas.data.tasks import chance_level, check_task_names, load_items
 from bitatlas.data.texts import read_documents
 from bitatlas.errors import UserError
 from bitatlas.export.card import atlas_beside
-from bitatlas.export.packed import check_fits, check_package
+from bitatlas.export.packed import check_package, fitted
 from bitatlas.export.trial import open_packed
 from bitatlas.measure.damage import kl_per_row
 from bitatlas.measure.tasks import right_of, score_items, with_norms
@@ -122,7 +122,7 @@ def _open_plan(plan_file: Path, other: str, device: str) -> tuple[Any, Any]:
                 "it is; compare it with its checkpoint, or leave it in its survey's folder"
             )
         checkpoint = open_checkpoint(str(atlas.settings["model"]), plan.model.revision, fuse=False)
-    check_fits(plan, checkpoint)
+    checkpoint = fitted(plan, checkpoint)
     check_finite(checkpoint)
     decoder = checkpoint.load_model(device)
     weights = bank_of_plan(plan, plan_file, decoder, list(plan.modules)).weights(plan.modules)

@@ -16,6 +16,7 @@ from bitatlas.errors import UserError
 # These repeat what the registries have: asking those imports torch, two seconds a key press.
 QUANTIZER_NAMES = ("rtn", "gptq", "hqq", "autoround", "llama.cpp")
 RUNTIME_NAMES = ("vllm", "mlx", "torchao", "llm-compressor", "gptqmodel", "autoround", "exllamav3", "llama.cpp")
+RUNTIME_TARGETS = ("transformers", "vllm", "mlx", "llama.cpp")
 
 StrPath = str | PathLike[str]
 RowCounts = tuple[int, int, int]
@@ -170,6 +171,24 @@ class Candidates:
             "Default: int{2,3,4}_g64 (the demo: _g128).",
             parse=split_names,
             values=format_names,
+        ),
+    ] = None
+    runtime: Annotated[
+        str | None,
+        Option(
+            "What the file is for: transformers, vllm, mlx, llama.cpp. It decides whether embedding and head are planned, too. "
+            "Default: transformers; llama.cpp for its formats.",
+            ("--for",),
+            values=lambda: RUNTIME_TARGETS,
+        ),
+    ] = None
+    embedding_formats: Annotated[
+        Sequence[str] | None,
+        Option(
+            "Candidate formats of embedding and head, at most as many as --formats; none: they stay as they are. "
+            "Default: those of --formats but the narrowest, and 8 bits.",
+            parse=split_names,
+            values=lambda: (*format_names(), "none"),
         ),
     ] = None
     quantizer: Annotated[

@@ -20,7 +20,7 @@ from bitatlas.plan.knapsack import Floats, Ints
 from bitatlas.plan.refine import Change, Probe, step_text
 from bitatlas.plan.search import MeasureDamage, PlannerHooks, Scores
 from bitatlas.records import Atlas
-from bitatlas.records.sizes import assignment_of
+from bitatlas.records.sizes import Unit, assignment_of, inner, uniform
 from bitatlas.records.text import number
 from bitatlas.run.effort import PRICED_ROWS, SCALED_ROWS
 from bitatlas.run.prepare import Session
@@ -62,7 +62,9 @@ def probe(session: Session) -> Probe:
     units, formats = subject.units, subject.formats
 
     def swaps(base: Ints, changes: Sequence[Change], split: str) -> Interactions:
-        single = [Swap(units[u].layer, {module.name: formats[f] for module in units[u].modules}) for u, f in changes]
+        single = [
+            Swap(units[u].layer, {module.name: module.formats(formats)[f] for module in units[u].modules}) for u, f in changes
+        ]
         with session.reporter.stage(f"{len(single)} swaps around a plan ({split} rows)") as progress:
             return swap_interactions(meter, assignment_of(units, formats, base), single, rows[split], subject.seed, progress)
 
@@ -71,7 +73,7 @@ def probe(session: Session) -> Probe:
         fit, select = (meter.plans(named, part) for part in (rows["fit"], session.rows.select))
         return {name: float(np.concatenate([fit[name], select[name]]).mean()) for name in plans}
 
-    return Probe(swaps, damage)
+    return Probe(swaps, damage, [index for index, unit in enumerate(units) if unit.part])
 
 
 def first_hooks(session: Session) -> PlannerHooks:
@@ -79,24 +81,47 @@ def first_hooks(session: Session) -> PlannerHooks:
     settings, subject = session.settings, session.subject
     with session.reporter.stage("pricing every unit in every format") as progress:
         rows = session.rows.select[:PRICED_ROWS]
-        prices = price_units(session.meter, subject.modules, settings.formats, rows, settings.seed, progress)
+        prices = price_units(session.meter, inner(subject.modules), settings.formats, rows, settings.seed, progress)
     release_free_memory()
     return PlannerHooks(_price_scores(session, prices), on_select(session))
 
 
+def _outside_damage(session: Session, units: Sequence[Unit]) -> Floats:
+    """Return the damage of each unit outside the layers in each of its formats, alone: float64 [units, formats], nats/token.
+
+    Measured, not priced: these are few, and the change of an embedding is felt at two ends.
+    """
+    rows, formats = session.rows.select[:SCALED_ROWS], session.settings.formats
+    plans = {
+        f"{unit.name} {name}": {module.name: name for module in unit.modules} for unit in units for name in unit.formats(formats)
+    }
+    with session.reporter.stage("embedding and head in every format") as progress:
+        damage = session.meter.plans(plans, rows, progress)
+    return np.array([[damage[f"{unit.name} {name}"].mean() for name in unit.formats(formats)] for unit in units])
+
+
 def _price_scores(session: Session, prices: Floats) -> Scores:
-    """Return the prices [units, formats] as damage: times the factor by which uniform widths do more than the sum of their prices."""
-    formats, rows = session.settings.formats, session.rows.select[:SCALED_ROWS]
-    plans = {name: np.full(len(prices), index) for index, name in enumerate(formats)}
-    damage = session.meter.plans(session.assignments(plans), rows)
+    """Return the prices [units in layers, formats] as damage: times the factor by which uniform widths do more than the sum of their prices.
+
+    Units outside the layers have their measured damage.
+    """
+    formats, rows, subject = session.settings.formats, session.rows.select[:SCALED_ROWS], session.subject
+    layers = inner(subject.modules)
+    damage = session.meter.plans({name: uniform(layers, name) for name in formats}, rows)
     measured = np.array([damage[name].mean() for name in formats])
     factor = float(np.exp(np.log(measured.clip(LEAST) / prices.sum(axis=0).clip(LEAST)).mean()))
     session.reporter.say(f"uniform widths do {number(factor)} times the damage of their prices' sum")
-    return Scores({"prices": factor * (prices - prices[:, -1:])}, float(measured[-1]), SOURCE)
+    outside = [unit for unit in subject.units if unit.part]
+    beside = _outside_damage(session, outside) if outside else np.zeros((0, len(formats)))
+    rows_of = iter(factor * prices), iter(beside)
+    table = np.array([next(rows_of[bool(unit.part)]) for unit in subject.units])
+    return Scores({"prices": table - table[:, -1:]}, float(measured[-1] + beside[:, -1].sum()), SOURCE)
 
 
 def layers_by_score(session: Session, scores: Scores) -> list[int]:
     """Return the layers, that with the most damage for its weights first, as far as the scores know."""
     (table,) = scores.tables.values()
-    damage = np.bincount([unit.layer for unit in session.subject.units], table[:, 0])
+    units = session.subject.units
+    inside = [index for index, unit in enumerate(units) if not unit.part]
+    damage = np.bincount([units[index].layer for index in inside], table[inside, 0])
     return most_critical_first(session.subject.modules, damage)

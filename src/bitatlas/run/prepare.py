@@ -6,6 +6,7 @@ only then the folder and its journal, and last the weights, read once for NaN.
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, fields, replace
@@ -36,12 +37,13 @@ from bitatlas.progress import Reporter
 from bitatlas.quantize import get_quantizer
 from bitatlas.quantize.bank import BANK, Bank, disk_bytes
 from bitatlas.records import Atlas, Budget
+from bitatlas.records.formats import FORMATS, stored_bytes
 from bitatlas.records.journal import Journal
-from bitatlas.records.sizes import assignment_of, check_rows, size_of
+from bitatlas.records.sizes import assignment_of, check_rows, inner, kept_bytes, size_of, uniform
 from bitatlas.records.text import byte_size, number
 from bitatlas.run.effort import EFFORTS, Effort, settle_effort
 from bitatlas.run.options import SurveyOptions
-from bitatlas.run.settings import Settings, check_device
+from bitatlas.run.settings import Settings, check_device, held_modules, outside_modules, widest_of
 
 OUTPUT_BYTES = 64 * 2**20  # journal, tables and reports of a large model
 
@@ -103,8 +105,8 @@ class Session(Opened):
 
     def choice(self, assignment: Mapping[str, str]) -> np.ndarray:
         """Return the choice of a plan, module -> format: int64 [units], the index of a unit's format."""
-        subject = self.subject
-        return np.array([subject.formats.index(assignment[unit.modules[0].name]) for unit in subject.units])
+        subject, first = self.subject, [unit.modules[0] for unit in self.subject.units]
+        return np.array([list(module.formats(subject.formats)).index(assignment[module.name]) for module in first])
 
     def measure(
         self, plans: Mapping[str, Mapping[str, str]], split: str, rows: Sequence[int] | None = None
@@ -149,6 +151,8 @@ def open_model(settings: Settings, out: Path, resume: bool, reporter: Reporter, 
     device = check_device(settings.device)
     with reporter.stage("opening the checkpoint"):
         checkpoint = open_checkpoint(settings.model, settings.revision, settings.fuse)
+        checkpoint = replace(checkpoint, modules=held_modules(settings, checkpoint.modules))
+        checkpoint = checkpoint.planning(outside_modules(settings, checkpoint.outer))
         check_rows(checkpoint.modules, settings.formats)
         workload = settings.budget.workload
         settings = replace(settings, budget=resolve_budget(settings.budget, checkpoint.info))
@@ -156,6 +160,8 @@ def open_model(settings: Settings, out: Path, resume: bool, reporter: Reporter, 
         if workload and workload.context is None and settings.budget.workload:
             reporter.say(default_context_text(settings.budget.workload))
         reporter.say(sizes_text(checkpoint, settings.formats))
+        for line in [*instead_lines(checkpoint), *outside_lines(checkpoint, settings)]:
+            reporter.say(line)
         for note in checkpoint.notes:
             reporter.say(note)
         _check_folder(out, resume, checkpoint, settings.formats)
@@ -182,9 +188,11 @@ def open_model(settings: Settings, out: Path, resume: bool, reporter: Reporter, 
 def load_mode_of(settings: Settings, checkpoint: Checkpoint, device: str, out: Path) -> LoadMode:
     """Return how the model is loaded, by what was asked for and what is there; UserError where neither is possible."""
     dtype, formats, rows = settings.torch_dtype(device), len(settings.formats), sum(settings.rows)
-    info, modules, vocabulary = checkpoint.info, checkpoint.modules, checkpoint.vocabulary
-    tasks = bool(settings.tasks)
-    need = estimate_memory(info, modules, vocabulary, rows, settings.row_length, formats, dtype, device, tasks)
+    info, modules, vocabulary = checkpoint.info, inner(checkpoint.modules), checkpoint.vocabulary
+    outside = max((module.weights for module in checkpoint.modules if module.part), default=0)
+    need = estimate_memory(
+        info, modules, vocabulary, rows, settings.row_length, formats, dtype, device, bool(settings.tasks), outside
+    )
     load_mode = choose_load_mode(need, settings.memory_bytes, device, out)
     if load_mode.streamed and get_quantizer(settings.quantizer).needs_all:
         raise UserError(
@@ -222,13 +230,41 @@ def rows_and_items(settings: Settings, checkpoint: Checkpoint, tokenizer: Any) -
 def sizes_text(checkpoint: Checkpoint, formats: Sequence[str]) -> str:
     """Return what there is to quantize, and the exact size of the whole model at every uniform format."""
     modules, info = checkpoint.modules, checkpoint.info
-    sizes = {name: size_of(modules, {m.name: name for m in modules}, info) for name in formats}
+    sizes = {name: size_of(modules, uniform(modules, name), info) for name in formats}
     texts = [f"{name} {byte_size(size.total_bytes)} ({number(size.stored_bits)} stored bits)" for name, size in sizes.items()]
     return (
         f"{info.name}: {info.layers} layers, {len(modules)} modules in {len({m.unit for m in modules})} units, "
         f"{info.quantizable_weights:,} weights; {byte_size(info.total_bytes)} as it is, {'; '.join(texts)}; "
         f"quantized weights on disk: up to {byte_size(disk_bytes(modules, formats))}"
     )
+
+
+def instead_lines(checkpoint: Checkpoint) -> list[str]:
+    """Return a line for each length of rows that have other formats than were asked for."""
+    counts = Counter((module.shape[1], tuple(module.instead.items())) for module in checkpoint.modules if module.instead)
+    return [
+        f"rows of {width} ({count} modules): {', '.join(f'{other} in the place of {name}' for name, other in instead)}"
+        for (width, instead), count in counts.items()
+    ]
+
+
+def outside_lines(checkpoint: Checkpoint, settings: Settings) -> list[str]:
+    """Return a line for each module outside the decoder layers: what it may become, or that it stays as it is, and why."""
+    info, planned = checkpoint.info, {module.name: module for module in checkpoint.modules if module.part}
+    lines = []
+    for module in checkpoint.outer:
+        kept = kept_bytes(module, info.dtype)
+        share = f"{module.part} ({module.name}), {kept / info.total_bytes:.0%} of the file"
+        if module.name in planned:
+            sizes = {name: stored_bytes(module.shape, FORMATS[name]) for name in planned[module.name].candidates}
+            lines.append(f"{share}, {byte_size(kept)}: {', '.join(f'{name} {byte_size(size)}' for name, size in sizes.items())}")
+        elif settings.embedding_formats == ():
+            lines.append(f"{share}: stays as it is, {byte_size(kept)}")
+        else:
+            lines.append(
+                f"{share}: stays as it is, {byte_size(kept)}, since {settings.runtime} reads none in other formats (--for)"
+            )
+    return lines
 
 
 def _documents(settings: Settings, spare: TaskItems) -> tuple[str, list[str]]:
@@ -256,7 +292,9 @@ def _check_folder(out: Path, resume: bool, checkpoint: Checkpoint, formats: Sequ
         _open_journal(out, checkpoint).close()
     with _folder_errors(out):
         free = free_bytes(out.absolute())
-    needed = OUTPUT_BYTES + disk_bytes(checkpoint.modules, [*formats, formats[-1]])  # a uniform width outside may be asked for
+    needed = OUTPUT_BYTES + disk_bytes(
+        checkpoint.modules, [*formats, widest_of(formats)]
+    )  # a uniform width outside may be asked for
     if free < needed:
         raise UserError(f"--out {out}: only {free // 2**20} MiB free on that disk; about {needed // 2**20} MiB are needed")
 
@@ -322,6 +360,7 @@ def reopen(folder: Path, atlas: Atlas, model_name: str | None, device: str | Non
     device = check_device(settings.device)
     with reporter.stage("opening the checkpoint"):
         checkpoint = open_checkpoint(settings.model, settings.revision, settings.fuse)
+        checkpoint = replace(checkpoint, modules=list(atlas.modules))
         if checkpoint.info.weights_sha256 != atlas.model.weights_sha256:
             raise UserError(f"{settings.model}: these are not the weights that {folder} is a survey of ({atlas.model.name})")
         rows = rows_of_survey(atlas, checkpoint)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import re
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 from typing import Any
@@ -14,8 +14,9 @@ import bitatlas.data as demo
 from bitatlas.data.tasks import check_task_names
 from bitatlas.errors import UserError
 from bitatlas.plan.budget import workload_of
-from bitatlas.records import Budget
-from bitatlas.records.formats import FORMATS, Format, by_width, get_format
+from bitatlas.records import Budget, Module
+from bitatlas.records.formats import FORMATS, Format, by_width, get_format, takes
+from bitatlas.records.runtimes import OUTSIDE, nearest_held
 from bitatlas.records.sizes import parse_size
 from bitatlas.records.text import given
 from bitatlas.run.options import BudgetOptions, SurveyOptions, check_seed, parse_rows
@@ -57,6 +58,10 @@ class Settings:
     margin_points: float  # of "no loss within x points"
     curve: bool  # a few verified plans at other sizes
     few_shot: int  # examples with their answers before each question
+    runtime: str  # that the file is for, a key of `runtimes.OUTSIDE`
+    embedding_formats: (
+        tuple[str, ...] | None
+    )  # candidates of embedding and head; (): they stay as they are; None: those that follow from `formats`
     time_seconds: float | None = None  # that the survey may take; None: as long as the nominal effort takes
     effort: str | None = None  # how much is measured, a key of `effort.EFFORTS`; None: not settled yet
 
@@ -72,6 +77,8 @@ class Settings:
             "effort": None,
             "margin_points": parse_points(options.margin, "--margin"),
             "formats": (formats := parse_formats(usual_formats if options.formats is None else options.formats)),
+            "runtime": parse_runtime(options.runtime, formats),
+            "embedding_formats": parse_embedding_formats(options.embedding_formats, formats),
             "quantizer": default_quantizer(formats) if options.quantizer is None else options.quantizer,
             "tasks": tuple(check_task_names(usual_tasks if options.tasks is None else options.tasks)),
             "budget": budget or default_budget(formats),
@@ -146,6 +153,54 @@ def parse_formats(names: Sequence[str]) -> tuple[str, ...]:
     if not known:
         raise UserError(TOO_FEW_FORMATS)
     return tuple(by_width(known))
+
+
+def parse_runtime(name: str | None, formats: Sequence[str]) -> str:
+    """Return the runtime of --for, the usual one of the formats without a name; UserError for an unknown one."""
+    if name is None:
+        return FORMATS[formats[0]].runtime or "transformers"
+    if name not in OUTSIDE:
+        raise UserError(f"--for {name}: unknown; one of {', '.join(OUTSIDE)}")
+    return name
+
+
+def parse_embedding_formats(names: Sequence[str] | None, formats: Sequence[str]) -> tuple[str, ...] | None:
+    """Return the candidates of embedding and head, narrowest first; UserError for more of them than formats."""
+    if names is None or list(names) == ["none"]:
+        return None if names is None else ()
+    known = by_width([get_format(name).name for name in dict.fromkeys(names)])
+    if len(known) > len(formats):
+        raise UserError(f"--embedding-formats: {len(known)} formats; give at most as many as --formats has ({len(formats)})")
+    return tuple(known)
+
+
+def outside_modules(settings: Settings, outer: Iterable[Module]) -> list[Module]:
+    """Return the modules outside the decoder layers that are planned, with their candidates: as many as there are formats, the widest repeated."""
+    usual = (*settings.formats[1:], widest_of(settings.formats))
+    planned = []
+    for module in outer if settings.embedding_formats != () else ():
+        width = module.shape[1]
+        held = (nearest_held(name, width, settings.runtime) for name in settings.embedding_formats or usual)
+        names = by_width([name for name in dict.fromkeys(held) if takes(FORMATS[name], width)])
+        if module.part in OUTSIDE[settings.runtime] and names:
+            padding = (names[-1],) * (len(settings.formats) - len(names))
+            planned.append(replace(module, candidates=(*names, *padding)))
+    return planned
+
+
+def held_modules(settings: Settings, modules: Iterable[Module]) -> list[Module]:
+    """Return the modules of decoder layers, each with what it holds in the place of a format that its rows or the runtime do not take."""
+    held = []
+    for module in modules:
+        names = {name: nearest_held(name, module.shape[1], settings.runtime) for name in settings.formats}
+        held.append(replace(module, instead={name: other for name, other in names.items() if other != name}))
+    return held
+
+
+def widest_of(formats: Sequence[str]) -> str:
+    """Return the format of 8 bits that is like the widest of `formats`."""
+    widest = FORMATS[formats[-1]]
+    return "q8_0" if widest.runtime else replace(widest, bits=8).name
 
 
 def default_quantizer(formats: Sequence[str]) -> str:

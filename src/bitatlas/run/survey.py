@@ -40,7 +40,6 @@ from bitatlas.measure.screens import (
     screen_text,
     screen_uniform,
     screen_units,
-    uniform,
 )
 from bitatlas.measure.tasks import right_of, with_norms
 from bitatlas.measure.weights import weight_profile
@@ -53,6 +52,7 @@ from bitatlas.progress import Reporter
 from bitatlas.records import Atlas, Calibration, CurvePoint, JointDamage, Plan, WeightProfile
 from bitatlas.records.files import to_json, write_text
 from bitatlas.records.journal import content_key
+from bitatlas.records.sizes import candidates_of, inner, uniform
 from bitatlas.records.text import interval
 from bitatlas.report.html import progress_html
 from bitatlas.run.assemble import Screens, assemble, tables_of, uniform_records, write_outputs
@@ -84,7 +84,7 @@ def _opened(settings: Settings, out: Path, resume: bool, reporter: Reporter, ray
             scheduler.configure(session)
         check_protected(session)
         with reporter.stage(f"quantizing ({settings.quantizer})") as progress:
-            session.bank.fill(settings.formats, progress)
+            session.bank.ready(candidates_of(session.checkpoint.modules, settings.formats), progress)
         reporter.passed("quantizing")
         release_free_memory()
         yield session
@@ -158,13 +158,13 @@ def profile_weights(session: Session) -> list[WeightProfile]:
     """Profile every module's weights, one at a time."""
     profiles = []
     adapter = TypeAdapter(WeightProfile)
-    modules, formats = session.checkpoint.modules, session.settings.formats
+    modules, formats = inner(session.checkpoint.modules), session.settings.formats
     with session.reporter.stage("weights") as progress:
         for done, module in enumerate(modules, start=1):
-            key = content_key("weights", session.meter.identity, module.name, list(formats))
+            key = content_key("weights", session.meter.identity, module.name, list(module.formats(formats)))
             value = session.journal.get(key)
             if value is None:
-                quantized = {name: session.bank.codes(module.name, name).weight() for name in formats}
+                quantized = {name: session.bank.codes(module.name, module.at(name)).weight() for name in formats}
                 value = asdict(weight_profile(module, session.bank.reference(module.name), quantized))
                 session.journal.put(key, "weights", value)
             profiles.append(adapter.validate_python(value))
@@ -197,7 +197,7 @@ def screen_damage(session: Session) -> Screens:
     joint = lowered_together(session, layers)
     units = screen_units(session.meter, modules, settings.formats, session.rows.fit[: effort.unit_rows], reporter, settings.seed)
     reporter.passed("units")
-    damage = DamageEvidence(layers, modules, kinds, unit_rows(session, units), orders.models if orders else 0, joint)
+    damage = DamageEvidence(layers, inner(modules), kinds, unit_rows(session, units), orders.models if orders else 0, joint)
     return Screens(damage, widths, records, units)
 
 
@@ -211,7 +211,7 @@ def part_rows(
 ) -> LayerRows:
     """Return the damage of each `part` ("layer", "kind" or "unit") as findings read it, on as many rows as it was measured on."""
     weights: Counter[str] = Counter()
-    for module in session.checkpoint.modules:
+    for module in inner(session.checkpoint.modules):
         weights[str(getattr(module, part))] += module.weights
     high, low, rows = session.settings.high, session.settings.low, screen.lowered.shape[1]
     return LayerRows(
@@ -224,7 +224,9 @@ def unit_rows(session: Session, units: UnitScreen) -> LayerRows:
     """Return the damage of the units moved between the two bases, on the fit rows."""
     high, low = session.settings.high, session.settings.low
     at_high, at_low = units.by_row[f"uniform:{high}"], units.by_row[f"uniform:{low}"]
-    lowered, raised = [rows[low] for rows in at_high.values()], [rows[high] for rows in at_low.values()]
+    names = {module.unit for module in inner(session.checkpoint.modules)}
+    lowered = [rows[low] for unit, rows in at_high.items() if unit in names]
+    raised = [rows[high] for unit, rows in at_low.items() if unit in names]
     bases = {name: units.base_by_row[f"uniform:{name}"] for name in (high, low)}
     screen = LayerScreen(np.stack(lowered), np.stack(raised))
     return part_rows(session, "unit", bases, screen, "fit", session.rows.blocks("fit"))
@@ -236,7 +238,8 @@ def lowered_together(session: Session, layers: LayerRows) -> JointDamage | None:
     low, high = settings.low, settings.high
 
     def added(lowered: Sequence[int]) -> np.ndarray:
-        plans = {"high": uniform(modules, high), "low": {m.name: low if m.layer in lowered else high for m in modules}}
+        at_high = uniform(modules, high)
+        plans = {"high": at_high, "low": at_high | {m.name: low for m in inner(modules) if m.layer in lowered}}
         damage = session.measure(plans, "select")
         return damage["low"] - damage["high"]
 
@@ -250,7 +253,7 @@ def lowered_together(session: Session, layers: LayerRows) -> JointDamage | None:
 
 def read_attention(session: Session) -> AttentionEvidence:
     """Read attention at the reference and at both uniform ends, and remove heads by role from the reference, where heads were read."""
-    settings, modules = session.settings, session.checkpoint.modules
+    settings, modules = session.settings, inner(session.checkpoint.modules)
     bases: dict[str, dict[str, str]] = {"reference": {}}  # -> module -> format
     bases |= {f"uniform:{name}": uniform(modules, name) for name in (settings.high, settings.low)}
     results = [profile_attention(session, base, assignment) for base, assignment in bases.items()]
@@ -280,7 +283,7 @@ def profile_attention(session: Session, base: str, assignment: Mapping[str, str]
         value = session.journal.get(key)
         if value is None:
             result = attention_profile(
-                session.decoder, session.tokenizer, session.checkpoint.modules, AttentionTexts(rows, problems, blocks), base=base,
+                session.decoder, session.tokenizer, inner(session.checkpoint.modules), AttentionTexts(rows, problems, blocks), base=base,
                 changed=session.bank.weights(assignment) if assignment else None, seed=seed, progress=progress,
             )  # fmt: skip
             value = asdict(result)
@@ -303,7 +306,7 @@ def find_plan(session: Session, screens: Screens, first: Plan | None) -> PlanEvi
     """Find the plan under the budget, with the first one as a start, judge it on the test rows, and verify a few plans at other sizes and its prediction."""
     settings, subject, units = session.settings, session.subject, screens.units
     names = [unit.name for unit in subject.units]
-    hooks = planner_hooks(session, damage_tables(names, settings.formats, units.damage, units.base))
+    hooks = planner_hooks(session, damage_tables(names, settings.formats, units.damage, units.base, subject.outside))
     most_critical = most_critical_first(subject.modules, screens.damage.layers.values.mean(axis=0))
     if settings.budget.protect:
         judged = protect_plan(session, hooks, most_critical)

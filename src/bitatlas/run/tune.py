@@ -20,7 +20,7 @@ from bitatlas.data.rows import Rows, fit_pool, rows_sha256
 from bitatlas.data.texts import read_documents
 from bitatlas.errors import UserError
 from bitatlas.export.card import atlas_beside
-from bitatlas.export.packed import Applied, apply_plan, check_fits, check_package
+from bitatlas.export.packed import Applied, apply_plan, check_package, fitted
 from bitatlas.measure.damage import DamageMeter
 from bitatlas.measure.machine import LIBRARIES_BYTES, LOGIT_ARRAYS, available_bytes, use_threads
 from bitatlas.model.checkpoint import Checkpoint, check_finite, open_checkpoint
@@ -36,6 +36,7 @@ from bitatlas.quantize.tune import BYTES_A_WEIGHT, STATE_BYTES, STEP_ROWS, VERSI
 from bitatlas.records import Baseline, Measured, Module, Plan, PlanDamage
 from bitatlas.records.files import read_record, to_json, write_text
 from bitatlas.records.journal import Journal, content_key
+from bitatlas.records.sizes import inner
 from bitatlas.records.text import byte_size, duration, given_size, interval, number
 from bitatlas.run.options import ApplyOptions, TuneOptions, check_seed
 from bitatlas.run.prepare import fit_pool_of_survey
@@ -118,7 +119,7 @@ def _open(plan_file: Path, options: TuneOptions, reporter: Reporter) -> _Opened:
     _check(plan, plan_file)
     with reporter.stage("opening the checkpoint"):
         checkpoint = open_checkpoint(str(options.model), plan.model.revision, fuse=False)
-        check_fits(plan, checkpoint)
+        checkpoint = fitted(plan, checkpoint)
         rows = rows_for(plan_file, checkpoint, options)
         pool = _fit_rows(plan_file, checkpoint, rows, options)
         need = _memory_need(plan, checkpoint, rows.info.row_length, len(pool), device)
@@ -165,12 +166,13 @@ class _Need:
 def _memory_need(plan: Plan, checkpoint: Checkpoint, row_length: int, rows: int, device: str) -> _Need:
     """Return what tuning takes: all weights three times, or those of one layer; what a step keeps; what is kept of the reference's rows."""
     info = checkpoint.info
-    planned = [module for module in checkpoint.modules if module.name in plan.modules]
+    planned = [module for module in inner(checkpoint.modules) if module.name in plan.modules]
+    outside = sum(4 * module.weights for module in checkpoint.modules if module.part)
     layers = [[module for module in planned if module.layer == layer] for layer in sorted({m.layer for m in planned})]
     others = 4 * info.other_numbers if info.other_numbers else info.other_bytes
     tokens, width = STEP_ROWS * row_length, checkpoint.modules[0].shape[1]
     process = psutil.Process().memory_info().rss if device == "cpu" else 0
-    base = process + LIBRARIES_BYTES + others + 4 * (rows + SELECT_ROWS) * row_length * width
+    base = process + LIBRARIES_BYTES + others + outside + 4 * (rows + SELECT_ROWS) * row_length * width
 
     def kept(modules: Sequence[Module], attention_layers: int) -> int:
         """Bytes of what a pass through the modules leaves for the way back."""
@@ -217,14 +219,16 @@ def _tuner(opened: _Opened, options: TuneOptions, seconds: float, reporter: Repo
         assert isinstance(codes, Codes)  # `_check` has refused others
         return codes
 
-    codes = LazyMapping(plan.modules, codes_of)
+    outside = [module.name for module in opened.checkpoint.modules if module.part]
+    codes = LazyMapping([name for name in plan.modules if name not in outside], codes_of)
+    beside = opened.bank.weights({name: plan.modules[name] for name in outside})
     bits = {name: plan.formats[fmt].bits for name, fmt in plan.modules.items()}
     tuning = Tuning(opened.pool, opened.rows.select[:SELECT_ROWS], options.steps or 0, opened.seed)
     streamed = opened.decoder.stream is not None  # another order of sums, so other bytes
     key = content_key(
         plan.codes, plan.modules, rows_sha256(tuning.rows), rows_sha256(tuning.select), tuning.seed, VERSION, streamed
     )[:12]
-    tuner = Tuner(opened.decoder, codes, bits, tuning, name=f"tuning-{key}")
+    tuner = Tuner(opened.decoder, codes, bits, tuning, name=f"tuning-{key}", beside=beside)
     begun = _interrupted_steps(opened, tuner.name)
     if begun and options.steps in (None, begun):
         reporter.say(f"going on with a run of {begun} steps that was interrupted")
@@ -257,6 +261,7 @@ def _finished(opened: _Opened, tuner: Tuner, result: Tuned, reporter: Reporter) 
     identity = f"{bank.identity}{TUNED}{content_key(tuner.name)[:12]}"
     new = Bank(opened.decoder, list(plan.modules), plan.quantizer, plan.formats, None, opened.banks, sha, identity)
     new.put(result.codes, plan.modules)
+    new.put({name: bank.codes(name, plan.modules[name]) for name in plan.modules if name not in result.codes}, plan.modules)
     nats = []
     for name, of_plan in (("not tuned", bank), ("tuned", new)):
         meter = DamageMeter(opened.decoder, of_plan, sha, of_plan.identity, Journal(None))

@@ -25,7 +25,7 @@ from bitatlas.export.card import VERIFIED, atlas_beside, evidence_beside
 from bitatlas.export.gguf.names import weight_names
 from bitatlas.export.gguf.run import LlamaSession, open_gguf
 from bitatlas.export.gguf.write import PLAN_KEY
-from bitatlas.export.packed import blueprint_of, card_of, check_fits, check_package, promised_disk_bytes
+from bitatlas.export.packed import blueprint_of, card_of, check_package, fitted, promised_disk_bytes
 from bitatlas.export.trial import open_packed
 from bitatlas.measure.damage import DamageMeter, kl_per_row
 from bitatlas.measure.machine import use_threads
@@ -139,7 +139,7 @@ def verify_plan(options: VerifyOptions) -> Verification:
 
 def _open_planned(plan: Plan, plan_file: Path, options: VerifyOptions) -> tuple[Checkpoint, Rows]:
     checkpoint = open_checkpoint(str(options.model), plan.model.revision, fuse=False)
-    check_fits(plan, checkpoint)
+    checkpoint = fitted(plan, checkpoint)
     return checkpoint, rows_for(plan_file, checkpoint, options)
 
 

@@ -203,7 +203,7 @@ def _logits_without(
             jobs = [Job(heads[0][0], _removal(decoder, heads, count)) for heads in group if heads]
             finals = iter(follow(decoder, recorded, jobs))
             for heads in group:
-                yield heads, logits_of(decoder, ids, next(finals)[0] if heads else recorded.final[0])
+                yield heads, logits_of(decoder, ids, next(finals).final[0] if heads else recorded.final[0])
 
 
 def _removal(decoder: Decoder, heads: Heads, count: dict[int, int]) -> Callable[[int], AbstractContextManager[None]]:

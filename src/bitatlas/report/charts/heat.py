@@ -18,6 +18,7 @@ from scipy.cluster.hierarchy import leaves_list, linkage
 from scipy.spatial.distance import squareform
 
 from bitatlas.records import Atlas, AttentionHead, HeadMap, Module, Plan, UnitInteractions
+from bitatlas.records.sizes import inner
 from bitatlas.records.text import NOT_MEASURED, interval, number
 from bitatlas.report import facts
 from bitatlas.report.advice import Steps, steps_of
@@ -159,10 +160,11 @@ class _Grid:
     """Cells of layers x kinds: layers across on a wide page, down on a narrow one."""
 
     def __init__(self, atlas: Atlas, width: int) -> None:
-        self.layers = sorted({m.layer for m in atlas.modules})
-        self.kinds = list(dict.fromkeys(m.kind for m in atlas.modules))
+        modules = inner(atlas.modules)
+        self.layers = sorted({m.layer for m in modules})
+        self.kinds = list(dict.fromkeys(m.kind for m in modules))
         self.members: dict[tuple[int, str], list[Module]] = {}
-        for module in atlas.modules:
+        for module in modules:
             self.members.setdefault((module.layer, module.kind), []).append(module)
         self.across = width >= 500
         rows, columns = len(self.kinds), len(self.layers)
