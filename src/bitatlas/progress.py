@@ -9,7 +9,7 @@ Left out: look-alike letters of other alphabets.
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -32,6 +32,7 @@ class Reporter:
         self.console = console or SafeConsole(stderr=True, quiet=quiet)
         self.start = time.monotonic()
         self.results: dict[str, str] = {}  # of the run so far, by name
+        self.only: Sequence[str] | None = None  # the stages of a run that ends early; None: all
         self._expected: dict[str, float] = {}  # seconds of the stages to come
         self._pace = [0.0, 0.0]  # seconds taken, and expected, of those that are done
         self._last = self.start

@@ -79,6 +79,23 @@ def test_uniform_is_the_widest_that_fits(limit, widest):
     assert choice.tolist() == [widest, widest]
 
 
+def with_head(weights: list[int]) -> list[Unit]:
+    """Units of two layers, and a head behind them."""
+    head = Module("head", 2, "head", (1, 8), "head", part="head", candidates=("int3_g64", "int4_g64", "int8_g64"))
+    return [*units_with([0, 1], weights), Unit("head", (head,), 2, 8)]
+
+
+@pytest.mark.parametrize(("limit", "layers", "head"), [(40, 0, 0), (45, 0, 1), (50, 1, 0), (55, 1, 1), (60, 2, 0), (95, 2, 2)])
+def test_one_width_in_the_layers_comes_before_a_wider_head(limit: int, layers: int, head: int):
+    cost = np.array([[10, 15, 20], [10, 15, 20], [20, 25, 55]])
+    plans = dict(baselines(with_head([5, 5]), cost, limit, formats=["int2_g64", "int3_g64", "int4_g64"]))
+    (name,) = [name for name in plans if name.startswith("uniform")]
+    assert plans[name].tolist() == [layers, layers, head]
+    for choice in plans.values():
+        assert cost[np.arange(3), choice].sum() <= limit
+    assert plans["first layers high"][2] == plans["last layers high"][2]  # no layer
+
+
 def test_cheapest_and_dearest_are_found_wherever_they_stand():
     units = units_with([0, 1], [1, 1])
     plans = dict(baselines(units, np.array([[4, 2, 3], [4, 2, 3]]), 6))

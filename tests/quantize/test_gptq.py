@@ -208,6 +208,16 @@ def test_one_cholesky_an_input_for_all_its_modules_and_formats(tiny_llama: Path,
         assert torch.equal(codes.codes, found[name][0].codes) and torch.equal(codes.scale, found[name][0].scale)
 
 
+def test_rows_in_parts_are_rows_in_one_go(tiny_llama: Path, monkeypatch: pytest.MonkeyPatch):
+    names, decoder, rows = opened(tiny_llama)
+    whole = dict(gptq.quantize(decoder, dict.fromkeys(names[-2:], CANDIDATES), rows))
+    monkeypatch.setattr(gptq, "MOST_ROWS", 32)  # parts of 8
+    for name, of_formats in gptq.quantize(decoder, dict.fromkeys(names[-2:], CANDIDATES), rows):
+        for codes, before in zip(of_formats, whole[name], strict=True):
+            assert codes.codes.shape == before.codes.shape and codes.group_size == before.group_size
+            assert (codes.weight() != before.weight()).float().mean() < 0.01  # ties, by the order of sums
+
+
 def test_modules_come_one_by_one(tiny_llama: Path):
     names, decoder, rows = opened(tiny_llama)
     stream = gptq.quantize(decoder, dict.fromkeys(names, CANDIDATES), rows)

@@ -101,6 +101,36 @@ def mlx_file_holds_the_plan(folder: Path, plan: Plan, atlas: Atlas) -> None:
     assert tensors == plan.size.total_bytes + scales
 
 
+def test_a_planned_head_is_packed_and_loads(untied: Path, text: Path, tmp_path: Path, capsys, monkeypatch):
+    """In the default, for transformers: logits of the written folder are the plan's, and its promise is kept, to the byte."""
+    out = tmp_path / "out"
+    plan, _ = survey(capsys, monkeypatch, untied, text, out, "--size", "140kB", "--no-refine", "--no-curve")
+    assert "lm_head" in plan.modules and "model.embed_tokens" not in plan.modules
+    code, _, error = run(capsys, monkeypatch, "apply", untied, out / "plan.json", "--out", out / "packed")
+    assert code == 0, error
+    with safe_open(next((out / "packed").glob("*.safetensors")), "pt") as reader:
+        assert "lm_head.weight_packed" in set(reader.keys())
+    code, printed, error = run(capsys, monkeypatch, "verify", untied, out / "packed", "--quiet")
+    assert code == 0, printed + error
+
+
+def test_a_plan_with_an_embedding_is_tuned_and_applied(tiny_llama: Path, text: Path, tmp_path: Path, capsys, monkeypatch):
+    """Tuning starts from the embedding's codes and leaves them; transformers reads it whole, with the plan's values."""
+    out = tmp_path / "out"
+    plan, _ = survey(capsys, monkeypatch, tiny_llama, text, out, "--for", "mlx", "--size", "70kB", "--no-refine", "--no-curve")
+    code, printed, error = run(capsys, monkeypatch, "tune", tiny_llama, out / "plan.json", "--steps", "8", "--quiet")
+    assert code == 0, error
+    tuned = read_record(out / "plan-tuned.json", Plan)
+    assert tuned.modules == plan.modules and tuned.size == plan.size
+    assert tuned.damage.measured.mean < tuned.baselines[0].damage.mean == pytest.approx(plan.damage.measured.mean, rel=1e-4)
+    assert verify_plan(VerifyOptions(tiny_llama, out / "plan-tuned.json", quiet=True)).kept
+    code, printed, error = run(capsys, monkeypatch, "apply", tiny_llama, out / "plan-tuned.json", "--out", out / "packed")
+    assert code == 0, error
+    assert "Written whole, since transformers reads them before it unpacks any: model.embed_tokens" in printed + error
+    code, printed, error = run(capsys, monkeypatch, "verify", tiny_llama, out / "packed", "--quiet")
+    assert code == 0, printed + error
+
+
 def test_what_stays_as_it_is_is_said_with_its_bytes(
     tiny_llama: Path, untied: Path, text: Path, tmp_path: Path, capsys, monkeypatch
 ):

@@ -17,7 +17,7 @@ from typing import Any
 import psutil
 import torch
 import transformers
-from torch import Tensor, nn
+from torch import Tensor
 from transformers import AutoModelForCausalLM
 
 from bitatlas.errors import UserError
@@ -130,7 +130,7 @@ def _expected(checkpoint: Checkpoint, plan: Plan, plan_file: Path, whole: Mappin
     for name, format_name in plan.modules.items():
         weight = bank_of_plan(plan, plan_file, decoder, [name]).codes(name, format_name).weight()
         held = weight.to(whole.get(name, weight.dtype)).float()
-        decoder.model.get_submodule(name).weight = nn.Parameter(held, requires_grad=False)
+        decoder.model.get_submodule(name).weight.data = held  # of a head that is tied, too
     logits = _logits(decoder.model, checkpoint)
     if not bool(torch.isfinite(logits).all()):
         raise UserError("nothing was written: with the plan's weights the model's logits are not finite")

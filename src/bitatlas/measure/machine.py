@@ -211,8 +211,8 @@ def estimate_memory(
         LOGIT_ARRAYS * min(4 * tokens * vocabulary, most + 4 * batch * vocabulary) for most in (LOGIT_BYTES, LEAST_LOGITS)
     )
     changes = (formats * layer + (formats + 2) * largest) * size + 16 * largest
-    # made of its codes in front of the layers and behind them, beside what choosing the codes takes
-    changes = max(changes + 2 * outside_weights * size, 16 * outside_weights)
+    # outside the layers: made of its codes at either end, twice where a base is measured around it, with a step of making it
+    changes += 5 * outside_weights * size + 8 * outside_weights
     loading = info.total_bytes  # the stored bytes, mapped, beside the converted ones; layer by layer one tensor is there twice
     base = (psutil.Process().memory_info().rss + LIBRARIES_BYTES) if device == "cpu" else 2**29
     fixed = base + outside + TASK_BYTES * tasks

@@ -59,9 +59,10 @@ def baselines(
     if least > limit:
         raise UserError(f"the budget of {limit} is below {least}, the cheapest format everywhere")
     beside = _outside_column(cost[outside], limit - int(totals[low]))
-    totals = totals + int(cost[outside, beside].sum())
-    fitting = np.flatnonzero(totals <= limit)
+    # one width in the layers comes first, then what is left for the others
+    fitting = np.flatnonzero(totals + int(cost[outside].min(axis=1).sum()) <= limit)
     widest = int(fitting[totals[fitting] == totals[fitting].max()][-1])
+    beside_widest = _outside_column(cost[outside], limit - int(totals[widest]))
     layers = sorted({unit.layer for unit in inner_units(units)})
     start = np.where(outside, beside, low)
 
@@ -69,7 +70,7 @@ def baselines(
         return _layers_high(units, cost, limit, start, high, order)
 
     plans = [
-        (UNIFORM if formats is None else f"{UNIFORM} {formats[widest]}", np.where(outside, beside, widest)),
+        (UNIFORM if formats is None else f"{UNIFORM} {formats[widest]}", np.where(outside, beside_widest, widest)),
         (FIRST_HIGH, layers_high(layers)),
         (LAST_HIGH, layers_high(layers[::-1])),
     ]

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from importlib.util import find_spec
 
@@ -43,6 +43,12 @@ class Codes:
         """Return the weight that these codes stand for, [out, in]."""
         scale, zero = (by_input(values, self.group_size, self.codes.shape[1]) for values in (self.scale, self.zero))
         return self.codes.float().sub_(zero).mul_(scale).to(dtype)
+
+
+def joined(parts: Sequence[Codes]) -> Codes:
+    """Return the codes whose output rows are those of `parts`, one after the other."""
+    codes, scale, zero = (torch.cat(tensors) for tensors in zip(*((p.codes, p.scale, p.zero) for p in parts), strict=True))
+    return Codes(codes, scale, zero, parts[0].group_size)
 
 
 def by_input(values: Tensor, size: int, width: int) -> Tensor:

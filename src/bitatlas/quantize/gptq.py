@@ -32,7 +32,7 @@ from torch import Tensor
 from bitatlas.errors import UserError
 from bitatlas.model.decoder import Decoder
 from bitatlas.quantize import rtn
-from bitatlas.quantize.codes import LARGEST_SCALE, SMALLEST_SCALE, Codes, compile_loops
+from bitatlas.quantize.codes import LARGEST_SCALE, SMALLEST_SCALE, Codes, compile_loops, joined
 from bitatlas.quantize.moments import module_moments, to_float64
 from bitatlas.records.formats import Format
 
@@ -40,6 +40,7 @@ DAMPING = 0.01  # of the mean diagonal; the paper's
 LEAF = 32  # columns that are rounded one after the other before their errors go into a matrix product
 LEAF_ROWS = 256  # output rows that a compiled loop takes together
 REFIT_ROWS = 512  # output rows whose products stay in a cache
+MOST_ROWS = 2**15  # output rows that are fitted in one go
 SWEEPS = 3  # over a row's scales
 LAST = 8  # an eighth of the inputs is enough to tell that nearly all of rtn's rows cost more
 CLOSE = 1e-3  # relative: more than float32 sums are off by
@@ -71,8 +72,16 @@ def _quantize(decoder: Decoder, formats: Mapping[str, Sequence[Format]], rows: T
         for name in (name for name in moments.names if name in formats):
             weight = decoder.weight(name)
             # Where float64 had to go elsewhere, the codes are chosen there too.
-            codes = fit_all(weight.to(factor.hessian.device).float(), formats[name], factor)
+            codes = _fit_rows(weight.to(factor.hessian.device).float(), formats[name], factor)
             yield name, [of_format.to(weight.device) for of_format in codes]
+
+
+def _fit_rows(weight: Tensor, formats: Sequence[Format], factor: CholeskyFactor) -> list[Codes]:
+    """Return what `fit_all` does, a vocabulary's rows a part at a time: each takes about forty bytes while it is fitted."""
+    if len(weight) <= MOST_ROWS:
+        return fit_all(weight, formats, factor)
+    parts = [fit_all(part, formats, factor) for part in weight.split(MOST_ROWS // 4)]
+    return [joined(of_format) for of_format in zip(*parts, strict=True)]
 
 
 def factorize(hessian: Tensor, act_order: bool = True) -> CholeskyFactor:

@@ -41,11 +41,11 @@ from bitatlas.model.streaming import LazyMapping
 from bitatlas.quantize.bank import load_checked, save_checked
 from bitatlas.quantize.codes import LARGEST_SCALE, SMALLEST_SCALE, Codes
 
-VERSION = 2  # raised whenever the same steps give other codes
+VERSION = 3  # raised whenever the same steps give other codes
 STEP_ROWS = 2
 MARKS = 4
 WARM_UP = 0.05  # of the steps
-RATE = 0.02  # how far a step moves the outermost code of a group, in steps of the grid: a wider format's scales change less
+RATE = 0.01  # how far a step moves the outermost code of a group, in steps of the grid: a wider format's scales change less
 MOMENTUM, SQUARES = 0.9, 0.99
 MOST_CHANGE = 0.5  # of a scale, relative
 TINY = 1e-20

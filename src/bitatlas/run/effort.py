@@ -190,6 +190,7 @@ def settle_effort(
             reporter.say(f"{count} items of each task fit into --time")
     for task, of_task in items.items():
         stages[task] = precisions * answer[task] * min(len(of_task), settings.limit or len(of_task))
+    stages = {name: seconds for name, seconds in stages.items() if reporter.only is None or name in reporter.only}
     reporter.say(time_table(stages, effort, shape))
     reporter.expect(stages)
     return settings

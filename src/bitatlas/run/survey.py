@@ -118,6 +118,7 @@ def run_draft(settings: Settings, out: Path, resume: bool, reporter: Reporter, r
     """Find, judge and write the first plan alone; returns it."""
     if settings.budget.protect:
         raise UserError("--draft --protect: whether a task is held takes the survey's answers; give a size, or leave --draft out")
+    reporter.only = ("quantizing", "first plan", "its verdict")
     with _opened(settings, out, resume, reporter, ray) as session:
         plan = find_first_plan(session)
         assert plan
