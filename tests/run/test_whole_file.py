@@ -112,6 +112,14 @@ def test_a_planned_head_is_packed_and_loads(untied: Path, text: Path, tmp_path: 
         assert "lm_head.weight_packed" in set(reader.keys())
     code, printed, error = run(capsys, monkeypatch, "verify", untied, out / "packed", "--quiet")
     assert code == 0, printed + error
+    code, _, error = run(capsys, monkeypatch, "export", out / "plan.json", "--to", "torchao", "--out", out / "torchao")
+    assert code == 2 and not (out / "torchao").exists()
+    assert error == (
+        "bitatlas: --to torchao: the plan quantizes lm_head (head), which stays as it is there: make the plan in a survey with --for torchao\n"
+    )
+    assert "--to mlx" in (out / "report.html").read_text(encoding="utf-8") and "--to torchao" not in (
+        out / "report.html"
+    ).read_text(encoding="utf-8")
 
 
 def test_a_plan_with_an_embedding_is_tuned_and_applied(tiny_llama: Path, text: Path, tmp_path: Path, capsys, monkeypatch):
@@ -160,7 +168,10 @@ def test_own_candidates_and_none(tiny_llama: Path, text: Path, tmp_path: Path, c
 def test_one_line_for_what_cannot_be(tiny_llama: Path, text: Path, tmp_path: Path, capsys, monkeypatch):
     command = ["survey", tiny_llama, "--tokens", text, *ROWS, "--formats", "int2_g32,int4_g32", "--out", tmp_path / "out"]
     cases = [
-        (["--for", "mxl"], "--for mxl: unknown; one of transformers, vllm, mlx, llama.cpp"),
+        (
+            ["--for", "mxl"],
+            "--for mxl: unknown; one of transformers, vllm, mlx, torchao, llm-compressor, gptqmodel, autoround, exllamav3, llama.cpp",
+        ),
         (
             ["--embedding-formats", "int4_g32,int8_g32,int3_g32"],
             "--embedding-formats: 3 formats; give at most as many as --formats has (2)",

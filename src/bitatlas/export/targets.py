@@ -22,7 +22,7 @@ from bitatlas.progress import Reporter
 from bitatlas.records import Module, Plan
 from bitatlas.records.files import read_record, to_json, write_text
 from bitatlas.records.formats import GROUP_SIZES, Format
-from bitatlas.records.runtimes import Integers
+from bitatlas.records.runtimes import OUTSIDE, Integers
 from bitatlas.records.sizes import unlike_partners
 
 # --- vLLM: the packed checkpoint of `apply`, refused where vLLM cannot be expected to run it ----------------------------
@@ -91,6 +91,7 @@ def export_plan(plan_file: Path, target_name: str, out: Path, model_name: str | 
             checkpoint = fitted(plan, checkpoint)
     modules = _modules(plan, plan_file, checkpoint)
     job = Job(plan, plan_file, checkpoint, modules, reporter, model_name or "")
+    _check_outside(target, job)
     _check_rows(target, job)
     _check_fused(target, plan)
     notes = (
@@ -119,6 +120,16 @@ def _check_format(target: Target, module: str, name: str, fmt: Format) -> None:
             f"--to {target.name}: {module} has the format {name}, which {target.name} cannot hold; "
             f"the nearest that it can is {target.holds.nearest(fmt)}"
         )
+
+
+def _check_outside(target: Target, job: Job) -> None:
+    """Refuse an embedding or a head that the target's files can hold only as it is."""
+    for module in job.modules:
+        if module.part and module.name in job.formats and module.part not in OUTSIDE[target.name]:
+            raise UserError(
+                f"--to {target.name}: the plan quantizes {module.name} ({module.part}), which stays as it is there: "
+                f"make the plan in a survey with --for {target.name}"
+            )
 
 
 def _check_rows(target: Target, job: Job) -> None:

@@ -14,33 +14,36 @@ from bitatlas.records.sizes import EMBEDDING_AND_HEAD, unlike_partners
 
 @dataclass(frozen=True)
 class Runtime:
-    """`holds`: whether it has a format; `model`: the command must be given the checkpoint; `whole`: groups must divide rows; `fused`: q/k/v alike."""
+    """`holds`: whether it has a format; `model`: the command must be given the checkpoint; `whole`: groups must divide rows; `fused`: q/k/v alike.
+
+    outside: parts outside the decoder layers that its files can hold in a format of their own.
+    """
 
     holds: Callable[[Format], bool]
     model: bool = False
     whole: bool = True
     fused: bool = False
+    outside: tuple[str, ...] = ()
 
 
 def _integer(fmt: Format) -> bool:
     return not fmt.runtime
 
 
-# The modules outside the decoder layers that a file for a runtime can hold in a format of their own. transformers 5.24 does not load a packed embedding
-# (it initializes `Embedding.weight`, which is not there then), so neither a head that is tied to one; vLLM's packed scheme has linear modules of layers.
 EVERY_PART = ("embedding", "head", EMBEDDING_AND_HEAD, "other embedding")
-OUTSIDE = {"transformers": ("head",), "vllm": (), "mlx": EVERY_PART, LLAMA_CPP: EVERY_PART}
-
 RUNTIMES = {
     "vllm": Runtime(lambda fmt: _integer(fmt) and fmt.symmetric, model=True, fused=True),
-    "mlx": Runtime(_integer, model=True),
+    "mlx": Runtime(_integer, model=True, outside=EVERY_PART),
     "torchao": Runtime(_integer),
     "llm-compressor": Runtime(_integer),
     "gptqmodel": Runtime(_integer),
     "autoround": Runtime(lambda fmt: _integer(fmt) and (fmt.bits < 8 or fmt.symmetric)),
     "exllamav3": Runtime(_integer, whole=False),
-    LLAMA_CPP: Runtime(lambda fmt: fmt.runtime == LLAMA_CPP, model=True, whole=False),
+    LLAMA_CPP: Runtime(lambda fmt: fmt.runtime == LLAMA_CPP, model=True, whole=False, outside=EVERY_PART),
 }
+# What a survey may be for, with the parts that are planned then. transformers 5.24 does not load a packed embedding (it initializes `Embedding.weight`,
+# which is not there then), so neither a head that is tied to one.
+OUTSIDE = {"transformers": ("head",)} | {name: runtime.outside for name, runtime in RUNTIMES.items()}
 
 
 # what llama.cpp takes for rows that blocks of 256 do not divide
@@ -64,7 +67,7 @@ def nearest_held(name: str, width: int, runtime: str) -> str:
 def fits(runtime: Runtime, plan: Plan, modules: list[Module]) -> bool:
     """Return whether a runtime has all formats of a plan, for the rows of these modules."""
     used = [(module, plan.formats[plan.modules[module.name]]) for module in modules if module.name in plan.modules]
-    if not used or not all(runtime.holds(fmt) for _, fmt in used):
+    if not used or not all(runtime.holds(fmt) and (not m.part or m.part in runtime.outside) for m, fmt in used):
         return False
     if runtime.whole and any(module.shape[1] % fmt.group_size for module, fmt in used):
         return False

@@ -16,7 +16,6 @@ from bitatlas.errors import UserError
 # These repeat what the registries have: asking those imports torch, two seconds a key press.
 QUANTIZER_NAMES = ("rtn", "gptq", "hqq", "autoround", "llama.cpp")
 RUNTIME_NAMES = ("vllm", "mlx", "torchao", "llm-compressor", "gptqmodel", "autoround", "exllamav3", "llama.cpp")
-RUNTIME_TARGETS = ("transformers", "vllm", "mlx", "llama.cpp")
 
 StrPath = str | PathLike[str]
 RowCounts = tuple[int, int, int]
@@ -176,10 +175,10 @@ class Candidates:
     runtime: Annotated[
         str | None,
         Option(
-            "What the file is for: transformers, vllm, mlx, llama.cpp. It decides whether embedding and head are planned, too. "
+            "What the file is for: transformers, vllm, mlx, llama.cpp, ... (as in export --to). It decides whether embedding and head are planned, too. "
             "Default: transformers; llama.cpp for its formats.",
             ("--for",),
-            values=lambda: RUNTIME_TARGETS,
+            values=lambda: ("transformers", *RUNTIME_NAMES),
         ),
     ] = None
     embedding_formats: Annotated[
