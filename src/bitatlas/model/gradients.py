@@ -148,14 +148,16 @@ def _front_calls(
     with torch.enable_grad(), _watched(decoder, FRONT, names) as outputs:
         start = layer_inputs(decoder, recorded.ids[number])
         leaving = {HIDDEN: start.hidden, **_tensors(start.fresh())}
-        keys = [key for key in leaving if key in gradients and leaving[key].requires_grad]
-        new: Sequence[Tensor | None] = [None] * len(outputs)
-        if keys and outputs:
-            arrived = [gradients[key] for key in keys]
-            new = torch.autograd.grad(
-                [leaving[key] for key in keys], [output for *_, output in outputs], arrived, allow_unused=True
-            )
+        new = _sent_on(leaving, gradients, [output for *_, output in outputs])
     return _calls(outputs, new)
+
+
+def _sent_on(leaving: Gradients, arriving: Gradients, asked: Sequence[Tensor]) -> Sequence[Tensor | None]:
+    """Return the gradients with respect to `asked` of what arrives at the tensors `leaving`, None where nothing does."""
+    keys = [key for key, tensor in leaving.items() if key in arriving and tensor.requires_grad]
+    if not keys or not asked:
+        return [None] * len(asked)
+    return torch.autograd.grad([leaving[key] for key in keys], asked, [arriving[key] for key in keys], allow_unused=True)
 
 
 def _whole_calls(decoder: Decoder, stage: int, names: Sequence[str], batch: Tensor, seed: int) -> list[ModuleCall]:
@@ -187,12 +189,7 @@ def send_back(
     with torch.enable_grad():
         output = run_layer(decoder.layers[index], leaf, start.call(index, shared))
         leaving = {HIDDEN: output, **{key: t for key, t in _tensors(shared).items() if t is not before.get(key)}}
-        keys = [key for key, tensor in leaving.items() if key in arriving and tensor.requires_grad]
-        asked = [*entering.values(), *more]
-        arrived = [arriving[key] for key in keys]
-        new: Sequence[Tensor | None] = [None] * len(asked)
-        if keys:
-            new = torch.autograd.grad([leaving[key] for key in keys], asked, arrived, allow_unused=True)
+        new = _sent_on(leaving, arriving, [*entering.values(), *more])
     gradients[number] = {key: gradient for key, gradient in zip(entering, new, strict=False) if gradient is not None}
     return list(new[len(entering) :])
 
