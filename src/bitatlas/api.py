@@ -20,11 +20,13 @@ from bitatlas.records.text import byte_size, interval, number, with_fewer_rows
 from bitatlas.run.options import ApplyOptions, BudgetOptions, CompareOptions, StrPath, SurveyOptions, VerifyOptions
 
 if TYPE_CHECKING:
+    import torch
+
     from bitatlas.export.packed import Applied
     from bitatlas.run.compare import Comparison
     from bitatlas.run.verify import Verification
 
-__all__ = ["Atlas", "Plan", "apply", "compare", "survey", "verify"]
+__all__ = ["Atlas", "Plan", "apply", "compare", "load_packed", "survey", "verify"]
 P = ParamSpec("P")
 Options = TypeVar("Options")
 Result = TypeVar("Result")
@@ -136,6 +138,18 @@ def apply(options: ApplyOptions) -> Applied:
     from bitatlas.run.tune import apply_tuned
 
     return apply_tuned(options)[0]
+
+
+def load_packed(folder: StrPath, device: str = "cpu", dtype: torch.dtype | None = None) -> Any:
+    """Open a folder that `apply` wrote as a model of transformers, its weights unpacked in `dtype` (None: float32).
+
+    Any plan's, also with what transformers alone does not load: packed embeddings, experts in several formats, GPT-2's transposed layers.
+    """
+    import torch
+
+    from bitatlas.export import trial
+
+    return trial.load_packed(Path(folder), device, dtype or torch.float32)
 
 
 @taking(VerifyOptions)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib
 import json
+import re
 from dataclasses import replace
 from pathlib import Path
 
@@ -19,6 +20,7 @@ from bitatlas.errors import UserError
 from bitatlas.export import conversion
 from bitatlas.export import trial as packed
 from bitatlas.export.targets import export_plan
+from bitatlas.model import tensor_files
 from bitatlas.model.checkpoint import open_checkpoint
 from bitatlas.model.tensor_files import rules_of
 from bitatlas.records.files import to_json
@@ -26,6 +28,7 @@ from bitatlas.run.options import VerifyOptions
 from bitatlas.run.verify import verify_plan
 from packing import LOGITS, QUIET, applied, check_bytes, largest_difference, make_plan
 from tiny import make_checkpoint
+from tiny_shapes import MIXTURES, build
 
 stage = importlib.import_module("bitatlas.export.packed")
 PLAN = ("int2_g32", "int4_g32_sym")
@@ -87,7 +90,7 @@ def stored(folder: Path) -> dict[str, torch.Tensor]:
 def test_experts_come_in_the_form_that_transformers_loads(family: str, apart: str, held: str, tmp_path: Path):
     model = checkpoint_of(tmp_path / "model", family)
     assert apart in stored(model) and held not in stored(model)
-    plan = make_plan(model, PLAN, skip=1)
+    plan = make_plan(model, PLAN, skip=1, experts=None)
     found = applied(model, plan, tmp_path, shard_bytes=30_000)
     tensors = stored(found.out)
     assert held in tensors and apart not in tensors and held in found.converted
@@ -98,7 +101,7 @@ def test_experts_come_in_the_form_that_transformers_loads(family: str, apart: st
 def test_what_is_not_planned_is_equal_to_the_bit(tmp_path: Path):
     """In bfloat16, twelve experts: the order of stacking is 2 before 10."""
     model = checkpoint_of(tmp_path / "model", "qwen3_moe", torch.bfloat16)
-    plan = make_plan(model, PLAN)
+    plan = make_plan(model, PLAN, experts=None)
     out = applied(model, plan, tmp_path).out
     ours, theirs = (AutoModelForCausalLM.from_pretrained(folder, dtype="auto").state_dict() for folder in (model, out))
     same = [name for name in ours if name in theirs and name.removesuffix(".weight") not in plan.modules]
@@ -109,7 +112,7 @@ def test_what_is_not_planned_is_equal_to_the_bit(tmp_path: Path):
 def test_names_that_transformers_only_changes_stay(tmp_path: Path):
     model = checkpoint_of(tmp_path / "model", "granitemoe")
     assert any("input_linear" in key for key in stored(model))
-    plan = make_plan(model, PLAN)
+    plan = make_plan(model, PLAN, experts=None)
     found = applied(model, plan, tmp_path)
     assert not found.converted and {k for k in stored(model) if "input_linear" in k} <= set(stored(found.out))
     assert largest_difference(model, plan, found.out) <= LOGITS
@@ -127,11 +130,49 @@ def test_weights_that_are_read_too_early_are_written_whole(family: str, early: t
     check_bytes(found)
 
 
-def test_a_model_of_which_nothing_can_be_packed_is_refused(tmp_path: Path):
-    model = checkpoint_of(tmp_path / "model", "falcon")
-    with pytest.raises(UserError, match=r"FalconForCausalLM.*before it unpacks any"):
-        applied(model, make_plan(model, PLAN), tmp_path)
-    assert sorted(file.name for file in tmp_path.iterdir()) == ["model", "plan.json"]
+BEYOND = {
+    "falcon": r"reads transformer\.h\.0\..*, and every other module of the plan, before it unpacks any",
+    "gpt2": r"transformer\.h\.0\.attn\.c_attn is a Conv1D",
+    "llama": r"model\.embed_tokens is an embedding",
+}
+
+
+@pytest.mark.parametrize("family", BEYOND)
+def test_what_transformers_does_not_load_packed_is_opened_by_load_packed(family: str, tmp_path: Path):
+    """A model whose weights are all read early, transposed layers, an embedding. transformers refuses the folder, and does not misread it."""
+    model = checkpoint_of(tmp_path / "model", family) if family == "falcon" else make_checkpoint(tmp_path / "model", family)
+    plan = make_plan(model, PLAN, outer=family == "llama")
+    found = applied(model, plan, tmp_path)
+    assert re.search(BEYOND[family], found.beyond) and not found.whole and "opened by load_packed" in found.tried
+    assert largest_difference(model, plan, found.out) <= LOGITS
+    check_bytes(found)
+    with pytest.raises(ValueError, match=r"input_value='bitatlas\.load_packed'"):
+        AutoModelForCausalLM.from_pretrained(found.out)
+
+
+@pytest.mark.parametrize("name", sorted(MIXTURES))
+@pytest.mark.parametrize("experts", [("int2_g32", "int3_g64", "int4_g32_sym"), ("int4_g32_sym",)], ids=["mixed", "uniform"])
+def test_mixtures_are_packed_expert_by_expert(name: str, experts: tuple[str, ...], tmp_path: Path):
+    """transformers loads experts that share a symmetric format and are stored one by one, or that it exchanges; `load_packed` all of them."""
+    model = build(tmp_path / "model", *MIXTURES[name])
+    plan = make_plan(model, PLAN, experts=experts)
+    found = applied(model, plan, tmp_path)
+    natively = name == "llama4" or (len(experts) == 1 and name not in ("gpt_oss", "gemma4", "granitemoe"))
+    assert bool(found.beyond) != natively and not found.whole
+    assert largest_difference(model, plan, found.out) <= LOGITS
+    check_bytes(found)
+    text = tmp_path / "text.txt"
+    text.write_text(tiny.TEXT, encoding="utf-8")
+    assert verify_plan(VerifyOptions(model, found.out, tokens=text, rows=(1, 1, 2), row_length=16, quiet=True)).size_kept
+
+
+def test_a_plan_of_some_experts_is_refused(tmp_path: Path):
+    model = build(tmp_path / "model", *MIXTURES["mixtral"])
+    plan = make_plan(model, PLAN)
+    del plan.modules["model.layers.1.mlp.experts.down_proj.2"]
+    with pytest.raises(UserError, match=r"model\.layers\.1\.mlp\.experts\.down_proj: the plan names 3 of its 4 experts"):
+        applied(model, plan, tmp_path)
+    assert not (tmp_path / "packed").exists()
 
 
 def test_the_skeleton_is_as_it_was_after_it_was_asked(tmp_path: Path):
@@ -153,8 +194,8 @@ def test_modules_that_the_checkpoint_stores_in_one_tensor_are_packed_apart(tmp_p
     names = [f"model.layers.0.self_attn.{part}.weight" for part in ("q_proj", "k_proj")]
     both = torch.randn(128, 64)
     with pytest.MonkeyPatch.context() as patched:
-        patched.setattr(conversion, "rules_of", lambda model: replace(rules, converters=[split]))
-        found = conversion.Conversion(skeleton, {"model.layers.0.self_attn.qk.weight": both.to("meta")})
+        patched.setattr(tensor_files, "rules_of", lambda model: replace(rules, converters=[split]))
+        found = tensor_files.Conversion(skeleton, {"model.layers.0.self_attn.qk.weight": both.to("meta")})
     assert set(found.converted) == set(names) == set(found.origins) and all(found.key(name) is None for name in names)
     read = [found.read(name, {"model.layers.0.self_attn.qk.weight": both}.__getitem__) for name in names]
     assert torch.equal(torch.cat(read), both)
@@ -166,7 +207,7 @@ def test_modules_that_the_checkpoint_stores_in_one_tensor_are_packed_apart(tmp_p
 def refusal(model: Path, place: Path) -> str:
     """The line; nothing of what was written is left."""
     with pytest.raises(UserError) as refused:
-        applied(model, make_plan(model, PLAN), place)
+        applied(model, make_plan(model, PLAN, experts=None), place)
     assert [file.name for file in place.iterdir()] == ["plan.json"]
     return str(refused.value)
 
@@ -210,8 +251,8 @@ def test_a_folder_that_does_not_load_gets_no_name(tiny_llama: Path, tmp_path: Pa
 def test_a_folder_that_computes_something_else_gets_no_name(tiny_llama: Path, tmp_path: Path, monkeypatch):
     real = stage._packed
 
-    def doubled(plan, plan_file, skeleton, name, weight):
-        tensors = real(plan, plan_file, skeleton, name, weight)
+    def doubled(plan, name, codes):
+        tensors = real(plan, name, codes)
         if name == "model.layers.2.mlp.down_proj":
             tensors["weight_scale"][5, 1] *= 2  # one group of one row
         return tensors

@@ -21,6 +21,7 @@ from bitatlas.measure.prices import price_units
 from bitatlas.model.checkpoint import Checkpoint, check_causal, open_checkpoint
 from bitatlas.model.decoder import Decoder
 from bitatlas.model.layerwise import check_chain, is_chain
+from bitatlas.quantize import moments
 from bitatlas.quantize.bank import Bank
 from bitatlas.quantize.tune import Tuner, Tuning
 from bitatlas.records.journal import Journal
@@ -90,11 +91,8 @@ def test_what_is_measured_is_what_a_plain_pass_gives(shape: str, tmp_path: Path)
         np.testing.assert_allclose(paired.by_row[:, index], truly - before, err_msg=name, rtol=1e-2, atol=1e-3 * before.max())
 
 
-@pytest.mark.parametrize(
-    "shape", sorted(set(SHAPES) - WHOLE - {"inputs of four axes, shared experts", "routed experts", "two classes of blocks"})
-)
+@pytest.mark.parametrize("shape", sorted(set(SHAPES) - WHOLE))
 def test_streamed_is_in_memory(shape: str, tmp_path: Path):
-    """Left out: experts that the file stores one by one, which are fused while they are loaded."""
     checkpoint, meter, rows = setup(build(tmp_path / "model", *SHAPES[shape]))
     streamed = meter_of(checkpoint, checkpoint.stream_model(), StateBudget(2**16, 2**12, whole=False, folder=tmp_path))
     check_chain(streamed.decoder, "model")
@@ -129,7 +127,8 @@ def test_what_cannot_be_run_layer_by_layer_is_not_streamed(tmp_path: Path):
 
 
 @pytest.mark.parametrize("shape", sorted(SHAPES))
-def test_moments_are_those_of_a_plain_pass(shape: str, tmp_path: Path):
+def test_moments_are_those_of_a_plain_pass(shape: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(moments, "FEW_TOKENS", 0)  # experts are fitted to what was routed to them
     checkpoint, meter, rows = setup(build(tmp_path / "model", *SHAPES[shape]))
     check_moments(meter.decoder, [module.name for module in checkpoint.modules], rows)
     check_prices(meter, checkpoint.modules, rows)
@@ -139,7 +138,9 @@ def test_what_is_kept_out_of_the_plan_is_told(tmp_path: Path):
     mixture = open_checkpoint(str(build(tmp_path / "mixture", *SHAPES["routed experts"])))
     assert not [m.name for m in mixture.modules if m.name.endswith(("mlp.gate", "shared_expert_gate"))]
     assert any(m.name.endswith("shared_expert.gate_proj") for m in mixture.modules)
-    assert mixture.notes[0].startswith("the plan covers ")
+    assert not mixture.notes
+    rwkv = open_checkpoint(str(build(tmp_path / "rwkv", *SHAPES["several values, state"])))
+    assert not rwkv.notes
     mamba = open_checkpoint(str(build(tmp_path / "mamba", *SHAPES["a weight that is read without its module"])))
     assert {m.kind for m in mamba.modules} == {"in_proj", "x_proj", "out_proj"}
     assert any(note.startswith("backbone.layers.{0,1}.mixer.dt_proj: not quantized") for note in mamba.notes)

@@ -15,8 +15,9 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from transformers import AutoConfig, AutoModelForCausalLM, DynamicCache, StaticCache
 
 from bitatlas.errors import UserError
-from bitatlas.model.checkpoint import linear_modules, open_checkpoint
+from bitatlas.model.checkpoint import open_checkpoint
 from bitatlas.model.decoder import find_layers, memory_shape
+from bitatlas.model.modules import linear_modules
 from bitatlas.plan.budget import (
     activation_bytes,
     cache_bytes,

@@ -49,6 +49,28 @@ SHAPES: dict[str, tuple[str, dict[str, Any]]] = {
     "a part that sees": ("llava", {"text_config": {"model_type": "llama", **TEXT_PART}, "vision_config": {"model_type": "clip_vision_model", "projection_dim": 32, **VISION}, "image_token_index": 299}),
     "a part that sees, keys and values of its own": ("gemma3", {"text_config": {"model_type": "gemma3_text", **TEXT_PART, "head_dim": 16, "sliding_window": 8}, "vision_config": {"model_type": "siglip_vision_model", **VISION}, "mm_tokens_per_image": 4, "image_token_index": 299, "boi_token_index": 298, "eoi_token_index": 297}),
 }  # fmt: skip
+ROUTED = {**GATED, **EXPERTS, "num_experts": 4, "head_dim": 16}
+DEEPSEEK = {
+    **GATED,
+    **EXPERTS,
+    **LATENT,
+    "num_key_value_heads": 4,
+    "n_routed_experts": 4,
+    "n_shared_experts": 1,
+    "first_k_dense_replace": 1,
+}
+MIXTURES: dict[str, tuple[str, dict[str, Any]]] = {
+    "qwen3_moe": ("qwen3_moe", ROUTED),
+    "olmoe": ("olmoe", {**ROUTED, "intermediate_size": 32}),
+    "mixtral": ("mixtral", {**GATED, "num_local_experts": 4, "num_experts_per_tok": 2}),
+    "gpt_oss": ("gpt_oss", {**GATED, "num_local_experts": 4, "num_experts_per_tok": 2, "head_dim": 16, "sliding_window": 16}),
+    "deepseek_v2": ("deepseek_v2", {**DEEPSEEK, "n_group": 1, "topk_group": 1}),
+    "deepseek_v3": ("deepseek_v3", {**DEEPSEEK, "q_lora_rank": 32, "n_group": 2, "topk_group": 1}),
+    "llama4": ("llama4_text", {**GATED, "num_local_experts": 4, "num_experts_per_tok": 1, "intermediate_size_mlp": 96, "head_dim": 16, "interleave_moe_layer_step": 1, "attention_chunk_size": 64}),
+    "gemma4": ("gemma4_text", {**GATED, "head_dim": 16, "global_head_dim": 32, "sliding_window": 16, "hidden_size_per_layer_input": 0, "num_kv_shared_layers": 0, "enable_moe_block": True, "num_experts": 4, "top_k_experts": 2, "moe_intermediate_size": 32, "layer_types": ["sliding_attention", "sliding_attention", "full_attention"]}),
+    "granitemoe": ("granitemoe", {**GATED, "num_local_experts": 4, "num_experts_per_tok": 2}),
+    "ernie4_5_moe": ("ernie4_5_moe", {**GATED, "head_dim": 16, "moe_num_experts": 4, "moe_k": 2, "moe_intermediate_size": 32, "moe_num_shared_experts": 1, "moe_layer_start_index": 1}),
+}  # fmt: skip
 WHOLE = {"values of a router for the next one"}  # that cannot be run layer by layer
 
 

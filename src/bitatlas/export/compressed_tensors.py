@@ -80,20 +80,25 @@ def pack_rows(codes: Tensor, bits: int) -> Tensor:
 
 
 def quantization_config(
-    formats: Mapping[str, Format], shapes: Mapping[str, tuple[int, int]], ignored: Sequence[str], whole_zeros: bool, version: str
+    formats: Mapping[str, Format],
+    shapes: Mapping[str, tuple[int, int]],
+    ignored: Sequence[str],
+    whole_zeros: bool,
+    version: str,
+    layout_name: str,
 ) -> dict[str, Any]:
     """Return the entry of `config.json`.
 
-    formats, shapes: of each packed module. ignored: linear modules that stay as they are.
+    formats, shapes: of each packed module. ignored: linear modules that stay as they are. layout_name: what the config calls the layout.
     """
     groups: dict[str, Any] = {}
     for module, fmt in formats.items():
         weights = _weights(fmt, shapes[module][1], whole_zeros)
         name = fmt.name if weights["strategy"] == "group" else f"{fmt.name}_block"
-        groups.setdefault(name, {"targets": [], "weights": weights, "format": "pack-quantized"})["targets"].append(module)
+        groups.setdefault(name, {"targets": [], "weights": weights, "format": layout_name})["targets"].append(module)
     return {
         "quant_method": "compressed-tensors",
-        "format": "pack-quantized",
+        "format": layout_name,
         "quantization_status": "compressed",
         "version": version,
         "config_groups": groups,

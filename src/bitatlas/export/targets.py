@@ -22,8 +22,9 @@ from bitatlas.progress import Reporter
 from bitatlas.records import Module, Plan
 from bitatlas.records.files import read_record, to_json, write_text
 from bitatlas.records.formats import GROUP_SIZES, Format
-from bitatlas.records.runtimes import OUTSIDE, Integers
-from bitatlas.records.sizes import unlike_partners
+from bitatlas.records.runtimes import MADE_FOR, Integers
+from bitatlas.records.sizes import unlike_experts, unlike_partners
+from bitatlas.records.text import listed
 
 # --- vLLM: the packed checkpoint of `apply`, refused where vLLM cannot be expected to run it ----------------------------
 #
@@ -33,7 +34,7 @@ from bitatlas.records.sizes import unlike_partners
 
 
 def _write_packed(job: Job, folder: Path) -> list[str]:
-    notes = apply_plan(job.model, job.plan_file, folder, job.reporter).notes
+    notes = apply_plan(job.model, job.plan_file, folder, job.reporter, runtime="vllm").notes
     return ["the packed checkpoint of bitatlas apply; in vLLM it was not run here", *notes]
 
 
@@ -92,6 +93,7 @@ def export_plan(plan_file: Path, target_name: str, out: Path, model_name: str | 
     modules = _modules(plan, plan_file, checkpoint)
     job = Job(plan, plan_file, checkpoint, modules, reporter, model_name or "")
     _check_outside(target, job)
+    _check_experts(target, job)
     _check_rows(target, job)
     _check_fused(target, plan)
     notes = (
@@ -125,11 +127,28 @@ def _check_format(target: Target, module: str, name: str, fmt: Format) -> None:
 def _check_outside(target: Target, job: Job) -> None:
     """Refuse an embedding or a head that the target's files can hold only as it is."""
     for module in job.modules:
-        if module.part and module.name in job.formats and module.part not in OUTSIDE[target.name]:
+        if module.part and module.name in job.formats and module.part not in MADE_FOR[target.name].outside:
             raise UserError(
                 f"--to {target.name}: the plan quantizes {module.name} ({module.part}), which stays as it is there: "
                 f"make the plan in a survey with --for {target.name}"
             )
+
+
+def _check_experts(target: Target, job: Job) -> None:
+    """Refuse experts that are not written for the target, or not in these formats."""
+    runtime, advice = MADE_FOR[target.name], f"make the plan in a survey with --for {target.name}"
+    for module in job.modules:
+        fmt = job.formats.get(module.name)
+        if module.expert is None or fmt is None or fmt.bits in runtime.experts:
+            continue
+        widths = listed(f"{width}" for width in runtime.experts)
+        held = f"holds experts of {widths} bits" if runtime.experts else "experts are not written here"
+        raise UserError(f"--to {target.name}: the plan quantizes {module.name}, an expert, to {fmt.name}; {held}: {advice}")
+    unlike = unlike_experts(job.plan, job.modules) if runtime.alike else None
+    if unlike:
+        raise UserError(
+            f"--to {target.name}: {unlike[0]} and {unlike[1]} have different formats; a layer's experts have one there: {advice}"
+        )
 
 
 def _check_rows(target: Target, job: Job) -> None:

@@ -4,8 +4,7 @@ Everything that can be known without reading weights is read first, from the con
 folder or an impossible budget is refused at once. The model's skeleton is built on torch's meta device, which costs no memory.
 
 Any causal language model of transformers will do: decoder layers are the largest list of equal blocks that hold linear modules.
-Left out: pickle weights, remote code, checkpoints that are quantized already, and experts fused into one 3-D tensor, which stay
-as they are (a note says so).
+Left out: pickle weights, remote code, and checkpoints that are quantized already.
 """
 
 from __future__ import annotations
@@ -13,14 +12,14 @@ from __future__ import annotations
 import math
 import re
 from collections import Counter
-from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 from transformers import (
     MODEL_FOR_CAUSAL_LM_MAPPING,
     AutoModelForCausalLM,
@@ -32,29 +31,27 @@ from transformers.utils import logging
 
 from bitatlas.errors import UserError
 from bitatlas.model.decoder import (
-    FRONT,
     Decoder,
     context_length,
     decoder_of,
     find_layers,
     layers_at,
     memory_shape,
-    text_path,
     vocabulary_size,
 )
 from bitatlas.model.folder import find_folder, read_config, sha256_of, weight_files
-from bitatlas.model.linear import is_linear, shape_of
+from bitatlas.model.linear import split_experts
+from bitatlas.model.modules import Calls, calls_of, linear_modules, outer_modules, shared_modules
 from bitatlas.model.streaming import open_stream, without_weights
-from bitatlas.model.tensor_files import Reader, Target, read_header, reason_of, targets_of
+from bitatlas.model.tensor_files import Reader, Sources, Target, read_header, reason_of, targets_of
 from bitatlas.records import ModelInfo, Module
-from bitatlas.records.sizes import EMBEDDING_AND_HEAD, FUSED, inner, kept_bytes
+from bitatlas.records.sizes import inner, kept_bytes
 
 DTYPE_NAMES = {"F64": "float64", "F32": "float32", "F16": "float16", "BF16": "bfloat16"}
 # what no quantized checkpoint can do without, where it has it
 WEIGHTS = (".weight", ".qweight", ".weight_packed", ".weight_scale")
 # what a quantized module has instead of its weight, or beside it
 PACKED = (".qweight", ".weight_packed", ".q_weight", ".trellis", ".SCB")
-SMALL_SHARE = 1e-3  # of all weights: what is outside the layers and has less is left as it is
 CAUSAL_TOLERANCE = 1e-4  # of the largest logit
 logging.disable_progress_bar()  # loading a local file; our own progress is enough
 
@@ -73,6 +70,7 @@ class Checkpoint:
     notes: list[str] = field(default_factory=list)
     loaded: frozenset[str] = frozenset()  # tensors of the files that transformers does not pass over
     outer: tuple[Module, ...] = ()  # outside the decoder layers: those that a plan may quantize, too
+    split: bool = True  # experts that the model holds in one tensor are linear modules of their own (see `linear`)
 
     @property
     def vocabulary(self) -> int:
@@ -83,20 +81,34 @@ class Checkpoint:
         """Return the checkpoint with some of its outer modules among those that are planned."""
         return replace(self, modules=[*inner(self.modules), *outer])
 
+    def leaving(self, modules: Iterable[Module]) -> Checkpoint:
+        """Return the checkpoint with some modules of its layers no longer among those that are planned, but with what stays as it is."""
+        left = list(modules)
+        names, weights = {module.name for module in left}, sum(module.weights for module in left)
+        info = replace(
+            self.info,
+            quantizable_weights=self.info.quantizable_weights - weights,
+            other_bytes=self.info.other_bytes + sum(kept_bytes(module, self.info.dtype) for module in left),
+            other_numbers=None if self.info.other_numbers is None else self.info.other_numbers + weights,
+        )
+        return replace(self, modules=[module for module in self.modules if module.name not in names], info=info)
+
     def load_model(self, device: str = "cpu", dtype: torch.dtype = torch.float32) -> Decoder:
         """Return the model in evaluation mode; UserError where its weights and its config do not belong together."""
         model, report = _load(self.folder, str(self.folder), self.config, dtype)
         _check_loaded(report, str(self.folder))
         self._check_unexpected(sorted(report["unexpected_keys"]))
         self.check_unchanged()
-        return decoder_of(_placed(model, device), self.layers_path)
+        return decoder_of(_placed(self._with_experts(model), device), self.layers_path)
 
     def stream_model(self, device: str = "cpu", dtype: torch.dtype = torch.float32) -> Decoder:
         """Return the model in evaluation mode with its decoder layers on disk (see `streaming`); UserError where that cannot be."""
         with without_weights():
             model = skeleton_of(self.config, str(self.folder), "cpu")
         with quiet_transformers():
-            stream = open_stream(model, self.layers_path, Reader(self.files), device, dtype, self.check_unchanged)
+            sources = Sources(self.skeleton(), Reader(self.files))
+            self._with_experts(model)
+            stream = open_stream(model, self.layers_path, sources, device, dtype, self.check_unchanged)
         return decoder_of(model, self.layers_path, stream)
 
     def check_unchanged(self) -> None:
@@ -111,8 +123,18 @@ class Checkpoint:
         self.stamps[:] = now
 
     def skeleton(self) -> nn.Module:
-        """Return the model without its weights, on torch's meta device."""
+        """Return the model without its weights, as transformers builds it, on torch's meta device."""
         return skeleton_of(self.config, str(self.folder))
+
+    def meta_decoder(self) -> Decoder:
+        """Return the decoder of a model without its weights, on torch's meta device."""
+        return decoder_of(self._with_experts(self.skeleton()), self.layers_path)
+
+    def _with_experts(self, model: Any) -> Any:
+        """Return the model with its experts one by one, where it can be run so."""
+        if self.split:
+            split_experts(model)
+        return model
 
     def _check_unexpected(self, keys: list[str]) -> None:
         """Refuse, with UserError, tensors that transformers passed over, unless they are harmless buffers, or weights that the config has no place for."""
@@ -129,11 +151,14 @@ class Checkpoint:
 
     def load_tokenizer(self) -> Any:
         """Return the checkpoint's tokenizer; UserError where there is none."""
-        return _load_tokenizer(self.folder, str(self.folder))
+        return load_tokenizer(self.folder)
 
 
-def open_checkpoint(name: str, revision: str | None = None, fuse: bool = True) -> Checkpoint:
-    """Open a local folder or a hub name without reading its weights (only headers, and the bytes once for their hash)."""
+def open_checkpoint(name: str, revision: str | None = None, fuse: bool = True, each_expert: bool = False) -> Checkpoint:
+    """Open a local folder or a hub name without reading its weights (only headers, and the bytes once for their hash).
+
+    fuse, each_expert: which modules are a unit (see `modules`).
+    """
     folder = find_folder(name, revision)
     config = read_config(folder, name)
     files = weight_files(folder)
@@ -143,7 +168,10 @@ def open_checkpoint(name: str, revision: str | None = None, fuse: bool = True) -
     layers_path = find_layers(model, name)
     targets = targets_of(model, reader)
     _check_stored(model, reader, targets, name)
-    modules, left_out = _plannable(config, name, model, layers_path, fuse)
+    calls, split = _calls(config, name, layers_path)
+    if split:
+        split_experts(model)
+    modules, left_out = _plannable(name, model, layers_path, fuse, each_expert, calls)
     modules = _with_sizes(modules, reader, targets)
     layers, dtype = len(layers_at(model, layers_path)), _main_dtype(modules, reader, targets)
     with quiet_transformers():
@@ -167,19 +195,31 @@ def open_checkpoint(name: str, revision: str | None = None, fuse: bool = True) -
     )
     notes = _notes(model, layers_path, modules, left_out)
     outer = _with_sizes(outer_modules(model, layers_path), reader, targets)
-    return Checkpoint(folder, config, info, modules, layers_path, files, stamps, notes, frozenset(targets), tuple(outer))
+    return Checkpoint(folder, config, info, modules, layers_path, files, stamps, notes, frozenset(targets), tuple(outer), split)
+
+
+def _calls(config: Any, name: str, layers_path: str) -> tuple[Calls, bool]:
+    """Return how the model's linear modules are used, and whether it runs with its experts one by one."""
+    results = []
+    for split in (True, False):
+        with without_weights():
+            probe = skeleton_of(config, name, "cpu")
+        if split:
+            split_experts(probe)
+        names = [module.name for module in linear_modules(probe, layers_path, False)]
+        with quiet_transformers():
+            results.append(calls_of(probe, layers_path, names))
+        if results[-1].ran:
+            return results[-1], split
+    return results[0], True
 
 
 def _plannable(
-    config: Any, name: str, model: nn.Module, layers_path: str, fuse: bool
+    name: str, model: nn.Module, layers_path: str, fuse: bool, each_expert: bool, calls: Calls
 ) -> tuple[list[Module], list[tuple[str, list[Module]]]]:
     """Return the modules that a plan is made of, and those that it leaves out, by reason; UserError where there are none."""
     every = linear_modules(model, layers_path, fuse)
-    with without_weights():
-        probe = skeleton_of(config, name, "cpu")
-    with quiet_transformers():
-        calls = calls_of(probe, layers_path, [module.name for module in every])
-    modules = linear_modules(model, layers_path, fuse, calls.uncalled | calls.nonlinear)
+    modules = linear_modules(model, layers_path, fuse, calls.uncalled | calls.nonlinear, each_expert)
     if not modules:
         raise UserError(
             f"{name}: no linear module of its decoder layers is called in a forward pass, so there is nothing to quantize"
@@ -188,24 +228,12 @@ def _plannable(
         [module for module in every if module.name in names] for names in (calls.uncalled, calls.nonlinear - calls.uncalled)
     )
     listed = {module.name for module in every}
-    shared = [module for module in _shared_modules(model, layers_path) if module.name not in listed]
+    shared = [module for module in shared_modules(model, layers_path) if module.name not in listed]
     return modules, [
         ("since the module is never called (its weight is read by others, or not used)", uncalled),
         ("since the module does more with its weight than to multiply by it", nonlinear),
         ("since several layers share the weight", shared),
     ]
-
-
-def _shared_modules(model: nn.Module, layers_path: str) -> list[Module]:
-    """Return the linear modules of the decoder layers whose weight is that of others, too."""
-    uses = Counter(id(p) for _, p in model.named_parameters(remove_duplicate=False))
-    modules = []
-    for index, layer in enumerate(layers_at(model, layers_path)):
-        for path, module in layer.named_modules():
-            if is_linear(module) and uses[id(module.weight)] > 1:
-                name = f"{layers_path}.{index}.{path}"
-                modules.append(Module(name, index, path.rpartition(".")[2], shape_of(module), name))
-    return modules
 
 
 def _check_stored(model: nn.Module, reader: Reader, targets: dict[str, Target], name: str) -> None:
@@ -239,7 +267,7 @@ def _with_sizes(modules: list[Module], reader: Reader, targets: dict[str, Target
 
 def _main_dtype(modules: list[Module], reader: Reader, targets: dict[str, Target]) -> str:
     """Return the dtype of most linear weights, by bytes; of most tensors where these lie in the files in another form."""
-    linear = {f"{module.name}.weight" for module in modules}
+    linear = {module.parameter for module in modules}
     by_dtype: dict[bool, Counter[str]] = {True: Counter(), False: Counter()}  # linear weights, other tensors
     for key in reader:
         if reader.dtype(key) in DTYPE_NAMES:
@@ -258,16 +286,17 @@ def open_model(name: str, device: str = "cpu") -> tuple[Any, Any]:
     if getattr(config, "quantization_config", None):  # a quantized layer makes and drops other tensors as it is loaded
         report["missing_keys"] = [key for key in report["missing_keys"] if key.endswith(WEIGHTS)]
     _check_loaded(report, name)
-    tokenizer = _load_tokenizer(folder, name)
+    tokenizer = load_tokenizer(folder, name)
     return _placed(model, device), tokenizer
 
 
-def _load_tokenizer(folder: Path, name: str) -> Any:
+def load_tokenizer(folder: Path, name: str = "") -> Any:
+    """Return the tokenizer of a folder; UserError where there is none. `name`: what the folder is called."""
     try:
         with quiet_transformers():
             return AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
     except Exception as error:  # tokenizers raises bare Exceptions
-        raise UserError(f"{name}: no usable tokenizer ({reason_of(error)})") from None
+        raise UserError(f"{name or folder}: no usable tokenizer ({reason_of(error)})") from None
 
 
 @contextmanager
@@ -347,86 +376,6 @@ def skeleton_of(config: Any, name: str, device: str = "meta") -> nn.Module:
         raise UserError(f"{name}: transformers cannot build this model ({reason_of(error)})") from None
 
 
-def linear_modules(model: nn.Module, layers_path: str, fuse: bool, left_out: Collection[str] = ()) -> list[Module]:
-    """Return every linear module of the decoder layers, in the model's order, but for routers, weights that several modules share, and `left_out`."""
-    modules: list[Module] = []
-    experts = _expert_counts(getattr(model, "config", None))
-    uses = Counter(id(p) for _, p in model.named_parameters(remove_duplicate=False))
-    for index, layer in enumerate(layers_at(model, layers_path)):
-        named = [
-            (path, m) for path, m in layer.named_modules()
-            if is_linear(m) and not is_router(path, shape_of(m)[0], experts) and uses[id(m.weight)] == 1
-            and f"{layers_path}.{index}.{path}" not in left_out
-        ]  # fmt: skip
-        kinds = _kinds([path for path, _ in named])
-        for path, module in named:
-            name = f"{layers_path}.{index}.{path}"
-            parent, _, last = name.rpartition(".")
-            unit = f"{parent}.{FUSED[last]}" if fuse and last in FUSED else name
-            modules.append(Module(name, index, kinds[path], shape_of(module), unit))
-    return modules
-
-
-def outer_modules(model: nn.Module, layers_path: str) -> list[Module]:
-    """Return what holds most of the weights outside the decoder layers: embeddings in front of them, and the head, if its weight is its own.
-
-    A module's `layer` is the first stage at which its weight is used (see `decoder`). Left out: small ones, and parts that see or hear.
-    """
-    path = text_path(model)
-    head = model.get_output_embeddings()  # type: ignore[operator]
-    least = SMALL_SHARE * sum(p.numel() for p in model.parameters())
-    modules, weights = [], set[int]()
-    for name, module in model.named_modules():
-        is_embedding = isinstance(module, nn.Embedding) and name.startswith(path)
-        if name.startswith(f"{layers_path}.") or not (is_embedding or (module is head and is_linear(module))):
-            continue
-        weight = module.weight
-        if id(weight) in weights or weight.dim() != 2 or weight.numel() < least:
-            continue
-        weights.add(id(weight))
-        stage = FRONT if is_embedding else len(layers_at(model, layers_path))
-        tied = head is not None and head.weight is weight
-        part = (
-            "head" if not is_embedding
-            else EMBEDDING_AND_HEAD if tied
-            else "embedding" if module is model.get_input_embeddings()  # type: ignore[operator]
-            else "other embedding"
-        )  # fmt: skip
-        modules.append(Module(name, stage, name.rpartition(".")[2], shape_of(module), name, part=part))
-    return modules
-
-
-def is_router(path: str, outputs: int, experts: Collection[int]) -> bool:
-    """Return whether a linear module routes: the scores of experts, one number that weighs an expert, the index of keys to look at.
-
-    Such choices have no gradient, and they are a few weights that every runtime keeps. An MLP's `gate_proj` is no router.
-    experts: numbers of experts in the config.
-    """
-    words = path.split(".")
-    if outputs == 1 or any("router" in word or "indexer" in word for word in words):
-        return True
-    return any(word == "gate" or word.endswith("_gate") for word in words) and (
-        outputs in experts or ("gate" in words and not experts)
-    )
-
-
-def _expert_counts(config: Any) -> set[int]:
-    """Return every number in the config whose name speaks of experts."""
-    content = config.get_text_config().to_dict() if config is not None else {}
-    values = [*content.items(), *(item for part in content.values() if isinstance(part, dict) for item in part.items())]
-    return {value for name, value in values if "expert" in str(name) and type(value) is int}
-
-
-def _kinds(paths: list[str]) -> dict[str, str]:
-    """Return a short name for what each module is: its last word, with the word before it where that is ambiguous (GPT-2's two c_proj)."""
-    plain = {path: re.sub(r"\.\d+(?=\.|$)", "", path) for path in paths}
-    shared = Counter(word.rpartition(".")[2] for word in set(plain.values()))
-    return {
-        path: word.rpartition(".")[2] if shared[word.rpartition(".")[2]] == 1 else ".".join(word.split(".")[-2:])
-        for path, word in plain.items()
-    }
-
-
 def _notes(model: nn.Module, layers_path: str, modules: list[Module], left_out: Sequence[tuple[str, list[Module]]]) -> list[str]:
     """Return lines on what the plan does not cover. left_out: reasons, and the linear modules left out for them."""
     covered = sum(module.weights for module in modules)
@@ -435,7 +384,7 @@ def _notes(model: nn.Module, layers_path: str, modules: list[Module], left_out: 
     if covered < 0.99 * matrices:
         notes.append(
             f"the plan covers {covered / matrices:.0%} of the layers' matrix weights: the others are not in linear modules of their own "
-            "(fused experts, convolutions), or are named below, and keep their dtype"
+            "(convolutions, for one), or are named below, and keep their dtype"
         )
     notes += [f"{_in_layers(group, layers_path)}: not quantized, {reason}" for reason, group in left_out if group]
     return notes
@@ -471,91 +420,3 @@ def check_finite(checkpoint: Checkpoint, progress: Callable[[int, int], None] | 
             raise UserError(f"{checkpoint.info.name}: {name} holds {bad} NaN or infinite weights; nothing can be measured on it")
         if progress:
             progress(done, len(reader))
-
-
-# --- calls -----------------------------------------------------------------------------------------------------------------
-
-# Which linear modules of a model do their work when they are called, so that a quantized weight can be measured and packed.
-#
-# Some families have linear modules that only hold a weight: the module around them reads it and multiplies for itself (mamba's `dt_proj`), or
-# nothing reads it (keys and values of layers that use those of others). What is done to modules as they are called (gradients, input
-# moments, packed weights) passes such a weight by.
-#
-# A skeleton is asked, without any weight: every parameter is one number seen through the parameter's shape, every linear module answers
-# with a constant and tells that it was called, and a few tokens go through. No product is computed and
-# no memory is taken. An expert that no token came to is known by the others of its kind.
-
-TOKENS = 5  # that go through, of two rows
-
-
-@dataclass(frozen=True)
-class Calls:
-    """Names of linear modules. `uncalled` is empty where the model could not be run."""
-
-    uncalled: frozenset[str]  # their weight is read by others, or by nobody
-    nonlinear: frozenset[
-        str
-    ]  # more is done with their weight than to multiply (groups of inputs, each with a part of the weight)
-
-
-@torch.no_grad()
-def calls_of(model: Any, layers_path: str, names: list[str]) -> Calls:
-    """Return how the linear modules `names` of `model` are used, a skeleton (see `streaming.without_weights`) that is of no use afterwards."""
-    called: set[str] = set()
-    _placeholders(model)
-    modules = {name: model.get_submodule(name) for name in names}
-    overridden = [n for n, m in modules.items() if isinstance(m, nn.Linear) and type(m).forward is not nn.Linear.forward]
-    nonlinear = frozenset(name for name in overridden if not _multiplies(modules[name]))
-    model.set_experts_implementation("eager")  # fused kernels would need real weights
-    _answering(model, {id(module): name for name, module in modules.items()}, called)
-    try:
-        model(input_ids=torch.ones(2, TOKENS, dtype=torch.int64), use_cache=False)
-    except Exception:  # each family fails in its own way on numbers that mean nothing
-        return Calls(frozenset(), nonlinear)
-    kinds = {_of_experts(name, layers_path) for name in called}
-    return Calls(frozenset(name for name in names if _of_experts(name, layers_path) not in kinds), nonlinear)
-
-
-def _of_experts(name: str, layers_path: str) -> str:
-    """Return a module's name without the numbers behind its layer's, which all experts of a layer share."""
-    layer, _, rest = name.removeprefix(f"{layers_path}.").partition(".")
-    return f"{layer}." + re.sub(r"\.\d+(?=\.|$)", "", rest)
-
-
-def _multiplies(module: Any) -> bool:
-    """Return whether a module with a forward of its own gives what nn.Linear would, on some inputs."""
-    x = torch.rand(2, 3, module.in_features, generator=torch.Generator().manual_seed(0)).to(module.weight.dtype)
-    try:
-        result, expected = module(x), nn.functional.linear(x, module.weight, module.bias)
-        return result.shape == expected.shape and torch.allclose(result, expected, rtol=1e-2)
-    except Exception:  # it wants its inputs in another form
-        return False
-
-
-def _placeholders(model: nn.Module) -> None:
-    """Replace every parameter by one number seen through its shape."""
-    placeholders: dict[int, nn.Parameter] = {}
-    for module in model.modules():
-        for name, parameter in module._parameters.items():
-            if parameter is None:
-                continue
-            if id(parameter) not in placeholders:
-                number = torch.full((1,), 0.5).to(parameter.dtype)
-                placeholders[id(parameter)] = nn.Parameter(number.expand(parameter.shape), requires_grad=False)
-            module._parameters[name] = placeholders[id(parameter)]
-
-
-def _answering(model: nn.Module, names: dict[int, str], called: set[str]) -> None:
-    """Let every linear module answer with a constant from now on; `called` takes the names of those that `names` has by their id."""
-    for module in list(model.modules()):
-        # others may give more than a product (llama4's router)
-        if type(module).forward is nn.Linear.forward or id(module) in names:
-            module.forward = _answer(shape_of(module)[0], names.get(id(module), ""), called)  # type: ignore[method-assign]
-
-
-def _answer(width: int, name: str, called: set[str]) -> Any:
-    def forward(x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-        called.add(name)
-        return x.new_full((*x.shape[:-1], width), 0.5)
-
-    return forward

@@ -5,7 +5,7 @@ one NaN, seen through the parameter's shape, so that whatever would use it unrea
 everything that calls it works as on a whole model. `held` keeps a layer for several calls. A swap (see `decoder`) is put beside the file's weights
 and takes their place when a layer is read.
 
-Left out: checkpoints whose tensors become several parameters, or parts of one, while transformers loads them.
+Experts that the model holds in one tensor are read one by one (see `linear`), whichever way they are stored.
 """
 
 from __future__ import annotations
@@ -13,14 +13,15 @@ from __future__ import annotations
 import ctypes
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager, suppress
+from functools import partial
 from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
 
 from bitatlas.errors import UserError
-from bitatlas.model.linear import oriented
-from bitatlas.model.tensor_files import Reader, targets_of
+from bitatlas.model.linear import ExpertLinear, fused_of, oriented
+from bitatlas.model.tensor_files import Sources
 
 Value = TypeVar("Value")
 
@@ -48,12 +49,12 @@ class LazyMapping(Mapping[str, Value]):
 
 
 class Stream:
-    """Reads the decoder layers of `model`, whose parameters are the tensors `keys` of `reader`. `check` is called before a layer is
-    read: are the files still the same?"""
+    """Reads the decoder layers of `model`, whose parameters come from `sources`. `check` is called before a layer is read: are the files
+    still the same?"""
 
-    def __init__(self, model: nn.Module, layers_path: str, reader: Reader, keys: Mapping[str, str], check: Callable[[], None]):
+    def __init__(self, model: nn.Module, layers_path: str, sources: Sources, check: Callable[[], None]):
         self.model = model
-        self.reader = reader
+        self.sources = sources
         self.check = check
         self.reads = 0  # of layers, for those who count
         self._swaps: list[Mapping[str, Tensor]] = []
@@ -63,22 +64,20 @@ class Stream:
         assert isinstance(layers, nn.ModuleList)
         self._layers = layers
         self._parameters: list[list[tuple[str, nn.Parameter, bool]]] = []  # of a layer: module, parameter, is it the weight
-        self._keys: dict[int, str] = {}
+        self._reads: dict[int, Callable[[], Tensor]] = {}  # of a placeholder, by its id
         weight = next(p for name, p in model.named_parameters() if not name.startswith(layers_path + "."))
         self._device, self._dtype = weight.device, weight.dtype
         for index, layer in enumerate(layers):
-            self._prepare(index, layer, f"{layers_path}.{index}", keys)
+            self._prepare(index, layer, f"{layers_path}.{index}")
 
-    def _prepare(self, index: int, layer: nn.Module, path: str, keys: Mapping[str, str]) -> None:
+    def _prepare(self, index: int, layer: nn.Module, path: str) -> None:
         parameters = []
         for module_name, module in layer.named_modules(prefix=path):
             self._layer_of[module_name] = index
             for name, parameter in module.named_parameters(recurse=False):
                 placeholder = nn.Parameter(self._placeholder(parameter.shape), requires_grad=False)
                 module._parameters[name] = placeholder
-                if f"{module_name}.{name}" not in keys:
-                    raise _missing(f"{module_name}.{name}")
-                self._keys[id(placeholder)] = keys[f"{module_name}.{name}"]
+                self._reads[id(placeholder)] = self._read_of(module, module_name, name)
                 parameters.append((module_name, placeholder, name == "weight"))
         self._parameters.append(parameters)
         forward = layer.forward
@@ -88,6 +87,13 @@ class Stream:
                 return forward(*args, **kwargs)
 
         layer.forward = run
+
+    def _read_of(self, module: nn.Module, path: str, name: str) -> Callable[[], Tensor]:
+        """Return what reads a parameter of the module at `path`; UserError where the files do not have it."""
+        fused, expert = fused_of(path) if isinstance(module, ExpertLinear) else (f"{path}.{name}", None)
+        if fused not in self.sources:
+            raise _missing(fused)
+        return partial(self.sources.read, fused) if expert is None else partial(self.sources.read_expert, fused, expert)
 
     def _placeholder(self, shape: torch.Size) -> Tensor:
         return torch.full((1,), torch.nan, device=self._device, dtype=self._dtype).expand(shape)
@@ -152,29 +158,25 @@ class Stream:
         return stored.to(self._device, self._dtype)
 
     def _read(self, parameter: Any) -> Tensor:
-        return self.reader.read(self._keys[id(parameter)]).to(self._device, self._dtype)
+        return self._reads[id(parameter)]().to(self._device, self._dtype)
 
 
 def open_stream(
-    model: Any, layers_path: str, reader: Reader, device: str, dtype: torch.dtype, check: Callable[[], None]
+    model: Any, layers_path: str, sources: Sources, device: str, dtype: torch.dtype, check: Callable[[], None]
 ) -> Stream:
     """Put what is outside the decoder layers of `model` (see `without_weights`) into memory, and return what reads the rest.
 
-    UserError where a parameter is not in the files under its own name and shape.
+    UserError where a parameter is not in the files.
     """
     parameters, inside = dict(model.named_parameters(remove_duplicate=False)), f"{layers_path}."
-    keys = {
-        target.name: key for key, target in targets_of(model, reader).items()
-        if target.whole and target.name in parameters and reader.shape(key) == tuple(parameters[target.name].shape)
-    }  # fmt: skip
     outside = [name for name in parameters if not name.startswith(inside)]
     for name in outside:
-        if name in keys:
+        if name in sources:
             owner, _, last = name.rpartition(".")
-            tensor = reader.read(keys[name]).to(device, dtype)
+            tensor = sources.read(name).to(device, dtype)
             model.get_submodule(owner)._parameters[last] = nn.Parameter(tensor, requires_grad=False)
     # as transformers does it in memory: a head that the config ties and the file stores otherwise stays the file's
-    model.tie_weights(missing_keys=set(outside) - set(keys), recompute_mapping=False)
+    model.tie_weights(missing_keys={name for name in outside if name not in sources}, recompute_mapping=False)
     missing = [name for name, p in model.named_parameters() if p.is_meta and not name.startswith(inside)]
     if missing:
         raise _missing(missing[0])
@@ -182,14 +184,14 @@ def open_stream(
         for name, buffer in module._buffers.items():
             if buffer is not None:
                 module._buffers[name] = buffer.to(device)
-    stream = Stream(model, layers_path, reader, keys, check)
+    stream = Stream(model, layers_path, sources, check)
     model.eval().requires_grad_(False)
     return stream
 
 
 def _missing(name: str) -> UserError:
     return UserError(
-        f"--memory: {name} is not in the weights files under that name and shape, so they cannot be read layer by layer"
+        f"--memory: {name} is not in the weights files as transformers makes it, so they cannot be read layer by layer"
     )
 
 

@@ -1,5 +1,8 @@
 """Safetensors files: written as a stream, read one tensor at a time, and what transformers makes of the tensors in them.
 
+Many checkpoints store what their model holds under other names or in other pieces: experts one by one, q, k and v in one matrix.
+transformers renames, merges and splits them while it loads (`Conversion`), and what is read here follows it.
+
 Every size is known before the first tensor is written, so nothing is held back: tensors come in any order and go to their offset in the
 file. Headers are written last: before that the files begin with zeros and nothing reads them.
 The safetensors library maps whole files, and every page that was looked at then counts as memory of this process, so a model that is read
@@ -10,12 +13,13 @@ Sources: the safetensors format (8 bytes of header length, JSON header, tensors 
 
 from __future__ import annotations
 
+import copy
 import json
 import math
 import os
 import struct
-from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -231,9 +235,17 @@ class Reader:
         """Return the bytes of a tensor in its file; nothing is read."""
         return self._tensors[name].length
 
-    def read(self, name: str) -> Tensor:
-        """Return the tensor as it is stored; UserError where the file cannot be read, or holds a dtype that is not read."""
+    def read(self, name: str, index: int | None = None) -> Tensor:
+        """Return the tensor as it is stored, or the part `index` of its first axis alone.
+
+        UserError where the file cannot be read, or holds a dtype that is not read.
+        """
         stored = self._tensors[name]
+        if index is not None:
+            count, *rest = stored.shape
+            stored = replace(
+                stored, shape=tuple(rest), start=stored.start + index * (stored.length // count), length=stored.length // count
+            )
         dtype = DTYPES.get(stored.dtype)
         if dtype is None:
             raise UserError(f"{stored.file}: {name} is stored as {stored.dtype}, which is not read")
@@ -298,3 +310,118 @@ def targets_of(model: Any, keys: Iterable[str]) -> dict[str, Target]:
         if name in wanted:
             targets[key] = Target(name, pattern is None)
     return targets
+
+
+Read = Callable[[str], Tensor]
+
+
+@dataclass(frozen=True)
+class Origin:
+    """What a parameter is made of. `keys`: of the checkpoint, by the pattern that took them; `rule`: None where one is only renamed."""
+
+    first: str  # name in the model of the first parameter that the rule makes
+    rule: Any
+    keys: dict[str, list[str]] = field(default_factory=dict)
+
+    @property
+    def all_keys(self) -> list[str]:
+        return [key for keys in self.keys.values() for key in keys]
+
+
+class Conversion:
+    """The parameters and buffers of `model` that a checkpoint's tensors become, by their names in the model.
+
+    `model` is a skeleton; `tensors`: of the checkpoint, on torch's meta device. UserError where a rule cannot be followed.
+    """
+
+    def __init__(self, model: Any, tensors: Mapping[str, Tensor]):
+        self._model, self._rules, self.kind = model, rules_of(model), type(model)
+        state = model.state_dict()
+        self._wanted = dict.fromkeys(state, True)
+        self.shapes = {name: tuple(tensor.shape) for name, tensor in state.items()}
+        self.origins: dict[str, Origin] = {}
+        groups: dict[str, Origin] = {}
+        for key in sorted(tensors, key=natural):
+            name, pattern = self.target(key)
+            if name in self._wanted:
+                rule = self._rules.by_pattern[pattern] if pattern else None
+                groups.setdefault(name, Origin(name, rule)).keys.setdefault(pattern or key, []).append(key)
+        self.converted: dict[str, Tensor] = {}  # what rules make, on the meta device
+        for origin in groups.values():
+            results = self.convert(origin, lambda key: tensors[key]) if origin.rule else {}
+            self.converted |= results
+            self.origins |= dict.fromkeys(results or [origin.first], origin)
+
+    def target(self, key: str, packed: Iterable[str] = ()) -> tuple[str, str | None]:
+        """Return (the model's name of what a tensor called `key` becomes, the pattern of the rule that makes it). `packed`: more names."""
+        return self._rules.target(key, {**self._wanted, **dict.fromkeys(packed, True)})
+
+    def read_expert(self, name: str, expert: int, read: Callable[..., Tensor]) -> Tensor:
+        """Return one expert's part of the fused parameter `name`; the others are not read, where the files allow it.
+
+        `read`: a tensor of the checkpoint, with a second argument that part of its first axis.
+        """
+        origin = self.origins[name]
+        if origin.rule is None:
+            return read(origin.all_keys[0], expert)
+        shape = self.shapes[name]
+        if {len(keys) for keys in origin.keys.values()} == {shape[0]}:
+            alone = replace(origin, keys={pattern: [keys[expert]] for pattern, keys in origin.keys.items()})
+            part = self.convert(alone, read)[name]
+            if part.shape == (1, *shape[1:]):
+                return part[0]
+        return self.read(name, read)[expert]
+
+    def key(self, name: str) -> str | None:
+        """Return the checkpoint's name of parameter `name`, where it is a tensor of its own there."""
+        origin = self.origins.get(name)
+        return origin.all_keys[0] if origin and origin.rule is None else None
+
+    def read(self, name: str, read: Read) -> Tensor:
+        """Return parameter `name` in the dtype that is stored. `read`: a tensor of the checkpoint."""
+        origin = self.origins[name]
+        return read(origin.all_keys[0]) if origin.rule is None else self.convert(origin, read)[name]
+
+    def convert(self, origin: Origin, read: Read) -> dict[str, Tensor]:
+        """Return what a rule makes of tensors, by the names of the parameters."""
+        rule = copy.deepcopy(origin.rule)
+        for pattern, keys in origin.keys.items():
+            for key in keys:
+                rule.add_tensor(origin.first, key, pattern, read(key))
+        try:
+            result = rule.convert(origin.first, model=self._model, config=self._model.config)
+        except Exception as error:  # every operation fails in its own way
+            raise UserError(
+                f"{origin.all_keys[0]}: transformers makes {origin.first} of this tensor and others, which fails ({reason_of(error)})"
+            ) from None
+        return {name: value[0] if isinstance(value, list) else value for name, value in result.items()}
+
+
+def natural(key: str) -> list[tuple[int, int, str]]:
+    """Return a sort key with numbers in their order: expert 2 comes before expert 10, as transformers stacks them."""
+    return [(0, int(word), "") if word.isdigit() else (1, 0, word) for word in key.split(".")]
+
+
+class Sources:
+    """Where in the files every parameter of `model`, a skeleton, comes from; experts of a fused one are read one by one."""
+
+    def __init__(self, model: Any, reader: Reader):
+        self.reader = reader
+        tensors = {
+            key: torch.empty(reader.shape(key), dtype=DTYPES[reader.dtype(key)], device="meta")
+            for key in reader
+            if reader.dtype(key) in DTYPES
+        }
+        self.conversion = Conversion(model, tensors)
+
+    def __contains__(self, name: str) -> bool:
+        """Return whether parameter `name` of the model is in the files, of an expert the fused one that it is a part of."""
+        return name in self.conversion.origins
+
+    def read(self, name: str) -> Tensor:
+        """Return a parameter of the model as it is stored."""
+        return self.conversion.read(name, self.reader.read)
+
+    def read_expert(self, name: str, expert: int) -> Tensor:
+        """Return one expert's part of the fused parameter `name`."""
+        return self.conversion.read_expert(name, expert, self.reader.read)

@@ -29,9 +29,9 @@ import torch
 from torch import Tensor, nn
 
 from bitatlas.errors import UserError
-from bitatlas.model.checkpoint import linear_modules
 from bitatlas.model.decoder import Decoder
-from bitatlas.model.linear import is_linear, weight_of
+from bitatlas.model.linear import ExpertLinear, is_linear, weight_of
+from bitatlas.model.modules import linear_modules
 from bitatlas.quantize import rtn
 from bitatlas.quantize.codes import Codes
 from bitatlas.records.formats import Format
@@ -54,7 +54,7 @@ def quantize(decoder: Decoder, formats: Mapping[str, Sequence[Format]], rows: Te
 
 
 def _quantize(decoder: Decoder, formats: Mapping[str, Sequence[Format]], rows: Tensor) -> Iterator[tuple[str, list[Codes]]]:
-    inside = {name: of_module for name, of_module in formats.items() if 0 <= decoder.layer_of(name) < decoder.behind}
+    inside = {name: of_module for name, of_module in formats.items() if _is_tuned(decoder, name)}
     codes: dict[str, list[Codes]] = {name: [] for name in inside}
     for fmt in next(iter(inside.values()), []):
         tuned = tune(decoder, fmt, rows)
@@ -66,11 +66,21 @@ def _quantize(decoder: Decoder, formats: Mapping[str, Sequence[Format]], rows: T
             yield name, [rtn.quantize(decoder.weight(name), fmt) for fmt in of_module]
 
 
+def _is_tuned(decoder: Decoder, name: str) -> bool:
+    """Return whether the package takes a module: embedding, head and experts that the model holds in one tensor are rounded to nearest."""
+    is_inside = 0 <= decoder.layer_of(name) < decoder.behind
+    return is_inside and not isinstance(decoder.model.get_submodule(name), ExpertLinear)
+
+
 def tune(decoder: Decoder, fmt: Format, rows: Tensor, steps: int = STEPS) -> nn.Module:
     """Return a copy of the model whose quantizable modules have weights in `fmt`, as the package leaves them: with `scale` and `zp`."""
     model = copy.deepcopy(decoder.model)
     chosen = {module.name for module in linear_modules(model, decoder.layers_path, fuse=False)}
-    others = [name for name, module in model.named_modules() if is_linear(module) and name not in chosen]
+    others = [
+        name
+        for name, module in model.named_modules()
+        if is_linear(module) and name not in chosen and not isinstance(module, ExpertLinear)
+    ]
     with _isolated(), torch.enable_grad():
         from auto_round import AutoRound
 

@@ -9,30 +9,36 @@ up) share one matrix.
 An embedding has no inputs to speak of: a token's row goes out as it is, and an error e of it costs e G eᵀ, G being the sum of δ δᵀ over the tokens, which
 takes the place of both. A head that is tied to it is fitted to what the head is called with.
 
-Layer by layer, from the last one to the first, with one layer's matrices in memory. Of a module that a pass calls more than once, or with an
-expert's tokens alone, all calls are added up. Inputs are those that the reference gives, since which formats the other modules will get is not
-known yet.
+Layer by layer, from the last one to the first, with one layer's matrices in memory. Of a module that a pass calls more than once all calls are
+added up. Inputs are those that the reference gives, since which formats the other modules will get is not known yet.
+
+An expert is fitted to the tokens that were routed to it. One that saw fewer than `FEW_TOKENS` is fitted to all of its layer's inputs (an evenly
+spaced `MOST_ROUTED` of them, at most), as if all had been routed to it, each token alike. Left out: experts that weigh their inputs
+(Llama 4), and those that are called in another way than with tokens, their experts and the weights of these.
 
 Source: tokens weighted by their gradients: GuidedQuant (arXiv 2505.07004).
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from bitatlas.model.decoder import Decoder
 from bitatlas.model.gradients import ModuleCall, layer_calls
 from bitatlas.model.hidden_states import StateCache
-from bitatlas.model.layerwise import split_rows
-from bitatlas.model.linear import is_linear
+from bitatlas.model.layerwise import record, split_rows
+from bitatlas.model.linear import ExpertLinear, ExpertList, fused_of
+from bitatlas.model.modules import linear_modules
 
 BLOCK = 256  # columns of a sum
 SEED = 0  # of the labels: codes must not depend on a survey's seed
 TINY = 1e-30
+FEW_TOKENS = 64  # that an expert's codes are fitted to, at least
+MOST_ROUTED = 4096  # of a layer's inputs that are kept for experts which saw fewer
 STATE_BYTES = 2**29  # of what goes into the layers that stays in memory; the rest waits in files
 
 
@@ -108,23 +114,89 @@ def module_moments(decoder: Decoder, modules: Sequence[str], rows: Tensor, seed:
 
     With each come the other modules of its input, whether they are asked for or not: which ones are changes no number.
     """
-    layers, wanted = _by_layer(decoder, modules), set(modules)
+    layers, wanted, owners = _by_layer(decoder, modules), set(modules), _expert_owners(decoder)
+    watched = {index: [*names, *owners.get(index, ())] for index, names in layers.items()}
     batches = [batch.to(decoder.device) for batch in split_rows(decoder, rows)]
+    stride = -(-rows.numel() // MOST_ROUTED)
     sums: dict[tuple[str, ...], InputMoments] = {}
+    routed: dict[str, list[Tensor]] = {}  # what experts choose from
     with StateCache(STATE_BYTES) as states:
-        for layer, calls, is_last in layer_calls(decoder, layers, batches, states, seed):
-            _add(sums, calls)
+        for layer, calls, is_last in layer_calls(decoder, watched, batches, states, seed):
+            of_layer = owners.get(layer, ())
+            _add(sums, [call for call in calls if call.name not in of_layer])
+            for call in calls:
+                if call.name in of_layer:
+                    routed.setdefault(call.name, []).append(call.inputs[::stride])
             if is_last:
-                yield from (moments for moments in _by_input(decoder, layers[layer], sums) if wanted & set(moments.names))
+                for moments in _by_input(decoder, layers[layer], sums):
+                    if wanted & set(moments.names):
+                        yield _with_more_tokens(decoder, moments, routed)
                 sums.clear()
+                routed.clear()
+
+
+def _expert_owners(decoder: Decoder) -> dict[int, list[str]]:
+    """Return layer -> modules that give tokens to experts held in one tensor."""
+    owners: dict[int, list[str]] = {}
+    for index, layer in enumerate(decoder.layers):
+        for path, module in layer.named_modules(prefix=f"{decoder.layers_path}.{index}"):
+            if any(isinstance(child, ExpertList) for child in module.children()):
+                owners.setdefault(index, []).append(path)
+    return owners
+
+
+@torch.no_grad()
+def _with_more_tokens(decoder: Decoder, moments: InputMoments, routed: Mapping[str, list[Tensor]]) -> InputMoments:
+    """Return the moments, of an expert that saw few tokens those of all that it could have seen."""
+    (name, *others), module = moments.names, decoder.model.get_submodule(moments.names[0])
+    if others or moments.tokens >= FEW_TOKENS or not isinstance(module, ExpertLinear):
+        return moments
+    fused, expert = fused_of(name)
+    owner_name = fused.rpartition(".")[0]
+    inputs = torch.cat(routed[owner_name]) if owner_name in routed else torch.empty(0)
+    if inputs.dim() != 2 or len(inputs) <= moments.tokens:
+        return moments
+    given: list[Tensor] = []
+    hook = module.register_forward_pre_hook(lambda _, args: given.append(args[0]))
+    try:
+        index = torch.full((len(inputs), 1), expert, device=inputs.device)
+        decoder.model.get_submodule(owner_name)(inputs, index, torch.ones_like(index, dtype=inputs.dtype))
+    except Exception:  # called in another way: its own tokens are what there is
+        return moments
+    finally:
+        hook.remove()
+    every = _empty(moments.names, given[0].shape[1], given[0].device)
+    every.add(given[0], [torch.ones(len(given[0]), 1, device=given[0].device)])
+    every.fill()
+    return every
+
+
+@torch.no_grad()
+def expert_tokens(decoder: Decoder, names: Sequence[str], rows: Tensor) -> dict[str, int]:
+    """Return how many tokens of `rows` int64 [rows, tokens] are routed to each of the experts' modules `names`."""
+    counts = dict.fromkeys(names, 0)
+
+    def count_of(name: str) -> Callable[..., None]:
+        def count(module: nn.Module, args: tuple[Tensor, ...]) -> None:
+            counts[name] += args[0].shape[:-1].numel()
+
+        return count
+
+    batches = [batch.to(decoder.device) for batch in split_rows(decoder, rows)]  # which may run the model: before the hooks
+    hooks = [decoder.model.get_submodule(name).register_forward_pre_hook(count_of(name)) for name in names]
+    try:
+        record(decoder, batches)
+    finally:
+        for hook in hooks:
+            hook.remove()
+    return counts
 
 
 def _by_layer(decoder: Decoder, modules: Sequence[str]) -> dict[int, list[str]]:
     """Return stage -> its modules: of the layers that have one of `modules` all linear ones, outside them those that are asked for."""
     layers: dict[int, list[str]] = {}
-    names = {id(module): name for name, module in decoder.model.named_modules() if is_linear(module)}
-    for index, layer in enumerate(decoder.layers):
-        layers[index] = [names[id(module)] for module in layer.modules() if id(module) in names]
+    for module in linear_modules(decoder.model, decoder.layers_path, fuse=False):
+        layers.setdefault(module.layer, []).append(module.name)
     wanted = set(modules)
     layers = {index: inside for index, inside in layers.items() if wanted & set(inside)}
     for name in modules:

@@ -21,7 +21,7 @@ from dataclasses import dataclass
 
 from bitatlas.errors import UserError
 
-BITS = (2, 3, 4, 8)
+BITS = (2, 3, 4, 5, 6, 8)
 GROUP_SIZES = (32, 64, 128)
 LLAMA_CPP = "llama.cpp"
 # name: (code bits, weights a block, bytes a block, without a minimum)

@@ -41,11 +41,18 @@ class Module:
     size_bytes: int | None = None  # of the weight as the checkpoint stores it; None: in the checkpoint's dtype
     part: str = ""  # outside the decoder layers: "embedding", "head", or "embedding and head" where these are tied
     candidates: tuple[str, ...] = ()  # outside the layers: as many formats as the survey has, narrowest first
+    expert: int | None = None  # its number, of one of a layer's experts
     instead: dict[str, str] = field(default_factory=dict)  # the survey's format -> the nearest, where the module cannot hold it
 
     @property
     def weights(self) -> int:
         return self.shape[0] * self.shape[1]
+
+    @property
+    def parameter(self) -> str:
+        """Return the model's name of the tensor that the weight is, or, of an expert, is a part of."""
+        fused, _, number = self.name.rpartition(".")
+        return fused if self.expert is not None and number == str(self.expert) else f"{self.name}.weight"
 
     def formats(self, usual: Sequence[str]) -> Sequence[str]:
         """Return the formats that the module may have, narrowest first: its own, or for each of the survey's what it can hold."""

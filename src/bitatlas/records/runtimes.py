@@ -8,15 +8,16 @@ from dataclasses import dataclass, replace
 from typing import Protocol
 
 from bitatlas.records import Module, Plan
-from bitatlas.records.formats import FORMATS, GROUP_SIZES, LLAMA_CPP, Format, takes
-from bitatlas.records.sizes import EMBEDDING_AND_HEAD, unlike_partners
+from bitatlas.records.formats import BITS, FORMATS, GROUP_SIZES, LLAMA_CPP, Format, takes
+from bitatlas.records.sizes import EMBEDDING_AND_HEAD, unlike_experts, unlike_partners
 
 
 @dataclass(frozen=True)
 class Runtime:
     """`holds`: whether it has a format; `model`: the command must be given the checkpoint; `whole`: groups must divide rows; `fused`: q/k/v alike.
 
-    outside: parts outside the decoder layers that its files can hold in a format of their own.
+    outside: parts outside the decoder layers that its files can hold in a format of their own; experts: widths in bits of the experts that are
+    written for it, (): none are; alike: all experts of a layer have one format there.
     """
 
     holds: Callable[[Format], bool]
@@ -24,6 +25,8 @@ class Runtime:
     whole: bool = True
     fused: bool = False
     outside: tuple[str, ...] = ()
+    experts: tuple[int, ...] = ()
+    alike: bool = False
 
 
 def _integer(fmt: Format) -> bool:
@@ -32,7 +35,7 @@ def _integer(fmt: Format) -> bool:
 
 EVERY_PART = ("embedding", "head", EMBEDDING_AND_HEAD, "other embedding")
 RUNTIMES = {
-    "vllm": Runtime(lambda fmt: _integer(fmt) and fmt.symmetric, model=True, fused=True),
+    "vllm": Runtime(lambda fmt: _integer(fmt) and fmt.symmetric, model=True, fused=True, experts=(4, 8), alike=True),
     "mlx": Runtime(_integer, model=True, outside=EVERY_PART),
     "torchao": Runtime(_integer),
     "llm-compressor": Runtime(_integer),
@@ -41,9 +44,13 @@ RUNTIMES = {
     "exllamav3": Runtime(_integer, whole=False),
     LLAMA_CPP: Runtime(lambda fmt: fmt.runtime == LLAMA_CPP, model=True, whole=False, outside=EVERY_PART),
 }
-# What a survey may be for, with the parts that are planned then. transformers 5.24 does not load a packed embedding (it initializes `Embedding.weight`,
-# which is not there then), so neither a head that is tied to one.
-OUTSIDE = {"transformers": ("head",)} | {name: runtime.outside for name, runtime in RUNTIMES.items()}
+# What a survey may be for. transformers 5.24 does not load a packed embedding (it initializes `Embedding.weight`, which is not there then), so neither
+# a head that is tied to one; "bitatlas" is `load_packed`, which opens the same folder with everything packed.
+MADE_FOR = {
+    "transformers": Runtime(_integer, model=True, whole=False, outside=("head",), experts=BITS),
+    "bitatlas": Runtime(_integer, model=True, whole=False, outside=EVERY_PART, experts=BITS),
+    **RUNTIMES,
+}
 
 
 # what llama.cpp takes for rows that blocks of 256 do not divide
@@ -68,6 +75,9 @@ def fits(runtime: Runtime, plan: Plan, modules: list[Module]) -> bool:
     """Return whether a runtime has all formats of a plan, for the rows of these modules."""
     used = [(module, plan.formats[plan.modules[module.name]]) for module in modules if module.name in plan.modules]
     if not used or not all(runtime.holds(fmt) and (not m.part or m.part in runtime.outside) for m, fmt in used):
+        return False
+    experts = [(module, fmt) for module, fmt in used if module.expert is not None]
+    if any(fmt.bits not in runtime.experts for _, fmt in experts) or (runtime.alike and unlike_experts(plan, modules)):
         return False
     if runtime.whole and any(module.shape[1] % fmt.group_size for module, fmt in used):
         return False

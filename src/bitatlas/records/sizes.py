@@ -68,6 +68,17 @@ def unlike_partners(plan: Plan) -> tuple[str, str, str, str] | None:
     return None
 
 
+def unlike_experts(plan: Plan, modules: Iterable[Module]) -> tuple[str, str] | None:
+    """Return two experts of a layer that have different formats."""
+    first: dict[int, str] = {}
+    for module in modules:
+        if module.expert is not None and module.name in plan.modules:
+            other = first.setdefault(module.layer, module.name)
+            if plan.modules[other] != plan.modules[module.name]:
+                return other, module.name
+    return None
+
+
 def assignment_of(units: Sequence[Unit], formats: Sequence[str], choice: NDArray[np.integer]) -> dict[str, str]:
     """Return module name -> format name. choice: [units], each unit's index into its formats: `formats`, or its modules' own candidates."""
     return {

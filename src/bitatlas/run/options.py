@@ -17,6 +17,8 @@ from bitatlas.errors import UserError
 QUANTIZER_NAMES = ("rtn", "gptq", "hqq", "autoround", "llama.cpp")
 RUNTIME_NAMES = ("vllm", "mlx", "torchao", "llm-compressor", "gptqmodel", "autoround", "exllamav3", "llama.cpp")
 
+EXPERTS = ("unit", "each")
+
 StrPath = str | PathLike[str]
 RowCounts = tuple[int, int, int]
 DEFAULT_ROWS = (24, 24, 64)
@@ -166,7 +168,7 @@ class Candidates:
     formats: Annotated[
         Sequence[str] | None,
         Option(
-            "Candidate formats, int{2,3,4,8}_g{32,64,128}[_sym], or llama.cpp's, like q4_0,q8_0. "
+            "Candidate formats, int{2,3,4,5,6,8}_g{32,64,128}[_sym], or llama.cpp's, like q4_0,q8_0. "
             "Default: int{2,3,4}_g64 (the demo: _g128).",
             parse=split_names,
             values=format_names,
@@ -175,10 +177,11 @@ class Candidates:
     runtime: Annotated[
         str | None,
         Option(
-            "What the file is for: transformers, vllm, mlx, llama.cpp, ... (as in export --to). It decides whether embedding and head are planned, too. "
+            "What the file is for: transformers, vllm, mlx, llama.cpp, ... (as in export --to), or bitatlas (transformers by bitatlas.load_packed). "
+            "It decides whether embedding, head and experts are planned, too. "
             "Default: transformers; llama.cpp for its formats.",
             ("--for",),
-            values=lambda: ("transformers", *RUNTIME_NAMES),
+            values=lambda: ("transformers", "bitatlas", *RUNTIME_NAMES),
         ),
     ] = None
     embedding_formats: Annotated[
@@ -212,6 +215,12 @@ class SurveyOptions(TaskOptions, RowOptions, BudgetOptions, Candidates):  # a re
     fuse: Annotated[
         bool, Option("q/k/v share a format, and gate/up (vLLM needs it; GGUF and MLX do not).", ("--fuse/--no-fuse",))
     ] = True
+    experts: Annotated[
+        str,
+        Option(
+            "A layer's experts of one kind share a format (unit), or every expert has its own (each).", values=lambda: EXPERTS
+        ),
+    ] = "unit"
     refine: Annotated[
         bool | None,
         Option("Search on from the first plans with measurements. Default: on (the demo: off).", ("--refine/--no-refine",)),

@@ -36,9 +36,10 @@ from bitatlas.plan.search import PlanningProblem
 from bitatlas.progress import Reporter
 from bitatlas.quantize import get_quantizer
 from bitatlas.quantize.bank import BANK, Bank, disk_bytes
-from bitatlas.records import Atlas, Budget
+from bitatlas.records import Atlas, Budget, Module
 from bitatlas.records.formats import FORMATS, stored_bytes
 from bitatlas.records.journal import Journal
+from bitatlas.records.runtimes import MADE_FOR
 from bitatlas.records.sizes import assignment_of, check_rows, inner, kept_bytes, size_of, uniform
 from bitatlas.records.text import byte_size, number
 from bitatlas.run.effort import EFFORTS, Effort, settle_effort
@@ -150,7 +151,9 @@ def open_model(settings: Settings, out: Path, resume: bool, reporter: Reporter, 
     get_quantizer(settings.quantizer).check(list(settings.format_table().values()))
     device = check_device(settings.device)
     with reporter.stage("opening the checkpoint"):
-        checkpoint = open_checkpoint(settings.model, settings.revision, settings.fuse)
+        checkpoint = open_planned(settings)
+        experts = left_experts(checkpoint, settings)
+        checkpoint = checkpoint.leaving(experts)
         checkpoint = replace(checkpoint, modules=held_modules(settings, checkpoint.modules))
         checkpoint = checkpoint.planning(outside_modules(settings, checkpoint.outer))
         check_rows(checkpoint.modules, settings.formats)
@@ -160,7 +163,11 @@ def open_model(settings: Settings, out: Path, resume: bool, reporter: Reporter, 
         if workload and workload.context is None and settings.budget.workload:
             reporter.say(default_context_text(settings.budget.workload))
         reporter.say(sizes_text(checkpoint, settings.formats))
-        for line in [*instead_lines(checkpoint), *outside_lines(checkpoint, settings)]:
+        for line in [
+            *instead_lines(checkpoint),
+            *outside_lines(checkpoint, settings),
+            *expert_lines(checkpoint, experts, settings),
+        ]:
             reporter.say(line)
         for note in checkpoint.notes:
             reporter.say(note)
@@ -183,6 +190,35 @@ def open_model(settings: Settings, out: Path, resume: bool, reporter: Reporter, 
     if settled.limit != settings.limit:
         rows, items = rows_and_items(settled, checkpoint, tokenizer)
     return Opened(settled, checkpoint, load_mode, decoder, tokenizer, rows, items)
+
+
+def open_planned(settings: Settings) -> Checkpoint:
+    """Open the checkpoint with the units that a survey plans."""
+    return open_checkpoint(settings.model, settings.revision, settings.fuse, settings.experts == "each")
+
+
+def left_experts(checkpoint: Checkpoint, settings: Settings) -> list[Module]:
+    """Return the experts that stay as they are, since none are written for the runtime."""
+    held = MADE_FOR[settings.runtime].experts
+    return [] if held else [module for module in checkpoint.modules if module.expert is not None]
+
+
+def expert_lines(checkpoint: Checkpoint, left: Sequence[Module], settings: Settings) -> list[str]:
+    """Return lines on a mixture's experts: what share of the file they are, and what becomes of them."""
+    info = checkpoint.info
+    experts = [*left, *(module for module in checkpoint.modules if module.expert is not None)]
+    if not experts:
+        return []
+    kept = sum(kept_bytes(module, info.dtype) for module in experts)
+    line = f"experts, {kept / info.total_bytes:.0%} of the file, {byte_size(kept)}: "
+    if left:
+        return [f"{line}stay as they are, since none are written here for {settings.runtime} (--for)"]
+    line += "each has a format of its own" if settings.experts == "each" else "those of one kind in a layer share a format"
+    if MADE_FOR[settings.runtime].alike:
+        line = f"{line.partition(': ')[0]}: all of a layer share a format, as {settings.runtime} has it"
+    if settings.runtime == "transformers":
+        line += "; transformers itself loads them packed only in one symmetric format for all, bitatlas.load_packed in any"
+    return [line]
 
 
 def load_mode_of(settings: Settings, checkpoint: Checkpoint, device: str, out: Path) -> LoadMode:
@@ -359,7 +395,8 @@ def reopen(folder: Path, atlas: Atlas, model_name: str | None, device: str | Non
     settings = replace(settings, model=model_name or settings.model, device=device or settings.device)
     device = check_device(settings.device)
     with reporter.stage("opening the checkpoint"):
-        checkpoint = open_checkpoint(settings.model, settings.revision, settings.fuse)
+        checkpoint, planned = open_planned(settings), {module.name for module in atlas.modules}
+        checkpoint = checkpoint.leaving([module for module in checkpoint.modules if module.name not in planned])
         checkpoint = replace(checkpoint, modules=list(atlas.modules))
         if checkpoint.info.weights_sha256 != atlas.model.weights_sha256:
             raise UserError(f"{settings.model}: these are not the weights that {folder} is a survey of ({atlas.model.name})")

@@ -16,10 +16,10 @@ from bitatlas.errors import UserError
 from bitatlas.plan.budget import workload_of
 from bitatlas.records import Budget, Module
 from bitatlas.records.formats import FORMATS, Format, by_width, get_format, takes
-from bitatlas.records.runtimes import OUTSIDE, nearest_held
+from bitatlas.records.runtimes import MADE_FOR, nearest_held
 from bitatlas.records.sizes import parse_size
 from bitatlas.records.text import given
-from bitatlas.run.options import BudgetOptions, SurveyOptions, check_seed, parse_rows
+from bitatlas.run.options import EXPERTS, BudgetOptions, SurveyOptions, check_seed, parse_rows
 from bitatlas.stats.margin import parse_points
 
 DEFAULT_FORMATS = ("int2_g64", "int3_g64", "int4_g64")
@@ -58,10 +58,11 @@ class Settings:
     margin_points: float  # of "no loss within x points"
     curve: bool  # a few verified plans at other sizes
     few_shot: int  # examples with their answers before each question
-    runtime: str  # that the file is for, a key of `runtimes.OUTSIDE`
+    runtime: str  # that the file is for, a key of `runtimes.MADE_FOR`
     embedding_formats: (
         tuple[str, ...] | None
     )  # candidates of embedding and head; (): they stay as they are; None: those that follow from `formats`
+    experts: str = "unit"  # a key of `options.EXPERTS`
     time_seconds: float | None = None  # that the survey may take; None: as long as the nominal effort takes
     effort: str | None = None  # how much is measured, a key of `effort.EFFORTS`; None: not settled yet
 
@@ -97,6 +98,8 @@ class Settings:
             raise UserError(TOO_FEW_FORMATS)
         if min(self.rows) < 2:
             raise UserError(f"--rows {','.join(map(str, self.rows))}: each of fit,select,test needs at least 2 rows")
+        if self.experts not in EXPERTS:
+            raise UserError(f"--experts {self.experts}: unknown; one of {', '.join(EXPERTS)}")
         if self.row_length < 16:
             raise UserError(f"--row-length {self.row_length}: at least 16 tokens")
         if self.limit is not None and self.limit < 1:
@@ -159,8 +162,8 @@ def parse_runtime(name: str | None, formats: Sequence[str]) -> str:
     """Return the runtime of --for, the usual one of the formats without a name; UserError for an unknown one."""
     if name is None:
         return FORMATS[formats[0]].runtime or "transformers"
-    if name not in OUTSIDE:
-        raise UserError(f"--for {name}: unknown; one of {', '.join(OUTSIDE)}")
+    if name not in MADE_FOR:
+        raise UserError(f"--for {name}: unknown; one of {', '.join(MADE_FOR)}")
     return name
 
 
@@ -182,7 +185,7 @@ def outside_modules(settings: Settings, outer: Iterable[Module]) -> list[Module]
         width = module.shape[1]
         held = (nearest_held(name, width, settings.runtime) for name in settings.embedding_formats or usual)
         names = by_width([name for name in dict.fromkeys(held) if takes(FORMATS[name], width)])
-        if module.part in OUTSIDE[settings.runtime] and names:
+        if module.part in MADE_FOR[settings.runtime].outside and names:
             padding = (names[-1],) * (len(settings.formats) - len(names))
             planned.append(replace(module, candidates=(*names, *padding)))
     return planned
@@ -190,11 +193,27 @@ def outside_modules(settings: Settings, outer: Iterable[Module]) -> list[Module]
 
 def held_modules(settings: Settings, modules: Iterable[Module]) -> list[Module]:
     """Return the modules of decoder layers, each with what it holds in the place of a format that its rows or the runtime do not take."""
-    held = []
+    held, runtime = [], MADE_FOR[settings.runtime]
     for module in modules:
         names = {name: nearest_held(name, module.shape[1], settings.runtime) for name in settings.formats}
+        if module.expert is not None:
+            names = {name: _of_width(other, runtime.experts) for name, other in names.items()}
+            if runtime.alike:
+                module = replace(module, unit=_experts_unit(module))
         held.append(replace(module, instead={name: other for name, other in names.items() if other != name}))
     return held
+
+
+def _of_width(name: str, widths: Sequence[int]) -> str:
+    """Return the format that is like `name`, of the nearest of some widths, the wider of two."""
+    fmt = FORMATS[name]
+    return name if fmt.bits in widths else replace(fmt, bits=min(widths, key=lambda width: (abs(width - fmt.bits), -width))).name
+
+
+def _experts_unit(module: Module) -> str:
+    """Return what holds all experts of a layer."""
+    before, _, rest = module.name.partition("experts.")
+    return f"{before}experts" if rest else module.name
 
 
 def widest_of(formats: Sequence[str]) -> str:

@@ -15,7 +15,7 @@ from pathlib import Path
 import numpy as np
 from pydantic import TypeAdapter
 
-from bitatlas.data.rows import cut_rows
+from bitatlas.data.rows import cut_rows, rows_sha256
 from bitatlas.data.tasks import TASKS, chance_level, load_items, task_text
 from bitatlas.errors import UserError
 from bitatlas.findings.conclude import AttentionEvidence, DamageEvidence, Evidence, PlanEvidence, TaskEvidence
@@ -49,11 +49,12 @@ from bitatlas.plan.calibration import calibrate
 from bitatlas.plan.judge import curve_point, judge
 from bitatlas.plan.search import PlannerHooks, damage_tables, search
 from bitatlas.progress import Reporter
+from bitatlas.quantize.moments import FEW_TOKENS, expert_tokens
 from bitatlas.records import Atlas, Calibration, CurvePoint, JointDamage, Plan, WeightProfile
 from bitatlas.records.files import to_json, write_text
 from bitatlas.records.journal import content_key
 from bitatlas.records.sizes import candidates_of, inner, uniform
-from bitatlas.records.text import interval
+from bitatlas.records.text import interval, listed
 from bitatlas.report.html import progress_html
 from bitatlas.run.assemble import Screens, assemble, tables_of, uniform_records, write_outputs
 from bitatlas.run.curve import short_curve
@@ -65,6 +66,7 @@ from bitatlas.run.settings import Settings
 from bitatlas.stats.paired import compare_all
 
 FOCUS_PROBLEMS = 64
+MOST_NAMED = 12  # experts in a line
 
 
 def run_survey(settings: Settings, out: Path, resume: bool, reporter: Reporter, ray: str | None = None) -> Atlas:
@@ -86,8 +88,41 @@ def _opened(settings: Settings, out: Path, resume: bool, reporter: Reporter, ray
         with reporter.stage(f"quantizing ({settings.quantizer})") as progress:
             session.bank.ready(candidates_of(session.checkpoint.modules, settings.formats), progress)
         reporter.passed("quantizing")
+        tell_experts(session)
         release_free_memory()
         yield session
+
+
+def tell_experts(session: Session) -> None:
+    """Say how many tokens of the fit rows each expert of a mixture saw, and which saw too few for codes of their own."""
+    modules = [module for module in inner(session.checkpoint.modules) if module.expert is not None]
+    if not modules:
+        return
+    rows, key = session.rows.fit, content_key("experts", session.meter.identity, rows_sha256(session.rows.fit))
+    counts = session.journal.get(key)
+    if counts is None:
+        counts = expert_tokens(session.decoder, [module.name for module in modules], rows)
+        session.journal.put(key, "experts", counts)
+    tokens: dict[tuple[int, int], int] = {}  # (layer, expert) -> tokens
+    for module in modules:
+        tokens[module.layer, module.expert or 0] = counts[module.name]
+    line = experts_text(tokens, rows.numel(), session.bank.quantizer.name == "gptq")
+    session.checkpoint = replace(session.checkpoint, notes=[*session.checkpoint.notes, line])
+    session.reporter.say(line)
+
+
+def experts_text(tokens: Mapping[tuple[int, int], int], total: int, fitted: bool) -> str:
+    """Return a line on how tokens were routed. tokens: (layer, expert) -> tokens of the fit rows that it saw; fitted: codes are fitted to them."""
+    counts, few = sorted(tokens.values()), [key for key, count in tokens.items() if count < FEW_TOKENS]
+    line = (
+        f"experts: {len(counts)} in {len({layer for layer, _ in tokens})} layers; each saw {counts[0]} to {counts[-1]} of {total} tokens "
+        f"of the fit rows (median {counts[len(counts) // 2]})"
+    )
+    if few and fitted:
+        shown, left = few[:MOST_NAMED], len(few) - MOST_NAMED
+        named = listed([*(f"{layer}.{expert}" for layer, expert in shown), *([f"{left} more"] if left > 0 else [])])
+        line += f"; {len(few)} saw fewer than {FEW_TOKENS} and are fitted to all of their layer's inputs (layer.expert: {named})"
+    return line
 
 
 def _survey(session: Session) -> Atlas:

@@ -21,10 +21,9 @@ from bitatlas.data.rows import Rows
 from bitatlas.errors import UserError
 from bitatlas.measure.interactions import swap_interactions
 from bitatlas.measure.machine import LoadMode
-from bitatlas.model.checkpoint import open_checkpoint
 from bitatlas.progress import Reporter
 from bitatlas.records.journal import Journal
-from bitatlas.run.prepare import Session, load_decoder
+from bitatlas.run.prepare import Session, load_decoder, open_planned
 from bitatlas.run.ray.cluster import Requirements, check_host
 from bitatlas.run.settings import Settings
 
@@ -74,7 +73,7 @@ def _open_session(config: WorkerConfig, device: str) -> Session:
     if wrong := check_host(config.required):
         raise UserError(wrong)
     settings, load_mode = config.settings, config.load_mode
-    checkpoint = open_checkpoint(settings.model, settings.revision, settings.fuse)
+    checkpoint = open_planned(settings)
     if checkpoint.info.weights_sha256 != config.weights_sha256:
         raise UserError(f"has other weights in {settings.model}; they must be the same on all hosts")
     decoder, tokenizer = load_decoder(settings, checkpoint, load_mode, device), checkpoint.load_tokenizer()
