@@ -27,7 +27,7 @@ from bitatlas.records.sizes import kept_bytes
 from bitatlas.stats.bootstrap import measured
 
 RESULTS = Path(__file__).parent / "results" / "embedding.json"
-BITS = (2, 3, 4, 8)
+BITS = (2, 3, 4, 6, 8)
 FIT_ROWS, JUDGED_ROWS = 24, 32
 
 

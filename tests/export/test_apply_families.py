@@ -17,7 +17,7 @@ from transformers import AutoConfig, AutoModelForCausalLM
 
 import tiny
 from bitatlas.errors import UserError
-from bitatlas.export import conversion
+from bitatlas.export import blueprint, conversion
 from bitatlas.export import trial as packed
 from bitatlas.export.targets import export_plan
 from bitatlas.model import tensor_files
@@ -223,14 +223,14 @@ def test_a_folder_that_does_not_load_gets_no_name(tiny_llama: Path, tmp_path: Pa
         def drawn(*arguments):
             found = real(*arguments)
             found.copied.remove(part)
-            entries = [stage.Entry(k, "F32", (v // 4,), v) for shard in found.shards for k, v in shard.sizes.items()]
+            entries = [tensor_files.Entry(k, "F32", (v // 4,), v) for shard in found.shards for k, v in shard.sizes.items()]
             headers = {k: e for shard in found.shards for k, e in json.loads(shard.header[8:]).items() if k != "__metadata__"}
             kept = [
-                stage.Entry(e.name, headers[e.name]["dtype"], tuple(headers[e.name]["shape"]), e.size_bytes)
+                tensor_files.Entry(e.name, headers[e.name]["dtype"], tuple(headers[e.name]["shape"]), e.size_bytes)
                 for e in entries
                 if e.name != part
             ]
-            found.shards[:] = stage.split_shards(kept)
+            found.shards[:] = tensor_files.split_shards(kept)
             return found
 
         return drawn
@@ -238,8 +238,8 @@ def test_a_folder_that_does_not_load_gets_no_name(tiny_llama: Path, tmp_path: Pa
     monkeypatch.setattr(stage, "blueprint_of", without("model.norm.weight"))
     assert "has no value for model.norm.weight" in refusal(tiny_llama, tmp_path / "missing")
     monkeypatch.setattr(stage, "blueprint_of", real)
-    monkeypatch.setattr(stage, "unpackable", lambda model, names: [])
-    monkeypatch.setattr(stage, "exchanged", lambda model: {})
+    monkeypatch.setattr(blueprint, "unpackable", lambda model, names: [])
+    monkeypatch.setattr(blueprint, "exchanged", lambda model: {})
     if not short:
         assert "transformers does not load it ('Linear' object" in refusal(
             checkpoint_of(tmp_path / "mamba", "mamba"), tmp_path / "early"

@@ -17,6 +17,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, DynamicCache, StaticC
 from bitatlas.errors import UserError
 from bitatlas.model.checkpoint import open_checkpoint
 from bitatlas.model.decoder import find_layers, memory_shape
+from bitatlas.model.linear import split_experts
 from bitatlas.model.modules import linear_modules
 from bitatlas.plan.budget import (
     activation_bytes,
@@ -47,8 +48,10 @@ MORE: dict[str, dict] = {
     "gpt_bigcode": {**PLAIN, "multi_query": True},
     "bloom": {"hidden_size": 64, "n_layer": 3, "n_head": 4, "vocab_size": 300},
     "opt": {**COMMON, **LONG, "ffn_dim": 96, "word_embed_proj_dim": 64},
+    "mixtral": {**GATED, **LONG, "num_local_experts": 4, "num_experts_per_tok": 2},
+    "qwen2_moe": {**GATED, **LONG, "num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 32, "shared_expert_intermediate_size": 64},
 }  # fmt: skip
-CLOSE = ("llama", "mistral", "qwen2", "qwen3", "gpt2", "gpt_neox", "gemma3_text")
+CLOSE = ("llama", "mistral", "qwen2", "qwen3", "gpt2", "gpt_neox", "gemma3_text", "mixtral")
 AT_MOST = 3.0  # times the true peak, for these at tiny sizes, where masks weigh most; docs/memory.md has full sizes
 LLAMA_8B = {
     "hidden_size": 4096, "intermediate_size": 14336, "num_hidden_layers": 32, "num_attention_heads": 32, "num_key_value_heads": 8,
@@ -65,6 +68,7 @@ def skeleton(family: str, **config: object) -> Any:
 def shape_of(family: str, **config: object) -> MemoryShape | str:
     model = skeleton(family, **config)
     path = find_layers(model, family)
+    split_experts(model)
     return memory_shape(model, linear_modules(model, path, False), len(model.get_submodule(path)))
 
 
@@ -133,7 +137,6 @@ def test_shapes_read_off_the_config(family: str, config: dict, layers: list[Cach
     [
         ("deepseek_v3", {**GATED, "kv_lora_rank": 8, "q_lora_rank": 8, "qk_rope_head_dim": 8, "v_head_dim": 16, "qk_nope_head_dim": 8},
          "latent attention"),
-        ("mixtral", {**GATED, "num_local_experts": 2}, "experts"),
         ("lfm2", {**GATED, "layer_types": ["conv", "full_attention", "conv"]}, "more than keys and values"),
         ("falcon_h1", {**GATED, "mamba_d_ssm": 64, "mamba_n_heads": 4, "mamba_d_head": 16}, "more than keys and values"),
         ("mamba", {"hidden_size": 64, "num_hidden_layers": 2, "vocab_size": 300, "state_size": 4}, "more than keys and values"),
@@ -189,6 +192,15 @@ def test_against_a_cache_that_grows(family: str):
     fewer = sum(2 * 2 * kind.layers * kind.kv_heads * kind.head_dim * 4 for kind in shape.layers if kind.window)
     used = sum(tensor.numel() * 4 for layer in cache.layers for tensor in (layer.keys, layer.values))
     assert cache_bytes(shape, load_of(40, batch=2, dtype=torch.float32)) - fewer == used
+
+
+@pytest.mark.parametrize(("name", "bytes_of_block"), [("q8_0", 34), ("q4_0", 18)])
+def test_llama_cpps_caches(name: str, bytes_of_block: int):
+    """A token's keys of all heads are whole blocks of 32 numbers: 48 of them take two."""
+    load = replace(load_of(100, batch=3), cache_dtype=name)
+    shape = replace(LLAMA_8B_SHAPE, layers=[CacheLayers(5, 3, 16, None), CacheLayers(2, 8, 128, 40)])
+    assert cache_bytes(shape, load) == 2 * 3 * bytes_of_block * (5 * 100 * 2 + 2 * 40 * 32)
+    assert workload_of(100, name, None, None).cache_dtype == name
 
 
 @pytest.mark.slow

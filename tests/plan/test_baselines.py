@@ -144,7 +144,7 @@ def test_layers_high_in_a_given_order():
         (["int2_g64", "int4_g64"], 2.99, None),
         (["int2_g64", "int4_g64"], 4.0, None),  # the widest candidate fits everywhere
         (["int2_g64", "int3_g64", "int4_g64"], 3.5, None),
-        (["int2_g32_sym", "int8_g32_sym"], 5.0, "int4_g32_sym"),  # of the candidates' own kind
+        (["int2_g32_sym", "int8_g32_sym"], 5.0, "int5_g32_sym"),  # of the candidates' own kind
     ],
 )
 def test_a_uniform_width_outside_the_candidates_is_named_where_it_fits_better(formats, code_bits, outside):

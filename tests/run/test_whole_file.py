@@ -42,7 +42,7 @@ def test_a_survey_for_mlx_plans_embedding_and_head(
     tied: bool, refine: bool, tiny_llama: Path, untied: Path, text: Path, tmp_path: Path, capsys, monkeypatch
 ):
     model, out = tiny_llama if tied else untied, tmp_path / "out"
-    size = 70_000 if tied else 80_000
+    size = 75_000 if tied else 95_000
     words = ["--for", "mlx", "--size", str(size), "--refine" if refine else "--no-refine", "--no-curve"]
     plan, atlas = survey(capsys, monkeypatch, model, text, out, *words)
     outer = {module.name: module for module in atlas.modules if module.part}
@@ -88,17 +88,15 @@ def plain_damage_is_the_plans(model: Path, plan: Plan, out: Path) -> None:
 
 def mlx_file_holds_the_plan(folder: Path, plan: Plan, atlas: Atlas) -> None:
     config = json.loads((folder / "config.json").read_text(encoding="utf-8"))["quantization"]
-    tensors = 0
+    disk = sum(file.stat().st_size for file in folder.glob("*.safetensors"))
     for file in folder.glob("*.safetensors"):
         with safe_open(file, "pt") as reader:
             names = set(reader.keys())
-            tensors += sum(t.numel() * t.element_size() for t in map(reader.get_tensor, names))
             for module in atlas.modules:
                 assert f"{module.name}.scales" in names
     for module in atlas.modules:
         assert config[module.name]["bits"] == plan.formats[plan.modules[module.name]].bits
-    scales = sum(2 * m.shape[0] * -(-m.shape[1] // 32) * 2 for m in atlas.modules)  # float32 in a float32 checkpoint
-    assert tensors == plan.size.total_bytes + scales
+    assert disk == plan.size.total_bytes  # headers, and scales in float32 as the checkpoint, included
 
 
 def test_a_planned_head_is_packed_and_loads(untied: Path, text: Path, tmp_path: Path, capsys, monkeypatch):
@@ -170,7 +168,7 @@ def test_one_line_for_what_cannot_be(tiny_llama: Path, text: Path, tmp_path: Pat
     cases = [
         (
             ["--for", "mxl"],
-            "--for mxl: unknown; one of transformers, vllm, mlx, torchao, llm-compressor, gptqmodel, autoround, exllamav3, llama.cpp",
+            "--for mxl: unknown; one of transformers, bitatlas, vllm, mlx, torchao, llm-compressor, gptqmodel, autoround, exllamav3, llama.cpp",
         ),
         (
             ["--embedding-formats", "int4_g32,int8_g32,int3_g32"],

@@ -23,12 +23,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from bitatlas.export.blueprint import read_tensor, sources_of, weight_keys
 from bitatlas.export.compressed_tensors import WORD, pack_rows
-from bitatlas.export.packed import codes_of, copy_tensor, read_tensor, sources_of, weight_keys
+from bitatlas.export.packed import codes_of, copy_tensor
 from bitatlas.export.target import Job, Target, template, write_readme
 from bitatlas.model.decoder import decoder_of
 from bitatlas.model.folder import check_free_space, companion_files
-from bitatlas.model.tensor_files import Entry, Writer, split_shards
+from bitatlas.model.tensor_files import Entry, Writer, padded, split_shards
 from bitatlas.quantize.codes import Codes
 from bitatlas.records.formats import Format, group_count
 from bitatlas.records.runtimes import Integers
@@ -124,7 +125,7 @@ def _write_weights(job: Job, folder: Path, more_bytes: int) -> int:
     modules = [module for module in checkpoint.modules if module.name in plan.modules]
     for module in modules:
         wanted += _entries(keys[module.name], module.shape, plan.formats[plan.modules[module.name]], dtype)
-    shards = split_shards(wanted)
+    shards = padded(split_shards(wanted), plan.size.total_bytes if plan.runtime == "mlx" else 0)
     disk_bytes = sum(shard.size_bytes for shard in shards)
     check_free_space(folder, disk_bytes + more_bytes)
     with Writer(folder, shards) as writer, job.reporter.stage("packing") as progress:

@@ -28,10 +28,9 @@ import yaml
 from bitatlas.errors import UserError
 from bitatlas.export.target import Job, Target, template, write_readme
 from bitatlas.records.formats import Format
-from bitatlas.records.runtimes import Integers
+from bitatlas.records.runtimes import WIDTHS, Integers
 from bitatlas.records.sizes import unlike_partners
 
-WIDTHS = (2, 3, 4, 8)  # bits
 HELD = Integers(bits=WIDTHS)
 AS_IT_WAS = 16  # "bits" of a module that is not quantized
 

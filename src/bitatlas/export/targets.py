@@ -22,7 +22,7 @@ from bitatlas.progress import Reporter
 from bitatlas.records import Module, Plan
 from bitatlas.records.files import read_record, to_json, write_text
 from bitatlas.records.formats import GROUP_SIZES, Format
-from bitatlas.records.runtimes import MADE_FOR, Integers
+from bitatlas.records.runtimes import MADE_FOR, WIDTHS, Integers
 from bitatlas.records.sizes import unlike_experts, unlike_partners
 from bitatlas.records.text import listed
 
@@ -41,7 +41,7 @@ def _write_packed(job: Job, folder: Path) -> list[str]:
 VLLM = Target(
     "vllm",
     "the packed checkpoint of `apply`, where vLLM's rules allow it",
-    Integers(bits=(2, 3, 4, 8), symmetric=(True,)),
+    Integers(bits=WIDTHS, symmetric=(True,)),
     _write_packed,
     needs_model=True,
     whole_groups=True,
@@ -136,6 +136,8 @@ def _check_outside(target: Target, job: Job) -> None:
 
 def _check_experts(target: Target, job: Job) -> None:
     """Refuse experts that are not written for the target, or not in these formats."""
+    if not any(module.expert is not None and module.name in job.formats for module in job.modules):
+        return
     runtime, advice = MADE_FOR[target.name], f"make the plan in a survey with --for {target.name}"
     for module in job.modules:
         fmt = job.formats.get(module.name)

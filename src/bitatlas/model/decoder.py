@@ -224,11 +224,11 @@ def layers_at(model: nn.Module, path: str) -> nn.ModuleList:
 #
 # The layout of the cache is not guessed from names in the config, which differ by family (`num_kv_heads`, `multi_query`, `layer_types`,
 # ...): the skeleton on torch's meta device reads a few tokens, which costs no memory, and the cache that it fills is looked at.
-# Left out, and said so in one line: state-space and linear-attention layers, latent attention, routed experts, keys and values of
-# different widths, layers that share a cache. `plan/budget.py` has the formula.
+# Left out, and said so in one line: state-space and linear-attention layers, latent attention, keys and values of different widths, layers
+# that share a cache. `plan/budget.py` has the formula.
 
 CACHE_PROBE_TOKENS = 3  # that the skeleton reads
-EXPERTS = ("num_experts", "num_local_experts", "n_routed_experts", "moe_num_experts")
+ROUTED_TO = ("num_experts_per_tok", "top_k_experts", "moe_k", "moe_topk")  # experts of a token, as configs call them
 SCORES_HELD = ("falcon",)  # called fused, but torch has no fused kernel for one key head beside many query heads given as it is
 
 
@@ -238,8 +238,10 @@ def memory_shape(model: Any, modules: Sequence[Module], layers: int) -> MemorySh
     text = config.get_text_config()
     if getattr(text, "kv_lora_rank", None):
         return "it caches latent attention, which runtimes store in different ways"
-    if any(getattr(text, name, None) for name in EXPERTS):
-        return "it routes tokens to experts, whose activations depend on the text"
+    experts = [module for module in modules if module.expert is not None]
+    chosen = next((int(value) for name in ROUTED_TO if (value := getattr(text, name, None))), 0)
+    if experts and not chosen:
+        return "how many experts a token is routed to is not known"
     try:
         cache = _cache_of(model)
         kinds = [_layer_of(layer) for layer in cache.layers]
@@ -250,7 +252,9 @@ def memory_shape(model: Any, modules: Sequence[Module], layers: int) -> MemorySh
         return f"its skeleton cannot be run ({reason_of(error)})"
     if len(kinds) != layers:
         return f"its cache has {len(kinds)} layers, the model {layers}"
-    inner = max((module.shape[1] for module in modules), default=hidden)
+    inner = max((module.shape[1] for module in modules if module.expert is None), default=hidden)
+    if experts:
+        inner += chosen * (hidden + min(min(module.shape) for module in experts))
     fused = getattr(text, "_attn_implementation", "eager") != "eager" and text.model_type not in SCORES_HELD
     return MemoryShape(
         hidden, max(inner, hidden), heads, vocabulary, fused,
@@ -265,7 +269,14 @@ class UnknownStateError(Exception):
 @torch.no_grad()
 def _cache_of(model: Any) -> Any:
     tokens = torch.zeros((1, CACHE_PROBE_TOKENS), dtype=torch.int64, device="meta")
-    out = model(tokens, use_cache=True)
+    experts = [module for module in model.modules() if type(module).__name__.endswith("Experts")]
+    for module in experts:  # which ones are chosen is in numbers, and here are none
+        module.forward = lambda hidden, *_: hidden
+    try:
+        out = model(tokens, use_cache=True)
+    finally:
+        for module in experts:
+            del module.forward
     cache = getattr(out, "past_key_values", None) or getattr(out, "cache", None)  # the older and the newer name
     if not hasattr(cache, "layers"):
         raise UnknownStateError("it keeps a state that is not a cache of keys and values")

@@ -34,6 +34,7 @@ from bitatlas.errors import UserError
 
 SHARD_BYTES = 5 * 10**9
 ALIGNMENT = 8  # of where the tensors begin, as the library itself writes them
+MOST_PADDING = 2**24  # bytes; the library takes headers of up to 100 MB
 INDEX = "model.safetensors.index.json"
 LONGEST_REASON = 200  # characters of a library's message that are repeated
 DTYPES = {
@@ -71,6 +72,17 @@ class Shard:
     @property
     def size_bytes(self) -> int:
         return len(self.header) + sum(self.sizes.values())
+
+
+def padded(shards: Sequence[Shard], total: int) -> list[Shard]:
+    """Return the files with spaces behind the first header, so that they have `total` bytes together; as they are where that is less, or far more."""
+    first, *rest = shards
+    more = total - sum(shard.size_bytes for shard in shards)
+    if not 0 < more <= MOST_PADDING or more % ALIGNMENT:
+        return list(shards)
+    text = first.header[8:] + b" " * more
+    offsets = {name: offset + more for name, offset in first.offsets.items()}
+    return [Shard(first.name, struct.pack("<Q", len(text)) + text, offsets, first.sizes), *rest]
 
 
 def split_shards(entries: Sequence[Entry], limit: int = SHARD_BYTES) -> list[Shard]:

@@ -21,7 +21,17 @@ from bitatlas.plan.knapsack import Ints
 from bitatlas.records import Budget, ModelInfo, Module
 from bitatlas.records.formats import Format, get_format, stored_bytes
 from bitatlas.records.plan import CacheLayers, MemoryShape, Workload
-from bitatlas.records.sizes import RANGE_DIGITS, Unit, dtype_bytes, outside_bytes, parse_size, rounded_up, show_bytes, units_of
+from bitatlas.records.sizes import (
+    RANGE_DIGITS,
+    Unit,
+    dtype_bytes,
+    file_bytes,
+    outside_bytes,
+    parse_size,
+    rounded_up,
+    show_bytes,
+    units_of,
+)
 from bitatlas.records.text import given
 
 EXACT_DIGITS = 20  # significant digits that show a number as it was given
@@ -43,7 +53,7 @@ class BudgetKind:
 
     flag: str
     what: str  # what `cost` counts: "bits" or "bytes"
-    cost: Callable[[Module, Format], int]
+    cost: Callable[[Module, Format, ModelInfo], int]
     worth: Callable[[int, int, int], Fraction]  # (summed cost, weights, other bytes) -> value
     allows: Callable[[Fraction, int, int], Fraction]  # (value, weights, other bytes) -> summed cost
     show: Callable[[Fraction, int], str]  # (value, significant digits) -> text that can be typed again, rounded up
@@ -56,7 +66,7 @@ KINDS: dict[str, BudgetKind] = {
     "code_bits": BudgetKind(
         flag="--code-bits",
         what="bits",
-        cost=lambda module, fmt: module.weights * fmt.bits,
+        cost=lambda module, fmt, info: module.weights * fmt.bits,
         worth=lambda cost, weights, other: Fraction(cost, weights),
         allows=lambda value, weights, other: value * weights,
         show=rounded_up,
@@ -64,7 +74,7 @@ KINDS: dict[str, BudgetKind] = {
     "stored_bits": BudgetKind(
         flag="--stored-bits",
         what="bytes",
-        cost=lambda module, fmt: stored_bytes(module.shape, fmt),
+        cost=lambda module, fmt, info: stored_bytes(module.shape, fmt),
         worth=lambda cost, weights, other: Fraction(8 * cost, weights),
         allows=lambda value, weights, other: value * weights / 8,
         show=rounded_up,
@@ -72,7 +82,7 @@ KINDS: dict[str, BudgetKind] = {
     "size": BudgetKind(
         flag="--size",
         what="bytes",
-        cost=lambda module, fmt: stored_bytes(module.shape, fmt),
+        cost=file_bytes,
         worth=lambda cost, weights, other: Fraction(cost + other),
         allows=lambda value, weights, other: value - other,
         show=show_bytes,
@@ -95,7 +105,7 @@ def costs_of(budget: Budget, units: Sequence[Unit], formats: Sequence[str], info
     the budget is impossible. A tolerated damage and a protected task have no limit: their costs are bytes.
     """
     if budget.kind in MEASURED:
-        return Costs(_cost_table(KINDS["size"], units, formats), None, KINDS["size"].what)
+        return Costs(_cost_table(KINDS["size"], units, formats, info), None, KINDS["size"].what)
     kind = _kind(budget.kind)
     weights = _layer_weights(units)
     other = _other_bytes(units, info) + runtime_bytes(budget)
@@ -103,13 +113,13 @@ def costs_of(budget: Budget, units: Sequence[Unit], formats: Sequence[str], info
     # 2.9 as a float is a little below 29/10: the printed average of one more bit may still be 2.9
     if float(kind.worth(limit + 1, weights, other)) <= budget.value:
         limit += 1
-    return Costs(_cost_table(kind, units, formats), limit, kind.what)
+    return Costs(_cost_table(kind, units, formats, info), limit, kind.what)
 
 
-def _cost_table(kind: BudgetKind, units: Sequence[Unit], formats: Sequence[str]) -> Ints:
+def _cost_table(kind: BudgetKind, units: Sequence[Unit], formats: Sequence[str], info: ModelInfo) -> Ints:
     def cost(module: Module, column: int) -> int:
         counts = kind.whole_file or not module.part
-        return kind.cost(module, get_format(module.formats(formats)[column])) if counts else 0
+        return kind.cost(module, get_format(module.formats(formats)[column]), info) if counts else 0
 
     costs = [[sum(cost(module, column) for module in unit.modules) for column in range(len(formats))] for unit in units]
     return np.array(costs, dtype=np.int64).reshape(len(units), len(formats))  # [units, formats]
@@ -122,6 +132,8 @@ def _layer_weights(units: Sequence[Unit]) -> int:
 
 def _other_bytes(units: Sequence[Unit], info: ModelInfo) -> int:
     """Return the bytes of all that is in no unit."""
+    if info.file:
+        return info.file.other
     return info.other_bytes - outside_bytes((module for unit in units for module in unit.modules), info)
 
 
@@ -131,7 +143,7 @@ def size_range(
     """Return the (least, most) that these formats can give, in the unit of the budget's kind: bits a weight, or bytes with `beside` of them."""
     counted, units = _kind(kind), units_of(modules)
     weights, other = _layer_weights(units), _other_bytes(units, info) + beside
-    ends = _extremes(_cost_table(counted, units, formats))
+    ends = _extremes(_cost_table(counted, units, formats, info))
     least, most = (float(counted.worth(total, weights, other)) for total in ends)
     return least, most
 
@@ -155,7 +167,7 @@ def check_budget(budget: Budget, modules: Sequence[Module], formats: Sequence[st
     kind, units = KINDS[budget.kind], units_of(modules)
     if not units:
         raise UserError("the checkpoint has no linear weights that can be quantized")
-    cost, weights = _cost_table(kind, units, formats), _layer_weights(units)
+    cost, weights = _cost_table(kind, units, formats, info), _layer_weights(units)
     ends = _extremes(cost)
     beside = runtime_bytes(budget)
     least, most = (kind.worth(total, weights, _other_bytes(units, info) + beside) for total in ends)
@@ -223,12 +235,15 @@ def _exact_bytes(whole: int) -> str:
 #
 # Activations are an upper bound of what is alive at once in a plain PyTorch pass of transformers over a cache that was allocated whole;
 # tests compare it with the true peak. Fused runtimes reuse buffers and need less. The activations' dtype is the checkpoint's.
-# The cache's dtype is what was asked for, else the checkpoint's where that has 16 bits, else float16.
+# The cache's dtype is what was asked for, else the checkpoint's where that has 16 bits, else float16. q8_0 and q4_0 are llama.cpp's.
+# Of a mixture f is what the k experts of a token have together, beside each other: k (h + the experts' inner width), and what all tokens go through.
 # Left out: the runtime itself (a CUDA context takes some hundred MB), fragmentation, and copies of unpacked weights; ask for less to leave
-# room. Layers whose state is not keys and values by token are refused. `docs/memory.md` has an example worked by hand.
+# room. Latent attention, and layers whose state is not keys and values by token are refused. `docs/memory.md` has an example worked by hand.
 # Source: our own count, checked against transformers 5.24; passes of 512 tokens are what llama.cpp reads by default (`--ubatch-size`).
 
-CACHE_DTYPES = ("float32", "bfloat16", "float16", "float8_e4m3fn", "float8_e5m2")
+# bytes of 32 numbers: llama.cpp's q8_0 and q4_0 have a float16 scale with them
+CACHE_BYTES = {"float32": 128, "bfloat16": 64, "float16": 64, "float8_e4m3fn": 32, "float8_e5m2": 32, "q8_0": 34, "q4_0": 18}
+CACHE_BLOCK, BLOCKED = 32, ("q8_0", "q4_0")  # numbers; in whole blocks of them
 CHUNK = 512  # tokens of a pass over the prompt, unless told otherwise
 LARGEST = 10**9  # tokens, sequences: more is a slip of the hand
 FLOAT32_BYTES = 4
@@ -239,8 +254,8 @@ def workload_of(context: int | None, cache_dtype: str | None, batch: int | None,
     for flag, value in (("--context", context), ("--batch", batch), ("--chunk", chunk)):
         if value is not None and not 1 <= value <= LARGEST:
             raise UserError(f"{flag} {value}: must be 1 or more, and at most {LARGEST:,}")
-    if cache_dtype is not None and cache_dtype not in CACHE_DTYPES:
-        raise UserError(f"--cache-dtype {cache_dtype}: unknown; one of {', '.join(CACHE_DTYPES)}")
+    if cache_dtype is not None and cache_dtype not in CACHE_BYTES:
+        raise UserError(f"--cache-dtype {cache_dtype}: unknown; one of {', '.join(CACHE_BYTES)}")
     return Workload(context, 1 if batch is None else batch, CHUNK if chunk is None else chunk, cache_dtype)
 
 
@@ -283,11 +298,19 @@ def runtime_bytes(budget: Budget) -> int:
 
 def cache_bytes(shape: MemoryShape, load: Workload) -> int:
     """Return the bytes of the keys and values of the whole context, all layers and sequences. `load` with its context and dtypes."""
-    context, width = _known(load)
-    numbers = sum(
-        kind.layers * kind.kv_heads * kind.head_dim * min(context, kind.window or context) for kind in shape.layers
-    )  # [layers, heads, width, tokens]
-    return 2 * load.batch * numbers * width
+    context, _ = _known(load)
+    # whole blocks of a token's keys, of all heads: a row in llama.cpp's cache
+    of_layers = (
+        kind.layers * min(context, kind.window or context) * _row_bytes(kind.kv_heads * kind.head_dim, load)
+        for kind in shape.layers
+    )
+    return 2 * load.batch * sum(of_layers)
+
+
+def _row_bytes(numbers: int, load: Workload) -> int:
+    """Return the bytes of a token's keys in a layer."""
+    _, width = _known(load)
+    return int(width * (-(-numbers // CACHE_BLOCK) * CACHE_BLOCK if load.cache_dtype in BLOCKED else numbers))
 
 
 def activation_bytes(shape: MemoryShape, load: Workload) -> int:
@@ -307,11 +330,11 @@ def activation_bytes(shape: MemoryShape, load: Workload) -> int:
     return max(carried + max(attention, inner, norm), logits + tokens * shape.hidden * width)
 
 
-def _known(load: Workload) -> tuple[int, int]:
+def _known(load: Workload) -> tuple[int, Fraction]:
     """Return (context, bytes of a number of the cache); ValueError where they are not known."""
     if load.context is None or load.cache_dtype is None:
         raise ValueError("the workload's context and cache dtype are not settled")
-    return load.context, dtype_bytes(load.cache_dtype)
+    return load.context, Fraction(CACHE_BYTES[load.cache_dtype], CACHE_BLOCK)
 
 
 def _keys_seen(kind: CacheLayers, context: int, chunk: int) -> int:

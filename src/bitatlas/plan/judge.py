@@ -58,6 +58,7 @@ def unverified_plan(problem: PlanningProblem, budget: Budget, candidate: Candida
         damage=PlanDamage(candidate.predicted, None),
         solver={**candidate.solver, "seed": problem.seed},
         codes=problem.codes,
+        runtime=info.file.runtime if info.file else "",
     )
 
 

@@ -42,6 +42,7 @@ class Module:
     part: str = ""  # outside the decoder layers: "embedding", "head", or "embedding and head" where these are tied
     candidates: tuple[str, ...] = ()  # outside the layers: as many formats as the survey has, narrowest first
     expert: int | None = None  # its number, of one of a layer's experts
+    file: ModuleFile | None = None  # None: the file's own bytes are not known
     instead: dict[str, str] = field(default_factory=dict)  # the survey's format -> the nearest, where the module cannot hold it
 
     @property
@@ -80,13 +81,38 @@ class ModelInfo:
     total_bytes: int  # the checkpoint as it is, all tensors
     memory: MemoryShape | str | None = None  # text: why it cannot be told; None: an atlas from before it was recorded
     other_numbers: int | None = None  # that `other_bytes` are; None: of one dtype
+    file: FileLayout | None = None  # of the file that the sizes of plans are about; None: a format's own bytes are counted
+
+
+@dataclass(frozen=True)
+class ModuleFile:
+    """A module in the file. pieces: (bytes of the beginning that its tensors' names have in common, rows) each; none: it stays whole.
+
+    kept: bytes as it is in the checkpoint, the header's among them.
+    """
+
+    pieces: tuple[tuple[int, int], ...]
+    kept: int
+
+
+@dataclass(frozen=True)
+class FileLayout:
+    """How a runtime's safetensors files hold quantized weights (`sizes.file_bytes`). other: bytes of all that is in no module, headers included."""
+
+    runtime: str
+    name: str  # "pack-quantized" or "mlx"
+    other: int
+    digits: int  # at most, of a tensor's place in a file
+    zero_bytes: int  # of a zero-point
+    scale_bytes: int  # of a scale
 
 
 @dataclass(frozen=True)
 class Size:
     """`code_bits`: bits of the codes alone, per quantized weight of the decoder layers. `stored_bits`: all bytes of these weights x 8 / their number.
 
-    `quantized_bytes`: of all quantized modules, embedding and head among them; `total_bytes`: of the whole model.
+    `quantized_bytes`: of all quantized modules, embedding and head among them, as formats count them; `total_bytes`: of the whole model: of its
+    files, to the byte, where their layout is known (`ModelInfo.file`).
     """
 
     code_bits: float
@@ -157,6 +183,7 @@ class Plan:
     verdict: str = ""
     solver: dict[str, Any] = field(default_factory=dict)
     codes: str = ""  # whose quantized weights were measured: quantizer, its version, and the hash of the rows it was fitted on
+    runtime: str = ""  # whose file `size.total_bytes` counts; "": as formats count
     standing: str = ""  # "better", "no worse shown" or "worse" than the baselines; "": not judged, or before these words
     schema: str = PLAN_SCHEMA
 

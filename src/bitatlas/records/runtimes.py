@@ -33,15 +33,21 @@ def _integer(fmt: Format) -> bool:
     return not fmt.runtime
 
 
+def _common(fmt: Format) -> bool:
+    """Return whether a format has one of the widths that nearly all libraries know."""
+    return _integer(fmt) and fmt.bits in WIDTHS
+
+
+WIDTHS = (2, 3, 4, 8)
 EVERY_PART = ("embedding", "head", EMBEDDING_AND_HEAD, "other embedding")
 RUNTIMES = {
-    "vllm": Runtime(lambda fmt: _integer(fmt) and fmt.symmetric, model=True, fused=True, experts=(4, 8), alike=True),
+    "vllm": Runtime(lambda fmt: _common(fmt) and fmt.symmetric, model=True, fused=True, experts=(4, 8), alike=True),
     "mlx": Runtime(_integer, model=True, outside=EVERY_PART),
-    "torchao": Runtime(_integer),
-    "llm-compressor": Runtime(_integer),
-    "gptqmodel": Runtime(_integer),
-    "autoround": Runtime(lambda fmt: _integer(fmt) and (fmt.bits < 8 or fmt.symmetric)),
-    "exllamav3": Runtime(_integer, whole=False),
+    "torchao": Runtime(_common),
+    "llm-compressor": Runtime(_common),
+    "gptqmodel": Runtime(_common),
+    "autoround": Runtime(lambda fmt: _common(fmt) and (fmt.bits < 8 or fmt.symmetric)),
+    "exllamav3": Runtime(_common, whole=False),
     LLAMA_CPP: Runtime(lambda fmt: fmt.runtime == LLAMA_CPP, model=True, whole=False, outside=EVERY_PART),
 }
 # What a survey may be for. transformers 5.24 does not load a packed embedding (it initializes `Embedding.weight`, which is not there then), so neither

@@ -106,6 +106,64 @@ def outside_bytes(modules: Iterable[Module], info: ModelInfo) -> int:
     return sum(kept_bytes(module, info.dtype) for module in modules if module.part)
 
 
+# --- what a weight takes in a safetensors file ---------------------------------------------------------------------------
+#
+# pack-quantized (compressed-tensors): a row's codes in whole 32-bit words; a scale and a zero-point a group; the row length as two int64.
+# mlx: the codes alike; a scale and a bias a group. Each tensor has an entry of the header: its name, dtype, shape and place, in JSON. The place has as
+# many digits as the file's size at most, and every entry is counted in whole 8 bytes; what is too much then, the header is padded with.
+
+WORD_BITS, ROW_LENGTH_BYTES, ALIGNMENT = 32, 16, 8
+FILES = {
+    "transformers": "pack-quantized",
+    "bitatlas": "pack-quantized",
+    "vllm": "pack-quantized",
+    "mlx": "mlx",
+}  # runtime -> layout
+
+
+def entry_bytes(name_bytes: int, dtype: str, shape: Sequence[int], digits: int) -> int:
+    """Return the bytes that the header gives to a tensor at most, in whole 8."""
+    text = (
+        len('"":{"dtype":"","shape":[],"data_offsets":[,]},')
+        + name_bytes
+        + len(dtype)
+        + len(",".join(map(str, shape)))
+        + 2 * digits
+    )
+    return -(-text // ALIGNMENT) * ALIGNMENT
+
+
+def file_bytes(module: Module, fmt: Format, info: ModelInfo) -> int:
+    """Return what a weight in a format takes in the file, its entries of the header among it; where no file is known, as the format counts."""
+    layout, file = info.file, module.file
+    if layout is None or file is None:
+        return stored_bytes(module.shape, fmt)
+    if not file.pieces:
+        return file.kept
+    width, groups = module.shape[1], math.ceil(module.shape[1] / fmt.group_size)
+    words = math.ceil(width * fmt.bits / WORD_BITS)
+    total = 0
+    parts: list[tuple[str, str, tuple[int, ...], int]]  # of a name: its end, dtype, shape, bytes of a number
+    for name, rows in file.pieces:
+        if layout.name == "mlx":
+            parts = [
+                ("weight", "U32", (rows, words), 4),
+                *((part, "F16", (rows, groups), layout.scale_bytes) for part in ("scales", "biases")),
+            ]
+        else:
+            parts = [
+                ("weight_packed", "I32", (rows, words), 4),
+                ("weight_scale", "F16", (rows, groups), layout.scale_bytes),
+                ("weight_shape", "I64", (2,), ROW_LENGTH_BYTES // 2),
+                *([] if fmt.symmetric else [("weight_zero_point", "F32", (rows, groups), layout.zero_bytes)]),
+            ]
+        total += sum(
+            math.prod(shape) * size + entry_bytes(name + len(suffix), dtype, shape, layout.digits)
+            for suffix, dtype, shape, size in parts
+        )
+    return total
+
+
 def size_of(modules: Sequence[Module], assignment: dict[str, str], info: ModelInfo) -> Size:
     """Return the exact size of a plan. Modules not in `assignment` stay as the checkpoint stores them and count in `total_bytes` alone.
 
@@ -130,11 +188,22 @@ def size_of(modules: Sequence[Module], assignment: dict[str, str], info: ModelIn
         code_bits += module.weights * fmt.bits
         in_layers += stored_bytes(module.shape, fmt)
     total = other + in_layers + outside + unquantized_bytes
+    if info.file:
+        total = info.file.other + sum(
+            file_bytes(module, get_format(assignment[module.name]), info)
+            if module.name in assignment
+            else _kept_in_file(module, info)
+            for module in modules
+        )
     if not weights:
         whole = sum(module.weights for module in inner(modules))
         width = 8 * unquantized_bytes / whole if whole else 8.0 * dtype_bytes(info.dtype)
         return Size(width, width, outside, total)
     return Size(code_bits / weights, 8 * in_layers / weights, in_layers + outside, total)
+
+
+def _kept_in_file(module: Module, info: ModelInfo) -> int:
+    return kept_bytes(module, info.dtype) if module.file is None else module.file.kept
 
 
 def parse_size(text: str, flag: str = "--size") -> int:

@@ -100,13 +100,13 @@ class BudgetOptions:
 
     code_bits: Annotated[float | None, Option("Budget: bits of the codes alone, per weight (the usual '3-bit').")] = None
     stored_bits: Annotated[float | None, Option("Budget: all stored bits of the quantized modules, per weight.")] = None
-    size: Annotated[str | None, Option("Budget: bytes of the whole model, like 4GiB.")] = None
+    size: Annotated[str | None, Option("Budget: bytes of the files that will be written, headers included, like 4GiB.")] = None
     vram: Annotated[str | None, Option("Budget: device memory for weights, cache and activations, like 8GiB.")] = None
     context: Annotated[int | None, Option("With --vram: tokens in the cache. Default: the model's own.")] = None
     cache_dtype: Annotated[
         str | None,
         Option(
-            "With --vram: float16, bfloat16, float32, float8_e4m3fn or float8_e5m2. "
+            "With --vram: float16, bfloat16, float32, float8_e4m3fn, float8_e5m2, or llama.cpp's q8_0, q4_0. "
             "Default: the checkpoint's if 16 bit, else float16."
         ),
     ] = None

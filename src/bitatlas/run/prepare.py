@@ -21,6 +21,7 @@ from bitatlas.data.rows import Rows, check_vocabulary, fit_pool, make_rows
 from bitatlas.data.tasks import Item, split_items, task_text
 from bitatlas.data.texts import read_documents
 from bitatlas.errors import FULL, UserError
+from bitatlas.export.blueprint import with_file
 from bitatlas.measure.damage import DamageMeter
 from bitatlas.measure.machine import LoadMode, choose_load_mode, estimate_memory, peak_bytes, use_threads
 from bitatlas.measure.tasks import score_shards
@@ -156,6 +157,7 @@ def open_model(settings: Settings, out: Path, resume: bool, reporter: Reporter, 
         checkpoint = checkpoint.leaving(experts)
         checkpoint = replace(checkpoint, modules=held_modules(settings, checkpoint.modules))
         checkpoint = checkpoint.planning(outside_modules(settings, checkpoint.outer))
+        checkpoint = with_file(checkpoint, settings.runtime, settings.quantizer)
         check_rows(checkpoint.modules, settings.formats)
         workload = settings.budget.workload
         settings = replace(settings, budget=resolve_budget(settings.budget, checkpoint.info))
@@ -397,7 +399,7 @@ def reopen(folder: Path, atlas: Atlas, model_name: str | None, device: str | Non
     with reporter.stage("opening the checkpoint"):
         checkpoint, planned = open_planned(settings), {module.name for module in atlas.modules}
         checkpoint = checkpoint.leaving([module for module in checkpoint.modules if module.name not in planned])
-        checkpoint = replace(checkpoint, modules=list(atlas.modules))
+        checkpoint = replace(checkpoint, modules=list(atlas.modules), info=replace(checkpoint.info, file=atlas.model.file))
         if checkpoint.info.weights_sha256 != atlas.model.weights_sha256:
             raise UserError(f"{settings.model}: these are not the weights that {folder} is a survey of ({atlas.model.name})")
         rows = rows_of_survey(atlas, checkpoint)

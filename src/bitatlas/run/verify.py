@@ -21,11 +21,12 @@ from bitatlas.data.rows import Rows, make_rows
 from bitatlas.data.tasks import chance_level
 from bitatlas.data.texts import read_documents
 from bitatlas.errors import UserError
+from bitatlas.export.blueprint import blueprint_of, promised_disk_bytes, with_file
 from bitatlas.export.card import VERIFIED, atlas_beside, evidence_beside
 from bitatlas.export.gguf.names import weight_names
 from bitatlas.export.gguf.run import LlamaSession, open_gguf
 from bitatlas.export.gguf.write import PLAN_KEY
-from bitatlas.export.packed import blueprint_of, card_of, check_package, fitted, promised_disk_bytes
+from bitatlas.export.packed import card_of, check_package, fitted
 from bitatlas.export.trial import open_packed
 from bitatlas.measure.damage import DamageMeter, kl_per_row
 from bitatlas.measure.machine import use_threads
@@ -129,6 +130,7 @@ def verify_plan(options: VerifyOptions) -> Verification:
             nats = kl_between(decoder, packed, test, progress)
         checks = tuple(_check_task(packed, tokenizer, *entry, reporter) for entry in items)
     damage = measured(nats, "nats/token", "plan", "test", options.seed, rows.blocks("test"))
+    checkpoint = with_file(checkpoint, plan.runtime, plan.quantizer)
     size = size_of(checkpoint.modules, plan.modules, checkpoint.info)
     size_kept = size == plan.size and (disk is None or disk[0] == disk[1])
     result = Verification(plan, size, damage, size_kept, disk, checks)
