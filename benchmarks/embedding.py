@@ -47,8 +47,15 @@ def measure(words: argparse.Namespace) -> dict[str, Any]:
     """Return damage, bytes and seconds of every outer module in every width."""
     checkpoint, reporter = open_checkpoint(words.model), Reporter()
     decoder, tokenizer, context = checkpoint.load_model(), checkpoint.load_tokenizer(), checkpoint.info.context
-    fit = make_rows(read_documents(words.fit), tokenizer, words.fit, (FIT_ROWS, 2, 2), words.row_length, context, 0).fit
-    test = make_rows(read_documents(words.judged), tokenizer, words.judged, (2, 2, JUDGED_ROWS), words.row_length, context, 0)
+
+    def rows_of(file: str, counts: tuple[int, int, int]) -> Any:
+        return make_rows(read_documents(file), tokenizer, file, counts, words.row_length, context, 0)
+
+    if words.fit == words.judged:  # rows of one text must not be both
+        test = rows_of(words.fit, (FIT_ROWS, 2, JUDGED_ROWS))
+        fit = test.fit
+    else:
+        fit, test = rows_of(words.fit, (FIT_ROWS, 2, 2)).fit, rows_of(words.judged, (2, 2, JUDGED_ROWS))
     names, formats = [module.name for module in checkpoint.outer], [f"int{bits}_g{words.group}" for bits in BITS]
     result: dict[str, Any] = {"date": date.today().isoformat(), "modules": {}, "seconds": {}}
     damage: dict[str, dict[str, Any]] = {}

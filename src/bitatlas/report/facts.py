@@ -25,11 +25,11 @@ from bitatlas.records import (
     WeightProfile,
     Zone,
 )
-from bitatlas.records.formats import by_width, stored_bytes
-from bitatlas.records.sizes import inner, kept_bytes
+from bitatlas.records.formats import by_width
+from bitatlas.records.sizes import file_bytes, inner, kept_bytes
 from bitatlas.records.text import NOT_MEASURED, byte_size, interval, listed, named_layers, number, p_is, percent, runs
 
-LAYERS, OTHERS = "decoder layers", "everything else"  # parts of a file, beside embedding and head
+LAYERS, EXPERTS, OTHERS = "decoder layers", "experts", "everything else"  # parts of a file, beside embedding and head
 SHOWN_LAYERS = 8  # of a drawing with one box a layer; the tables list all
 OUTSIDE = " (not in --formats)"  # ends the name of a uniform baseline whose format the plan could not choose
 
@@ -231,16 +231,16 @@ class Part:
 
 
 def file_parts(atlas: Atlas, plan: Plan) -> list[Part]:
-    """Return the parts of the file, which add up to the whole: decoder layers, embedding and head, and all that no plan touches."""
-    groups: dict[str, list[Module]] = {LAYERS: inner(atlas.modules)}
-    for module in atlas.modules:
-        if module.part:
-            groups.setdefault(module.part, []).append(module)
+    """Return the parts of the file, which add up to the whole: decoder layers, their experts, embedding and head, and all that no plan touches."""
+    groups: dict[str, list[Module]] = {}
+    for module in [*inner(atlas.modules), *(module for module in atlas.modules if module.part)]:
+        name = module.part or (LAYERS if module.expert is None else EXPERTS)
+        groups.setdefault(name, []).append(module)
     parts = []
     for name, modules in groups.items():
         given = [plan.modules.get(module.name) for module in modules]
         after = sum(
-            stored_bytes(module.shape, plan.formats[fmt]) if fmt else kept_bytes(module, atlas.model.dtype)
+            file_bytes(module, plan.formats[fmt], atlas.model) if fmt else kept_bytes(module, atlas.model.dtype)
             for module, fmt in zip(modules, given, strict=True)
         )
         before = sum(kept_bytes(module, atlas.model.dtype) for module in modules)

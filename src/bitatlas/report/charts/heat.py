@@ -53,7 +53,7 @@ def plan_map(atlas: Atlas, width: int) -> Markup | None:
     """Draw layers x module kinds, shaded by the plan's bits."""
     if atlas.plan is None or not atlas.modules:
         return None
-    grid = _Grid(atlas, width)
+    grid = _Grid(atlas, width, whole=True)
     cells = cells_of(atlas)
     raises = cells.raises(atlas.plan)
     for index, (layer, kind, x, y) in enumerate(grid.cells()):
@@ -61,7 +61,9 @@ def plan_map(atlas: Atlas, width: int) -> Markup | None:
         if bits is not None:
             with grid.canvas.tip(cells.words(index, atlas.plan, raises), f' data-cell="{index}"'):
                 bits_cell(grid.canvas, x, y, grid.cell_w, grid.cell_h, bits, widest_bits(atlas), grid.cell_w - 4)
-    return grid.canvas.svg(f"The plan's bits for {len(grid.layers)} layers and {len(grid.kinds)} kinds of module")
+    outside = ", embedding and head" if any(module.part for module in atlas.modules) else ""
+    kinds = len({module.kind for module in inner(atlas.modules)})
+    return grid.canvas.svg(f"The plan's bits for {len(grid.layers)} layers and {kinds} kinds of module{outside}")
 
 
 def widest_bits(atlas: Atlas) -> int:
@@ -84,7 +86,8 @@ class Cells:
         units, reason = {module.unit for module in modules}, ""
         if self.steps and len(units) == 1 and names[0] in self.steps.formats:
             reason = " " + self.steps.sentence(units.pop(), self.steps.formats.index(names[0]), raises)
-        return f"Layer {layer}, {kind}: {', '.join(names)}.{reason}"
+        where = f"Layer {layer}, {kind}" if not modules[0].part else f"{modules[0].part.capitalize()} ({kind})"
+        return f"{where}: {', '.join(names)}.{reason}"
 
     def raises(self, plan: Plan) -> list[tuple[str, str]]:
         """Return the best uses of more bytes in a plan."""
@@ -98,7 +101,7 @@ class Cells:
 
 def cells_of(atlas: Atlas) -> Cells:
     """Return the cells of an atlas: layer by layer, kinds in the order in which they come."""
-    grid = _Grid(atlas, 960)
+    grid = _Grid(atlas, 960, whole=True)
     keys = [(layer, kind) for layer, kind, _, _ in grid.cells()]
     return Cells(keys, [grid.members[key] for key in keys], steps_of(atlas))
 
@@ -157,11 +160,15 @@ def _short(kind: str) -> str:
 
 
 class _Grid:
-    """Cells of layers x kinds: layers across on a wide page, down on a narrow one."""
+    """Cells of layers x kinds: layers across on a wide page, down on a narrow one.
 
-    def __init__(self, atlas: Atlas, width: int) -> None:
+    whole: embedding and head have rows, too, with a cell at the first layer and at the last.
+    """
+
+    def __init__(self, atlas: Atlas, width: int, whole: bool = False) -> None:
         modules = inner(atlas.modules)
         self.layers = sorted({m.layer for m in modules})
+        modules += [module for module in atlas.modules if module.part] if whole else []
         self.kinds = list(dict.fromkeys(m.kind for m in modules))
         self.members: dict[tuple[int, str], list[Module]] = {}
         for module in modules:
@@ -201,12 +208,11 @@ class _Grid:
     def cells(self) -> list[tuple[int, str, float, float]]:
         """Return (layer, kind, x, y) of every cell that has modules."""
         result = []
-        for i, layer in enumerate(self.layers):
-            for j, kind in enumerate(self.kinds):
-                if (layer, kind) in self.members:
-                    column, row = (i, j) if self.across else (j, i)
-                    x, y = self.canvas.left + column * self.pitch_x, self.canvas.top + row * self.pitch_y
-                    result.append((layer, kind, x, y))
+        for layer, kind in sorted(self.members, key=lambda key: (key[0], self.kinds.index(key[1]))):
+            i = self.layers.index(min(max(layer, self.layers[0]), self.layers[-1]))
+            column, row = (i, self.kinds.index(kind)) if self.across else (self.kinds.index(kind), i)
+            x, y = self.canvas.left + column * self.pitch_x, self.canvas.top + row * self.pitch_y
+            result.append((layer, kind, x, y))
         return result
 
 
