@@ -104,7 +104,7 @@ def test_a_mixed_gguf_runs_as_it_was_measured(family: str, tmp_path: Path):
     plan = make_plan(model, MIXED)
     (file,) = exported(model, plan, tmp_path).glob("*.gguf")
     checkpoint = open_checkpoint(str(model), None, False)
-    kinds = {name: tensor for name, tensor in tensors_of(file).items() if tensor.tensor_type.name.lower() in FORMATS}
+    kinds = {name: tensor for name, tensor in tensors_of(file).items() if tensor.tensor_type.name.lower() in LLAMA_CPP_BLOCKS}
     assert len(kinds) == len(plan.modules)
     assert sum(tensor.n_bytes for tensor in kinds.values()) == plan.size.quantized_bytes
     assert kinds["blk.0.attn_k.weight"].tensor_type.name.lower() == plan.modules["model.layers.0.self_attn.k_proj"]

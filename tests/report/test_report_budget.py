@@ -144,7 +144,7 @@ def test_the_runtimes_are_those_of_the_export_and_hold_what_it_says() -> None:
         own = RUNTIMES[name]
         assert (own.whole, own.fused) == (target.whole_groups, target.fused)
         assert own.model or not target.needs_model
-        for fmt in FORMATS.values():
+        for fmt in (fmt for fmt in FORMATS.values() if not fmt.dtype):
             assert own.holds(fmt) == target.holds.fits(fmt), (name, fmt.name)
 
 

@@ -14,6 +14,7 @@ import pytest
 
 from bitatlas.data.rows import rows_sha256
 from bitatlas.errors import UserError
+from bitatlas.export.blueprint import with_file
 from bitatlas.measure import interactions
 from bitatlas.model.checkpoint import open_checkpoint
 from bitatlas.plan.budget import workload_of
@@ -99,7 +100,7 @@ def test_every_output_is_there_and_nothing_else(surveyed: Path):
 
 def test_the_plan_is_within_its_budget_and_its_size_is_exact(surveyed: Path, tiny_llama: Path):
     plan = read_record(surveyed / "plan.json", Plan)
-    checkpoint = open_checkpoint(str(tiny_llama), fuse=False)
+    checkpoint = with_file(open_checkpoint(str(tiny_llama), fuse=False), plan.runtime, plan.quantizer)
     assert plan.size == size_of(checkpoint.modules, plan.modules, checkpoint.info)
     assert plan.size.code_bits <= 3.0
     assert set(plan.modules) == {module.name for module in checkpoint.modules}

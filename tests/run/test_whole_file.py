@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections import Counter
 from pathlib import Path
 
 import numpy as np
@@ -216,3 +217,33 @@ def test_modules_have_what_they_can_hold(tiny_llama: Path, text: Path, tmp_path:
     assert code == 0, error
     code, _, error = run(capsys, monkeypatch, "plan", out, "--size", "70kB")
     assert code == 0, error
+
+
+def test_a_module_may_stay_as_it_is(untied: Path, text: Path, tmp_path: Path, capsys, monkeypatch):
+    """f32 is a candidate where the checkpoint has it: what stays is in the plan with its bytes, is not packed, and the promise is kept to the byte."""
+    out = tmp_path / "out"
+    words = ["--formats", "int2_g32,int4_g32,f32", "--for", "bitatlas", "--size", "250kB", "--no-refine", "--no-curve"]
+    plan, atlas = survey(capsys, monkeypatch, untied, text, out, *words)
+    counts = Counter(plan.modules.values())
+    assert counts["f32"] and counts["int2_g32"] + counts["int4_g32"] + counts["int8_g32"]
+    assert plan.size.total_bytes <= 250_000 and plan.size == size_of(atlas.modules, plan.modules, atlas.model)
+    assert not list((out / "bank").rglob("f32"))
+    code, _, error = run(capsys, monkeypatch, "apply", untied, out / "plan.json", "--out", out / "packed")
+    assert code == 0, error
+    assert sum(file.stat().st_size for file in (out / "packed").glob("*.safetensors")) == plan.size.total_bytes
+    with safe_open(next((out / "packed").glob("*.safetensors")), "pt") as reader:
+        packed = {name.removesuffix(".weight_packed") for name in reader.keys() if name.endswith(".weight_packed")}  # noqa: SIM118
+    assert packed == {name for name, fmt in plan.modules.items() if fmt != "f32"}
+    for what in ("packed", "plan.json"):
+        assert verify_plan(VerifyOptions(untied, out / what, quiet=True)).kept
+    code, _, error = run(capsys, monkeypatch, "tune", untied, out / "plan.json", "--steps", "4", "--quiet")
+    assert code == 0, error
+    assert read_record(out / "plan-tuned.json", Plan).modules == plan.modules
+    code, _, error = run(capsys, monkeypatch, "export", out / "plan.json", "--to", "mlx", "--model", untied, "--out", out / "mlx")
+    assert code == 0, error
+    command = ["survey", untied, "--tokens", text, *ROWS, "--out", tmp_path / "no", "--formats", "int2_g32,bf16"]
+    code, _, error = run(capsys, monkeypatch, *command)
+    assert (
+        code == 2
+        and "--formats bf16: stands for weights that stay as they are, and the checkpoint's are float32: give f32" in error
+    )

@@ -42,10 +42,11 @@ from bitatlas.model.tensor_files import DTYPES, SHARD_BYTES, Writer
 from bitatlas.progress import Reporter
 from bitatlas.quantize import get_quantizer
 from bitatlas.quantize.bank import bank_of_plan, needs_bank
-from bitatlas.quantize.codes import Codes
+from bitatlas.quantize.codes import Codes, Kept
 from bitatlas.quantize.ggml import Blocks
 from bitatlas.records import Module, Plan
 from bitatlas.records.files import read_record, to_json, write_text
+from bitatlas.records.plan import without_kept
 from bitatlas.records.text import listed
 
 SMALL_BYTES = 2**20  # room for config, plan, card and index
@@ -93,7 +94,8 @@ def apply_plan(
 ) -> Applied:
     """Write the packed checkpoint to `out`; UserError, and nothing written, where that is impossible. `runtime`: that reads it, if not transformers."""
     check_package()
-    plan = read_record(plan_file, Plan)
+    whole_plan = read_record(plan_file, Plan)
+    plan = without_kept(whole_plan)
     _check_formats(plan)
     get_quantizer(plan.quantizer).check(list(plan.formats.values()))
     check_out(out)
@@ -113,7 +115,7 @@ def apply_plan(
         checkpoint.check_unchanged()
         for file in others:
             shutil.copyfile(file, folder / file.name)
-        write_text(folder / "plan.json", to_json(plan))
+        write_text(folder / "plan.json", to_json(whole_plan))
         write_text(folder / "README.md", card_of(plan, checkpoint, evidence, blueprint.disk_bytes))
         layout_name = OURS if blueprint.beyond and runtime == "transformers" else PACK_QUANTIZED
         write_text(folder / "config.json", config_text(plan, checkpoint, skeleton, blueprint, layout_name))
@@ -270,7 +272,9 @@ def stored_of(plan: Plan, plan_file: Path, decoder: Decoder, name: str, weight: 
     before = module.weight
     module.weight = nn.Parameter(weight.float(), requires_grad=False)
     try:
-        return bank_of_plan(plan, plan_file, decoder, [name]).codes(name, plan.modules[name])
+        codes = bank_of_plan(plan, plan_file, decoder, [name]).codes(name, plan.modules[name])
+        assert not isinstance(codes, Kept)
+        return codes
     finally:
         module.weight = before
 

@@ -22,6 +22,7 @@ from bitatlas.progress import Reporter
 from bitatlas.records import Module, Plan
 from bitatlas.records.files import read_record, to_json, write_text
 from bitatlas.records.formats import GROUP_SIZES, Format
+from bitatlas.records.plan import without_kept
 from bitatlas.records.runtimes import MADE_FOR, WIDTHS, Integers
 from bitatlas.records.sizes import unlike_experts, unlike_partners
 from bitatlas.records.text import listed
@@ -75,7 +76,8 @@ def get_target(name: str) -> Target:
 def export_plan(plan_file: Path, target_name: str, out: Path, model_name: str | None, reporter: Reporter) -> Exported:
     """Write `target_name`'s files for a plan to `out`; UserError, and nothing written, where that is impossible."""
     target = get_target(target_name)
-    plan = read_record(plan_file, Plan)
+    whole_plan = read_record(plan_file, Plan)
+    plan = without_kept(whole_plan)
     check_out(out)
     if model_name is None and target.needs_model:
         raise UserError(f"--to {target.name}: writes weights, so it needs --model, the checkpoint that the plan was made for")
@@ -101,7 +103,7 @@ def export_plan(plan_file: Path, target_name: str, out: Path, model_name: str | 
     )
     with atomic_folder(out) as folder:
         notes += target.write(job, folder)
-        write_text(folder / "plan.json", to_json(plan))
+        write_text(folder / "plan.json", to_json(whole_plan))
         files = sorted(file.name for file in folder.iterdir())
     return Exported(out, target, files, notes)
 

@@ -19,7 +19,7 @@ import numpy as np
 from bitatlas.errors import UserError
 from bitatlas.plan.knapsack import Ints
 from bitatlas.records import Budget, ModelInfo, Module
-from bitatlas.records.formats import Format, get_format, stored_bytes
+from bitatlas.records.formats import Format, get_format
 from bitatlas.records.plan import CacheLayers, MemoryShape, Workload
 from bitatlas.records.sizes import (
     RANGE_DIGITS,
@@ -31,6 +31,7 @@ from bitatlas.records.sizes import (
     rounded_up,
     show_bytes,
     units_of,
+    weight_bytes,
 )
 from bitatlas.records.text import given
 
@@ -74,7 +75,7 @@ KINDS: dict[str, BudgetKind] = {
     "stored_bits": BudgetKind(
         flag="--stored-bits",
         what="bytes",
-        cost=lambda module, fmt, info: stored_bytes(module.shape, fmt),
+        cost=weight_bytes,
         worth=lambda cost, weights, other: Fraction(8 * cost, weights),
         allows=lambda value, weights, other: value * weights / 8,
         show=rounded_up,

@@ -52,6 +52,7 @@ class Quantizer:
 
     def check(self, formats: Sequence[Format]) -> None:
         """Raise UserError where its package is missing, or where it cannot do one of `formats`."""
+        formats = [fmt for fmt in formats if not fmt.dtype]
         foreign = [fmt for fmt in formats if fmt.runtime != self.runtime]
         if foreign:
             able = [quantizer.name for quantizer in QUANTIZERS.values() if quantizer.runtime == foreign[0].runtime]

@@ -28,7 +28,7 @@ from bitatlas.errors import UserError
 from bitatlas.model.decoder import Decoder
 from bitatlas.model.streaming import LazyMapping
 from bitatlas.quantize import get_quantizer
-from bitatlas.quantize.codes import Codes, pack, unpack
+from bitatlas.quantize.codes import Codes, Kept, pack, unpack
 from bitatlas.quantize.ggml import Blocks
 from bitatlas.records import Module, Plan
 from bitatlas.records.files import write_bytes, write_text
@@ -85,7 +85,7 @@ class Bank:
 
     def ready(self, keys: Iterable[Key], progress: Progress | None = None) -> None:
         """Make all of `keys` (module, format) that are missing, in other processes where a helper is set."""
-        new = [key for key in keys if key not in self._ready]
+        new = [key for key in keys if key not in self._ready and not self._is_kept(key)]
         if self.helper and self.folder:
             self._describe()
             self.helper(self._missing(new), progress)
@@ -94,11 +94,16 @@ class Bank:
 
     def holds(self, assignment: Mapping[str, str]) -> bool:
         """Return whether all of `assignment` (module -> format) is there already."""
-        return all(key in self._cache or self._readable(key) for key in assignment.items())
+        return all(self._is_kept(key) or key in self._cache or self._readable(key) for key in assignment.items())
 
-    def codes(self, module: str, format_name: str) -> Codes | Blocks:
+    def _is_kept(self, key: Key) -> bool:
+        return bool(self.formats[key[1]].dtype)
+
+    def codes(self, module: str, format_name: str) -> Codes | Blocks | Kept:
         """Return the codes of one module in one format; made now if they are missing."""
         key = (module, format_name)
+        if self._is_kept(key):
+            return Kept(self.reference(module))
         if key not in self._cache:
             self._make([key])
         self._cache.move_to_end(key)
@@ -139,6 +144,8 @@ class Bank:
         """Return module -> formats that are neither in memory nor whole on disk."""
         missing: dict[str, list[str]] = {}
         for module, name in keys:
+            if self._is_kept((module, name)):
+                continue
             if (module, name) not in self._cache and not self._readable((module, name)):
                 missing.setdefault(module, []).append(name)
         return missing
@@ -204,7 +211,8 @@ class Bank:
 
 def disk_bytes(modules: Sequence[Module], formats: Sequence[str]) -> int:
     """Return the bytes that a bank of these modules in these formats takes on disk, at most."""
-    return sum(stored_bytes(m.shape, FORMATS[name]) + HEADER_BYTES for m in modules for name in m.formats(formats))
+    pairs = ((m, FORMATS[name]) for m in modules for name in m.formats(formats))
+    return sum(stored_bytes(m.shape, fmt) + HEADER_BYTES for m, fmt in pairs if not fmt.dtype)
 
 
 def needs_bank(plan: Plan) -> bool:

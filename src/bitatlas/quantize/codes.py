@@ -45,6 +45,21 @@ class Codes:
         return self.codes.float().sub_(zero).mul_(scale).to(dtype)
 
 
+@dataclass(frozen=True)
+class Kept:
+    """A weight that stays as it is, where codes would be."""
+
+    values: Tensor  # [out, in]
+    held_bytes: int = 0
+
+    def to(self, device: torch.device) -> Kept:
+        return Kept(self.values.to(device))
+
+    def weight(self, dtype: torch.dtype = torch.float32) -> Tensor:
+        """Return the weight, [out, in]."""
+        return self.values.to(dtype)
+
+
 def joined(parts: Sequence[Codes]) -> Codes:
     """Return the codes whose output rows are those of `parts`, one after the other."""
     codes, scale, zero = (torch.cat(tensors) for tensors in zip(*((p.codes, p.scale, p.zero) for p in parts), strict=True))

@@ -10,6 +10,8 @@ Beside these stand formats that a runtime defines (`runtime`), under that runtim
 is llama.cpp's block, `bits` its codes, `scale_bits` everything else in the block, so the same arithmetic gives their exact bytes; the
 block must divide the row (`sizes.check_rows`). Bytes and sizes of blocks: ggml-common.h; what needs an importance matrix or was made for
 ternary weights is not offered.
+`bf16`, `f16` and `f32` are a module that stays as it is (`dtype`), where the checkpoint has it so: a candidate like any other.
+
 Left out: other codebook and floating-point formats (they come with their runtimes).
 """
 
@@ -23,6 +25,7 @@ from bitatlas.errors import UserError
 
 BITS = (2, 3, 4, 5, 6, 8)
 GROUP_SIZES = (32, 64, 128)
+KEPT = {"bf16": (16, "bfloat16"), "f16": (16, "float16"), "f32": (32, "float32")}  # formats of what stays as it is
 LLAMA_CPP = "llama.cpp"
 # name: (code bits, weights a block, bytes a block, without a minimum)
 LLAMA_CPP_BLOCKS = {
@@ -54,9 +57,10 @@ class Format:
     zero_bits: int = 16
     runtime: str = ""  # that defines the format and alone can read it; "" for our integer formats
     own_name: str = ""  # what that runtime calls it
+    dtype: str = ""  # of a weight that stays as it is; "": it is quantized
 
     def __post_init__(self) -> None:
-        if not 1 <= self.bits <= 8:
+        if not 1 <= self.bits <= 8 and not self.dtype:
             raise ValueError(f"bits: 1 to 8, got {self.bits}")
         if self.group_size < 1:
             raise ValueError(f"group_size: at least 1, got {self.group_size}")
@@ -77,11 +81,12 @@ def _table() -> dict[str, Format]:
         Format(bits, size, symmetric, 8 * size_bytes - bits * size, 0, LLAMA_CPP, name)
         for name, (bits, size, size_bytes, symmetric) in LLAMA_CPP_BLOCKS.items()
     ]
+    formats += [Format(bits, 1, True, 0, 0, "", name, dtype) for name, (bits, dtype) in KEPT.items()]
     return {fmt.name: fmt for fmt in formats}
 
 
 FORMATS: dict[str, Format] = _table()
-INTEGER_FORMATS: dict[str, Format] = {name: fmt for name, fmt in FORMATS.items() if not fmt.runtime}
+INTEGER_FORMATS: dict[str, Format] = {name: fmt for name, fmt in FORMATS.items() if not fmt.runtime and not fmt.dtype}
 
 
 def get_format(name: str) -> Format:
@@ -91,7 +96,7 @@ def get_format(name: str) -> Format:
     near = difflib.get_close_matches(name, FORMATS, n=1, cutoff=0.0)[0]
     known = f"int{{{','.join(map(str, BITS))}}}_g{{{','.join(map(str, GROUP_SIZES))}}}[_sym]"
     raise UserError(
-        f"--formats: unknown format {name!r}; nearest is {near!r} (valid: {known}; of llama.cpp: {', '.join(LLAMA_CPP_BLOCKS)})"
+        f"--formats: unknown format {name!r}; nearest is {near!r} (valid: {known}; of llama.cpp: {', '.join(LLAMA_CPP_BLOCKS)}; as it is: {', '.join(KEPT)})"
     )
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from bitatlas.records.formats import Format
@@ -186,6 +186,11 @@ class Plan:
     runtime: str = ""  # whose file `size.total_bytes` counts; "": as formats count
     standing: str = ""  # "better", "no worse shown" or "worse" than the baselines; "": not judged, or before these words
     schema: str = PLAN_SCHEMA
+
+
+def without_kept(plan: Plan) -> Plan:
+    """Return the plan of the modules that are quantized, without those whose format is to stay as they are."""
+    return replace(plan, modules={module: name for module, name in plan.modules.items() if not plan.formats[name].dtype})
 
 
 # --- device memory: what it depends on (of the model), and what was asked for (of the user) ----------------------------

@@ -35,7 +35,7 @@ def _integer(fmt: Format) -> bool:
 
 def _common(fmt: Format) -> bool:
     """Return whether a format has one of the widths that nearly all libraries know."""
-    return _integer(fmt) and fmt.bits in WIDTHS
+    return _integer(fmt) and (fmt.bits in WIDTHS or bool(fmt.dtype))
 
 
 WIDTHS = (2, 3, 4, 8)
@@ -68,6 +68,8 @@ FALLBACKS = {
 def nearest_held(name: str, width: int, runtime: str) -> str:
     """Return the format that a row of `width` has in a runtime's file where others have `name`; `name` itself where nothing else would do."""
     fmt = FORMATS[name]
+    if fmt.dtype:
+        return name
     if fmt.runtime:
         held = FALLBACKS.get(name, name)
         return name if takes(fmt, width) or not takes(FORMATS[held], width) else held
@@ -79,11 +81,14 @@ def nearest_held(name: str, width: int, runtime: str) -> str:
 
 def fits(runtime: Runtime, plan: Plan, modules: list[Module]) -> bool:
     """Return whether a runtime has all formats of a plan, for the rows of these modules."""
-    used = [(module, plan.formats[plan.modules[module.name]]) for module in modules if module.name in plan.modules]
+    formats = {name: plan.formats[of_module] for name, of_module in plan.modules.items()}
+    used = [(module, fmt) for module in modules if (fmt := formats.get(module.name)) and not fmt.dtype]
     if not used or not all(runtime.holds(fmt) and (not m.part or m.part in runtime.outside) for m, fmt in used):
         return False
     experts = [(module, fmt) for module, fmt in used if module.expert is not None]
-    if any(fmt.bits not in runtime.experts for _, fmt in experts) or (runtime.alike and unlike_experts(plan, modules)):
+    if any(fmt.bits not in runtime.experts and not fmt.dtype for _, fmt in experts) or (
+        runtime.alike and unlike_experts(plan, modules)
+    ):
         return False
     if runtime.whole and any(module.shape[1] % fmt.group_size for module, fmt in used):
         return False

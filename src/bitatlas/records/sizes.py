@@ -133,12 +133,17 @@ def entry_bytes(name_bytes: int, dtype: str, shape: Sequence[int], digits: int) 
     return -(-text // ALIGNMENT) * ALIGNMENT
 
 
+def weight_bytes(module: Module, fmt: Format, info: ModelInfo) -> int:
+    """Return the bytes of a weight as its format counts them, of one that stays as it is those that it has in the checkpoint."""
+    return kept_bytes(module, info.dtype) if fmt.dtype else stored_bytes(module.shape, fmt)
+
+
 def file_bytes(module: Module, fmt: Format, info: ModelInfo) -> int:
     """Return what a weight in a format takes in the file, its entries of the header among it; where no file is known, as the format counts."""
     layout, file = info.file, module.file
     if layout is None or file is None:
-        return stored_bytes(module.shape, fmt)
-    if not file.pieces:
+        return weight_bytes(module, fmt, info)
+    if not file.pieces or fmt.dtype:
         return file.kept
     width, groups = module.shape[1], math.ceil(module.shape[1] / fmt.group_size)
     words = math.ceil(width * fmt.bits / WORD_BITS)
@@ -182,11 +187,11 @@ def size_of(modules: Sequence[Module], assignment: dict[str, str], info: ModelIn
         fmt = get_format(assignment[module.name])
         if module.part:
             other -= kept_bytes(module, info.dtype)
-            outside += stored_bytes(module.shape, fmt)
+            outside += weight_bytes(module, fmt, info)
             continue
         weights += module.weights
         code_bits += module.weights * fmt.bits
-        in_layers += stored_bytes(module.shape, fmt)
+        in_layers += weight_bytes(module, fmt, info)
     total = other + in_layers + outside + unquantized_bytes
     if info.file:
         total = info.file.other + sum(

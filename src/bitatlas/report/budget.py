@@ -214,10 +214,7 @@ def slider_data(atlas: Atlas, stops: list[Stop], memory: Memory) -> Markup:
     content = {
         "formats": formats,
         "modules": modules,
-        "cells": [
-            [f"Layer {layer}, {kind}", *_members(members, index_of)]
-            for (layer, kind), members in zip(cells.keys, cells.members, strict=True)
-        ],
+        "cells": [[cells.where(index), *_members(members, index_of)] for index, members in enumerate(cells.members)],
         "units": _units(cells),
         "order": cells.steps.formats if cells.steps else [],
         "shades": {text: heat.shade(float(text), widest) for text in sorted(bits) if text},
@@ -252,7 +249,7 @@ def _plan(plan: Plan, cells: heat.Cells, formats: list[str], modules: list[str])
 
 def _members(members: list[Module], index_of: dict[str, int]) -> tuple[list[int], str]:
     """Return the indices of a cell's modules, and its unit where it has one alone."""
-    units = {module.unit for module in members}
+    units = {module.unit for module in members if not module.part}
     return [index_of[module.name] for module in members if module.name in index_of], units.pop() if len(units) == 1 else ""
 
 

@@ -168,7 +168,7 @@ class Candidates:
     formats: Annotated[
         Sequence[str] | None,
         Option(
-            "Candidate formats, int{2,3,4,5,6,8}_g{32,64,128}[_sym], or llama.cpp's, like q4_0,q8_0. "
+            "Candidate formats, int{2,3,4,5,6,8}_g{32,64,128}[_sym], or llama.cpp's, like q4_0,q8_0; bf16, f16, f32: as it is. "
             "Default: int{2,3,4}_g64 (the demo: _g128).",
             parse=split_names,
             values=format_names,

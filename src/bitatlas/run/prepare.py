@@ -38,7 +38,7 @@ from bitatlas.progress import Reporter
 from bitatlas.quantize import get_quantizer
 from bitatlas.quantize.bank import BANK, Bank, disk_bytes
 from bitatlas.records import Atlas, Budget, Module
-from bitatlas.records.formats import FORMATS, stored_bytes
+from bitatlas.records.formats import FORMATS, KEPT, stored_bytes
 from bitatlas.records.journal import Journal
 from bitatlas.records.runtimes import MADE_FOR
 from bitatlas.records.sizes import assignment_of, check_rows, inner, kept_bytes, size_of, uniform
@@ -153,6 +153,7 @@ def open_model(settings: Settings, out: Path, resume: bool, reporter: Reporter, 
     device = check_device(settings.device)
     with reporter.stage("opening the checkpoint"):
         checkpoint = open_planned(settings)
+        check_kept(settings, checkpoint)
         experts = left_experts(checkpoint, settings)
         checkpoint = checkpoint.leaving(experts)
         checkpoint = replace(checkpoint, modules=held_modules(settings, checkpoint.modules))
@@ -197,6 +198,19 @@ def open_model(settings: Settings, out: Path, resume: bool, reporter: Reporter, 
 def open_planned(settings: Settings) -> Checkpoint:
     """Open the checkpoint with the units that a survey plans."""
     return open_checkpoint(settings.model, settings.revision, settings.fuse, settings.experts == "each")
+
+
+def check_kept(settings: Settings, checkpoint: Checkpoint) -> None:
+    """Refuse a format of what stays as it is that is not the checkpoint's."""
+    dtype = checkpoint.info.dtype
+    for flag, names in (("--formats", settings.formats), ("--embedding-formats", settings.embedding_formats or ())):
+        for name in names:
+            if FORMATS[name].dtype not in ("", dtype):
+                right = next((kept for kept, (_, of_kept) in KEPT.items() if of_kept == dtype), "")
+                advice = f"give {right}" if right else "leave it out"
+                raise UserError(
+                    f"{flag} {name}: stands for weights that stay as they are, and the checkpoint's are {dtype}: {advice}"
+                )
 
 
 def left_experts(checkpoint: Checkpoint, settings: Settings) -> list[Module]:

@@ -153,7 +153,7 @@ def parse_time(text: str, flag: str = "--time") -> float:
 def parse_formats(names: Sequence[str]) -> tuple[str, ...]:
     """Return the formats' names, narrowest first, each once; UserError for an unknown one."""
     known = [get_format(name.strip()).name for name in dict.fromkeys(names) if name.strip()]
-    if not known:
+    if not [name for name in known if not FORMATS[name].dtype]:
         raise UserError(TOO_FEW_FORMATS)
     return tuple(by_width(known))
 
@@ -207,7 +207,11 @@ def held_modules(settings: Settings, modules: Iterable[Module]) -> list[Module]:
 def _of_width(name: str, widths: Sequence[int]) -> str:
     """Return the format that is like `name`, of the nearest of some widths, the wider of two."""
     fmt = FORMATS[name]
-    return name if fmt.bits in widths else replace(fmt, bits=min(widths, key=lambda width: (abs(width - fmt.bits), -width))).name
+    return (
+        name
+        if fmt.bits in widths or fmt.dtype
+        else replace(fmt, bits=min(widths, key=lambda width: (abs(width - fmt.bits), -width))).name
+    )
 
 
 def _experts_unit(module: Module) -> str:
@@ -218,7 +222,7 @@ def _experts_unit(module: Module) -> str:
 
 def widest_of(formats: Sequence[str]) -> str:
     """Return the format of 8 bits that is like the widest of `formats`."""
-    widest = FORMATS[formats[-1]]
+    widest = FORMATS[[name for name in formats if not FORMATS[name].dtype][-1]]
     return "q8_0" if widest.runtime else replace(widest, bits=8).name
 
 
@@ -229,7 +233,7 @@ def default_quantizer(formats: Sequence[str]) -> str:
 
 def default_budget(formats: Sequence[str]) -> Budget:
     """Return code bits half-way between the narrowest and the widest format."""
-    widths = [FORMATS[name].bits for name in formats]
+    widths = [FORMATS[name].bits for name in formats if not FORMATS[name].dtype]
     return Budget("code_bits", (min(widths) + max(widths)) / 2)
 
 

@@ -31,11 +31,12 @@ from bitatlas.model.streaming import LazyMapping
 from bitatlas.plan.judge import BETTER, NO_WORSE
 from bitatlas.progress import Reporter
 from bitatlas.quantize.bank import BANK, TUNED, Bank, bank_of_plan
-from bitatlas.quantize.codes import Codes
+from bitatlas.quantize.codes import Codes, Kept
 from bitatlas.quantize.tune import BYTES_A_WEIGHT, STATE_BYTES, STEP_ROWS, VERSION, Tuned, Tuner, Tuning
 from bitatlas.records import Baseline, Measured, Module, Plan, PlanDamage
 from bitatlas.records.files import read_record, to_json, write_text
 from bitatlas.records.journal import Journal, content_key
+from bitatlas.records.plan import without_kept
 from bitatlas.records.sizes import inner
 from bitatlas.records.text import byte_size, duration, given_size, interval, number
 from bitatlas.run.options import ApplyOptions, TuneOptions, check_seed
@@ -63,7 +64,8 @@ class TunedPlan:
 class _Opened:
     """A plan with its model, its codes, and the rows to tune and to judge on.
 
-    banks: the folder of the new codes' bank; pool: all rows of the fit text, int64 [rows, tokens].
+    banks: the folder of the new codes' bank; pool: all rows of the fit text, int64 [rows, tokens]; every: the plan's modules, with those that stay
+    as they are.
     """
 
     plan: Plan
@@ -74,6 +76,7 @@ class _Opened:
     rows: Rows
     pool: Tensor
     seed: int
+    every: dict[str, str]
 
 
 def tune_plan(options: TuneOptions) -> TunedPlan:
@@ -115,7 +118,8 @@ def _open(plan_file: Path, options: TuneOptions, reporter: Reporter) -> _Opened:
     check_seed(options.seed)
     if options.steps is not None and options.steps < 1:
         raise UserError(f"--steps {options.steps}: at least 1")
-    plan, device = read_record(plan_file, Plan), check_device(options.device)
+    whole_plan, device = read_record(plan_file, Plan), check_device(options.device)
+    plan = without_kept(whole_plan)
     _check(plan, plan_file)
     with reporter.stage("opening the checkpoint"):
         checkpoint = open_checkpoint(str(options.model), plan.model.revision, fuse=False)
@@ -133,7 +137,7 @@ def _open(plan_file: Path, options: TuneOptions, reporter: Reporter) -> _Opened:
     if not whole:
         reporter.say(f"one decoder layer's weights at a time; at most about {byte_size(need.streamed)}")
     banks = bank.folder.parent if bank.folder else plan_file.parent / BANK
-    return _Opened(plan, checkpoint, decoder, bank, banks, rows, pool, options.seed)
+    return _Opened(plan, checkpoint, decoder, bank, banks, rows, pool, options.seed, whole_plan.modules)
 
 
 def _check(plan: Plan, plan_file: Path) -> None:
@@ -261,7 +265,8 @@ def _finished(opened: _Opened, tuner: Tuner, result: Tuned, reporter: Reporter) 
     identity = f"{bank.identity}{TUNED}{content_key(tuner.name)[:12]}"
     new = Bank(opened.decoder, list(plan.modules), plan.quantizer, plan.formats, None, opened.banks, sha, identity)
     new.put(result.codes, plan.modules)
-    new.put({name: bank.codes(name, plan.modules[name]) for name in plan.modules if name not in result.codes}, plan.modules)
+    others = {name: bank.codes(name, plan.modules[name]) for name in plan.modules if name not in result.codes}
+    new.put({name: codes for name, codes in others.items() if not isinstance(codes, Kept)}, plan.modules)
     nats = []
     for name, of_plan in (("not tuned", bank), ("tuned", new)):
         meter = DamageMeter(opened.decoder, of_plan, sha, of_plan.identity, Journal(None))
@@ -270,8 +275,10 @@ def _finished(opened: _Opened, tuner: Tuner, result: Tuned, reporter: Reporter) 
     before, after, difference = (_nats(opened, values) for values in (*nats, nats[1] - nats[0]))
     better = difference.ci95 is not None and difference.ci95[1] < 0
     tuned = {"steps": result.steps, "of": tuner.tuning.steps, "rows": STEP_ROWS}
+    kept = {name: fmt for name, fmt in opened.every.items() if name not in plan.modules}
     return replace(
         plan,
+        modules={name: {**plan.modules, **kept}[name] for name in opened.every},
         codes=identity,
         damage=PlanDamage(None, after),
         baselines=[Baseline(UNTUNED, plan.size.code_bits, plan.size.quantized_bytes, before, difference)],

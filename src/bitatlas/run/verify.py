@@ -42,6 +42,7 @@ from bitatlas.records import Measured, Plan, Size, TaskScore
 from bitatlas.records.files import parse_record, read_record, write_text
 from bitatlas.records.formats import FORMATS
 from bitatlas.records.journal import Journal
+from bitatlas.records.plan import without_kept
 from bitatlas.records.sizes import size_of
 from bitatlas.run.options import StrPath, TuneOptions, VerifyOptions, check_seed
 from bitatlas.run.prepare import rows_of_survey, settings_of, split_tasks
@@ -124,7 +125,7 @@ def verify_plan(options: VerifyOptions) -> Verification:
             nats = meter.plans({"plan": plan.modules}, test, progress)["plan"]
     else:
         packed, tokenizer = open_packed(folder, check_device(options.device))
-        promised = promised_disk_bytes(plan, blueprint_of(plan, checkpoint, checkpoint.skeleton()))
+        promised = promised_disk_bytes(plan, blueprint_of(without_kept(plan), checkpoint, checkpoint.skeleton()))
         disk = promised, _disk_bytes(folder)
         with reporter.stage("damage of the checkpoint") as progress:
             nats = kl_between(decoder, packed, test, progress)
@@ -288,7 +289,7 @@ def _formats_and_bytes(reader: Any, checkpoint: Checkpoint) -> tuple[dict[str, s
         if name not in tensors:
             raise UserError(f"the GGUF lacks {name}, which {module} should be")
         kind = tensors[name].tensor_type.name.lower()
-        if kind in FORMATS:
+        if kind in FORMATS and not FORMATS[kind].dtype:
             formats[module] = kind
             count += int(tensors[name].n_bytes)
     return formats, count

@@ -81,19 +81,23 @@ class Cells:
 
     def words(self, index: int, plan: Plan, raises: list[tuple[str, str]]) -> str:
         """Return what a cell says of a plan with these `raises`: its formats, and why."""
-        (layer, kind), modules = self.keys[index], self.members[index]
+        modules = self.members[index]
         names = sorted({plan.modules.get(module.name, KEPT) for module in modules})
         units, reason = {module.unit for module in modules}, ""
-        if self.steps and len(units) == 1 and names[0] in self.steps.formats:
+        if self.steps and len(units) == 1 and not modules[0].part and names[0] in self.steps.formats:
             reason = " " + self.steps.sentence(units.pop(), self.steps.formats.index(names[0]), raises)
-        where = f"Layer {layer}, {kind}" if not modules[0].part else f"{modules[0].part.capitalize()} ({kind})"
-        return f"{where}: {', '.join(names)}.{reason}"
+        return f"{self.where(index)}: {', '.join(names)}.{reason}"
+
+    def where(self, index: int) -> str:
+        """Return what a cell is of."""
+        (layer, kind), (module, *_) = self.keys[index], self.members[index]
+        return f"{module.part.capitalize()} ({kind})" if module.part else f"Layer {layer}, {kind}"
 
     def raises(self, plan: Plan) -> list[tuple[str, str]]:
         """Return the best uses of more bytes in a plan."""
         if self.steps is None:
             return []
-        units = {module.unit: plan.modules.get(module.name, "") for modules in self.members for module in modules}
+        units = {m.unit: plan.modules.get(m.name, "") for modules in self.members for m in modules if not m.part}
         return self.steps.raises(
             {unit: self.steps.formats.index(name) for unit, name in units.items() if name in self.steps.formats}
         )
