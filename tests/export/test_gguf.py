@@ -10,8 +10,6 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from hypothesis import given, settings
-from hypothesis import strategies as st
 
 import bitatlas.data as demo
 from bitatlas.cli.main import main
@@ -36,7 +34,6 @@ pytest.importorskip(
 from bitatlas.export.gguf.names import TEXTS, vocabulary_of  # noqa: E402
 from bitatlas.export.gguf.run import open_gguf  # noqa: E402
 from bitatlas.export.gguf.write import blueprint_of, write_gguf  # noqa: E402
-from bitatlas.quantize.ggml import quantize  # noqa: E402
 from bitatlas.run.options import VerifyOptions  # noqa: E402
 from bitatlas.run.verify import damage_in_llama_cpp, verify_gguf  # noqa: E402
 
@@ -56,42 +53,6 @@ def exported(model: Path, plan: Plan, place: Path, with_model: bool = True) -> P
 
 def tensors_of(file: Path) -> dict:
     return {tensor.name: tensor for tensor in gguf.GGUFReader(file).tensors}
-
-
-# --- blocks ------------------------------------------------------------------------------------------------------------
-
-
-@settings(deadline=None, max_examples=60)
-@given(
-    st.integers(1, 5), st.integers(1, 3), st.sampled_from(sorted(LLAMA_CPP_BLOCKS)), st.integers(-12, 4), st.integers(0, 2**32)
-)
-def test_reconstruction_is_the_gguf_packages(out: int, blocks: int, name: str, power: int, seed: int):
-    """Its dequantizers are an independent implementation, in numpy: the same float32 numbers, to the last bit."""
-    weight = torch.randn(out, blocks * FORMATS[name].group_size, generator=torch.Generator().manual_seed(seed)) * 2.0**power
-    found = quantize(weight, FORMATS[name])
-    theirs = gguf.quants.dequantize(found.blocks.numpy(), gguf.GGMLQuantizationType[name.upper()])
-    assert np.array_equal(found.weight().numpy(), theirs)
-
-
-@pytest.mark.parametrize("name", ["q4_0", "q4_1", "q5_0", "q5_1", "q8_0"])
-def test_blocks_are_the_gguf_packages(name: str):
-    """Of these it has quantizers too."""
-    weight = torch.randn(7, 96, generator=torch.Generator().manual_seed(1))
-    theirs = gguf.quants.quantize(weight.numpy(), gguf.GGMLQuantizationType[name.upper()])
-    assert np.array_equal(quantize(weight, FORMATS[name]).blocks.numpy(), theirs)
-
-
-def test_part_blocks_are_not_quantized():
-    with pytest.raises(ValueError, match="rows of 48 are no whole blocks of 32"):
-        quantize(torch.zeros(2, 48), FORMATS["q4_0"])
-
-
-def test_wider_formats_reconstruct_better():
-    weight = torch.randn(16, 512, generator=torch.Generator().manual_seed(2))
-    errors = [
-        float((quantize(weight, FORMATS[n]).weight() - weight).square().mean()) for n in ("q2_k", "q3_k", "q4_k", "q5_k", "q6_k")
-    ]
-    assert errors == sorted(errors, reverse=True) and errors[-1] < 1e-3 * float(weight.square().mean())
 
 
 # --- files -------------------------------------------------------------------------------------------------------------

@@ -21,7 +21,7 @@ from bitatlas.model.checkpoint import open_checkpoint
 from bitatlas.plan.baselines import outside_uniform
 from bitatlas.quantize import QUANTIZERS, get_quantizer
 from bitatlas.quantize.bank import from_tensors, to_tensors
-from bitatlas.quantize.ggml import Blocks
+from bitatlas.quantize.ggml import Blocks, quantize
 from bitatlas.records import Budget, Module
 from bitatlas.records.files import to_json
 from bitatlas.records.formats import (
@@ -38,6 +38,7 @@ from gguf_plans import QUIET, make_plan
 from tiny import make_checkpoint
 
 gguf = pytest.importorskip("gguf")
+pytest.importorskip("libgguf")
 
 
 # --- formats -----------------------------------------------------------------------------------------------------------
@@ -204,3 +205,39 @@ def test_models_that_are_not_written_are_told_what_to_do(tmp_path: Path):
     checkpoint = open_checkpoint(str(make_checkpoint(tmp_path / "a", "gpt_neox")), None, False)
     with pytest.raises(UserError, match=r"a GGUF of gpt_neox is not written here \(only of llama.*convert_hf_to_gguf.py"):
         blueprint_of(checkpoint, None)
+
+
+# --- blocks ------------------------------------------------------------------------------------------------------------
+
+
+@settings(deadline=None, max_examples=60)
+@given(
+    st.integers(1, 5), st.integers(1, 3), st.sampled_from(sorted(LLAMA_CPP_BLOCKS)), st.integers(-12, 4), st.integers(0, 2**32)
+)
+def test_reconstruction_is_the_gguf_packages(out: int, blocks: int, name: str, power: int, seed: int):
+    """Its dequantizers are an independent implementation, in numpy: the same float32 numbers, to the last bit."""
+    weight = torch.randn(out, blocks * FORMATS[name].group_size, generator=torch.Generator().manual_seed(seed)) * 2.0**power
+    found = quantize(weight, FORMATS[name])
+    theirs = gguf.quants.dequantize(found.blocks.numpy(), gguf.GGMLQuantizationType[name.upper()])
+    assert np.array_equal(found.weight().numpy(), theirs)
+
+
+@pytest.mark.parametrize("name", ["q4_0", "q4_1", "q5_0", "q5_1", "q8_0"])
+def test_blocks_are_the_gguf_packages(name: str):
+    """Of these it has quantizers too."""
+    weight = torch.randn(7, 96, generator=torch.Generator().manual_seed(1))
+    theirs = gguf.quants.quantize(weight.numpy(), gguf.GGMLQuantizationType[name.upper()])
+    assert np.array_equal(quantize(weight, FORMATS[name]).blocks.numpy(), theirs)
+
+
+def test_part_blocks_are_not_quantized():
+    with pytest.raises(ValueError, match="rows of 48 are no whole blocks of 32"):
+        quantize(torch.zeros(2, 48), FORMATS["q4_0"])
+
+
+def test_wider_formats_reconstruct_better():
+    weight = torch.randn(16, 512, generator=torch.Generator().manual_seed(2))
+    errors = [
+        float((quantize(weight, FORMATS[n]).weight() - weight).square().mean()) for n in ("q2_k", "q3_k", "q4_k", "q5_k", "q6_k")
+    ]
+    assert errors == sorted(errors, reverse=True) and errors[-1] < 1e-3 * float(weight.square().mean())

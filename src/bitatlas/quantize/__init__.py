@@ -96,7 +96,13 @@ QUANTIZERS: dict[str, Quantizer] = {
             "autoround", autoround.quantize, uses_rows=True, version=1, package="auto_round", needs_all=True, by_format=True
         ),
         Quantizer(
-            LLAMA_CPP, one_by_one(ggml.quantize), uses_rows=False, version=1, package="llama_cpp", extra="gguf", runtime=LLAMA_CPP
+            LLAMA_CPP,
+            one_by_one(ggml.quantize),
+            uses_rows=False,
+            version=1,
+            package=ggml.PACKAGE,
+            extra="gguf",
+            runtime=LLAMA_CPP,
         ),
     )
 }

@@ -1,1 +1,1 @@
-"""llama.cpp: its library, its file format, its runs. Everything here needs `pip install 'bitatlas[gguf]'`, but for `names`."""
+"""llama.cpp: its library, its file format, its runs. Everything here needs the extras `gguf` or `llama-cpp` (running), but for `names`."""

@@ -42,7 +42,7 @@ from bitatlas.export.target import Job, Target, write_readme
 from bitatlas.model.checkpoint import Checkpoint
 from bitatlas.model.decoder import Decoder, decoder_of
 from bitatlas.model.tensor_files import Reader, read_header
-from bitatlas.quantize.ggml import Blocks, check_packages
+from bitatlas.quantize.ggml import WRITING, Blocks, check_packages
 from bitatlas.records import Plan
 from bitatlas.records.files import to_json
 from bitatlas.records.formats import FORMATS, LLAMA_CPP, Format, stored_bytes
@@ -312,7 +312,7 @@ def _write_gguf(job: Job, file: Path) -> list[str]:
     """Write the GGUF; return lines about it. UserError where it cannot be written."""
     if job.checkpoint is None:
         raise UserError("--model, the checkpoint that the plan was made for, was not given")
-    check_packages("to write it")
+    check_packages("to write it", WRITING)
     blueprint = blueprint_of(job.checkpoint, job.plan)
     with job.reporter.stage("writing the GGUF") as progress:
         write_gguf(file, job.checkpoint, job.plan, job.plan_file, blueprint, progress)
