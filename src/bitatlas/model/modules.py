@@ -40,23 +40,21 @@ def linear_modules(
         ]  # fmt: skip
         kinds = _kinds([path for path, _ in named])
         for path, module in named:
-            name = f"{layers_path}.{index}.{path}"
-            parent, _, last = name.rpartition(".")
-            unit = f"{parent}.{FUSED[last]}" if fuse and last in FUSED else name
-            expert = _expert_of(path, module)
-            if expert is not None and not each_expert:
-                unit = re.sub(rf"\.{expert}(?=\.|$)", "", unit.removeprefix(f"{layers_path}.{index}"))
-                unit = f"{layers_path}.{index}{unit}"
-            modules.append(Module(name, index, kinds[path], shape_of(module), unit, expert=expert))
+            inside = f"{layers_path}.{index}."
+            of_all, expert = _of_all_experts(path, module)
+            unit = inside + (path if each_expert else of_all)
+            parent, _, last = unit.rpartition(".")
+            unit = f"{parent}.{FUSED[last]}" if fuse and last in FUSED else unit
+            modules.append(Module(inside + path, index, kinds[path], shape_of(module), unit, expert=expert))
     return modules
 
 
-def _expert_of(path: str, module: nn.Module) -> int | None:
-    """Return the number of the expert that a linear module is, or is a part of; None of all others."""
+def _of_all_experts(path: str, module: nn.Module) -> tuple[str, int | None]:
+    """Return (the path without the number of the expert that a linear module is, or is a part of; the number), of all others (path, None)."""
     if isinstance(module, ExpertLinear):
-        return fused_of(path)[1]
+        return fused_of(path)
     match = re.search(r"experts\.(\d+)\.", path)
-    return int(match[1]) if match else None
+    return (path[: match.start(1)] + path[match.end() :], int(match[1])) if match else (path, None)
 
 
 def outer_modules(model: nn.Module, layers_path: str) -> list[Module]:

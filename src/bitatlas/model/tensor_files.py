@@ -366,7 +366,8 @@ class Conversion:
 
     def target(self, key: str, packed: Iterable[str] = ()) -> tuple[str, str | None]:
         """Return (the model's name of what a tensor called `key` becomes, the pattern of the rule that makes it). `packed`: more names."""
-        return self._rules.target(key, {**self._wanted, **dict.fromkeys(packed, True)})
+        more = dict.fromkeys(packed, True)
+        return self._rules.target(key, {**self._wanted, **more} if more else self._wanted)
 
     def read_expert(self, name: str, expert: int, read: Callable[..., Tensor]) -> Tensor:
         """Return one expert's part of the fused parameter `name`; the others are not read, where the files allow it.
