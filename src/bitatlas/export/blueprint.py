@@ -95,7 +95,7 @@ def every_cause(plan: Plan, blueprint: Blueprint) -> dict[str, int]:
 
 
 def with_file(checkpoint: Checkpoint, runtime: str, quantizer: str) -> Checkpoint:
-    """Return the checkpoint with what its modules, and all the rest, take in the runtime's files; as it is where these are not known here.
+    """Return the checkpoint with what its modules, and all the rest, take in the runtime's files; as it is where that is not known here.
 
     A bound that the writer fills up with spaces, so that the files are as large as was said, to the byte.
     """
@@ -104,7 +104,8 @@ def with_file(checkpoint: Checkpoint, runtime: str, quantizer: str) -> Checkpoin
     info, skeleton, modules = checkpoint.info, checkpoint.skeleton(), checkpoint.modules
     entries, _ = sources_of(checkpoint)
     conversion, is_mlx, digits = conversion_of(skeleton, entries), FILES[runtime] == "mlx", len(str(2 * info.total_bytes))
-    _check_origins(modules, conversion)
+    if any(module.parameter not in conversion.origins for module in modules):  # apply says so, and refuses
+        return checkpoint
 
     def in_file(found: Iterable[Entry]) -> int:
         return sum(entry.size_bytes + entry_bytes(len(entry.name.encode()), entry.dtype, entry.shape, digits) for entry in found)
@@ -114,9 +115,8 @@ def with_file(checkpoint: Checkpoint, runtime: str, quantizer: str) -> Checkpoin
     early = early if len(early) < len(modules) else []
     swapped = {} if is_mlx else exchanged(skeleton)
     converted = {} if is_mlx else _converted(modules, swapped, conversion, _named_conversion(checkpoint, conversion, entries))
-    taken = {module.parameter for module in modules} | set(converted)
-    gone = {key for parameter in taken for key in conversion.origins[parameter].all_keys}
-    rest = [entries[key] for key in entries if key not in gone] + _new_entries(converted, conversion, entries)
+    copied = _copied({module.parameter for module in modules} | set(converted), conversion, entries)
+    rest = [entries[key] for key in copied] + _new_entries(converted, conversion, entries)
     shards = 1 + 2 * (info.total_bytes // SHARD_BYTES)
     with_files = []
     for module in modules:
@@ -140,6 +140,12 @@ def _mlx_pieces(module: Module, conversion: Conversion) -> list[Piece]:
     return [Piece(key.removesuffix("weight"), module.shape)]
 
 
+def _copied(taken: set[str], conversion: Conversion, entries: Mapping[str, Entry]) -> list[str]:
+    """Return the tensors of the checkpoint that stay as they are: those that none of the parameters `taken` is made of."""
+    gone = {key for parameter in taken for key in conversion.origins[parameter].all_keys}
+    return [key for key in entries if key not in gone]
+
+
 def _new_entries(converted: Conversions, conversion: Conversion, entries: Mapping[str, Entry]) -> list[Entry]:
     return [
         _entry(name, how(_meta(conversion, parameter, entries)))
@@ -161,8 +167,7 @@ def blueprint_of(plan: Plan, checkpoint: Checkpoint, skeleton: nn.Module, shard_
     other = _named_conversion(checkpoint, conversion, entries)
     converted = _converted(modules, swapped, conversion, other)
     taken = {module.parameter for module in modules} | set(converted)
-    gone = {key for parameter in taken for key in conversion.origins[parameter].all_keys}
-    copied = [key for key in entries if key not in gone]
+    copied = _copied(taken, conversion, entries)
     new_entries = _new_entries(converted, conversion, entries)
     wanted = [entries[key] for key in copied] + new_entries + list(whole.values())
     causes = Counter[str]()
