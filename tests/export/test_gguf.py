@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-import ctypes
 import dataclasses
+import re
 import sys
 from pathlib import Path
 
@@ -18,6 +18,7 @@ from bitatlas.export.gguf.write import COMMANDS, TYPES
 from bitatlas.export.targets import export_plan
 from bitatlas.measure.damage import DamageMeter
 from bitatlas.model.checkpoint import Checkpoint, open_checkpoint
+from bitatlas.quantize import ggml
 from bitatlas.quantize.bank import Bank
 from bitatlas.records import Plan, PlanDamage
 from bitatlas.records.files import read_record, to_json
@@ -28,14 +29,16 @@ from gguf_plans import QUIET, make_plan
 from tiny import SHARED, make_checkpoint
 
 gguf = pytest.importorskip("gguf")
-pytest.importorskip(
-    "llama_cpp", reason="llama-cpp-python is not installed (it is built from source, minutes): pip install '.[gguf]'"
-)
 from bitatlas.export.gguf.names import TEXTS, vocabulary_of  # noqa: E402
-from bitatlas.export.gguf.run import open_gguf  # noqa: E402
+from bitatlas.export.gguf.recipes import BASES, ModelFacts, types_of  # noqa: E402
+from bitatlas.export.gguf.run import find_library, open_gguf  # noqa: E402
 from bitatlas.export.gguf.write import blueprint_of, write_gguf  # noqa: E402
 from bitatlas.run.options import VerifyOptions  # noqa: E402
 from bitatlas.run.verify import damage_in_llama_cpp, verify_gguf  # noqa: E402
+from llama_quantize import llama_quantize  # noqa: E402
+
+if find_library() is None:
+    pytest.skip("no llama.cpp at hand: `make test` fetches one, and BITATLAS_LLAMA_CPP names one", allow_module_level=True)
 
 MIXED = ["q4_0", "q8_0", "q5_1", "iq4_nl", "q5_0", "q4_1"]  # blocks of 32
 K_QUANTS = ["q2_k", "q3_k", "q4_k", "q5_k", "q6_k", "iq4_xs", "iq3_s", "mxfp4"]
@@ -98,31 +101,75 @@ def test_scaled_rotary_embeddings(kind: str, tmp_path: Path):
 
 def test_llama_quantize_makes_the_same_file_of_the_list(tmp_path: Path):
     """`llama_model_quantize`, which llama-quantize calls, given our float32 GGUF and tensor-types.txt: every tensor's bytes are equal."""
-    from llama_cpp import llama_cpp
-
     model = make_checkpoint(tmp_path / "model", hidden_size=256, intermediate_size=512, num_hidden_layers=2, scale=0.25)
     plan = make_plan(model, K_QUANTS)
     out = exported(model, plan, tmp_path)
     checkpoint = open_checkpoint(str(model), None, False)
     write_gguf(tmp_path / "f32.gguf", checkpoint, None, None, blueprint_of(checkpoint, None, "f32"), lambda done, total: None)
-    lines = [line.partition("$=") for line in (out / TYPES).read_text().split()]
-    overrides = (llama_cpp.llama_model_tensor_override * (len(lines) + 1))()
-    for place, (pattern, _, kind) in enumerate(lines):
-        overrides[place].pattern = f"{pattern}$".encode()
-        overrides[place].type = int(gguf.GGMLQuantizationType[kind.upper()])
-    params = llama_cpp.llama_model_quantize_default_params()
-    params.ftype = llama_cpp.LLAMA_FTYPE_MOSTLY_Q8_0
-    params.token_embedding_type = params.output_tensor_type = int(gguf.GGMLQuantizationType.F32)
-    params.tt_overrides = ctypes.cast(overrides, type(params.tt_overrides))
-    made = tmp_path / "made.gguf"
-    assert llama_cpp.llama_model_quantize(str(tmp_path / "f32.gguf").encode(), str(made).encode(), ctypes.byref(params)) == 0
+    lines = [line.rpartition("=") for line in (out / TYPES).read_text().split()]
+    types = {pattern: kind for pattern, _, kind in lines}
+    theirs = llama_quantize(tmp_path / "f32.gguf", tmp_path / "made.gguf", "Q8_0", types=types, outside="f32")
     (file,) = out.glob("*.gguf")
-    ours, theirs = tensors_of(file), tensors_of(made)
+    ours = tensors_of(file)
     assert set(ours) == set(theirs) and {t.tensor_type.name.lower() for t in ours.values()} == {*K_QUANTS, "f32"}
     for name, tensor in ours.items():
         assert tensor.tensor_type == theirs[name].tensor_type and np.array_equal(tensor.data, theirs[name].data), name
     whole, rest = whole_and_rest(checkpoint, plan, file, 32)
     assert rest.max() < RUNTIME_NATS < whole.min()
+
+
+@pytest.mark.parametrize("with_importance", [True, False])
+def test_every_types_blocks_are_llama_cpps(with_importance: bool, tmp_path: Path):
+    """Byte for byte, with an importance matrix and without one."""
+    needs = [name for name in LLAMA_CPP_BLOCKS if name.startswith(("iq1", "iq2")) or name == "iq3_xxs"]
+    kinds = [name for name in LLAMA_CPP_BLOCKS if with_importance or name not in needs]
+    model = make_checkpoint(
+        tmp_path / "model", hidden_size=256, intermediate_size=512, num_hidden_layers=4, num_key_value_heads=4
+    )
+    checkpoint = open_checkpoint(str(model), None, False)
+    write_gguf(tmp_path / "f32.gguf", checkpoint, None, None, blueprint_of(checkpoint, None, "f32"), lambda done, total: None)
+    source = {
+        name: tensor
+        for name, tensor in tensors_of(tmp_path / "f32.gguf").items()
+        if name.startswith("blk") and len(tensor.shape) > 1
+    }
+    types = {f"^{re.escape(name)}$": kinds[index % len(kinds)] for index, name in enumerate(source)}
+    generator = np.random.default_rng(0)
+    importance = {name: generator.gamma(0.5, size=int(tensor.shape[0])).astype(np.float32) for name, tensor in source.items()}
+    theirs = llama_quantize(
+        tmp_path / "f32.gguf", tmp_path / "made.gguf", "Q8_0", importance if with_importance else None, types, outside="f32"
+    )
+    assert {theirs[name].tensor_type.name.lower() for name in source} == set(kinds)
+    for name, tensor in source.items():
+        kind = theirs[name].tensor_type.name.lower()
+        given = torch.from_numpy(importance[name]) if with_importance else None
+        blocks = ggml.quantize(torch.from_numpy(np.array(tensor.data)), FORMATS[kind], given).blocks.numpy()
+        assert np.array_equal(blocks, theirs[name].data), (kind, (blocks != theirs[name].data).any(1).mean())
+
+
+@pytest.mark.parametrize(
+    ("family", "changes"),
+    [
+        ("llama", {"hidden_size": 256, "intermediate_size": 512, "num_hidden_layers": 17}),
+        ("qwen2", {"hidden_size": 128, "intermediate_size": 256, "num_hidden_layers": 9}),  # rows that blocks of 256 do not divide
+        ("llama", {"hidden_size": 256, "intermediate_size": 256, "num_attention_heads": 8, "num_hidden_layers": 8, "tie_word_embeddings": False}),
+    ],
+)  # fmt: skip
+def test_recipes_are_llama_cpps(family: str, changes: dict, tmp_path: Path):
+    """The types that llama_model_quantize gives to every tensor, under every name, with an importance matrix and where it needs none without."""
+    checkpoint = open_checkpoint(str(make_checkpoint(tmp_path / "model", family, **changes)), None, False)
+    write_gguf(tmp_path / "f32.gguf", checkpoint, None, None, blueprint_of(checkpoint, None, "f32"), lambda done, total: None)
+    widths = {name: int(tensor.shape[0]) for name, tensor in tensors_of(tmp_path / "f32.gguf").items() if len(tensor.shape) > 1}
+    importance = {name: np.ones(width, np.float32) for name, width in widths.items()}
+    config = checkpoint.config
+    facts = ModelFacts(family, config.num_hidden_layers, config.num_attention_heads // config.num_key_value_heads)
+    for recipe in BASES:
+        for given in (importance, None):
+            if given is None and recipe in ("IQ2_XXS", "IQ2_XS", "IQ2_S", "IQ2_M", "IQ3_XXS", "IQ3_XS", "Q2_K_S"):
+                continue
+            theirs = llama_quantize(tmp_path / "f32.gguf", tmp_path / "made.gguf", recipe, given)
+            expected = {name: theirs[name].tensor_type.name.lower() for name in widths}
+            assert types_of(recipe, widths, facts, given is not None) == expected, recipe
 
 
 def test_llama_cpp_gives_the_tokenizers_tokens(tmp_path: Path, tiny_llama: Path):

@@ -94,8 +94,12 @@ def test_no_uniform_baseline_of_another_runtime(tiny_llama: Path):
 
 
 def test_quantizers_and_formats_must_fit():
-    with pytest.raises(UserError, match=r"--quantizer rtn: makes integer formats alone; for q4_0 give --quantizer llama.cpp"):
-        get_quantizer("rtn").check([FORMATS["int4_g32"], FORMATS["q4_0"]])
+    with pytest.raises(
+        UserError, match=r"--quantizer rtn: makes integer formats alone; for q4_0 give --quantizer gptq or llama.cpp or imatrix"
+    ):
+        get_quantizer("rtn").check([FORMATS["q4_0"]])
+    with pytest.raises(UserError, match=r"--formats: q4_0 is llama.cpp's own and int4_g32 is not; give formats of one kind"):
+        get_quantizer("gptq").check([FORMATS["int4_g32"], FORMATS["q4_0"]])
     with pytest.raises(UserError, match=r"--quantizer llama.cpp: makes formats of llama.cpp \(.*q4_0.*for int4_g32 give .*rtn"):
         get_quantizer(LLAMA_CPP).check([FORMATS["int4_g32"]])
     missing = QUANTIZERS[LLAMA_CPP].__class__(**{**vars(QUANTIZERS[LLAMA_CPP]), "package": "no_such_package"})
@@ -139,8 +143,10 @@ def test_names_are_those_of_the_gguf_package(family: str, tmp_path: Path):
 def test_other_models_get_their_names_from_the_package():
     found = weight_names(["gpt_neox.layers.1.attention.query_key_value"], "gpt_neox", 3)
     assert found == {"gpt_neox.layers.1.attention.query_key_value": "blk.1.attn_qkv.weight"}
-    with pytest.raises(UserError, match=r"what llama.cpp calls a\.b of a nonsense model is not known here"):
+    with pytest.raises(UserError, match=r"llama.cpp has no architecture that is called nonsense"):
         weight_names(["a.b"], "nonsense", 3)
+    with pytest.raises(UserError, match=r"what llama.cpp calls a\.b of a gpt_neox model is not known here"):
+        weight_names(["a.b"], "gpt_neox", 3)
 
 
 def test_rows_of_q_change_places_as_the_rotation_needs_it():

@@ -173,7 +173,8 @@ def export(options: ExportOptions) -> None:
     from bitatlas.progress import Reporter
 
     out = Path(options.out)
-    show_exported(export_plan(Path(options.plan), options.to, out, options.model, Reporter(options.quiet)))
+    base = Path(options.base_gguf) if options.base_gguf else None
+    show_exported(export_plan(Path(options.plan), options.to, out, options.model, Reporter(options.quiet), base))
     print(out)
 
 

@@ -32,6 +32,7 @@ class Job:
     modules: Sequence[Module]
     reporter: Reporter
     model: str = ""  # as --model gave it
+    base_gguf: Path | None = None  # a GGUF of the model, whose metadata is taken
 
     @property
     def formats(self) -> dict[str, Format]:

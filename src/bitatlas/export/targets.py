@@ -12,8 +12,10 @@ from pathlib import Path
 
 from bitatlas.errors import UserError
 from bitatlas.export import mlx, recipes
+from bitatlas.export.blueprint import with_file
 from bitatlas.export.card import atlas_beside
 from bitatlas.export.gguf import write as gguf
+from bitatlas.export.gguf.write import with_gguf
 from bitatlas.export.packed import apply_plan, check_transposed, fitted
 from bitatlas.export.target import Job, Target
 from bitatlas.model.checkpoint import Checkpoint, open_checkpoint
@@ -21,7 +23,7 @@ from bitatlas.model.folder import atomic_folder, check_out
 from bitatlas.progress import Reporter
 from bitatlas.records import Module, Plan
 from bitatlas.records.files import read_record, to_json, write_text
-from bitatlas.records.formats import GROUP_SIZES, Format
+from bitatlas.records.formats import GROUP_SIZES, LLAMA_CPP, Format
 from bitatlas.records.plan import without_kept
 from bitatlas.records.runtimes import MADE_FOR, WIDTHS, Integers
 from bitatlas.records.sizes import unlike_experts, unlike_partners
@@ -52,6 +54,11 @@ VLLM = Target(
 TARGETS: dict[str, Target] = {target.name: target for target in (VLLM, mlx.TARGET, *recipes.TARGETS, gguf.TARGET)}
 
 
+def with_runtime_file(checkpoint: Checkpoint, runtime: str, quantizer: str) -> Checkpoint:
+    """Return the checkpoint with what its modules, and all the rest, take in the runtime's files; as it is where that is not known here."""
+    return with_gguf(checkpoint) if runtime == LLAMA_CPP else with_file(checkpoint, runtime, quantizer)
+
+
 TRANSPOSED = "--to {0}: {1} is a Conv1D (GPT-2's transposed linear layer), which {0} cannot quantize by rows"
 
 
@@ -73,12 +80,16 @@ def get_target(name: str) -> Target:
     return TARGETS[name]
 
 
-def export_plan(plan_file: Path, target_name: str, out: Path, model_name: str | None, reporter: Reporter) -> Exported:
+def export_plan(
+    plan_file: Path, target_name: str, out: Path, model_name: str | None, reporter: Reporter, base_gguf: Path | None = None
+) -> Exported:
     """Write `target_name`'s files for a plan to `out`; UserError, and nothing written, where that is impossible."""
     target = get_target(target_name)
     whole_plan = read_record(plan_file, Plan)
     plan = without_kept(whole_plan)
     check_out(out)
+    if base_gguf is not None and (target is not gguf.TARGET or model_name is None):
+        raise UserError(f"--base-gguf {base_gguf}: belongs to --to llama.cpp with --model")
     if model_name is None and target.needs_model:
         raise UserError(f"--to {target.name}: writes weights, so it needs --model, the checkpoint that the plan was made for")
     if not plan.modules:
@@ -93,7 +104,7 @@ def export_plan(plan_file: Path, target_name: str, out: Path, model_name: str | 
             checkpoint = open_checkpoint(model_name, plan.model.revision)
             checkpoint = fitted(plan, checkpoint)
     modules = _modules(plan, plan_file, checkpoint)
-    job = Job(plan, plan_file, checkpoint, modules, reporter, model_name or "")
+    job = Job(plan, plan_file, checkpoint, modules, reporter, model_name or "", base_gguf)
     _check_outside(target, job)
     _check_experts(target, job)
     _check_rows(target, job)

@@ -23,6 +23,7 @@ from bitatlas.records.text import byte_size, given, interval, listed, number, ro
 from bitatlas.stats.bootstrap import Blocks, measured
 
 NOT_A_CANDIDATE = "not in --formats"
+MOST_RECIPES = 3  # of another program, the largest that fit
 CURVE = "curve"  # kind of a point of the atlas's curve: a plan at another size
 
 Assignment = dict[str, str]
@@ -80,6 +81,7 @@ def judge(
     rules = baselines(units, cost, candidate.limit, problem.seed, formats, most_critical, random)
     others = {name: assignment_of(units, formats, choice) for name, choice in rules}
     outside = outside_uniform(budget, units, formats, problem.info, candidate.limit)
+    others = {**_fitting_recipes(problem, plan), **others}
     if outside:
         others = {f"{UNIFORM} {outside} ({NOT_A_CANDIDATE})": uniform(problem.modules, outside), **others}
     whole = {name: other for name, other in others.items() if name.startswith(UNIFORM) or other == plan.modules}
@@ -92,6 +94,16 @@ def judge(
     names = [name for name in others if name not in whole]
     compared = {c.name: c for c in compare_in_looks(plan_rows, damage, names, measure_some, problem.seed, problem.test_blocks)}
     return _judged(problem, plan, others, plan_rows, [compared[name] for name in others])
+
+
+def _fitting_recipes(problem: PlanningProblem, plan: Plan) -> dict[str, Assignment]:
+    """Return the recipes of another program that come nearest to what the plan may take, and take no more."""
+    limit = plan.size.total_bytes
+    if plan.budget.kind == "size":
+        limit = max(limit, int(plan.budget.value))
+    sizes = {name: size_of(problem.modules, dict(recipe), problem.info).total_bytes for name, recipe in problem.recipes.items()}
+    fitting = sorted((name for name, size in sizes.items() if size <= limit), key=lambda name: -sizes[name])
+    return {name: dict(problem.recipes[name]) for name in fitting[:MOST_RECIPES]}
 
 
 def curve_point(judged: JudgedPlan) -> CurvePoint:

@@ -68,7 +68,8 @@ class KnapsackPlan:
 class PlanningProblem:
     """What a plan is for. `formats`: the candidates, narrowest first; `codes`: whose quantized weights they are (`Bank.identity`).
 
-    `test_blocks`: of the rows that it is judged on (see `stats.bootstrap`).
+    `test_blocks`: of the rows that it is judged on (see `stats.bootstrap`); `recipes`: what another program would make of the model, by
+    name, module -> format.
     """
 
     info: ModelInfo
@@ -78,6 +79,7 @@ class PlanningProblem:
     codes: str = ""
     seed: int = 0
     test_blocks: Sequence[int] | None = None
+    recipes: Mapping[str, Mapping[str, str]] = field(default_factory=dict)
 
     @property
     def units(self) -> list[Unit]:

@@ -6,19 +6,21 @@ import difflib
 import importlib.util
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 from torch import Tensor
 
 from bitatlas.errors import UserError
 from bitatlas.model.decoder import Decoder
-from bitatlas.quantize import autoround, ggml, gptq, hqq, rtn
+from bitatlas.quantize import autoround, ggml, gptq, hqq, importance, rtn
 from bitatlas.quantize.codes import Codes
 from bitatlas.quantize.ggml import Blocks
 from bitatlas.records.formats import FORMATS, LLAMA_CPP, Format
 
 WORKER_PIECES = 4  # of a bank, for a worker: modules differ in size
 
-Quantize = Callable[[Decoder, Mapping[str, Sequence[Format]], Tensor | None], Iterator[tuple[str, Sequence[Codes | Blocks]]]]
+# The last argument: rows of text, int64 [rows, tokens], or what a quantizer takes in their place; None: nothing.
+Quantize = Callable[[Decoder, Mapping[str, Sequence[Format]], Any], Iterator[tuple[str, Sequence[Codes | Blocks]]]]
 
 
 @dataclass(frozen=True)
@@ -38,7 +40,7 @@ class Quantizer:
     symmetric: bool = True  # it can do formats without a zero-point
     needs_all: bool = False  # of the model's weights in memory at once
     whole_zeros: bool = True  # its zero-points are codes, not numbers in between
-    runtime: str = ""  # whose formats it makes; "": integer formats
+    runtimes: tuple[str, ...] = ("",)  # whose formats it makes; "": integer formats
     by_format: bool = False  # one run over the whole model makes a format, whichever modules are asked for
 
     def pieces(self, modules: Sequence[str], formats: Sequence[str], slots: int) -> list[tuple[list[str], list[str]]]:
@@ -53,16 +55,21 @@ class Quantizer:
     def check(self, formats: Sequence[Format]) -> None:
         """Raise UserError where its package is missing, or where it cannot do one of `formats`."""
         formats = [fmt for fmt in formats if not fmt.dtype]
-        foreign = [fmt for fmt in formats if fmt.runtime != self.runtime]
+        if len({fmt.runtime for fmt in formats}) > 1:
+            names = (next(fmt.name for fmt in formats if bool(fmt.runtime) == own) for own in (True, False))
+            raise UserError("--formats: {} is llama.cpp's own and {} is not; give formats of one kind".format(*names))
+        foreign = [fmt for fmt in formats if fmt.runtime not in self.runtimes]
         if foreign:
-            able = [quantizer.name for quantizer in QUANTIZERS.values() if quantizer.runtime == foreign[0].runtime]
+            able = [quantizer.name for quantizer in QUANTIZERS.values() if foreign[0].runtime in quantizer.runtimes]
             formats_made = "integer formats"
-            if self.runtime:
-                names = (name for name, fmt in FORMATS.items() if fmt.runtime == self.runtime)
-                formats_made = f"formats of {self.runtime} ({', '.join(names)})"
+            if self.runtimes[0]:
+                names = (name for name, fmt in FORMATS.items() if fmt.runtime in self.runtimes)
+                formats_made = f"formats of {self.runtimes[0]} ({', '.join(names)})"
             raise UserError(
                 f"--quantizer {self.name}: makes {formats_made} alone; for {foreign[0].name} give --quantizer {' or '.join(able)}"
             )
+        if any(fmt.runtime == LLAMA_CPP for fmt in formats):
+            ggml.check_packages(f"--quantizer {self.name}", (ggml.PACKAGE,))
         if self.package and importlib.util.find_spec(self.package) is None:
             extra = self.extra or self.name
             raise UserError(f"--quantizer {self.name}: needs a package that is not here: pip install 'bitatlas[{extra}]'")
@@ -90,7 +97,7 @@ QUANTIZERS: dict[str, Quantizer] = {
     quantizer.name: quantizer
     for quantizer in (
         Quantizer("rtn", one_by_one(rtn.quantize), uses_rows=False, version=2),
-        Quantizer("gptq", gptq.quantize, uses_rows=True, version=3),
+        Quantizer("gptq", gptq.quantize, uses_rows=True, version=3, runtimes=("", LLAMA_CPP)),
         Quantizer("hqq", one_by_one(hqq.quantize), uses_rows=False, version=1, package="hqq", symmetric=False, whole_zeros=False),
         Quantizer(
             "autoround", autoround.quantize, uses_rows=True, version=1, package="auto_round", needs_all=True, by_format=True
@@ -102,7 +109,16 @@ QUANTIZERS: dict[str, Quantizer] = {
             version=1,
             package=ggml.PACKAGE,
             extra="gguf",
-            runtime=LLAMA_CPP,
+            runtimes=(LLAMA_CPP,),
+        ),
+        Quantizer(
+            "imatrix",
+            importance.quantize,
+            uses_rows=True,
+            version=1,
+            package=ggml.PACKAGE,
+            extra="gguf",
+            runtimes=(LLAMA_CPP,),
         ),
     )
 }

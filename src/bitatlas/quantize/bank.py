@@ -30,6 +30,7 @@ from bitatlas.model.streaming import LazyMapping
 from bitatlas.quantize import get_quantizer
 from bitatlas.quantize.codes import Codes, Kept, pack, unpack
 from bitatlas.quantize.ggml import Blocks
+from bitatlas.quantize.importance import ImportanceMatrix
 from bitatlas.records import Module, Plan
 from bitatlas.records.files import write_bytes, write_text
 from bitatlas.records.formats import FORMATS, Format, stored_bytes
@@ -55,12 +56,12 @@ class Bank:
         modules: Sequence[str],
         quantizer: str,
         formats: Mapping[str, Format] = FORMATS,
-        rows: Tensor | None = None,
+        rows: Tensor | ImportanceMatrix | None = None,
         folder: Path | None = None,
         weights_sha256: str = "",
         identity: str | None = None,
     ):
-        """rows: int64 [rows, tokens], for quantizers that are fitted on inputs. `folder`: where banks lie; None: in memory.
+        """rows: int64 [rows, tokens], for quantizers that are fitted on inputs, or what a user's file has of these. `folder`: where banks lie; None: in memory.
 
         `identity`: of a bank made earlier, whose rows are not at hand.
         """
@@ -68,7 +69,7 @@ class Bank:
         self.decoder = decoder
         self.quantizer = get_quantizer(quantizer)
         self.rows = rows if self.quantizer.uses_rows else None
-        fitted = [] if self.rows is None else [rows_sha256(self.rows)]
+        fitted = [] if self.rows is None else [rows_sha256(self.rows) if isinstance(self.rows, Tensor) else self.rows.sha256]
         self.identity = identity or "-".join([quantizer, str(self.quantizer.version), *fitted])
         self.modules = list(modules)
         self._reference = decoder.references(self.modules)

@@ -21,8 +21,7 @@ from bitatlas.errors import UserError
 from bitatlas.records.formats import FORMATS, Format
 
 PACKAGE = "libgguf"
-RUNNING = ("gguf", "llama_cpp")  # what runs a GGUF: the file format, and llama.cpp
-WRITING = ("gguf", PACKAGE)
+WRITING = ("gguf", PACKAGE)  # the file format, and what makes its blocks
 TOGETHER = 2**22  # weights at a time
 
 
@@ -55,24 +54,29 @@ class Blocks:
         return weight.to(dtype)
 
 
-def check_packages(what: str, packages: tuple[str, ...] = RUNNING) -> None:
+def check_packages(what: str, packages: tuple[str, ...] = WRITING) -> None:
     """Raise UserError naming the extra where one of its packages is not here."""
     missing = [name for name in packages if importlib.util.find_spec(name) is None]
     if missing:
-        extra = "llama-cpp" if "llama_cpp" in packages else "gguf"
-        raise UserError(f"{what}: needs {' and '.join(missing)}, not here yet: pip install 'bitatlas[{extra}]'")
+        raise UserError(f"{what}: needs {' and '.join(missing)}, not here yet: pip install 'bitatlas[gguf]'")
 
 
-def quantize(weight: Tensor, fmt: Format) -> Blocks:
-    """Return blocks of `weight` [out, in], as llama-quantize makes them of float32. ValueError for rows of part blocks."""
+def quantize(weight: Tensor, fmt: Format, importance: Tensor | None = None) -> Blocks:
+    """Return blocks of `weight` [out, in], as llama-quantize makes them of float32. ValueError for rows of part blocks.
+
+    importance: float32 [in], what an input's squared error counts, as an importance matrix has it; types that need one get ones without.
+    """
     out, width = weight.shape
     number = _type(fmt.own_name)
     if width % fmt.group_size:
         raise ValueError(f"rows of {width} are no whole blocks of {fmt.group_size} ({fmt.own_name})")
     source = weight.detach().to(device="cpu", dtype=torch.float32).contiguous()
     blocks = torch.empty(out, width // fmt.group_size * _block_bytes(fmt), dtype=torch.uint8)
+    if importance is None and _library().quantize_requires_imatrix(number):
+        importance = torch.ones(width)
     if blocks.numel():
-        written = _library().quantize_rows_into_raw(number, source.numpy(), blocks.numpy(), out, width)
+        counts = None if importance is None else importance.detach().float().cpu().contiguous().numpy()
+        written = _library().quantize_rows_into_raw(number, source.numpy(), blocks.numpy(), out, width, counts)
         assert written == blocks.numel()
     return Blocks(blocks, fmt.own_name)
 

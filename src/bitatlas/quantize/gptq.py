@@ -31,8 +31,9 @@ from torch import Tensor
 
 from bitatlas.errors import UserError
 from bitatlas.model.decoder import Decoder
-from bitatlas.quantize import rtn
+from bitatlas.quantize import compensate, rtn
 from bitatlas.quantize.codes import LARGEST_SCALE, SMALLEST_SCALE, Codes, compile_loops, joined
+from bitatlas.quantize.ggml import Blocks
 from bitatlas.quantize.moments import module_moments, to_float64
 from bitatlas.records.formats import Format
 
@@ -59,14 +60,24 @@ class CholeskyFactor:
     importance: Tensor  # float32 [in]: R_jj², what a squared error at an input costs that the later ones cannot make up for
 
 
-def quantize(decoder: Decoder, formats: Mapping[str, Sequence[Format]], rows: Tensor | None) -> Iterator[tuple[str, list[Codes]]]:
+def quantize(
+    decoder: Decoder, formats: Mapping[str, Sequence[Format]], rows: Tensor | None
+) -> Iterator[tuple[str, Sequence[Codes | Blocks]]]:
     """Yield every module in its formats, fitted on `rows` int64 [rows, tokens]; UserError without them. formats: module -> formats"""
     if rows is None or not len(rows):
         raise UserError("--quantizer gptq fits the codes to rows of text: give a text with --tokens")
     return _quantize(decoder, formats, rows)
 
 
-def _quantize(decoder: Decoder, formats: Mapping[str, Sequence[Format]], rows: Tensor) -> Iterator[tuple[str, list[Codes]]]:
+def _quantize(
+    decoder: Decoder, formats: Mapping[str, Sequence[Format]], rows: Tensor
+) -> Iterator[tuple[str, Sequence[Codes | Blocks]]]:
+    if any(fmt.runtime for of_module in formats.values() for fmt in of_module):
+        for moments in module_moments(decoder, list(formats), rows):
+            blocks_factor = compensate.factorize(moments.hessian)
+            for name in (name for name in moments.names if name in formats):
+                yield name, compensate.fit_all(decoder.weight(name), formats[name], blocks_factor)
+        return
     for moments in module_moments(decoder, list(formats), rows):
         factor = factorize(moments.hessian)
         for name in (name for name in moments.names if name in formats):

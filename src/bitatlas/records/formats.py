@@ -8,8 +8,8 @@ A group size need not divide a row: the last, short group is a group of its own,
 
 Beside these stand formats that a runtime defines (`runtime`), under that runtime's own names: llama.cpp's `q4_k` and others. Their group
 is llama.cpp's block, `bits` its codes, `scale_bits` everything else in the block, so the same arithmetic gives their exact bytes; the
-block must divide the row (`sizes.check_rows`). Bytes and sizes of blocks: ggml-common.h; what needs an importance matrix or was made for
-ternary weights is not offered.
+block must divide the row (`sizes.check_rows`). Bytes and sizes of blocks: ggml-common.h; what was made for ternary weights is not
+offered, nor is `iq1_m`, whose bytes llama.cpp's own functions do not always repeat.
 `bf16`, `f16` and `f32` are a module that stays as it is (`dtype`), where the checkpoint has it so: a candidate like any other.
 
 Left out: other codebook and floating-point formats (they come with their runtimes).
@@ -27,6 +27,8 @@ BITS = (2, 3, 4, 5, 6, 8)
 GROUP_SIZES = (32, 64, 128)
 KEPT = {"bf16": (16, "bfloat16"), "f16": (16, "float16"), "f32": (32, "float32")}  # formats of what stays as it is
 LLAMA_CPP = "llama.cpp"
+# `--formats gguf`: types from the narrowest that is usable to the one that is nearly free
+GGUF_LADDER = ("iq2_xxs", "iq2_s", "iq3_xxs", "iq3_s", "iq4_xs", "q5_k", "q6_k", "q8_0")
 # name: (code bits, weights a block, bytes a block, without a minimum)
 LLAMA_CPP_BLOCKS = {
     "q4_0": (4, 32, 18, True),
@@ -41,6 +43,11 @@ LLAMA_CPP_BLOCKS = {
     "q4_k": (4, 256, 144, False),
     "q5_k": (5, 256, 176, False),
     "q6_k": (6, 256, 210, True),
+    "iq1_s": (1, 256, 50, True),
+    "iq2_xxs": (2, 256, 66, True),
+    "iq2_xs": (2, 256, 74, True),
+    "iq2_s": (2, 256, 82, True),
+    "iq3_xxs": (3, 256, 98, True),
     "iq3_s": (3, 256, 110, True),
     "iq4_xs": (4, 256, 136, True),
 }

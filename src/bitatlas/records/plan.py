@@ -97,10 +97,10 @@ class ModuleFile:
 
 @dataclass(frozen=True)
 class FileLayout:
-    """How a runtime's safetensors files hold quantized weights (`sizes.file_bytes`). other: bytes of all that is in no module, headers included."""
+    """How a runtime's files hold quantized weights (`sizes.file_bytes`). other: bytes of all that is in no module, headers included."""
 
     runtime: str
-    name: str  # "pack-quantized" or "mlx"
+    name: str  # "pack-quantized", "mlx" or "gguf"
     other: int
     digits: int  # at most, of a tensor's place in a file
     zero_bytes: int  # of a zero-point

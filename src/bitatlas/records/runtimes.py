@@ -48,7 +48,9 @@ RUNTIMES = {
     "gptqmodel": Runtime(_common),
     "autoround": Runtime(lambda fmt: _common(fmt) and (fmt.bits < 8 or fmt.symmetric)),
     "exllamav3": Runtime(_common, whole=False),
-    LLAMA_CPP: Runtime(lambda fmt: fmt.runtime == LLAMA_CPP, model=True, whole=False, outside=EVERY_PART),
+    LLAMA_CPP: Runtime(
+        lambda fmt: fmt.runtime == LLAMA_CPP, model=True, whole=False, outside=EVERY_PART, experts=tuple(range(1, 9))
+    ),
 }
 # What a survey may be for. transformers 5.24 does not load a packed embedding (it initializes `Embedding.weight`, which is not there then), so neither
 # a head that is tied to one; "bitatlas" is `load_packed`, which opens the same folder with everything packed.
@@ -59,10 +61,10 @@ MADE_FOR = {
 }
 
 
-# what llama.cpp takes for rows that blocks of 256 do not divide
-FALLBACKS = {
-    "q2_k": "iq4_nl", "q3_k": "iq4_nl", "iq3_s": "iq4_nl", "iq4_xs": "iq4_nl", "q4_k": "q5_0", "q5_k": "q5_1", "q6_k": "q8_0",
-}  # fmt: skip
+# What stands for a type of llama.cpp in rows that its blocks of 256 do not divide: of the types with blocks of 32 the nearest in bytes, but none below
+# iq4_nl. llama-quantize itself takes larger ones for q4_k (q5_0), q5_k (q5_1) and q6_k (q8_0); its recipes have those (`plan.recipes`).
+NARROWER = ("iq1_s", "iq2_xxs", "iq2_xs", "iq2_s", "iq3_xxs", "iq3_s", "iq4_xs", "q2_k", "q3_k", "q4_k")
+FALLBACKS = dict.fromkeys(NARROWER, "iq4_nl") | {"q5_k": "q5_0", "q6_k": "q5_1"}
 
 
 def nearest_held(name: str, width: int, runtime: str) -> str:

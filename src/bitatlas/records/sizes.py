@@ -112,7 +112,7 @@ def outside_bytes(modules: Iterable[Module], info: ModelInfo) -> int:
 # mlx: the codes alike; a scale and a bias a group. Each tensor has an entry of the header: its name, dtype, shape and place, in JSON. The place has as
 # many digits as the file's size at most, and every entry is counted in whole 8 bytes; what is too much then, the header is padded with.
 
-WORD_BITS, ROW_LENGTH_BYTES, ALIGNMENT = 32, 16, 8
+WORD_BITS, ROW_LENGTH_BYTES, ALIGNMENT, GGUF_ALIGNMENT = 32, 16, 8, 32
 FILES = {
     "transformers": "pack-quantized",
     "bitatlas": "pack-quantized",
@@ -145,6 +145,9 @@ def file_bytes(module: Module, fmt: Format, info: ModelInfo) -> int:
         return weight_bytes(module, fmt, info)
     if not file.pieces or fmt.dtype:
         return file.kept
+    if layout.name == "gguf":  # a tensor's entry has one length, whatever its type
+        width = module.shape[1]
+        return sum(-(-stored_bytes((rows, width), fmt) // GGUF_ALIGNMENT) * GGUF_ALIGNMENT for _, rows in file.pieces)
     width, groups = module.shape[1], math.ceil(module.shape[1] / fmt.group_size)
     words = math.ceil(width * fmt.bits / WORD_BITS)
     total = 0

@@ -14,7 +14,7 @@ from typing import Annotated, Any
 from bitatlas.errors import UserError
 
 # These repeat what the registries have: asking those imports torch, two seconds a key press.
-QUANTIZER_NAMES = ("rtn", "gptq", "hqq", "autoround", "llama.cpp")
+QUANTIZER_NAMES = ("rtn", "gptq", "hqq", "autoround", "llama.cpp", "imatrix")
 RUNTIME_NAMES = ("vllm", "mlx", "torchao", "llm-compressor", "gptqmodel", "autoround", "exllamav3", "llama.cpp")
 
 EXPERTS = ("unit", "each")
@@ -51,7 +51,7 @@ def format_names() -> tuple[str, ...]:
     """Return what `formats` may name."""
     from bitatlas.records.formats import FORMATS
 
-    return tuple(FORMATS)
+    return *FORMATS, "gguf"
 
 
 def task_names() -> tuple[str, ...]:
@@ -161,6 +161,12 @@ class TaskOptions:
 # --- the commands ----------------------------------------------------------------------------------------------------------
 
 
+BaseGguf = Annotated[
+    StrPath | None,
+    Option("A GGUF of the same model in f16, bf16 or f32, as llama.cpp's converter makes it: its metadata and names are taken."),
+]
+
+
 @dataclass(frozen=True, kw_only=True)
 class Candidates:
     """Options of the codes that there are to choose from."""
@@ -168,7 +174,8 @@ class Candidates:
     formats: Annotated[
         Sequence[str] | None,
         Option(
-            "Candidate formats, int{2,3,4,5,6,8}_g{32,64,128}[_sym], or llama.cpp's, like q4_0,q8_0; bf16, f16, f32: as it is. "
+            "Candidate formats, int{2,3,4,5,6,8}_g{32,64,128}[_sym], or llama.cpp's, like q4_0,q8_0 (gguf: eight of them, iq2_xxs to q8_0); "
+            "bf16, f16, f32: as it is. "
             "Default: int{2,3,4}_g64 (the demo: _g128).",
             parse=split_names,
             values=format_names,
@@ -196,12 +203,19 @@ class Candidates:
     quantizer: Annotated[
         str | None,
         Option(
-            "How codes are chosen: gptq (fitted on the fit rows), rtn (no data); hqq, autoround, llama.cpp (extras). "
-            "Default: gptq; llama.cpp for its formats.",
+            "How codes are chosen: gptq (fitted on the fit rows), rtn (no data); hqq, autoround (extras); for llama.cpp's formats also "
+            "imatrix, llama.cpp (its own codes, with and without an importance matrix). Default: gptq.",
             values=lambda: QUANTIZER_NAMES,
             may_be_empty=True,
         ),
     ] = None
+    imatrix: Annotated[
+        StrPath | None,
+        Option(
+            "An importance matrix of llama.cpp's (GGUF or .dat), for --quantizer imatrix. Default: collected on the fit rows."
+        ),
+    ] = None
+    base_gguf: BaseGguf = None
 
 
 @dataclass(frozen=True)
@@ -349,6 +363,7 @@ class ExportOptions:
     ]
     out: Annotated[StrPath, Option("A new folder for what the runtime reads.", parse=Path)]
     model: Annotated[str | None, Option("The checkpoint that the plan was made for; needed where weights are written.")] = None
+    base_gguf: BaseGguf = None
     quiet: Quiet = False
 
 

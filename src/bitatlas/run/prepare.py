@@ -21,7 +21,12 @@ from bitatlas.data.rows import Rows, check_vocabulary, fit_pool, make_rows
 from bitatlas.data.tasks import Item, split_items, task_text
 from bitatlas.data.texts import read_documents
 from bitatlas.errors import FULL, UserError
-from bitatlas.export.blueprint import with_file
+from bitatlas.export.gguf.base import BaseFile, followed, open_base
+from bitatlas.export.gguf.imatrix import NAME as IMATRIX_FILE
+from bitatlas.export.gguf.imatrix import read_imatrix, write_imatrix
+from bitatlas.export.gguf.names import known_names
+from bitatlas.export.gguf.recipes import recipes_of
+from bitatlas.export.targets import with_runtime_file
 from bitatlas.measure.damage import DamageMeter
 from bitatlas.measure.machine import LoadMode, choose_load_mode, estimate_memory, peak_bytes, use_threads
 from bitatlas.measure.tasks import score_shards
@@ -37,16 +42,20 @@ from bitatlas.plan.search import PlanningProblem
 from bitatlas.progress import Reporter
 from bitatlas.quantize import get_quantizer
 from bitatlas.quantize.bank import BANK, Bank, disk_bytes
+from bitatlas.quantize.importance import ImportanceMatrix, collect
 from bitatlas.records import Atlas, Budget, Module
-from bitatlas.records.formats import FORMATS, KEPT, stored_bytes
+from bitatlas.records.formats import FORMATS, KEPT, LLAMA_CPP, stored_bytes
 from bitatlas.records.journal import Journal
 from bitatlas.records.runtimes import MADE_FOR
 from bitatlas.records.sizes import assignment_of, check_rows, inner, kept_bytes, size_of, uniform
-from bitatlas.records.text import byte_size, number
+from bitatlas.records.text import byte_size, listed, number
 from bitatlas.run.effort import EFFORTS, Effort, settle_effort
 from bitatlas.run.options import SurveyOptions
 from bitatlas.run.settings import Settings, check_device, held_modules, outside_modules, widest_of
 
+IMATRIX = "imatrix"  # the quantizer that makes the codes of llama.cpp's recipes
+RECIPE = "llama.cpp's "  # what their names begin with
+MOST_NAMED = 4  # modules in a line
 OUTPUT_BYTES = 64 * 2**20  # journal, tables and reports of a large model
 
 TaskItems = dict[str, list[Item]]  # task -> items
@@ -63,6 +72,8 @@ class Opened:
     tokenizer: Any
     rows: Rows
     items: TaskItems
+    importance: ImportanceMatrix | None  # of --imatrix
+    tensor_names: Mapping[str, str]  # module -> the tensor that it is in, in llama.cpp's files, as far as these are known
 
 
 @dataclass
@@ -83,9 +94,19 @@ class Session(Opened):
     def __post_init__(self) -> None:
         sha, mode = self.checkpoint.info.weights_sha256, self.load_mode
         names, quantizer, folder = [module.name for module in self.checkpoint.modules], self.settings.quantizer, self.out / BANK
-        self.bank = Bank(self.decoder, names, quantizer, rows=self.rows.fit, folder=folder, weights_sha256=sha)
+        fitted = self.importance or self.rows.fit
+        self.bank = Bank(self.decoder, names, quantizer, rows=fitted, folder=folder, weights_sha256=sha)
         self.bank.cache_bytes = mode.cache_bytes
         self.meter = DamageMeter(self.decoder, self.bank, sha, self.bank.identity, self.journal, mode.state_budget)
+        self.recipes: dict[str, dict[str, str]] = {}  # llama.cpp's own, by name
+        self.recipe_meter = self.meter  # measures them
+        if self.settings.runtime == LLAMA_CPP:
+            found = recipes_of(self.checkpoint, self.tensor_names, imatrix=quantizer != LLAMA_CPP)
+            self.recipes = {f"{RECIPE}{name}": recipe for name, recipe in found.items()}
+            if quantizer not in (LLAMA_CPP, IMATRIX):
+                bank = Bank(self.decoder, names, IMATRIX, rows=fitted, folder=folder, weights_sha256=sha)
+                bank.cache_bytes = mode.cache_bytes // 4
+                self.recipe_meter = DamageMeter(self.decoder, bank, sha, bank.identity, self.journal, mode.state_budget)
 
     @property
     def subject(self) -> PlanningProblem:
@@ -93,7 +114,7 @@ class Session(Opened):
         settings, checkpoint = self.settings, self.checkpoint
         return PlanningProblem(
             checkpoint.info, checkpoint.modules, settings.formats, settings.quantizer, self.bank.identity, settings.seed,
-            self.rows.blocks("test"),
+            self.rows.blocks("test"), self.recipes,
         )  # fmt: skip
 
     def assignments(self, choices: Mapping[str, np.ndarray]) -> dict[str, dict[str, str]]:
@@ -116,8 +137,13 @@ class Session(Opened):
         """Measure the damage of plans by name on the rows of a split, or on those of the indices `rows`: float64 [rows] each, nats/token."""
         tokens = getattr(self.rows, split)
         chosen = tokens if rows is None else tokens[list(rows)]
+        theirs = {name: plan for name, plan in plans.items() if name in self.recipes}
+        ours = {name: plan for name, plan in plans.items() if name not in theirs}
         with self.reporter.stage(f"plans on {split if rows is None else f'{len(rows)} {split}'} rows") as progress:
-            return self.meter.plans(plans, chosen, progress)
+            damage = dict(self.meter.plans(ours, chosen, progress)) if ours else {}
+            if theirs:
+                damage |= self.recipe_meter.plans(theirs, chosen, progress)
+            return {name: damage[name] for name in plans}
 
     def finish(self) -> None:
         """Refuse a checkpoint that changed meanwhile, and say what was taken at the peak, beside what was predicted."""
@@ -158,7 +184,8 @@ def open_model(settings: Settings, out: Path, resume: bool, reporter: Reporter, 
         checkpoint = checkpoint.leaving(experts)
         checkpoint = replace(checkpoint, modules=held_modules(settings, checkpoint.modules))
         checkpoint = checkpoint.planning(outside_modules(settings, checkpoint.outer))
-        checkpoint = with_file(checkpoint, settings.runtime, settings.quantizer)
+        checkpoint, base = _with_sizes(checkpoint, settings, reporter)
+        tensor_names = _tensor_names(checkpoint, base)
         check_rows(checkpoint.modules, settings.formats)
         workload = settings.budget.workload
         settings = replace(settings, budget=resolve_budget(settings.budget, checkpoint.info))
@@ -178,6 +205,7 @@ def open_model(settings: Settings, out: Path, resume: bool, reporter: Reporter, 
         tokenizer = checkpoint.load_tokenizer()
         rows, items = rows_and_items(settings, checkpoint, tokenizer)
         check_items(settings.budget, {task: len(task_items) for task, task_items in items.items()})
+        importance = read_importance(settings, checkpoint, tensor_names, reporter)
     with reporter.stage("reading every weight once") as progress:
         check_finite(checkpoint, progress)
     load_mode = load_mode_of(settings, checkpoint, device, out)
@@ -192,7 +220,45 @@ def open_model(settings: Settings, out: Path, resume: bool, reporter: Reporter, 
     settled = settle_effort(settings, checkpoint, decoder, tokenizer, items, reporter)
     if settled.limit != settings.limit:
         rows, items = rows_and_items(settled, checkpoint, tokenizer)
-    return Opened(settled, checkpoint, load_mode, decoder, tokenizer, rows, items)
+    return Opened(settled, checkpoint, load_mode, decoder, tokenizer, rows, items, importance, tensor_names)
+
+
+def _with_sizes(checkpoint: Checkpoint, settings: Settings, reporter: Reporter) -> tuple[Checkpoint, BaseFile | None]:
+    """Return the checkpoint with sizes as in the runtime's files, and the GGUF of --base-gguf."""
+    if settings.base_gguf is None:
+        return with_runtime_file(checkpoint, settings.runtime, settings.quantizer), None
+    base = open_base(Path(settings.base_gguf), checkpoint)
+    checkpoint, lost = followed(base, checkpoint)
+    if lost:
+        reporter.say(
+            f"--base-gguf: holds {len(lost)} modules in a form that is not followed, so they stay as they are: "
+            f"{listed([module.name for module in lost[:MOST_NAMED]])}{' and others' * (len(lost) > MOST_NAMED)}"
+        )
+    return checkpoint, base
+
+
+def _tensor_names(checkpoint: Checkpoint, base: BaseFile | None) -> dict[str, str]:
+    modules = [*checkpoint.modules, *checkpoint.outer]
+    names = known_names([module.name for module in modules], checkpoint.config.model_type, checkpoint.info.layers)
+    if base:
+        names |= {module: name for name, rows in reversed(list(base.rows.items())) for module in rows.modules}
+    return names
+
+
+def read_importance(
+    settings: Settings, checkpoint: Checkpoint, names: Mapping[str, str], reporter: Reporter
+) -> ImportanceMatrix | None:
+    """Read the file of --imatrix; None without one. names: module -> the tensor that it is in."""
+    if settings.imatrix is None:
+        return None
+    modules = [module for module in inner(checkpoint.modules) if module.name in names]
+    widths = {module.name: module.shape[1] for module in modules}
+    names = {module.name: names[module.name] for module in modules}
+    matrix, missing = read_imatrix(Path(settings.imatrix), names, experts_of(modules), widths)
+    missing += len(inner(checkpoint.modules)) - len(modules)
+    if missing:
+        reporter.say(f"--imatrix: has no entry for {missing} of {len(modules)} modules; their inputs all count alike")
+    return matrix
 
 
 def open_planned(settings: Settings) -> Checkpoint:
@@ -215,8 +281,8 @@ def check_kept(settings: Settings, checkpoint: Checkpoint) -> None:
 
 def left_experts(checkpoint: Checkpoint, settings: Settings) -> list[Module]:
     """Return the experts that stay as they are, since none are written for the runtime."""
-    held = MADE_FOR[settings.runtime].experts
-    return [] if held else [module for module in checkpoint.modules if module.expert is not None]
+    is_held = MADE_FOR[settings.runtime].experts and (settings.runtime != LLAMA_CPP or settings.base_gguf)
+    return [] if is_held else [module for module in checkpoint.modules if module.expert is not None]
 
 
 def expert_lines(checkpoint: Checkpoint, left: Sequence[Module], settings: Settings) -> list[str]:
@@ -228,13 +294,19 @@ def expert_lines(checkpoint: Checkpoint, left: Sequence[Module], settings: Setti
     kept = sum(kept_bytes(module, info.dtype) for module in experts)
     line = f"experts, {kept / info.total_bytes:.0%} of the file, {byte_size(kept)}: "
     if left:
-        return [f"{line}stay as they are, since none are written here for {settings.runtime} (--for)"]
+        other = "but with --base-gguf" if settings.runtime == LLAMA_CPP else "--for"
+        return [f"{line}stay as they are, since none are written here for {settings.runtime} ({other})"]
     line += "each has a format of its own" if settings.experts == "each" else "those of one kind in a layer share a format"
     if MADE_FOR[settings.runtime].alike:
         line = f"{line.partition(': ')[0]}: all of a layer share a format, as {settings.runtime} has it"
     if settings.runtime == "transformers":
         line += "; transformers itself loads them packed only in one symmetric format for all, bitatlas.load_packed in any"
     return [line]
+
+
+def experts_of(modules: Iterable[Module]) -> dict[str, int]:
+    """Return module -> number of the expert, of those that are one."""
+    return {module.name: module.expert for module in modules if module.expert is not None}
 
 
 def load_mode_of(settings: Settings, checkpoint: Checkpoint, device: str, out: Path) -> LoadMode:
@@ -330,6 +402,24 @@ def _documents(settings: Settings, spare: TaskItems) -> tuple[str, list[str]]:
     return f"items of {', '.join(spare)} that are not scored", documents
 
 
+def save_importance(session: Session) -> None:
+    """Collect the importance matrix of a survey for llama.cpp and write it into its folder, for llama-quantize; leave one that is there."""
+    file, checkpoint = session.out / IMATRIX_FILE, session.checkpoint
+    if session.settings.runtime != LLAMA_CPP or session.importance or file.exists():
+        return
+    modules = [module for module in inner(checkpoint.modules) if module.name in session.tensor_names]
+    if not modules:
+        session.reporter.say(
+            f"no {IMATRIX_FILE} is written: what llama.cpp calls this model's tensors is not known (--base-gguf)"
+        )
+        return
+    with session.reporter.stage("importance matrix"):
+        matrix = collect(session.decoder, [module.name for module in modules], session.rows.fit)
+    count, length = session.rows.fit.shape
+    write_imatrix(file, matrix, session.tensor_names, experts_of(modules), session.rows.info.source, (count, length))
+    session.reporter.say(f"{file}: the importance matrix of the {count} fit rows, for llama-quantize")
+
+
 # --- the folder ------------------------------------------------------------------------------------------------------------
 
 
@@ -422,4 +512,7 @@ def reopen(folder: Path, atlas: Atlas, model_name: str | None, device: str | Non
         decoder = load_decoder(settings, checkpoint, load_mode, device)
     use_threads(decoder, settings.threads, reporter)
     tokenizer, journal = checkpoint.load_tokenizer(), _open_journal(folder, checkpoint)
-    return Session(settings, checkpoint, load_mode, decoder, tokenizer, rows, {}, folder, journal, reporter)
+    base = open_base(Path(settings.base_gguf), checkpoint) if settings.base_gguf else None
+    names = _tensor_names(checkpoint, base)
+    importance = read_importance(settings, checkpoint, names, reporter)
+    return Session(settings, checkpoint, load_mode, decoder, tokenizer, rows, {}, importance, names, folder, journal, reporter)

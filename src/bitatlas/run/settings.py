@@ -15,7 +15,7 @@ from bitatlas.data.tasks import check_task_names
 from bitatlas.errors import UserError
 from bitatlas.plan.budget import workload_of
 from bitatlas.records import Budget, Module
-from bitatlas.records.formats import FORMATS, Format, by_width, get_format, takes
+from bitatlas.records.formats import FORMATS, GGUF_LADDER, LLAMA_CPP, Format, by_width, get_format, takes
 from bitatlas.records.runtimes import MADE_FOR, nearest_held
 from bitatlas.records.sizes import parse_size
 from bitatlas.records.text import given
@@ -64,6 +64,8 @@ class Settings:
     )  # candidates of embedding and head; (): they stay as they are; None: those that follow from `formats`
     experts: str = "unit"  # a key of `options.EXPERTS`
     time_seconds: float | None = None  # that the survey may take; None: as long as the nominal effort takes
+    imatrix: str | None = None  # a file of llama.cpp's
+    base_gguf: str | None = None  # a GGUF of the same model, whose metadata is taken
     effort: str | None = None  # how much is measured, a key of `effort.EFFORTS`; None: not settled yet
 
     @classmethod
@@ -80,7 +82,9 @@ class Settings:
             "formats": (formats := parse_formats(usual_formats if options.formats is None else options.formats)),
             "runtime": parse_runtime(options.runtime, formats),
             "embedding_formats": parse_embedding_formats(options.embedding_formats, formats),
-            "quantizer": default_quantizer(formats) if options.quantizer is None else options.quantizer,
+            "base_gguf": None if options.base_gguf is None else str(options.base_gguf),
+            "imatrix": (imatrix := None if options.imatrix is None else str(options.imatrix)),
+            "quantizer": default_quantizer(formats, imatrix) if options.quantizer is None else options.quantizer,
             "tasks": tuple(check_task_names(usual_tasks if options.tasks is None else options.tasks)),
             "budget": budget or default_budget(formats),
             "rows": parse_rows(",".join(map(str, options.rows))),
@@ -98,6 +102,10 @@ class Settings:
             raise UserError(TOO_FEW_FORMATS)
         if min(self.rows) < 2:
             raise UserError(f"--rows {','.join(map(str, self.rows))}: each of fit,select,test needs at least 2 rows")
+        if self.imatrix is not None and self.quantizer != "imatrix":
+            raise UserError(f"--imatrix: belongs to --quantizer imatrix, not to {self.quantizer}")
+        if self.base_gguf is not None and self.runtime != LLAMA_CPP:
+            raise UserError(f"--base-gguf: belongs to --for llama.cpp, not to {self.runtime}")
         if self.experts not in EXPERTS:
             raise UserError(f"--experts {self.experts}: unknown; one of {', '.join(EXPERTS)}")
         if self.row_length < 16:
@@ -152,7 +160,8 @@ def parse_time(text: str, flag: str = "--time") -> float:
 
 def parse_formats(names: Sequence[str]) -> tuple[str, ...]:
     """Return the formats' names, narrowest first, each once; UserError for an unknown one."""
-    known = [get_format(name.strip()).name for name in dict.fromkeys(names) if name.strip()]
+    every = [kind for name in names for kind in (GGUF_LADDER if name.strip() == "gguf" else (name,))]
+    known = [get_format(name.strip()).name for name in dict.fromkeys(every) if name.strip()]
     if not [name for name in known if not FORMATS[name].dtype]:
         raise UserError(TOO_FEW_FORMATS)
     return tuple(by_width(known))
@@ -226,9 +235,11 @@ def widest_of(formats: Sequence[str]) -> str:
     return "q8_0" if widest.runtime else replace(widest, bits=8).name
 
 
-def default_quantizer(formats: Sequence[str]) -> str:
-    """Return the quantizer that makes the best codes without a package of its own: llama.cpp's own for its formats, which no other makes."""
-    return FORMATS[formats[0]].runtime or "gptq"
+def default_quantizer(formats: Sequence[str], imatrix: str | None = None) -> str:
+    """Return the quantizer that makes the best codes without a package of its own; llama.cpp's own with a user's importance matrix."""
+    if imatrix is not None and FORMATS[formats[0]].runtime != LLAMA_CPP:
+        raise UserError("--imatrix: belongs to llama.cpp's formats, like --formats gguf")
+    return "gptq" if imatrix is None else "imatrix"
 
 
 def default_budget(formats: Sequence[str]) -> Budget:

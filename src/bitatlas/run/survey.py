@@ -59,7 +59,7 @@ from bitatlas.report.html import progress_html
 from bitatlas.run.assemble import Screens, assemble, tables_of, uniform_records, write_outputs
 from bitatlas.run.curve import short_curve
 from bitatlas.run.planner import first_hooks, layers_by_score, planner_hooks
-from bitatlas.run.prepare import Session, prepare
+from bitatlas.run.prepare import Session, prepare, save_importance
 from bitatlas.run.protect import check_protected, protect_plan
 from bitatlas.run.ray.scheduler import Scheduler
 from bitatlas.run.settings import Settings
@@ -89,6 +89,7 @@ def _opened(settings: Settings, out: Path, resume: bool, reporter: Reporter, ray
             session.bank.ready(candidates_of(session.checkpoint.modules, settings.formats), progress)
         reporter.passed("quantizing")
         tell_experts(session)
+        save_importance(session)
         release_free_memory()
         yield session
 

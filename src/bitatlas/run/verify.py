@@ -8,6 +8,7 @@ verified too, where the plan lies beside it as plan.json.
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -21,12 +22,13 @@ from bitatlas.data.rows import Rows, make_rows
 from bitatlas.data.tasks import chance_level
 from bitatlas.data.texts import read_documents
 from bitatlas.errors import UserError
-from bitatlas.export.blueprint import blueprint_of, promised_disk_bytes, with_file
+from bitatlas.export.blueprint import blueprint_of, promised_disk_bytes
 from bitatlas.export.card import VERIFIED, atlas_beside, evidence_beside
+from bitatlas.export.gguf.header import PLAN_KEY, TENSORS_KEY, open_reader
 from bitatlas.export.gguf.names import weight_names
-from bitatlas.export.gguf.run import LlamaSession, open_gguf
-from bitatlas.export.gguf.write import PLAN_KEY
+from bitatlas.export.gguf.run import LlamaSession, check_library, open_gguf
 from bitatlas.export.packed import card_of, check_package, fitted
+from bitatlas.export.targets import with_runtime_file
 from bitatlas.export.trial import open_packed
 from bitatlas.measure.damage import DamageMeter, kl_per_row
 from bitatlas.measure.machine import use_threads
@@ -40,7 +42,7 @@ from bitatlas.quantize.bank import bank_of_plan
 from bitatlas.quantize.ggml import check_packages
 from bitatlas.records import Measured, Plan, Size, TaskScore
 from bitatlas.records.files import parse_record, read_record, write_text
-from bitatlas.records.formats import FORMATS
+from bitatlas.records.formats import FORMATS, LLAMA_CPP
 from bitatlas.records.journal import Journal
 from bitatlas.records.plan import without_kept
 from bitatlas.records.sizes import size_of
@@ -131,7 +133,7 @@ def verify_plan(options: VerifyOptions) -> Verification:
             nats = kl_between(decoder, packed, test, progress)
         checks = tuple(_check_task(packed, tokenizer, *entry, reporter) for entry in items)
     damage = measured(nats, "nats/token", "plan", "test", options.seed, rows.blocks("test"))
-    checkpoint = with_file(checkpoint, plan.runtime, plan.quantizer)
+    checkpoint = with_runtime_file(checkpoint, plan.runtime, plan.quantizer)
     size = size_of(checkpoint.modules, plan.modules, checkpoint.info)
     size_kept = size == plan.size and (disk is None or disk[0] == disk[1])
     result = Verification(plan, size, damage, size_kept, disk, checks)
@@ -225,7 +227,8 @@ def verify_gguf(options: VerifyOptions) -> Verification:
     """Measure a GGUF against what its plan promises. Without `tokens`, the rows of the survey in whose folder it lies."""
     file, reporter = Path(options.plan_or_checkpoint), Reporter(options.quiet)
     check_packages(str(file))
-    reader = _open(file)
+    check_library(str(file))
+    reader = open_reader(file)
     plan = _plan_of(file, reader)
     checkpoint, rows = _open_planned(plan, file, options)
     length = rows.test.shape[1]
@@ -237,8 +240,12 @@ def verify_gguf(options: VerifyOptions) -> Verification:
         nats = damage_in_llama_cpp(decoder, session, rows.test, progress)
     damage = measured(nats, "nats/token", "plan", "test", options.seed, rows.blocks("test"))
     formats, count = _formats_and_bytes(reader, checkpoint)
+    as_planned = formats == without_kept(plan).modules
+    if plan.runtime == LLAMA_CPP:
+        disk = plan.size.total_bytes, file.stat().st_size
+        return Verification(plan, plan.size, damage, as_planned and disk[0] == disk[1], disk, disk_what="the file, bytes")
     size, promised = size_of(checkpoint.modules, formats, checkpoint.info), plan.size.quantized_bytes
-    size_kept = formats == plan.modules and size == plan.size and count == promised
+    size_kept = as_planned and size == plan.size and count == promised
     return Verification(plan, size, damage, size_kept, (promised, count), disk_what=ROW)
 
 
@@ -260,17 +267,6 @@ def damage_in_llama_cpp(
     return torch.cat(values).numpy()
 
 
-def _open(file: Path) -> Any:
-    from gguf import GGUFReader
-
-    if not file.is_file():
-        raise UserError(f"{file}: no such file")
-    try:
-        return GGUFReader(file)
-    except Exception as error:  # numpy and struct raise many kinds on a damaged file
-        raise UserError(f"{file}: not a whole GGUF ({' '.join(str(error).split())[:120]})") from None
-
-
 def _plan_of(file: Path, reader: Any) -> Plan:
     entry = reader.fields.get(PLAN_KEY)
     if entry is not None:
@@ -283,13 +279,19 @@ def _plan_of(file: Path, reader: Any) -> Plan:
 def _formats_and_bytes(reader: Any, checkpoint: Checkpoint) -> tuple[dict[str, str], int]:
     """Return (module -> format, bytes of these modules) as the file's own tensors have it."""
     tensors = {tensor.name: tensor for tensor in reader.tensors}
-    names = weight_names([m.name for m in checkpoint.modules], checkpoint.config.model_type, checkpoint.info.layers)
-    formats, count = {}, 0
-    for module, name in names.items():
+    entry = reader.fields.get(TENSORS_KEY)
+    if entry is not None:
+        modules_of: dict[str, list[str]] = json.loads(entry.contents())
+    else:
+        names = weight_names([m.name for m in checkpoint.modules], checkpoint.config.model_type, checkpoint.info.layers)
+        modules_of = {name: [module] for module, name in names.items()}
+    formats: dict[str, str] = {}
+    count = 0
+    for name, modules in modules_of.items():
         if name not in tensors:
-            raise UserError(f"the GGUF lacks {name}, which {module} should be")
+            raise UserError(f"the GGUF lacks {name}, which {modules[0]} should be")
         kind = tensors[name].tensor_type.name.lower()
         if kind in FORMATS and not FORMATS[kind].dtype:
-            formats[module] = kind
+            formats |= dict.fromkeys(modules, kind)
             count += int(tensors[name].n_bytes)
     return formats, count

@@ -8,7 +8,6 @@ Source: llama.cpp's conversion/llama.py and qwen.py; the permutation is theirs.
 
 from __future__ import annotations
 
-import importlib.util
 import json
 import re
 from collections.abc import Sequence
@@ -17,13 +16,15 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from bitatlas.errors import UserError
-from bitatlas.export.gguf.run import tokenize
+from bitatlas.export.gguf.run import find_library, tokenize
 
-CONVERT = "convert it with llama.cpp's convert_hf_to_gguf.py and llama-quantize (commands.txt)"
+CONVERT = "make one in f16 or bf16 with llama.cpp's convert_hf_to_gguf.py and give it as --base-gguf"
+SPELLED = {"mixtral": "llama", "phi": "phi2", "cohere": "commandr"}  # transformers' word, its letters alone -> llama.cpp's
 OUTER = {"model.embed_tokens": "token_embd", "model.norm": "output_norm", "lm_head": "output"}
 INNER = {
     "input_layernorm": "attn_norm",
@@ -101,18 +102,49 @@ def weight_names(modules: list[str], model_type: str, layers: int) -> dict[str, 
     return {module: str(name) for module, name in named.items()}
 
 
-def _foreign_names(modules: list[str], model_type: str, layers: int) -> dict[str, str | None]:
+def gguf_architecture(model_type: str) -> str:
+    """Return what llama.cpp calls an architecture of transformers; UserError where it has none."""
+    if model_type in ARCHITECTURES:
+        return ARCHITECTURES[model_type].name
+    import gguf
+
+    return str(gguf.MODEL_ARCH_NAMES[_foreign_architecture(model_type)])
+
+
+def _foreign_architecture(model_type: str) -> Any:
+    """Return the package `gguf`'s number of an architecture."""
     try:
         import gguf
     except ImportError:
         raise UserError(
             f"--to llama.cpp: the names of a {model_type} model's tensors come from a package that is not here: pip install 'bitatlas[gguf]'"
         ) from None
-    letters = re.sub(r"[^a-z0-9]", "", model_type)
-    architectures = [arch for arch, name in gguf.MODEL_ARCH_NAMES.items() if re.sub(r"[^a-z0-9]", "", name) == letters]
-    if not architectures:
-        return dict.fromkeys(modules)
-    table = gguf.get_tensor_name_map(architectures[0], layers)
+    letters = re.sub(r"[^a-z0-9]", "", model_type.removesuffix("_text"))
+    letters = SPELLED.get(letters, letters)
+    for architecture, name in gguf.MODEL_ARCH_NAMES.items():
+        if re.sub(r"[^a-z0-9]", "", name) == letters:
+            return architecture
+    raise UserError(f"--to llama.cpp: llama.cpp has no architecture that is called {model_type}")
+
+
+def known_names(modules: list[str], model_type: str, layers: int) -> dict[str, str]:
+    """Return module -> the GGUF's name of its weight, of those for which llama.cpp has one."""
+    try:
+        named = (
+            {m: tensor_name(f"{m}.weight") for m in modules}
+            if model_type in ARCHITECTURES
+            else _foreign_names(modules, model_type, layers)
+        )
+    except UserError:
+        return {}
+    return {module: name for module, name in named.items() if name is not None}
+
+
+def _foreign_names(modules: list[str], model_type: str, layers: int) -> dict[str, str | None]:
+    architecture = _foreign_architecture(model_type)
+    import gguf
+
+    table = gguf.get_tensor_name_map(architecture, layers)
     names = {module: table.get_name(f"{module}.weight", try_suffixes=(".weight",)) for module in modules}
     return {module: name and f"{name.removesuffix('.weight')}.weight" for module, name in names.items()}
 
@@ -166,6 +198,7 @@ PRE_TOKENIZERS = (
     "llama-bpe", "qwen2", "gpt-2", "smollm", "default", "tekken", "gpt-4o", "deepseek-llm", "deepseek-coder", "starcoder", "falcon",
     "command-r", "stablelm2", "mpt", "olmo", "bloom",
 )  # fmt: skip
+TRIAL_WIDTH = 32  # of the model whose vocabulary is tried
 NO_MERGE = -1e6  # score of a token that no merge makes
 TEXTS = (
     "Hello world", " leading and trailing ", "It's what they'll say: I'D, we've, you're.", "12345 67 8 3.14159 1,000,000",
@@ -190,8 +223,11 @@ class Vocabulary:
     chat_template: str | None = None
 
 
-def vocabulary_of(tokenizer: Any, size: int) -> tuple[Vocabulary, str]:
-    """Return (vocabulary of `size` tokens, a note or ""). `tokenizer`: of transformers. UserError for a kind that is not written here."""
+def vocabulary_of(tokenizer: Any, size: int, trial: bool = True) -> tuple[Vocabulary, str]:
+    """Return (vocabulary of `size` tokens, a note or ""). `tokenizer`: of transformers. UserError for a kind that is not written here.
+
+    trial: find out how llama.cpp has to cut text, where it is at hand.
+    """
     backend = getattr(tokenizer, "backend_tokenizer", None)
     content: dict[str, Any] = json.loads(backend.to_str()) if backend else {"model": {"type": type(tokenizer).__name__}}
     model = content["model"]
@@ -223,9 +259,8 @@ def vocabulary_of(tokenizer: Any, size: int) -> tuple[Vocabulary, str]:
         chat_template=tokenizer.chat_template if isinstance(tokenizer.chat_template, str) else None,
     )
     merges = [merge if isinstance(merge, str) else " ".join(merge) for merge in model["merges"]]
-    return _with_pre_tokenizer(
-        replace(vocabulary, merges=merges) if _is_byte_level(content) else _scored(vocabulary, merges, content), tokenizer
-    )
+    vocabulary = replace(vocabulary, merges=merges) if _is_byte_level(content) else _scored(vocabulary, merges, content)
+    return _with_pre_tokenizer(vocabulary, tokenizer) if trial else (vocabulary, "")
 
 
 def _is_byte_level(content: dict[str, Any]) -> bool:
@@ -249,7 +284,7 @@ def _scored(vocabulary: Vocabulary, merges: list[str], content: dict[str, Any]) 
 
 
 def _with_pre_tokenizer(vocabulary: Vocabulary, tokenizer: Any) -> tuple[Vocabulary, str]:
-    if not importlib.util.find_spec("llama_cpp"):
+    if find_library() is None:
         return vocabulary, "llama.cpp is not here, so its tokens of a text were not compared with the tokenizer's"
     texts = _known_texts(vocabulary, tokenizer)
     wanted = [tokenizer(text, add_special_tokens=False).input_ids for text in texts]
@@ -281,16 +316,26 @@ def _known_texts(vocabulary: Vocabulary, tokenizer: Any) -> list[str]:
 
 
 def _tokenized(vocabulary: Vocabulary, texts: Sequence[str]) -> list[list[int]]:
-    """Return llama.cpp's tokens of `texts`, by a file that holds the vocabulary alone."""
+    """Return llama.cpp's tokens of `texts`, by the smallest model that has the vocabulary: one layer of zeros."""
     from gguf import GGUFWriter
 
     with TemporaryDirectory() as folder:
         file = Path(folder) / "vocabulary.gguf"
         writer = GGUFWriter(file, "llama")
+        writer.add_block_count(1)
+        for add in (writer.add_embedding_length, writer.add_feed_forward_length, writer.add_context_length):
+            add(TRIAL_WIDTH)
+        writer.add_head_count(1)
+        writer.add_layer_norm_rms_eps(1e-5)
         add_vocabulary(writer, vocabulary)
+        writer.add_tensor("token_embd.weight", np.zeros((len(vocabulary.tokens), TRIAL_WIDTH), np.float16))
+        for name in ("output_norm", "blk.0.attn_norm", "blk.0.ffn_norm"):
+            writer.add_tensor(f"{name}.weight", np.zeros(TRIAL_WIDTH, np.float32))
+        for name in ("attn_q", "attn_k", "attn_v", "attn_output", "ffn_gate", "ffn_up", "ffn_down"):
+            writer.add_tensor(f"blk.0.{name}.weight", np.zeros((TRIAL_WIDTH, TRIAL_WIDTH), np.float16))
         writer.write_header_to_file()
         writer.write_kv_data_to_file()
-        writer.write_ti_data_to_file()
+        writer.write_tensors_to_file()
         writer.close()
         return tokenize(file, texts)
 

@@ -2,19 +2,22 @@
 
 Tensors go from the checkpoint into the file one by one. A planned module's blocks are the bank's own: what was measured is what is
 written, byte for byte what llama-quantize makes of the same weight. Everything else keeps its dtype, but for norms and biases, which
-llama.cpp wants in float32. The plan stands in the file's metadata (`bitatlas.plan`), so the file can be verified by itself.
+llama.cpp wants in float32. The plan stands in the file's metadata (`bitatlas.plan`), so the file can be verified by itself; spaces behind it
+make the file as large as the plan promises, to the byte.
 Left out: weights that the checkpoint stores under other names than transformers' model has; files in several parts.
 """
 
 from __future__ import annotations
 
+import importlib.util
 import os
 import re
 import shlex
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 import numpy as np
@@ -22,8 +25,21 @@ import torch
 from safetensors import safe_open
 
 from bitatlas.errors import UserError
+from bitatlas.export.gguf.base import BaseFile, kinds_of, open_base, write_on_base
+from bitatlas.export.gguf.header import (
+    PLAN_KEY,
+    QUANTIZATION_VERSION,
+    WEIGHTS_KEY,
+    file_type,
+    fill_up,
+    padded,
+    plan_room,
+    type_number,
+    write_header,
+)
 from bitatlas.export.gguf.names import (
     CONVERT,
+    PRE_TOKENIZERS,
     Architecture,
     Vocabulary,
     add_vocabulary,
@@ -44,17 +60,13 @@ from bitatlas.model.decoder import Decoder, decoder_of
 from bitatlas.model.tensor_files import Reader, read_header
 from bitatlas.quantize.ggml import WRITING, Blocks, check_packages
 from bitatlas.records import Plan
-from bitatlas.records.files import to_json
 from bitatlas.records.formats import FORMATS, LLAMA_CPP, Format, stored_bytes
+from bitatlas.records.plan import FileLayout, ModuleFile
 from bitatlas.records.sizes import check_rows
 from bitatlas.records.text import byte_size
 
-PLAN_KEY = "bitatlas.plan"
-WEIGHTS_KEY = "bitatlas.weights_sha256"
-QUANTIZATION_VERSION = 2  # of llama.cpp's blocks
 KINDS = {"BF16": "bf16", "F16": "f16", "F32": "f32", "F64": "f32"}  # the checkpoint's dtype -> the GGUF's
 DTYPES = {"bf16": torch.bfloat16, "f16": torch.float16, "f32": torch.float32}
-FILE_TYPES = ("MOSTLY_{}", "MOSTLY_{}_M", "MOSTLY_{}_MOE")  # llama.cpp's names for files of mostly one type
 Progress = Callable[[int, int], None]
 
 
@@ -100,13 +112,21 @@ def blueprint_of(checkpoint: Checkpoint, plan: Plan | None, kind: str | None = N
 
     Without a plan every weight has `kind` ("f16", "f32", "bf16"), or the checkpoint's own dtype.
     """
-    config = checkpoint.config.get_text_config()
-    architecture = architecture_of(config)
     planned = dict(plan.modules) if plan else {}
     if plan:
         for module in checkpoint.modules:
             if module.name in planned:
                 check_rows([module], [planned[module.name]])
+    architecture, parts = _architecture_and_parts(checkpoint, planned, kind)
+    vocabulary, note = vocabulary_of(checkpoint.load_tokenizer(), checkpoint.vocabulary)
+    return Blueprint(architecture, parts, vocabulary, note)
+
+
+def _architecture_and_parts(
+    checkpoint: Checkpoint, planned: Mapping[str, str], kind: str | None = None
+) -> tuple[Architecture, list[Part]]:
+    config = checkpoint.config.get_text_config()
+    architecture = architecture_of(config)
     parts = [part for file in checkpoint.files for part in _parts(file, checkpoint, planned, kind)]
     names = Counter(part.name for part in parts)
     keys = {part.name: part.key for part in parts}
@@ -119,8 +139,30 @@ def blueprint_of(checkpoint: Checkpoint, plan: Plan | None, kind: str | None = N
     factors = rope_factors(config)
     if factors is not None:
         parts.append(Part("rope_freqs.weight", "", None, tuple(factors.shape), "f32"))
-    vocabulary, note = vocabulary_of(checkpoint.load_tokenizer(), checkpoint.vocabulary)
-    return Blueprint(architecture, sorted(parts, key=_order), vocabulary, note)
+    return architecture, sorted(parts, key=_order)
+
+
+def with_gguf(checkpoint: Checkpoint) -> Checkpoint:
+    """Return the checkpoint with what its modules, and all the rest, take in a GGUF; as it is where that is not written here."""
+    if not all(importlib.util.find_spec(name) for name in WRITING):
+        return checkpoint
+    try:
+        architecture, parts = _architecture_and_parts(checkpoint, {module.name: "" for module in checkpoint.modules})
+        vocabulary, _ = vocabulary_of(checkpoint.load_tokenizer(), checkpoint.vocabulary, trial=False)
+    except UserError:
+        return checkpoint
+    longest = replace(vocabulary, pre_tokenizer=max(PRE_TOKENIZERS, key=len))
+    with TemporaryDirectory() as folder:
+        writer = _writer(
+            Path(folder) / "header.gguf", checkpoint, Blueprint(architecture, parts, longest, ""), plan_room(checkpoint.modules)
+        )
+        writer.close()
+        header = (Path(folder) / "header.gguf").stat().st_size
+    kept = {part.module: padded(part.size_bytes) for part in parts if part.module}
+    other = padded(header) + sum(padded(part.size_bytes) for part in parts if not part.module)
+    modules = [replace(module, file=ModuleFile(((0, module.shape[0]),), kept[module.name])) for module in checkpoint.modules]
+    layout = FileLayout(LLAMA_CPP, "gguf", other, 0, 0, 0)
+    return replace(checkpoint, modules=modules, info=replace(checkpoint.info, file=layout))
 
 
 def _same_head(checkpoint: Checkpoint, keys: Mapping[str, str]) -> bool:
@@ -142,7 +184,7 @@ def _parts(file: Path, checkpoint: Checkpoint, planned: Mapping[str, str], kind:
         stem = key.removesuffix(".weight")
         module = next((name for name in (stem, f"model.{stem}") if name in planned), None)
         dtype = "f32" if len(shape) == 1 else kind or KINDS[entry["dtype"]]
-        yield Part(name, key, file, shape, planned[module] if module else dtype, module, heads_to_permute(key, config))
+        yield Part(name, key, file, shape, (planned[module] if module else "") or dtype, module, heads_to_permute(key, config))
 
 
 def _order(part: Part) -> tuple[int, str]:
@@ -155,19 +197,11 @@ def write_gguf(
     file: Path, checkpoint: Checkpoint, plan: Plan | None, plan_file: Path | None, blueprint: Blueprint, progress: Progress
 ) -> None:
     """Write the file beside, then rename it. With a plan, `plan_file` is where it lies, and its bank perhaps beside it."""
-    from gguf import GGUFWriter
-
     beside = file.with_name(f".{file.name}.partial")
-    writer = GGUFWriter(beside, blueprint.architecture.name)
-    _add_metadata(writer, checkpoint, plan, blueprint)
-    add_vocabulary(writer, blueprint.vocabulary)
-    for part in blueprint.parts:
-        writer.add_tensor_info(part.name, part.shape, np.dtype(np.float32), part.size_bytes, raw_dtype=_number(part.kind))
     decoder = decoder_of(checkpoint.skeleton(), checkpoint.layers_path)
+    data = sum(padded(part.size_bytes) for part in blueprint.parts)
     try:
-        writer.write_header_to_file()
-        writer.write_kv_data_to_file()
-        writer.write_ti_data_to_file()
+        writer = fill_up(plan, beside, data, lambda path, text: _writer(path, checkpoint, blueprint, text))
         for done, part in enumerate(blueprint.parts, start=1):
             writer.write_tensor_data(_data(part, plan, plan_file, decoder, checkpoint.config.get_text_config()))
             progress(done, len(blueprint.parts))
@@ -177,10 +211,19 @@ def write_gguf(
         beside.unlink(missing_ok=True)
 
 
-def _number(kind: str) -> Any:
-    from gguf import GGMLQuantizationType
+def _writer(file: Path, checkpoint: Checkpoint, blueprint: Blueprint, text: str) -> Any:
+    """Return a `gguf.GGUFWriter` that has written everything but the tensors' data."""
+    from gguf import GGUFWriter
 
-    return GGMLQuantizationType[kind.upper()]
+    writer = GGUFWriter(file, blueprint.architecture.name)
+    _add_metadata(writer, checkpoint, blueprint)
+    if text:
+        writer.add_string(PLAN_KEY, text)
+    add_vocabulary(writer, blueprint.vocabulary)
+    for part in blueprint.parts:
+        writer.add_tensor_info(part.name, part.shape, np.dtype(np.float32), part.size_bytes, raw_dtype=type_number(part.kind))
+    write_header(writer)
+    return writer
 
 
 def _data(part: Part, plan: Plan | None, plan_file: Path | None, decoder: Decoder, config: Any) -> np.ndarray:
@@ -203,8 +246,8 @@ def _data(part: Part, plan: Plan | None, plan_file: Path | None, decoder: Decode
     return rows.contiguous().view(torch.uint8).numpy().reshape(-1)
 
 
-def _add_metadata(writer: Any, checkpoint: Checkpoint, plan: Plan | None, blueprint: Blueprint) -> None:
-    from gguf import LlamaFileType, RopeScalingType
+def _add_metadata(writer: Any, checkpoint: Checkpoint, blueprint: Blueprint) -> None:
+    from gguf import RopeScalingType
 
     config, rope = checkpoint.config.get_text_config(), rope_of(checkpoint.config.get_text_config())
     context = int(config.max_position_embeddings)
@@ -226,12 +269,9 @@ def _add_metadata(writer: Any, checkpoint: Checkpoint, plan: Plan | None, bluepr
     writer.add_layer_norm_rms_eps(float(config.rms_norm_eps))
     writer.add_vocab_size(checkpoint.vocabulary)
     (most, _), *_ = Counter(part.kind for part in blueprint.parts if len(part.shape) > 1).most_common(1)
-    types = [kind for form in FILE_TYPES if (kind := form.format(most.upper())) in LlamaFileType.__members__]
-    writer.add_file_type(LlamaFileType[types[0]] if types else LlamaFileType.ALL_F32)
+    writer.add_file_type(file_type(most))
     writer.add_quantization_version(QUANTIZATION_VERSION)
     writer.add_string(WEIGHTS_KEY, checkpoint.info.weights_sha256)
-    if plan:
-        writer.add_string(PLAN_KEY, to_json(plan))
 
 
 # --- the runtime llama.cpp ----------------------------------------------------------------------------------------------
@@ -243,8 +283,12 @@ def _add_metadata(writer: Any, checkpoint: Checkpoint, plan: Plan | None, bluepr
 # Source: llama.cpp's tools/quantize (the list holds regular expressions) and convert_hf_to_gguf.py.
 
 TYPES, COMMANDS = "tensor-types.txt", "commands.txt"
-USE = """The GGUF holds the plan's own blocks: what was measured. `tensor-types.txt` and `commands.txt` make the same file with llama.cpp's own
-programs; where there is no GGUF here, they are the way."""
+USE = {
+    "gptq": """The GGUF holds the plan's own blocks: what was measured. `tensor-types.txt` and `commands.txt` make a file of the same types and size with
+llama.cpp's own programs, whose codes do more damage: they are llama.cpp's own, and the plan's make up for each other's errors.""",
+    "": """The GGUF holds the plan's own blocks: what was measured. `tensor-types.txt` and `commands.txt` make the same file with llama.cpp's own
+programs; where there is no GGUF here, they are the way.""",
+}
 UNQUANTIZED_TYPES = {"bfloat16": "bf16", "float16": "f16"}  # of what stays unquantized; float32 otherwise
 
 
@@ -264,21 +308,36 @@ class OwnFormats:
 
 def write(job: Job, folder: Path) -> list[str]:
     """Write the list, the commands, a README, and the GGUF where it can be written. Return what the command prints."""
-    names = _names(job)
     for module in job.modules:
         if module.name in job.formats:
             check_rows([module], [job.formats[module.name].name], "--to llama.cpp")
+    base = open_base(job.base_gguf, job.checkpoint) if job.base_gguf and job.checkpoint else None
     unquantized = UNQUANTIZED_TYPES.get(job.checkpoint.info.dtype if job.checkpoint else "", "f32")
-    types = {module: fmt.own_name for module, fmt in job.formats.items()} | dict.fromkeys(job.unquantized, unquantized)
-    lines = [f"^{re.escape(names[module])}$={kind}" for module, kind in types.items()]
-    (folder / TYPES).write_text("\n".join(lines) + "\n", encoding="utf-8")
+    types = _types_of_tensors(job, base, unquantized)
+    (folder / TYPES).write_text("".join(f"^{re.escape(name)}$={kind}\n" for name, kind in types.items()), encoding="utf-8")
     file = folder / f"{Path(job.plan.model.name).name or 'model'}.gguf"
-    (folder / COMMANDS).write_text(_commands(job, file.name, unquantized), encoding="utf-8")
-    write_readme(folder, job, "For llama.cpp", USE)
+    (folder / COMMANDS).write_text(_commands(job, file.name, types, unquantized), encoding="utf-8")
+    write_readme(folder, job, "For llama.cpp", USE.get(job.plan.quantizer, USE[""]))
+    if base:
+        return _write_on_base(job, base, file)
     try:
         return _write_gguf(job, file)
     except UserError as error:
         return [f"no GGUF was written: {error}"]
+
+
+def _types_of_tensors(job: Job, base: BaseFile | None, unquantized: str) -> dict[str, str]:
+    """Return tensor -> type, of all that llama-quantize would give one."""
+    types = {module: fmt.own_name for module, fmt in job.formats.items()} | dict.fromkeys(job.unquantized, unquantized)
+    if base:
+        kinds = kinds_of(base, job.plan)
+        return {
+            tensor.name: kinds.get(tensor.name, tensor.tensor_type.name.lower())
+            for tensor in base.reader.tensors
+            if len(tensor.shape) > 1
+        }
+    names = _names(job)
+    return {names[module]: kind for module, kind in types.items()}
 
 
 def _names(job: Job) -> dict[str, str]:
@@ -293,42 +352,66 @@ def _names(job: Job) -> dict[str, str]:
     return {module: str(name) for module, name in named.items()}
 
 
-def _commands(job: Job, name: str, dtype: str) -> str:
+def _commands(job: Job, name: str, types: Mapping[str, str], dtype: str) -> str:
     model = job.model or job.plan.model.name
     source, target = f"{Path(name).stem}-{dtype}.gguf", shlex.quote(name)
+    embedding = types.get("token_embd.weight", dtype)
+    head = types.get("output.weight", embedding)
+    same, imatrix = "the same weights by llama.cpp's own programs", ""
+    if job.plan.quantizer in ("gptq", "imatrix"):
+        imatrix = "--imatrix ../imatrix.gguf "
+    if job.plan.quantizer == "gptq":
+        same = "the same types, with llama.cpp's own codes, by its own programs (the plan's own codes do less damage)"
     return (
-        "# In llama.cpp's folder, with this one's files at hand: the same weights by llama.cpp's own programs.\n"
+        f"# In llama.cpp's folder, with this one's files at hand: {same}.\n"
         "# Q8_0 is the type of nothing: the list names every matrix of the layers, the options the embedding and the head.\n"
         "# The converter refuses tokenizers that it does not know.\n"
         f"python convert_hf_to_gguf.py {shlex.quote(model)} --outtype {dtype} --outfile {shlex.quote(source)}\n"
-        f"llama-quantize --tensor-type-file {TYPES} --token-embedding-type {dtype} --output-tensor-type {dtype} "
+        f"llama-quantize {imatrix}--tensor-type-file {TYPES} --token-embedding-type {embedding} --output-tensor-type {head} "
         f"{shlex.quote(source)} {target} Q8_0\n"
         "# beside plan.json:\n"
         f"bitatlas verify {shlex.quote(model)} {target} --tokens TEXT_FILE\n"
     )
 
 
+def _write_on_base(job: Job, base: BaseFile, file: Path) -> list[str]:
+    """Write the GGUF with the metadata of another; return lines about it."""
+    assert job.checkpoint
+    with job.reporter.stage("writing the GGUF") as progress:
+        kinds = write_on_base(file, base, job.checkpoint, job.plan, job.plan_file, progress)
+    return [f"{_bytes_text(file, job.plan)}; {len(kinds)} tensors of {base.file.name} in other types, all else as it is there"]
+
+
+def _bytes_text(file: Path, plan: Plan) -> str:
+    promised = f", promised {plan.size.total_bytes:,}" if plan.runtime == LLAMA_CPP else ""
+    return f"{file.name}: {file.stat().st_size:,} bytes{promised}"
+
+
 def _write_gguf(job: Job, file: Path) -> list[str]:
     """Write the GGUF; return lines about it. UserError where it cannot be written."""
     if job.checkpoint is None:
         raise UserError("--model, the checkpoint that the plan was made for, was not given")
-    check_packages("to write it", WRITING)
+    check_packages("to write it")
     blueprint = blueprint_of(job.checkpoint, job.plan)
     with job.reporter.stage("writing the GGUF") as progress:
         write_gguf(file, job.checkpoint, job.plan, job.plan_file, blueprint, progress)
+    notes = [blueprint.note] if blueprint.note else []
+    quantized = f"quantized tensors {blueprint.quantized_bytes:,} bytes, promised {job.plan.size.quantized_bytes:,}"
+    if job.plan.runtime == LLAMA_CPP:
+        return [f"{_bytes_text(file, job.plan)}; {quantized}", *notes]
     disk, promised = file.stat().st_size, job.plan.size
     others = promised.total_bytes - promised.quantized_bytes
     return [
-        f"{file.name}: {byte_size(disk)}; quantized tensors {blueprint.quantized_bytes:,} bytes, promised {promised.quantized_bytes:,}; "
+        f"{file.name}: {byte_size(disk)}; {quantized}; "
         f"other tensors {blueprint.tensor_bytes - blueprint.quantized_bytes:,}, in the plan {others:,} (norms are float32 here); "
         f"names, vocabulary and padding {disk - blueprint.tensor_bytes:,}",
-        *([blueprint.note] if blueprint.note else []),
+        *notes,
     ]
 
 
 TARGET = Target(
     LLAMA_CPP,
-    "a list of tensor types and the commands for llama-quantize; with --model and the extra `gguf`, the GGUF itself",
+    "with --model and the extra `gguf`, the GGUF itself; a list of tensor types and the commands for llama-quantize",
     OwnFormats(),
     write,
 )

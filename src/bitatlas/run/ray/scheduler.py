@@ -92,7 +92,7 @@ class Scheduler:
         self._session = session
         sha, identity = session.checkpoint.info.weights_sha256, session.meter.identity
         self._config = self._joined.ray.put(
-            WorkerConfig(self._required, settings, session.rows, load_mode, sha, identity, threads)
+            WorkerConfig(self._required, settings, session.rows, session.tensor_names, load_mode, sha, identity, threads)
         )
         # max_calls=0: also with a GPU, a worker's process and its model stay for the next piece
         options = {"num_cpus": threads, "memory": memory, "num_gpus": self._resources.gpus}

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import os
 import socket
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -23,7 +23,7 @@ from bitatlas.measure.interactions import swap_interactions
 from bitatlas.measure.machine import LoadMode
 from bitatlas.progress import Reporter
 from bitatlas.records.journal import Journal
-from bitatlas.run.prepare import Session, load_decoder, open_planned
+from bitatlas.run.prepare import Session, load_decoder, open_planned, read_importance
 from bitatlas.run.ray.cluster import Requirements, check_host
 from bitatlas.run.settings import Settings
 
@@ -37,6 +37,7 @@ class WorkerConfig:
     required: Requirements
     settings: Settings  # with the checkpoint's folder and the device in full
     rows: Rows
+    tensor_names: Mapping[str, str]
     load_mode: LoadMode
     weights_sha256: str
     identity: tuple[str, ...]  # of the meter: everything that makes its measurements what they are
@@ -78,7 +79,21 @@ def _open_session(config: WorkerConfig, device: str) -> Session:
         raise UserError(f"has other weights in {settings.model}; they must be the same on all hosts")
     decoder, tokenizer = load_decoder(settings, checkpoint, load_mode, device), checkpoint.load_tokenizer()
     out, quiet = Path(config.required.out), Reporter(quiet=True)
-    session = Session(settings, checkpoint, load_mode, decoder, tokenizer, config.rows, {}, out, Journal(None), quiet)
+    importance = read_importance(settings, checkpoint, config.tensor_names, quiet)
+    session = Session(
+        settings,
+        checkpoint,
+        load_mode,
+        decoder,
+        tokenizer,
+        config.rows,
+        {},
+        importance,
+        config.tensor_names,
+        out,
+        Journal(None),
+        quiet,
+    )
     if session.meter.identity != config.identity:
         raise UserError(f"would measure another model: {session.meter.identity}, not {config.identity}")
     return session
