@@ -13,12 +13,14 @@ TORCH  ?= torch==2.13.0
 PEERS  ?=
 SHOWN  := criticality baselines size tasks plan
 
+LLAMA  ?= @node-llama-cpp/linux-x64@3.22.1
+
 .PHONY: demo test lint docs figures bench clean
 
 demo: $(VENV)/.ready
 	$(BIN)/bitatlas survey --out $(OUT) --resume
 
-test: $(VENV)/.ready
+test: $(VENV)/.ready $(VENV)/.llama
 	$(BIN)/python -m pytest -n 2 --dist loadfile
 
 lint: $(VENV)/.ready
@@ -50,6 +52,14 @@ $(VENV)/.ready: pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check "$(TORCH)"
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable '.[dev]'
+	touch $@
+
+# llama.cpp's own library, built: the tests of GGUF files run in it. Without npm they are skipped.
+$(VENV)/.llama: $(VENV)/.ready
+	rm -rf $(VENV)/llama.cpp && mkdir $(VENV)/llama.cpp
+	if command -v npm >/dev/null && [ "$$(uname -sm)" = "Linux x86_64" ]; then \
+	  cd $(VENV)/llama.cpp && npm pack --silent $(LLAMA) >/dev/null && tar xzf *.tgz && rm *.tgz; \
+	else echo "no npm, or not Linux on x86-64: tests that run llama.cpp are skipped (BITATLAS_LLAMA_CPP names a library)"; fi
 	touch $@
 
 $(VENV)/.docs: $(VENV)/.ready

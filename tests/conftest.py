@@ -11,6 +11,9 @@ os.environ["HF_HUB_DISABLE_TELEMETRY"] = "1"
 os.environ["TOKENIZERS_PARALLELISM"] = "false"
 os.environ["OMP_NUM_THREADS"] = "1"  # of commands that tests start; this process is told below
 os.environ.setdefault("NPM_CONFIG_USERCONFIG", str(Path.home() / ".npmrc"))  # npm keeps its own settings
+_LLAMA = Path(__file__).parents[1] / ".venv/llama.cpp/package/bins/linux-x64"  # where `make test` puts it
+if _LLAMA.is_dir():
+    os.environ.setdefault("BITATLAS_LLAMA_CPP", str(_LLAMA))
 _HOME = tempfile.mkdtemp(prefix="bitatlas-tests-")
 for _name, _place in {
     "HOME": "",
@@ -29,6 +32,9 @@ from tiny import SHARED, TEXT, make_checkpoint  # noqa: E402
 
 settings.register_profile("no deadline", deadline=None)  # how long an example takes says more about the machine's other work
 settings.load_profile("no deadline")
+
+if os.environ.get("BITATLAS_TEST_LLAMA_CPP") == "required" and "BITATLAS_LLAMA_CPP" not in os.environ:
+    pytest.exit("no llama.cpp at hand: `make test` fetches one by npm", returncode=1)
 
 # Tiny models on two busy cores: threads that wait for each other cost a hundred times what they save.
 torch.set_num_threads(1)

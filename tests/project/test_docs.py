@@ -31,6 +31,10 @@ STANDS_FOR = {
     "demo_questions": "arc_easy",
 }
 NOT_RUN = {
+    "bitatlas quantize ./my-model --size 2GiB": "a tiny model has no such size; tests/export/test_gguf_base.py runs the command",
+    "bitatlas survey ./my-model --out my-atlas --for llama.cpp": "the same",
+    "bitatlas export my-atlas/plan.json --to llama.cpp": "the same",
+    "bitatlas verify ./my-model my-atlas/gguf": "the same",
     "bitatlas survey ./my-model --out gguf-atlas": "llama.cpp is not installed everywhere; tests/export/test_gguf.py runs these",
     "bitatlas survey ./my-model --out math-atlas": "as the one above it, on another text",
     "bitatlas survey ./my-model --out my-atlas --tokens my-text.txt --code-bits 3": "the how-to of memory does this",

@@ -16,6 +16,7 @@ from bitatlas.run.options import (
     ExportOptions,
     Option,
     PlanOptions,
+    QuantizeOptions,
     ReportOptions,
     SurveyOptions,
     TuneOptions,
@@ -139,6 +140,19 @@ def compare(options: CompareOptions, as_json: Json = False) -> None:
 
     result = compare_models(options)
     print_comparison(result) if as_json else show_comparison(result)
+
+
+def quantize(options: QuantizeOptions, as_json: Json = False) -> None:
+    """The best file of a size, in one command: a plan, the file, the file measured in its runtime, beside what others of its size do;
+    exit code 1 if it does worse than promised.
+    """
+    from bitatlas.cli import show
+    from bitatlas.run.quantize import quantize_model
+
+    result = quantize_model(options)
+    show.print_quantized(result) if as_json else show.show_quantized(result)
+    if result.verification and not result.verification.kept:
+        raise typer.Exit(1)
 
 
 def apply(options: ApplyOptions) -> None:

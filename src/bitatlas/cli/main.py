@@ -15,6 +15,7 @@ from typing import Annotated, Any, NoReturn
 from bitatlas.errors import UserError, file_trouble
 
 INTERRUPTED = "bitatlas: interrupted; what was measured is kept: run the same command with --resume to go on"
+QUANTIZE_INTERRUPTED = "bitatlas: interrupted; what was measured is kept: the same command goes on"
 TUNE_INTERRUPTED = "bitatlas: interrupted; the same command goes on from the last quarter of the steps"
 try:
     import typer
@@ -49,6 +50,7 @@ COMMANDS: dict[str, Callable[..., None]] = {
     function.__name__: command(function)
     for function in (
         commands.survey,
+        commands.quantize,
         commands.plan,
         commands.tune,
         commands.apply,
@@ -79,7 +81,7 @@ def main() -> None:
             raise
         _end(f"bitatlas: {line}", 2)
     if code == TYPER_INTERRUPTED:
-        texts = {"survey": INTERRUPTED, "tune": TUNE_INTERRUPTED}
+        texts = {"survey": INTERRUPTED, "quantize": QUANTIZE_INTERRUPTED, "tune": TUNE_INTERRUPTED}
         _end(texts.get("".join(sys.argv[1:2]), "bitatlas: interrupted"), 1)
     raise SystemExit(code)
 

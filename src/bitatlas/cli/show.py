@@ -34,6 +34,7 @@ from bitatlas.records.text import (
 )
 from bitatlas.run.compare import Comparison
 from bitatlas.run.curve import Curve
+from bitatlas.run.quantize import Quantized
 from bitatlas.run.verify import Verification
 
 STYLES = {"critical": "red", "safe": "green", "light": "magenta", "uncertain": "yellow"}
@@ -99,6 +100,32 @@ def show_draft(plan: Plan) -> None:
     console = SafeConsole()
     console.print(f"Verdict: {plan.verdict}", soft_wrap=True)
     console.print("A survey goes on from here: the same command, with --resume in the place of --draft.", soft_wrap=True)
+
+
+def show_quantized(result: Quantized) -> None:
+    """Show the file beside what llama.cpp's recipes of its size do, and whether it keeps the plan's promise."""
+    console = SafeConsole()
+    if result.recipes:
+        plan, check = result.plan, result.verification
+        table = _table("This file beside llama.cpp's recipes, test rows", ["", "size", "damage"])
+        measured = check.damage if check else plan.damage.measured
+        table.add_row(
+            "this file" + (", in llama.cpp" if check else ", as planned"), byte_size(plan.size.total_bytes), _nats(measured)
+        )
+        for baseline, size in result.recipes:
+            table.add_row(with_fewer_rows(baseline.name, baseline.damage, plan), byte_size(size), _nats(baseline.damage))
+        console.print(table)
+    else:
+        show_plan(result.plan)
+    for note in result.notes:
+        console.print(note, soft_wrap=True)
+    if result.verification:
+        show_verification(result.verification)
+    else:
+        console.print("not run here: its runtime is not at hand (bitatlas verify measures it)", soft_wrap=True)
+    if result.plan.verdict:
+        console.print(f"Verdict: {result.plan.verdict}", soft_wrap=True)
+    print(result.out)
 
 
 def show_curve(curve: Curve) -> None:
@@ -209,6 +236,17 @@ def print_survey(atlas: Atlas, out: Path) -> None:
 
 def print_plan(plan: Plan, file: Path) -> None:
     _print("bitatlas.planned/1", file=file, plan=plan)
+
+
+def print_quantized(result: Quantized) -> None:
+    """Print where the file is, its size, and damage as planned and as measured in its runtime."""
+    check = result.verification
+    _print(
+        "bitatlas.quantized/1", file=result.out, plan_file=result.plan_file, size=result.plan.size, planned=result.plan.damage,
+        recommended=result.plan.recommended, verdict=result.plan.verdict,
+        measured=check.damage if check else None, kept=check.kept if check else None,
+        recipes=[{"name": baseline.name, "bytes": size, "damage": baseline.damage} for baseline, size in result.recipes],
+    )  # fmt: skip
 
 
 def print_curve(curve: Curve) -> None:

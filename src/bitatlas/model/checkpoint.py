@@ -40,6 +40,7 @@ from bitatlas.model.decoder import (
     vocabulary_size,
 )
 from bitatlas.model.folder import find_folder, read_config, sha256_of, weight_files
+from bitatlas.model.from_gguf import origin_text
 from bitatlas.model.linear import split_experts
 from bitatlas.model.modules import Calls, calls_of, linear_modules, outer_modules, shared_modules
 from bitatlas.model.streaming import open_stream, without_weights
@@ -179,7 +180,7 @@ def open_checkpoint(name: str, revision: str | None = None, fuse: bool = True, e
     total = sum(map(reader.size_bytes, reader))
     weights = sum(module.weights for module in modules)
     info = ModelInfo(
-        name=Path(name).name if Path(name).is_dir() else name,
+        name=Path(name).stem if Path(name).suffix == ".gguf" else Path(name).name if Path(name).is_dir() else name,
         revision=revision,
         weights_sha256=sha256_of(files),
         architecture=(getattr(config, "architectures", None) or [config.model_type])[0],
@@ -194,6 +195,8 @@ def open_checkpoint(name: str, revision: str | None = None, fuse: bool = True, e
         other_numbers=sum(math.prod(reader.shape(key)) for key in reader) - weights,
     )
     notes = _notes(model, layers_path, modules, left_out)
+    if origin := origin_text(folder):
+        notes = [origin, *notes]
     outer = _with_sizes(outer_modules(model, layers_path), reader, targets)
     return Checkpoint(folder, config, info, modules, layers_path, files, stamps, notes, frozenset(targets), tuple(outer), split)
 

@@ -21,6 +21,7 @@ from transformers.models.auto.configuration_auto import CONFIG_MAPPING_NAMES
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES, MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES
 
 from bitatlas.errors import UserError
+from bitatlas.model.from_gguf import folder_of
 from bitatlas.model.tensor_files import LONGEST_REASON, reason_of
 from bitatlas.records.text import byte_size
 
@@ -37,7 +38,9 @@ KNOWN_MODELS = {**MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES, **MODEL_FOR_CAUSAL
 KNOWN_ARCHITECTURES = {*MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES.values(), *MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.values()}
 PICKLES = (".bin", ".pt", ".pth", ".ckpt")
 ARCHIVES = (".zip", ".tar", ".gz", ".tgz", ".7z", ".xz", ".bz2")
-GGUF_HINT = "{}, weights already in llama.cpp's formats; give the checkpoint folder or hub name that it was made from"
+GGUF_HINT = (
+    "{}: give it itself, if its weights are f16, bf16, f32 or q8_0; else the checkpoint folder or hub name that it was made from"
+)
 LONGEST_NAME = 100  # of a weights file; what a file system takes is a little more than 250 bytes
 COMPANIONS = (
     "tokenizer*", "vocab*", "merges.txt", "*.model", "*.tiktoken", "special_tokens_map.json", "added_tokens.json", "generation_config.json",
@@ -59,6 +62,8 @@ def find_folder(name: str, revision: str | None) -> Path:
         exists = path.exists()
     except (OSError, ValueError) as error:  # longer than a name may be, a null byte
         raise UserError(f"{name[:LONGEST_REASON]!r}: no such checkpoint folder ({reason_of(error)})") from None
+    if exists and path.suffix.lower() == ".gguf":
+        return folder_of(path)
     if exists:
         raise UserError(f"{name}: {_file_hint(path)}")
     if name.startswith((".", "/", "~")) or name.count("/") != 1:
@@ -76,8 +81,6 @@ def find_folder(name: str, revision: str | None) -> Path:
 def _file_hint(file: Path) -> str:
     """Return what a file is that was given instead of a checkpoint's folder, and what to give."""
     ending = file.suffix.lower()
-    if ending == ".gguf":
-        return GGUF_HINT.format("is a GGUF file")
     if ending == ".safetensors":
         return "is one file of weights; give the folder that holds it together with config.json and the tokenizer"
     if ending in PICKLES:

@@ -21,6 +21,7 @@ from bitatlas.plan.calibration import TRAINING
 from bitatlas.plan.refine import EFFORTS as SEARCHES
 from bitatlas.progress import Reporter
 from bitatlas.records import Module
+from bitatlas.records.formats import LLAMA_CPP
 from bitatlas.records.text import duration, listed
 from bitatlas.run.settings import Settings
 
@@ -43,6 +44,7 @@ LABELS = {
 STAGES_PART = 0.7  # of --time, where tasks get the rest
 FEWEST_ITEMS = 8
 GPTQ_PRODUCTS, GPTQ_MOVES, RTN_MOVES = 4.0, 4000.0, 1800.0  # operations for a weight and format, the first in units of its inputs
+BLOCK_MOVES = 50_000.0  # for a weight and a format of llama.cpp, by gptq; its own codes take about a quarter
 BACKWARD = 4.2  # rows forwards that a row takes which codes are fitted to, the products of its moments included
 PRICED = 3.2  # that a row of the price list takes
 
@@ -216,6 +218,10 @@ def shape_of_survey(settings: Settings, checkpoint: Checkpoint, decoder: Decoder
 def quantizing_operations(settings: Settings, modules: Sequence[Module], shape: Shape) -> float:
     """Return multiplications and additions that take as long as quantizing does, about; 0 for quantizers of other packages."""
     weights, formats = sum(module.weights for module in modules), len(settings.formats)
+    if settings.runtime == LLAMA_CPP:
+        blocks = sum(module.weights * len(set(module.formats(settings.formats))) for module in modules)
+        backward = BACKWARD * shape.rows[0] * shape.row_operations
+        return BLOCK_MOVES * blocks + backward if settings.quantizer == "gptq" else BLOCK_MOVES / 4 * blocks
     if settings.quantizer == "gptq":
         rounding = sum(module.weights * (GPTQ_PRODUCTS * 2 * module.shape[1] + GPTQ_MOVES) for module in modules)
         return formats * rounding + BACKWARD * shape.rows[0] * shape.row_operations

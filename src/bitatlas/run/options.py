@@ -273,6 +273,40 @@ class SurveyOptions(TaskOptions, RowOptions, BudgetOptions, Candidates):  # a re
 
 
 @dataclass(frozen=True)
+class QuantizeOptions(RowOptions, BudgetOptions, Candidates):
+    """Options of `quantize`."""
+
+    model: Annotated[StrPath, Argument("Checkpoint folder, hub name, or a GGUF in f16, bf16, f32 or q8_0.")]
+    _: KW_ONLY
+    runtime: Annotated[
+        str | None,
+        Option(
+            "What the file is for: llama.cpp, transformers, bitatlas, vllm, mlx. Default: llama.cpp.",
+            ("--for",),
+            values=lambda: ("transformers", "bitatlas", *RUNTIME_NAMES),
+        ),
+    ] = None
+    out: Annotated[StrPath, Option("Folder for the plan and the files; a survey's folder goes on from there.", parse=Path)] = (
+        "bitatlas-out"
+    )
+    experts: Annotated[
+        str,
+        Option(
+            "A layer's experts of one kind share a format (unit), or every expert has its own (each).", values=lambda: EXPERTS
+        ),
+    ] = "unit"
+    device: Device = "auto"
+    dtype: Annotated[
+        str, Option("What the model computes in: float32, bfloat16, float16; auto: float32 on a CPU, else bfloat16.")
+    ] = "auto"
+    threads: Annotated[int | None, Option("Threads on a CPU. Default: OMP_NUM_THREADS, else the fastest.")] = None
+    memory: Annotated[str | None, Option("What this may take at its peak, like 6GiB. Default: what is free.")] = None
+    revision: Annotated[str | None, Option("Hub revision.")] = None
+    seed: Seed = 0
+    quiet: Quiet = False
+
+
+@dataclass(frozen=True)
 class PlanOptions(BudgetOptions):
     """Options of `plan`."""
 

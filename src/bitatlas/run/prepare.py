@@ -21,7 +21,7 @@ from bitatlas.data.rows import Rows, check_vocabulary, fit_pool, make_rows
 from bitatlas.data.tasks import Item, split_items, task_text
 from bitatlas.data.texts import read_documents
 from bitatlas.errors import FULL, UserError
-from bitatlas.export.gguf.base import BaseFile, followed, open_base
+from bitatlas.export.gguf.base import BaseFile, base_of, followed, open_base
 from bitatlas.export.gguf.imatrix import NAME as IMATRIX_FILE
 from bitatlas.export.gguf.imatrix import read_imatrix, write_imatrix
 from bitatlas.export.gguf.names import known_names
@@ -225,9 +225,10 @@ def open_model(settings: Settings, out: Path, resume: bool, reporter: Reporter, 
 
 def _with_sizes(checkpoint: Checkpoint, settings: Settings, reporter: Reporter) -> tuple[Checkpoint, BaseFile | None]:
     """Return the checkpoint with sizes as in the runtime's files, and the GGUF of --base-gguf."""
-    if settings.base_gguf is None:
+    file = _base_file(settings)
+    if file is None:
         return with_runtime_file(checkpoint, settings.runtime, settings.quantizer), None
-    base = open_base(Path(settings.base_gguf), checkpoint)
+    base = open_base(file, checkpoint)
     checkpoint, lost = followed(base, checkpoint)
     if lost:
         reporter.say(
@@ -235,6 +236,10 @@ def _with_sizes(checkpoint: Checkpoint, settings: Settings, reporter: Reporter) 
             f"{listed([module.name for module in lost[:MOST_NAMED]])}{' and others' * (len(lost) > MOST_NAMED)}"
         )
     return checkpoint, base
+
+
+def _base_file(settings: Settings) -> Path | None:
+    return base_of(settings.model, settings.base_gguf) if settings.runtime == LLAMA_CPP else None
 
 
 def _tensor_names(checkpoint: Checkpoint, base: BaseFile | None) -> dict[str, str]:
@@ -281,7 +286,7 @@ def check_kept(settings: Settings, checkpoint: Checkpoint) -> None:
 
 def left_experts(checkpoint: Checkpoint, settings: Settings) -> list[Module]:
     """Return the experts that stay as they are, since none are written for the runtime."""
-    is_held = MADE_FOR[settings.runtime].experts and (settings.runtime != LLAMA_CPP or settings.base_gguf)
+    is_held = MADE_FOR[settings.runtime].experts and (settings.runtime != LLAMA_CPP or _base_file(settings))
     return [] if is_held else [module for module in checkpoint.modules if module.expert is not None]
 
 
@@ -366,10 +371,14 @@ def sizes_text(checkpoint: Checkpoint, formats: Sequence[str]) -> str:
 def instead_lines(checkpoint: Checkpoint) -> list[str]:
     """Return a line for each length of rows that have other formats than were asked for."""
     counts = Counter((module.shape[1], tuple(module.instead.items())) for module in checkpoint.modules if module.instead)
-    return [
-        f"rows of {width} ({count} modules): {', '.join(f'{other} in the place of {name}' for name, other in instead)}"
-        for (width, instead), count in counts.items()
-    ]
+    lines = []
+    for (width, instead), count in counts.items():
+        places: dict[str, list[str]] = {}  # what stands there -> for what
+        for name, other in instead:
+            places.setdefault(other, []).append(name)
+        texts = (f"{other} in the place of {listed(names)}" for other, names in places.items())
+        lines.append(f"rows of {width} ({count} modules): {', '.join(texts)}")
+    return lines
 
 
 def outside_lines(checkpoint: Checkpoint, settings: Settings) -> list[str]:
@@ -512,7 +521,8 @@ def reopen(folder: Path, atlas: Atlas, model_name: str | None, device: str | Non
         decoder = load_decoder(settings, checkpoint, load_mode, device)
     use_threads(decoder, settings.threads, reporter)
     tokenizer, journal = checkpoint.load_tokenizer(), _open_journal(folder, checkpoint)
-    base = open_base(Path(settings.base_gguf), checkpoint) if settings.base_gguf else None
+    base_file = _base_file(settings)
+    base = open_base(base_file, checkpoint) if base_file else None
     names = _tensor_names(checkpoint, base)
     importance = read_importance(settings, checkpoint, names, reporter)
     return Session(settings, checkpoint, load_mode, decoder, tokenizer, rows, {}, importance, names, folder, journal, reporter)

@@ -38,6 +38,7 @@ from bitatlas.export.gguf.header import (
 )
 from bitatlas.export.packed import stored_of
 from bitatlas.model.checkpoint import Checkpoint
+from bitatlas.model.from_gguf import types_of
 from bitatlas.model.linear import is_transposed
 from bitatlas.model.tensor_files import Reader, Sources
 from bitatlas.quantize.ggml import Blocks, check_packages
@@ -75,6 +76,14 @@ class BaseFile:
     def pieces(self, module: str) -> list[int]:
         """Return how many of the module's rows are in each tensor that has any."""
         return [int((rows.owner == rows.modules.index(module)).sum()) for rows in self.rows.values() if module in rows.modules]
+
+
+def base_of(model: str, given: Path | str | None) -> Path | None:
+    """Return the GGUF whose metadata a new one takes: the one that is given, or the model's own where it is an unquantized GGUF."""
+    if given is not None:
+        return Path(given)
+    file = Path(model)
+    return file if file.suffix == ".gguf" and file.is_file() and not set(types_of(file)) - set(DTYPES) else None
 
 
 def open_base(file: Path, checkpoint: Checkpoint) -> BaseFile:

@@ -25,7 +25,7 @@ import torch
 from safetensors import safe_open
 
 from bitatlas.errors import UserError
-from bitatlas.export.gguf.base import BaseFile, kinds_of, open_base, write_on_base
+from bitatlas.export.gguf.base import BaseFile, base_of, kinds_of, open_base, write_on_base
 from bitatlas.export.gguf.header import (
     PLAN_KEY,
     QUANTIZATION_VERSION,
@@ -311,7 +311,8 @@ def write(job: Job, folder: Path) -> list[str]:
     for module in job.modules:
         if module.name in job.formats:
             check_rows([module], [job.formats[module.name].name], "--to llama.cpp")
-    base = open_base(job.base_gguf, job.checkpoint) if job.base_gguf and job.checkpoint else None
+    base_file = base_of(job.model, job.base_gguf)
+    base = open_base(base_file, job.checkpoint) if base_file and job.checkpoint else None
     unquantized = UNQUANTIZED_TYPES.get(job.checkpoint.info.dtype if job.checkpoint else "", "f32")
     types = _types_of_tensors(job, base, unquantized)
     (folder / TYPES).write_text("".join(f"^{re.escape(name)}$={kind}\n" for name, kind in types.items()), encoding="utf-8")
