@@ -235,6 +235,9 @@ def test_quantize_writes_measures_and_goes_on(tiny_llama: Path, text: Path, tmp_
         "--formats",
         "q4_0,q5_1,q8_0",
     ]
+    other = ["quantize", make_checkpoint(tmp_path / "neox", "gpt_neox"), "--out", out, "--size", "100kB", "--tokens", text, "-q"]
+    code, _, error = run(capsys, monkeypatch, *other)
+    assert code == 2 and "a GGUF of gpt_neox is not written here" in error and "--base-gguf" in error and not out.exists()
     code, _, error = run(capsys, monkeypatch, *words, "-q")
     assert code == 2 and "give a budget, like --size 2GiB" in error and not out.exists()
     code, printed, error = run(capsys, monkeypatch, *words, "--size", "100kB", "--json")

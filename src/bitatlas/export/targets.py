@@ -55,7 +55,10 @@ TARGETS: dict[str, Target] = {target.name: target for target in (VLLM, mlx.TARGE
 
 
 def with_runtime_file(checkpoint: Checkpoint, runtime: str, quantizer: str) -> Checkpoint:
-    """Return the checkpoint with what its modules, and all the rest, take in the runtime's files; as it is where that is not known here."""
+    """Return the checkpoint with what its modules, and all the rest, take in the runtime's files; as it is where that is not known here.
+
+    UserError for a model of which no GGUF is written here.
+    """
     return with_gguf(checkpoint) if runtime == LLAMA_CPP else with_file(checkpoint, runtime, quantizer)
 
 

@@ -27,8 +27,8 @@ BITS = (2, 3, 4, 5, 6, 8)
 GROUP_SIZES = (32, 64, 128)
 KEPT = {"bf16": (16, "bfloat16"), "f16": (16, "float16"), "f32": (32, "float32")}  # formats of what stays as it is
 LLAMA_CPP = "llama.cpp"
-# `--formats gguf`: types from the narrowest that is usable to the one that is nearly free
-GGUF_LADDER = ("iq2_xxs", "iq2_s", "iq3_xxs", "iq3_s", "iq4_xs", "q5_k", "q6_k", "q8_0")
+# `--formats gguf`: from the narrowest usable type to a nearly free one. By gptq q2_k and q3_k do less damage than iq2_s and iq3_s (docs/gguf.md).
+GGUF_LADDER = ("iq2_xxs", "q2_k", "iq3_xxs", "q3_k", "iq4_xs", "q5_k", "q6_k", "q8_0")
 # name: (code bits, weights a block, bytes a block, without a minimum)
 LLAMA_CPP_BLOCKS = {
     "q4_0": (4, 32, 18, True),

@@ -227,7 +227,11 @@ def _with_sizes(checkpoint: Checkpoint, settings: Settings, reporter: Reporter) 
     """Return the checkpoint with sizes as in the runtime's files, and the GGUF of --base-gguf."""
     file = _base_file(settings)
     if file is None:
-        return with_runtime_file(checkpoint, settings.runtime, settings.quantizer), None
+        try:
+            return with_runtime_file(checkpoint, settings.runtime, settings.quantizer), None
+        except UserError as error:
+            reporter.say(f"only weights are counted, and no GGUF of this model is written here as it is: {error}")
+            return checkpoint, None
     base = open_base(file, checkpoint)
     checkpoint, lost = followed(base, checkpoint)
     if lost:

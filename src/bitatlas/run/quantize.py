@@ -10,9 +10,12 @@ from dataclasses import dataclass, fields
 from pathlib import Path
 
 from bitatlas.errors import UserError
+from bitatlas.export.gguf.base import base_of
 from bitatlas.export.gguf.run import find_library
+from bitatlas.export.gguf.write import with_gguf
 from bitatlas.export.packed import apply_plan
 from bitatlas.export.targets import TARGETS, export_plan
+from bitatlas.model.checkpoint import open_checkpoint
 from bitatlas.plan.judge import replan, write_plan
 from bitatlas.progress import Reporter
 from bitatlas.records import Atlas, Baseline, Plan
@@ -60,6 +63,8 @@ def quantize_model(options: QuantizeOptions) -> Quantized:
         raise UserError("give a budget, like --size 2GiB (or --stored-bits, --code-bits, --vram, --max-damage)")
     if options.tokens is None and not (out / "atlas.json").is_file():
         raise UserError("--tokens: give a text to measure on, best one like what the model will read")
+    if runtime == LLAMA_CPP and base_of(str(options.model), str(options.base_gguf) if options.base_gguf else None) is None:
+        with_gguf(open_checkpoint(str(options.model), options.revision))  # refuses a model of which none is written
     plan, plan_file = _plan(survey, out, reporter)
     if (plan.runtime or runtime) != runtime:
         raise UserError(f"--for {runtime}: the survey in {out} is for {plan.runtime}; choose another folder")

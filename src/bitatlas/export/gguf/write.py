@@ -9,7 +9,6 @@ Left out: weights that the checkpoint stores under other names than transformers
 
 from __future__ import annotations
 
-import importlib.util
 import os
 import re
 import shlex
@@ -58,7 +57,7 @@ from bitatlas.export.target import Job, Target, write_readme
 from bitatlas.model.checkpoint import Checkpoint
 from bitatlas.model.decoder import Decoder, decoder_of
 from bitatlas.model.tensor_files import Reader, read_header
-from bitatlas.quantize.ggml import WRITING, Blocks, check_packages
+from bitatlas.quantize.ggml import Blocks, check_packages
 from bitatlas.records import Plan
 from bitatlas.records.formats import FORMATS, LLAMA_CPP, Format, stored_bytes
 from bitatlas.records.plan import FileLayout, ModuleFile
@@ -143,14 +142,10 @@ def _architecture_and_parts(
 
 
 def with_gguf(checkpoint: Checkpoint) -> Checkpoint:
-    """Return the checkpoint with what its modules, and all the rest, take in a GGUF; as it is where that is not written here."""
-    if not all(importlib.util.find_spec(name) for name in WRITING):
-        return checkpoint
-    try:
-        architecture, parts = _architecture_and_parts(checkpoint, {module.name: "" for module in checkpoint.modules})
-        vocabulary, _ = vocabulary_of(checkpoint.load_tokenizer(), checkpoint.vocabulary, trial=False)
-    except UserError:
-        return checkpoint
+    """Return the checkpoint with what its modules, and all the rest, take in a GGUF; UserError where that is not written here."""
+    check_packages("a GGUF")
+    architecture, parts = _architecture_and_parts(checkpoint, {module.name: "" for module in checkpoint.modules})
+    vocabulary, _ = vocabulary_of(checkpoint.load_tokenizer(), checkpoint.vocabulary, trial=False)
     longest = replace(vocabulary, pre_tokenizer=max(PRE_TOKENIZERS, key=len))
     with TemporaryDirectory() as folder:
         writer = _writer(
