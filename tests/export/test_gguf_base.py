@@ -28,7 +28,7 @@ from tiny_shapes import MIXTURES, build
 
 gguf = pytest.importorskip("gguf")
 pytest.importorskip("libgguf")
-from bitatlas.export.gguf.base import followed, kinds_of, open_base, write_on_base  # noqa: E402
+from bitatlas.export.gguf.base import base_of, followed, kinds_of, open_base, write_on_base  # noqa: E402
 from bitatlas.export.gguf.imatrix import read_imatrix, write_imatrix  # noqa: E402
 from bitatlas.export.gguf.run import find_library, open_gguf  # noqa: E402
 from bitatlas.export.gguf.write import blueprint_of, write_gguf  # noqa: E402
@@ -212,6 +212,22 @@ def test_a_gguf_is_opened_as_a_checkpoint(tiny_llama: Path, tmp_path: Path, monk
     assert torch.equal(checkpoint.load_model().model(ids).logits, theirs)
     stamp = (folder_of(file) / "config.json").stat().st_mtime_ns
     assert (folder_of(file) / "config.json").stat().st_mtime_ns == stamp  # made once
+
+
+@needs_llama_cpp
+def test_a_gguf_in_q8_0_is_opened_and_what_it_was_is_told(tiny_llama: Path, tmp_path: Path, monkeypatch):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    from llama_quantize import llama_quantize
+
+    file = tmp_path / "q8.gguf"
+    llama_quantize(base_gguf(tiny_llama, tmp_path / "f32.gguf"), file, "Q8_0")
+    checkpoint = open_checkpoint(str(file), None, False)
+    assert "it was quantized before" in checkpoint.notes[0] and "22 Q8_0" in checkpoint.notes[0]
+    name = checkpoint.modules[0].name
+    weight = open_checkpoint(str(tiny_llama), None, False).load_model().weight(name)
+    read = checkpoint.load_model().weight(name)
+    assert torch.allclose(read, ggml.quantize(weight, FORMATS["q8_0"]).weight(), rtol=2**-8, atol=1e-6)  # rounded to bfloat16
+    assert base_of(str(file), None) is None and base_of(str(tmp_path / "f32.gguf"), None) == tmp_path / "f32.gguf"
 
 
 @needs_llama_cpp

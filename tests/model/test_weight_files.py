@@ -255,7 +255,7 @@ def test_adapters_are_refused_where_two_checkpoints_are_compared(copy: Path):
 @pytest.mark.parametrize(
     ("name", "said"),
     [
-        ("model.Q4_K_M.gguf", "is a GGUF file, weights already in llama.cpp's formats; give the checkpoint folder"),
+        ("model.Q4_K_M.gguf", "not a whole GGUF"),
         ("model.safetensors", "one file of weights; give the folder"),
         ("pytorch_model.bin", "is pickle, which can run code as it is read"),
         ("config.json", "give the folder that it lies in"),

@@ -172,7 +172,7 @@ def test_other_weights_on_a_host_are_refused(tiny_llama: Path, text: Path, tmp_p
     required = Requirements(str(tmp_path), "abc", str(tiny_llama), versions())
     with pytest.raises(UserError, match=r"--ray: \S+ has other weights in "):
         work(
-            WorkerConfig(required, settings, rows, LoadMode(False, StateBudget(), 0, 0), "another hash", (), 1),
+            WorkerConfig(required, settings, rows, {}, LoadMode(False, StateBudget(), 0, 0), "another hash", (), 1),
             "plans",
             ({}, rows.fit),
         )

@@ -286,7 +286,7 @@ def _scored(vocabulary: Vocabulary, merges: list[str], content: dict[str, Any]) 
 def _with_pre_tokenizer(vocabulary: Vocabulary, tokenizer: Any) -> tuple[Vocabulary, str]:
     if find_library() is None:
         return vocabulary, "llama.cpp is not here, so its tokens of a text were not compared with the tokenizer's"
-    texts = _known_texts(vocabulary, tokenizer)
+    texts = _known_texts(vocabulary)
     wanted = [tokenizer(text, add_special_tokens=False).input_ids for text in texts]
     candidates = (replace(vocabulary, pre_tokenizer=name) for name in PRE_TOKENIZERS)
     best, most = vocabulary, -1
@@ -307,12 +307,12 @@ def _with_pre_tokenizer(vocabulary: Vocabulary, tokenizer: Any) -> tuple[Vocabul
     return best, "; ".join(notes)
 
 
-def _known_texts(vocabulary: Vocabulary, tokenizer: Any) -> list[str]:
+def _known_texts(vocabulary: Vocabulary) -> list[str]:
     """Return `TEXTS`, but those with characters that the vocabulary has no token for, if it has no bytes: llama.cpp would end the process."""
     if vocabulary.model != "llama" or BYTE in vocabulary.types:
         return list(TEXTS)
-    unknown = vocabulary.special.get("unk")
-    return [text for text in TEXTS if unknown not in tokenizer(text).input_ids]
+    tokens = set(vocabulary.tokens)
+    return [text for text in TEXTS if set(text.replace(" ", "▁")) | {"▁"} <= tokens]
 
 
 def _tokenized(vocabulary: Vocabulary, texts: Sequence[str]) -> list[list[int]]:
