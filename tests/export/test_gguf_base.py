@@ -274,6 +274,37 @@ def test_quantize_writes_measures_and_goes_on(tiny_llama: Path, text: Path, tmp_
     assert code == 2 and "would be quantized twice" in error and error.count("\n") == 1
 
 
+@needs_llama_cpp
+@pytest.mark.slow
+def test_quantize_goes_on_from_a_survey(tiny_llama: Path, text: Path, tmp_path: Path, capsys, monkeypatch):
+    """Its own plan, then another size of it: nothing is measured but the file."""
+    out, rows = tmp_path / "atlas", ["--tokens", text, "--rows", "4,4,8", "--row-length", "32"]
+    words = [
+        "--for",
+        "llama.cpp",
+        "--formats",
+        "q4_0,q5_1,q8_0",
+        "--size",
+        "100kB",
+        "--tasks",
+        "none",
+        "--no-refine",
+        "--no-curve",
+    ]
+    code, _, error = run(capsys, monkeypatch, "survey", tiny_llama, "--out", out, *words, *rows, "-q")
+    assert code == 0, error
+    code, printed, error = run(capsys, monkeypatch, "quantize", tiny_llama, "--out", out, "--json")
+    content = json.loads(printed)
+    assert code == 0 and content["kept"] and content["plan_file"] == str(out / "plan.json"), error
+    assert "quantizing" not in error and "plans on" not in error
+    (out / "llama-cpp").rename(tmp_path / "first")
+    code, printed, error = run(capsys, monkeypatch, "quantize", tiny_llama, "--out", out, "--size", "90kB", "--json")
+    content = json.loads(printed)
+    assert code == 0 and Path(content["file"]).stat().st_size == content["size"]["total_bytes"] <= 90_000, error
+    code, _, error = run(capsys, monkeypatch, "quantize", tiny_llama, "--out", out, "--for", "mlx", "-q")
+    assert code == 2 and "is for llama.cpp; choose another folder" in error
+
+
 @pytest.mark.slow
 def test_quantize_with_an_importance_matrix_and_for_transformers(
     tiny_llama: Path, text: Path, tmp_path: Path, capsys, monkeypatch

@@ -34,6 +34,7 @@ KINDS = (  # part of a tensor's name -> what the rules know it as
     ("attn_qkv.weight", "qkv"), ("attn_kv_b.weight", "kv_b"), ("attn_v.weight", "v"), ("attn_k.weight", "k"), ("attn_q.weight", "q"),
     ("attn_output.weight", "attn_output"), ("ffn_up", "up"), ("ffn_gate", "gate"), ("ffn_down", "down"),
 )  # fmt: skip
+NEED_IMATRIX = (*LOW, "IQ3_XXS", "IQ3_XS", "Q2_K_S")  # which llama-quantize refuses without an importance matrix
 LIKE_V = ("v", "qkv", "kv_b")
 
 
@@ -73,6 +74,8 @@ def recipes_of(checkpoint: Checkpoint, names: Mapping[str, str], imatrix: bool) 
     widths = {names[name]: module.shape[1] for name, module in modules.items()}
     recipes = {}
     for recipe in OFFERED:
+        if recipe in NEED_IMATRIX and not imatrix:
+            continue
         types = types_of(recipe, widths, facts, imatrix)
         assignment = {module: types[names[module]] for module in planned}
         if all(kind in FORMATS and FORMATS[kind].runtime for kind in assignment.values()):
