@@ -300,7 +300,9 @@ def test_quantize_goes_on_from_a_survey(tiny_llama: Path, text: Path, tmp_path: 
     (out / "llama-cpp").rename(tmp_path / "first")
     code, printed, error = run(capsys, monkeypatch, "quantize", tiny_llama, "--out", out, "--size", "90kB", "--json")
     content = json.loads(printed)
-    assert code == 0 and Path(content["file"]).stat().st_size == content["size"]["total_bytes"] <= 90_000, error
+    # Its damage is predicted, which a tiny random model need not keep: the exit code is the verification's.
+    assert code == (0 if content["kept"] else 1), error
+    assert Path(content["file"]).stat().st_size == content["size"]["total_bytes"] <= 90_000
     code, _, error = run(capsys, monkeypatch, "quantize", tiny_llama, "--out", out, "--for", "mlx", "-q")
     assert code == 2 and "is for llama.cpp; choose another folder" in error
 
