@@ -264,6 +264,17 @@ def test_quantize_writes_measures_and_goes_on(tiny_llama: Path, text: Path, tmp_
     assert content["kept"] and content["measured"]["n"] == 8 and content["recipes"]
     assert all(recipe["bytes"] <= 100_000 for recipe in content["recipes"])
     assert (out / "imatrix.gguf").is_file()
+    check = [
+        "verify",
+        model,
+        out / "plan.json",
+        *words[4:10],
+        "-q",
+    ]  # of the plan: its bytes are those on the model's own metadata
+    code, printed, error = run(capsys, monkeypatch, *check)
+    assert code == 0 and "NOT KEPT" not in printed, error
+    # The GGUF's weights are those of the checkpoint that it was made of, to the byte; its metadata is what the size is counted with.
+    assert run(capsys, monkeypatch, "verify", tiny_llama, *check[2:], "--base-gguf", model)[0] == 0
     stamp = file.stat().st_mtime_ns
     code, printed, error = run(capsys, monkeypatch, *words, "--size", "100kB", "-q")
     assert code == 0 and "holds this plan's files already" in printed and file.stat().st_mtime_ns == stamp, error

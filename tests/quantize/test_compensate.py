@@ -68,18 +68,18 @@ def test_a_blocks_point_is_where_the_cost_of_the_errors_before_it_is_least():
     """Brute force: of all values of the inputs from a block on, those that make up best for given errors before it are found by least squares."""
     width, start = 96, 32
     hessian, generator = correlated(width, seed=2), torch.Generator().manual_seed(3)
-    factor = compensate.factorize(hessian)
+    upper = compensate.factorize(hessian)
     error = torch.randn(4, start, generator=generator, dtype=torch.float64)  # w - ŵ
-    damped = factor.upper @ factor.upper.T
+    damped = upper @ upper.T
     rest = slice(start, None)
     best = -torch.linalg.solve(damped[rest, rest], damped[rest, :start] @ error.T).T  # w - ŵ of all inputs behind, unconstrained
     here = slice(start, 2 * start)
-    feedback = torch.linalg.solve_triangular(factor.upper[here, here], factor.upper[:start, here], upper=True, left=False)
+    feedback = torch.linalg.solve_triangular(upper[here, here], upper[:start, here], upper=True, left=False)
     # ŵ - w at the point is the errors' feedback: that is what `fit` moves the weights by, and the best of all free values
-    later = torch.linalg.solve_triangular(factor.upper[rest, rest], factor.upper[:start, rest], upper=True, left=False)
+    later = torch.linalg.solve_triangular(upper[rest, rest], upper[:start, rest], upper=True, left=False)
     assert torch.allclose(-error @ later, best, atol=1e-9)
     assert feedback.shape == (start, start)
-    inner = factor.upper[here, here]
+    inner = upper[here, here]
     moved = torch.randn(
         4, start, generator=generator, dtype=torch.float64
     )  # a block's error about its point costs moved M movedᵀ

@@ -13,6 +13,7 @@ import shutil
 from collections import Counter
 from importlib.util import find_spec
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -40,16 +41,23 @@ def folder_of(file: Path) -> Path:
     return folder
 
 
-def types_of(file: Path) -> Counter[str]:
-    """Return how many matrices of a GGUF have which type; UserError for a file that is none."""
+def open_reader(file: Path) -> Any:
+    """Return a `gguf.GGUFReader`; UserError for a file that is no whole GGUF, or without the package."""
     if find_spec("gguf") is None:
         raise UserError(f"{file}: needs gguf, not here yet: pip install 'bitatlas[gguf]'")
     from gguf import GGUFReader
 
+    if not file.is_file():
+        raise UserError(f"{file}: no such file")
     try:
-        return Counter(tensor.tensor_type.name for tensor in GGUFReader(file).tensors if len(tensor.shape) > 1)
+        return GGUFReader(file)
     except Exception as error:  # numpy and struct raise many kinds on a damaged file
         raise UserError(f"{file}: not a whole GGUF ({reason_of(error)})") from None
+
+
+def types_of(file: Path) -> Counter[str]:
+    """Return how many matrices of a GGUF have which type; UserError for a file that is none."""
+    return Counter(tensor.tensor_type.name for tensor in open_reader(file).tensors if len(tensor.shape) > 1)
 
 
 def origin_text(folder: Path) -> str:

@@ -14,7 +14,7 @@ Left out: scales that are refitted to the codes; other devices than the CPU, whe
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cache
 
 import torch
@@ -22,37 +22,27 @@ from torch import Tensor
 
 from bitatlas.quantize import ggml
 from bitatlas.quantize.ggml import Blocks
+from bitatlas.quantize.moments import damped, upper_factor
 from bitatlas.records.formats import Format
 
-DAMPING = 0.01  # of the mean diagonal, as in gptq
 MOST_ROWS = 2**14  # output rows in one go
 
 
-@dataclass(frozen=True)
-class BlockFactor:
-    """R of `gptq`, inputs in their own order."""
-
-    upper: Tensor  # float64 [in, in]: R, upper triangular; R Rᵀ is H, damped
+def factorize(hessian: Tensor) -> Tensor:
+    """Return R of `hessian` float64 [in, in], damped: upper triangular, inputs in their own order."""
+    return upper_factor(damped(hessian.cpu())[0])
 
 
-def factorize(hessian: Tensor) -> BlockFactor:
-    """Return the factor of `hessian` float64 [in, in]."""
-    hessian = hessian.cpu()
-    damped = hessian.clone()
-    damped.diagonal().add_(DAMPING * float(hessian.diagonal().mean()) or 1.0)
-    return BlockFactor(torch.linalg.cholesky(damped.flip(0, 1)).flip(0, 1))
-
-
-def fit_all(weight: Tensor, formats: Sequence[Format], factor: BlockFactor) -> list[Blocks]:
-    """Return blocks of `weight` [out, in] in every format."""
+def fit_all(weight: Tensor, formats: Sequence[Format], upper: Tensor) -> list[Blocks]:
+    """Return blocks of `weight` [out, in] in every format. upper: R, see `factorize`."""
     weight = weight.detach().cpu().float()
-    parts = [[fit(rows, fmt, factor) for fmt in formats] for rows in weight.split(MOST_ROWS)]
+    parts = [[fit(rows, fmt, upper) for fmt in formats] for rows in weight.split(MOST_ROWS)]
     return [Blocks(torch.cat([one.blocks for one in of_format]), of_format[0].own_name) for of_format in zip(*parts, strict=True)]
 
 
-def fit(weight: Tensor, fmt: Format, factor: BlockFactor) -> Blocks:
+def fit(weight: Tensor, fmt: Format, upper: Tensor) -> Blocks:
     """Return blocks of `weight` float32 [out, in] in one format."""
-    size, layout, upper = fmt.group_size, code_layout(fmt), factor.upper
+    size, layout = fmt.group_size, code_layout(fmt)
     error = torch.zeros_like(weight)  # w - ŵ of the blocks that are done
     blocks = []
     for start in range(0, weight.shape[1], size):
@@ -98,6 +88,7 @@ class CodeLayout:
     own_name: str
     byte: Tensor  # int64 [size, bits]: where each of a code's bits stands
     mask: Tensor  # uint8 [size, bits]
+    others: Tensor  # uint8 [bytes]: the block's bits that are no code's
     patterns: Tensor  # int64 [codes, bits]: 0 or 1
     levels: Tensor  # float32 [codes]: the value, from 0 (the first code's) to 1 (the last one's)
 
@@ -107,13 +98,11 @@ class CodeLayout:
 
     def written(self, blocks: Tensor, codes: Tensor) -> Tensor:
         """Return `blocks` uint8 [out, bytes] with other codes, int64 [out, size]."""
-        cleared = torch.zeros(blocks.shape[1], dtype=torch.int64)
         bits = torch.zeros(blocks.shape, dtype=torch.int64)
         for index in range(self.byte.shape[1]):
-            place, mask = self.byte[:, index], self.mask[:, index].long()
-            cleared.index_add_(0, place, mask)  # disjoint bits: their sum is their union
-            bits.index_add_(1, place, self.patterns[codes, index] * mask)
-        return (blocks & (255 - cleared).to(torch.uint8)) | bits.to(torch.uint8)
+            # disjoint bits: their sum is their union
+            bits.index_add_(1, self.byte[:, index], self.patterns[codes, index] * self.mask[:, index])
+        return (blocks & self.others) | bits.to(torch.uint8)
 
     def read(self, blocks: Blocks, codes: Tensor) -> Tensor:
         """Return what `blocks` would stand for with other codes, float32 [out, size]."""
@@ -136,8 +125,9 @@ def code_layout(fmt: Format) -> CodeLayout | None:
     if any(len(of_weight) != fmt.bits for of_weight in owners):
         return None
     place, mask = (torch.tensor([[pair[part] for pair in of_weight] for of_weight in owners]) for part in (0, 1))
+    others = (255 - torch.zeros(base.shape[1], dtype=torch.int64).index_add_(0, place.flatten(), mask.flatten())).to(torch.uint8)
     patterns = (torch.arange(2**fmt.bits)[:, None] >> torch.arange(fmt.bits)) & 1  # [codes, bits]
-    unordered = CodeLayout(fmt.own_name, place, mask.to(torch.uint8), patterns, torch.zeros(2**fmt.bits))
+    unordered = CodeLayout(fmt.own_name, place, mask.to(torch.uint8), others, patterns, torch.zeros(2**fmt.bits))
     read = torch.stack(
         [unordered.read(Blocks(base, fmt.own_name), torch.full((1, fmt.group_size), code))[0] for code in range(2**fmt.bits)]
     )
@@ -145,4 +135,4 @@ def code_layout(fmt: Format) -> CodeLayout | None:
     read = read[order].double()
     levels = (read - read[0]) / (read[-1] - read[0])  # [codes, size]
     assert float((levels - levels[:, :1]).abs().max()) < 1e-5, fmt.own_name
-    return CodeLayout(fmt.own_name, place, mask.to(torch.uint8), patterns[order], levels[:, 0].float())
+    return replace(unordered, patterns=patterns[order], levels=levels[:, 0].float())

@@ -34,10 +34,9 @@ from bitatlas.model.decoder import Decoder
 from bitatlas.quantize import compensate, rtn
 from bitatlas.quantize.codes import LARGEST_SCALE, SMALLEST_SCALE, Codes, compile_loops, joined
 from bitatlas.quantize.ggml import Blocks
-from bitatlas.quantize.moments import module_moments, to_float64
+from bitatlas.quantize.moments import damped, module_moments, to_float64, upper_factor
 from bitatlas.records.formats import Format
 
-DAMPING = 0.01  # of the mean diagonal; the paper's
 LEAF = 32  # columns that are rounded one after the other before their errors go into a matrix product
 LEAF_ROWS = 256  # output rows that a compiled loop takes together
 REFIT_ROWS = 512  # output rows whose products stay in a cache
@@ -72,19 +71,27 @@ def quantize(
 def _quantize(
     decoder: Decoder, formats: Mapping[str, Sequence[Format]], rows: Tensor
 ) -> Iterator[tuple[str, Sequence[Codes | Blocks]]]:
-    if any(fmt.runtime for of_module in formats.values() for fmt in of_module):
-        for moments in module_moments(decoder, list(formats), rows):
-            blocks_factor = compensate.factorize(moments.hessian)
-            for name in (name for name in moments.names if name in formats):
-                yield name, compensate.fit_all(decoder.weight(name), formats[name], blocks_factor)
-        return
+    in_blocks = any(fmt.runtime for of_module in formats.values() for fmt in of_module)
     for moments in module_moments(decoder, list(formats), rows):
-        factor = factorize(moments.hessian)
+        fit_module = _fit_blocks(moments.hessian) if in_blocks else _fit_integers(moments.hessian)
         for name in (name for name in moments.names if name in formats):
-            weight = decoder.weight(name)
-            # Where float64 had to go elsewhere, the codes are chosen there too.
-            codes = _fit_rows(weight.to(factor.hessian.device).float(), formats[name], factor)
-            yield name, [of_format.to(weight.device) for of_format in codes]
+            yield name, fit_module(decoder.weight(name), formats[name])
+
+
+def _fit_blocks(hessian: Tensor) -> Callable[[Tensor, Sequence[Format]], list[Blocks]]:
+    upper = compensate.factorize(hessian)
+    return lambda weight, formats: compensate.fit_all(weight, formats, upper)
+
+
+def _fit_integers(hessian: Tensor) -> Callable[[Tensor, Sequence[Format]], list[Codes]]:
+    factor = factorize(hessian)
+
+    def fit_module(weight: Tensor, formats: Sequence[Format]) -> list[Codes]:
+        # Where float64 had to go elsewhere, the codes are chosen there too.
+        codes = _fit_rows(weight.to(factor.hessian.device).float(), formats, factor)
+        return [of_format.to(weight.device) for of_format in codes]
+
+    return fit_module
 
 
 def _fit_rows(weight: Tensor, formats: Sequence[Format], factor: CholeskyFactor) -> list[Codes]:
@@ -99,17 +106,14 @@ def factorize(hessian: Tensor, act_order: bool = True) -> CholeskyFactor:
     """Return the factor of `hessian` float64 [in, in], damped; an input that is always 0 comes last and is rounded to nearest."""
     diagonal = hessian.diagonal()
     order = diagonal.argsort(descending=True, stable=True) if act_order else torch.arange(len(hessian), device=hessian.device)
-    damping = DAMPING * float(diagonal.mean()) or 1.0
-    damped = hessian.clone()
-    damped.diagonal().add_(damping)
-    # Upper triangular R with R Rᵀ = H: the lower factor of the matrix turned round, turned back.
-    upper = torch.linalg.cholesky(damped[order][:, order].flip(0, 1)).flip(0, 1)
+    matrix, damping = damped(hessian)
+    upper = upper_factor(matrix[order][:, order])
     importance = torch.empty_like(diagonal)
     importance[order] = upper.diagonal().square()
     feedback = (upper / upper.diagonal()).float()
     last = torch.empty_like(upper[:, -max(1, len(upper) // LAST) :])
     last[order] = upper[:, -last.shape[1] :]
-    return CholeskyFactor(hessian, damped.float(), damping, order, feedback, last.float(), importance.float())
+    return CholeskyFactor(hessian, matrix.float(), damping, order, feedback, last.float(), importance.float())
 
 
 def fit(weight: Tensor, fmt: Format, factor: CholeskyFactor) -> Codes:

@@ -7,18 +7,18 @@ many there were. An embedding has no such inputs, and a head is not collected, a
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from bitatlas.errors import UserError
 from bitatlas.model.decoder import Decoder
-from bitatlas.model.layerwise import record, split_rows
 from bitatlas.quantize import ggml
 from bitatlas.quantize.ggml import Blocks
+from bitatlas.quantize.moments import watch_inputs
 from bitatlas.records.formats import Format
 
 
@@ -43,28 +43,18 @@ class ImportanceMatrix:
         return None if values is None or not bool(values.any()) else values
 
 
-@torch.no_grad()
 def collect(decoder: Decoder, modules: Sequence[str], rows: Tensor) -> ImportanceMatrix:
     """Return the importance of those of `modules` that lie in decoder layers, on `rows` int64 [rows, tokens]."""
     inside = [name for name in modules if 0 <= decoder.stages_of(name)[-1] < decoder.behind]
     sums = {name: torch.zeros(decoder.shape(name)[1], dtype=torch.float64) for name in inside}
     counts = dict.fromkeys(inside, 0)
 
-    def watch(name: str) -> Callable[..., None]:
-        def add(module: nn.Module, args: tuple[Tensor, ...]) -> None:
-            inputs = args[0].reshape(-1, args[0].shape[-1]).float()
-            counts[name] += len(inputs)
-            sums[name] += inputs.square().sum(0).cpu().double()
+    def add(name: str, inputs: Tensor) -> None:
+        inputs = inputs.reshape(-1, inputs.shape[-1]).float()
+        counts[name] += len(inputs)
+        sums[name] += inputs.square().sum(0).cpu().double()
 
-        return add
-
-    batches = [batch.to(decoder.device) for batch in split_rows(decoder, rows)]  # which may run the model: before the hooks
-    hooks = [decoder.model.get_submodule(name).register_forward_pre_hook(watch(name)) for name in inside]
-    try:
-        record(decoder, batches)
-    finally:
-        for hook in hooks:
-            hook.remove()
+    watch_inputs(decoder, inside, rows, add)
     return ImportanceMatrix({name: (sums[name] / max(1, counts[name])).float() for name in inside}, counts)
 
 

@@ -25,7 +25,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from bitatlas.model.decoder import Decoder
 from bitatlas.model.gradients import ModuleCall, layer_calls
@@ -35,6 +35,7 @@ from bitatlas.model.linear import ExpertLinear, ExpertList, fused_of
 from bitatlas.model.modules import linear_modules
 
 BLOCK = 256  # columns of a sum
+DAMPING = 0.01  # of the mean diagonal; the paper's
 SEED = 0  # of the labels: codes must not depend on a survey's seed
 TINY = 1e-30
 FEW_TOKENS = 64  # that an expert's codes are fitted to, at least
@@ -96,6 +97,19 @@ def add_products(total: Tensor, left: Tensor, right: Tensor) -> None:
     """Add leftᵀ right [width, width], which is symmetric, to `total`: from the diagonal's blocks on alone, which is half of the products."""
     for start in range(0, len(total), BLOCK):
         total[start : start + BLOCK, start:].addmm_(left[:, start : start + BLOCK].T, right[:, start:])
+
+
+def damped(hessian: Tensor) -> tuple[Tensor, float]:
+    """Return a copy of `hessian` [in, in] with `DAMPING` of its mean diagonal added to the diagonal, and how much that is."""
+    amount = DAMPING * float(hessian.diagonal().mean()) or 1.0
+    matrix = hessian.clone()
+    matrix.diagonal().add_(amount)
+    return matrix, amount
+
+
+def upper_factor(matrix: Tensor) -> Tensor:
+    """Return R, upper triangular, with R Rᵀ = `matrix`: the lower factor of the matrix turned round, turned back."""
+    return torch.linalg.cholesky(matrix.flip(0, 1)).flip(0, 1)
 
 
 def to_float64(values: Tensor) -> Tensor:
@@ -171,25 +185,31 @@ def _with_more_tokens(decoder: Decoder, moments: InputMoments, routed: Mapping[s
     return every
 
 
-@torch.no_grad()
 def expert_tokens(decoder: Decoder, names: Sequence[str], rows: Tensor) -> dict[str, int]:
     """Return how many tokens of `rows` int64 [rows, tokens] are routed to each of the experts' modules `names`."""
     counts = dict.fromkeys(names, 0)
 
-    def count_of(name: str) -> Callable[..., None]:
-        def count(module: nn.Module, args: tuple[Tensor, ...]) -> None:
-            counts[name] += args[0].shape[:-1].numel()
+    def count(name: str, inputs: Tensor) -> None:
+        counts[name] += inputs.shape[:-1].numel()
 
-        return count
+    watch_inputs(decoder, names, rows, count)
+    return counts
+
+
+@torch.no_grad()
+def watch_inputs(decoder: Decoder, names: Sequence[str], rows: Tensor, see: Callable[[str, Tensor], None]) -> None:
+    """Run one pass over `rows` int64 [rows, tokens]; `see` gets the name and the inputs of every call of the modules `names`."""
+
+    def watch(name: str) -> Callable[..., None]:
+        return lambda module, args: see(name, args[0])
 
     batches = [batch.to(decoder.device) for batch in split_rows(decoder, rows)]  # which may run the model: before the hooks
-    hooks = [decoder.model.get_submodule(name).register_forward_pre_hook(count_of(name)) for name in names]
+    hooks = [decoder.model.get_submodule(name).register_forward_pre_hook(watch(name)) for name in names]
     try:
         record(decoder, batches)
     finally:
         for hook in hooks:
             hook.remove()
-    return counts
 
 
 def _by_layer(decoder: Decoder, modules: Sequence[str]) -> dict[int, list[str]]:

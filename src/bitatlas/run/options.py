@@ -92,6 +92,22 @@ Device = Annotated[str, Option("cpu, cuda, mps or auto: a GPU where there is one
 Folder = Annotated[StrPath, Argument("Folder of a finished survey.", parse=Path)]
 PlannedModel = Annotated[StrPath, Argument("The checkpoint that the plan was made for.")]
 PlanFile = Annotated[StrPath, Argument("A plan.json.", parse=Path, metavar="PLAN")]
+Experts = Annotated[
+    str,
+    Option("A layer's experts of one kind share a format (unit), or every expert has its own (each).", values=lambda: EXPERTS),
+]
+Dtype = Annotated[str, Option("What the model computes in: float32, bfloat16, float16; auto: float32 on a CPU, else bfloat16.")]
+Threads = Annotated[
+    int | None, Option("Threads on a CPU. Default: OMP_NUM_THREADS, else the fastest, timed on the model's first layer.")
+]
+Memory = Annotated[
+    str | None,
+    Option(
+        "What this may take at its peak, like 6GiB (of the GPU with --device cuda); "
+        "layer by layer where all weights do not fit. Default: what is free."
+    ),
+]
+Revision = Annotated[str | None, Option("Hub revision.")]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -229,12 +245,7 @@ class SurveyOptions(TaskOptions, RowOptions, BudgetOptions, Candidates):  # a re
     fuse: Annotated[
         bool, Option("q/k/v share a format, and gate/up (vLLM needs it; GGUF and MLX do not).", ("--fuse/--no-fuse",))
     ] = True
-    experts: Annotated[
-        str,
-        Option(
-            "A layer's experts of one kind share a format (unit), or every expert has its own (each).", values=lambda: EXPERTS
-        ),
-    ] = "unit"
+    experts: Experts = "unit"
     refine: Annotated[
         bool | None,
         Option("Search on from the first plans with measurements. Default: on (the demo: off).", ("--refine/--no-refine",)),
@@ -243,30 +254,20 @@ class SurveyOptions(TaskOptions, RowOptions, BudgetOptions, Candidates):  # a re
         bool, Option("Also a few verified plans at other sizes, for the report's slider.", ("--curve/--no-curve",))
     ] = True
     device: Device = "auto"
-    dtype: Annotated[
-        str, Option("What the model computes in: float32, bfloat16, float16; auto: float32 on a CPU, else bfloat16.")
-    ] = "auto"
-    threads: Annotated[
-        int | None, Option("Threads on a CPU. Default: OMP_NUM_THREADS, else the fastest, timed on the model's first layer.")
-    ] = None
+    dtype: Dtype = "auto"
+    threads: Threads = None
     time: Annotated[
         str | None,
         Option(
             "What this may take, like 20min or 2h: rows and stages are fitted into it. Default: what a nominal machine does in 40 min."
         ),
     ] = None
-    memory: Annotated[
-        str | None,
-        Option(
-            "What this may take at its peak, like 6GiB (of the GPU with --device cuda); "
-            "layer by layer where all weights do not fit. Default: what is free."
-        ),
-    ] = None
+    memory: Memory = None
     ray: Annotated[
         str | None,
         Option("Measure on a Ray cluster: auto (a running one, else this machine's processors), host:port or ray://host:port."),
     ] = None
-    revision: Annotated[str | None, Option("Hub revision.")] = None
+    revision: Revision = None
     seed: Seed = 0
     resume: Annotated[bool, Option("Go on with the run in --out.")] = False
     quiet: Quiet = False
@@ -289,19 +290,12 @@ class QuantizeOptions(RowOptions, BudgetOptions, Candidates):
     out: Annotated[StrPath, Option("Folder for the plan and the files; a survey's folder goes on from there.", parse=Path)] = (
         "bitatlas-out"
     )
-    experts: Annotated[
-        str,
-        Option(
-            "A layer's experts of one kind share a format (unit), or every expert has its own (each).", values=lambda: EXPERTS
-        ),
-    ] = "unit"
+    experts: Experts = "unit"
     device: Device = "auto"
-    dtype: Annotated[
-        str, Option("What the model computes in: float32, bfloat16, float16; auto: float32 on a CPU, else bfloat16.")
-    ] = "auto"
-    threads: Annotated[int | None, Option("Threads on a CPU. Default: OMP_NUM_THREADS, else the fastest.")] = None
-    memory: Annotated[str | None, Option("What this may take at its peak, like 6GiB. Default: what is free.")] = None
-    revision: Annotated[str | None, Option("Hub revision.")] = None
+    dtype: Dtype = "auto"
+    threads: Threads = None
+    memory: Memory = None
+    revision: Revision = None
     seed: Seed = 0
     quiet: Quiet = False
 
@@ -332,6 +326,7 @@ class VerifyOptions(RowOptions):
     tasks: Annotated[
         Sequence[str] | None, Option("Of a folder: score these of the survey's tasks again. Default: none.", parse=split_names)
     ] = None
+    base_gguf: BaseGguf = None
     card: Annotated[bool, Option("Of a folder: put what was found into its README.md.")] = False
     device: Device = "auto"
     seed: Seed = 0

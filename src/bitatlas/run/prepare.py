@@ -260,13 +260,14 @@ def read_importance(
     """Read the file of --imatrix; None without one. names: module -> the tensor that it is in."""
     if settings.imatrix is None:
         return None
-    modules = [module for module in inner(checkpoint.modules) if module.name in names]
+    every = inner(checkpoint.modules)
+    modules = [module for module in every if module.name in names]
     widths = {module.name: module.shape[1] for module in modules}
     names = {module.name: names[module.name] for module in modules}
     matrix, missing = read_imatrix(Path(settings.imatrix), names, experts_of(modules), widths)
-    missing += len(inner(checkpoint.modules)) - len(modules)
+    missing += len(every) - len(modules)
     if missing:
-        reporter.say(f"--imatrix: has no entry for {missing} of {len(modules)} modules; their inputs all count alike")
+        reporter.say(f"--imatrix: has no entry for {missing} of {len(every)} modules; their inputs all count alike")
     return matrix
 
 

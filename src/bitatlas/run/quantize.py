@@ -63,7 +63,7 @@ def quantize_model(options: QuantizeOptions) -> Quantized:
         raise UserError("give a budget, like --size 2GiB (or --stored-bits, --code-bits, --vram, --max-damage)")
     if options.tokens is None and not (out / "atlas.json").is_file():
         raise UserError("--tokens: give a text to measure on, best one like what the model will read")
-    if runtime == LLAMA_CPP and base_of(str(options.model), str(options.base_gguf) if options.base_gguf else None) is None:
+    if runtime == LLAMA_CPP and base_of(str(options.model), options.base_gguf) is None:
         with_gguf(open_checkpoint(str(options.model), options.revision))  # refuses a model of which none is written
     plan, plan_file = _plan(survey, out, reporter)
     if (plan.runtime or runtime) != runtime:

@@ -24,7 +24,8 @@ from bitatlas.data.texts import read_documents
 from bitatlas.errors import UserError
 from bitatlas.export.blueprint import blueprint_of, promised_disk_bytes
 from bitatlas.export.card import VERIFIED, atlas_beside, evidence_beside
-from bitatlas.export.gguf.header import PLAN_KEY, TENSORS_KEY, open_reader
+from bitatlas.export.gguf.base import with_base
+from bitatlas.export.gguf.header import PLAN_KEY, TENSORS_KEY
 from bitatlas.export.gguf.names import weight_names
 from bitatlas.export.gguf.run import LlamaSession, check_library, open_gguf
 from bitatlas.export.packed import card_of, check_package, fitted
@@ -36,6 +37,7 @@ from bitatlas.measure.tasks import right_of, score_items
 from bitatlas.model.checkpoint import Checkpoint, check_finite, open_checkpoint
 from bitatlas.model.decoder import Decoder
 from bitatlas.model.folder import weight_files
+from bitatlas.model.from_gguf import open_reader
 from bitatlas.model.layerwise import batch_rows, whole_logits
 from bitatlas.progress import Reporter
 from bitatlas.quantize.bank import bank_of_plan
@@ -115,6 +117,7 @@ def verify_plan(options: VerifyOptions) -> Verification:
         plan_file = folder / "plan.json"
     plan = read_record(plan_file, Plan)
     checkpoint, rows = _open_planned(plan, plan_file, options)
+    sized = _sized(checkpoint, plan, options)
     test = rows.test
     items = _items(plan_file, plan, options.tasks or ())
     decoder = _load(checkpoint, options, reporter)
@@ -133,8 +136,7 @@ def verify_plan(options: VerifyOptions) -> Verification:
             nats = kl_between(decoder, packed, test, progress)
         checks = tuple(_check_task(packed, tokenizer, *entry, reporter) for entry in items)
     damage = measured(nats, "nats/token", "plan", "test", options.seed, rows.blocks("test"))
-    checkpoint = with_runtime_file(checkpoint, plan.runtime, plan.quantizer)
-    size = size_of(checkpoint.modules, plan.modules, checkpoint.info)
+    size = size_of(sized.modules, plan.modules, sized.info)
     size_kept = size == plan.size and (disk is None or disk[0] == disk[1])
     result = Verification(plan, size, damage, size_kept, disk, checks)
     if folder is not None and options.card:
@@ -146,6 +148,15 @@ def _open_planned(plan: Plan, plan_file: Path, options: VerifyOptions) -> tuple[
     checkpoint = open_checkpoint(str(options.model), plan.model.revision, fuse=False)
     checkpoint = fitted(plan, checkpoint)
     return checkpoint, rows_for(plan_file, checkpoint, options)
+
+
+def _sized(checkpoint: Checkpoint, plan: Plan, options: VerifyOptions) -> Checkpoint:
+    """Return the checkpoint with what its modules, and all the rest, take in the files that the plan is for."""
+    if plan.runtime == LLAMA_CPP:
+        on_base = with_base(checkpoint, str(options.model), options.base_gguf)
+        if on_base.info.file:
+            return on_base
+    return with_runtime_file(checkpoint, plan.runtime, plan.quantizer)
 
 
 def _load(checkpoint: Checkpoint, options: VerifyOptions, reporter: Reporter) -> Decoder:

@@ -15,7 +15,6 @@ from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from tempfile import TemporaryDirectory
 from typing import Any
 
 import numpy as np
@@ -23,6 +22,7 @@ import torch
 from torch import Tensor
 
 from bitatlas.errors import UserError
+from bitatlas.export.blueprint import is_part
 from bitatlas.export.gguf.header import (
     PLAN_KEY,
     QUANTIZATION_VERSION,
@@ -30,15 +30,14 @@ from bitatlas.export.gguf.header import (
     WEIGHTS_KEY,
     file_type,
     fill_up,
-    open_reader,
+    header_bytes,
     padded,
-    plan_room,
     type_number,
     write_header,
 )
 from bitatlas.export.packed import stored_of
 from bitatlas.model.checkpoint import Checkpoint
-from bitatlas.model.from_gguf import types_of
+from bitatlas.model.from_gguf import WHOLE, open_reader, types_of
 from bitatlas.model.linear import is_transposed
 from bitatlas.model.tensor_files import Reader, Sources
 from bitatlas.quantize.ggml import Blocks, check_packages
@@ -46,7 +45,6 @@ from bitatlas.records import Module, Plan
 from bitatlas.records.formats import FORMATS, LLAMA_CPP, stored_bytes
 from bitatlas.records.plan import FileLayout, ModuleFile
 
-DTYPES = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 OUTSIDE = -1  # the layer of what is in none
 GIVEN_ANEW = (PLAN_KEY, WEIGHTS_KEY, TENSORS_KEY, "general.architecture", "general.file_type", "general.quantization_version")
 Progress = Callable[[int, int], None]
@@ -78,12 +76,18 @@ class BaseFile:
         return [int((rows.owner == rows.modules.index(module)).sum()) for rows in self.rows.values() if module in rows.modules]
 
 
-def base_of(model: str, given: Path | str | None) -> Path | None:
+def base_of(model: str, given: str | os.PathLike[str] | None) -> Path | None:
     """Return the GGUF whose metadata a new one takes: the one that is given, or the model's own where it is an unquantized GGUF."""
     if given is not None:
         return Path(given)
     file = Path(model)
-    return file if file.suffix == ".gguf" and file.is_file() and not set(types_of(file)) - set(DTYPES) else None
+    return file if file.suffix == ".gguf" and file.is_file() and not set(types_of(file)) - set(WHOLE) else None
+
+
+def with_base(checkpoint: Checkpoint, model: str, given: str | os.PathLike[str] | None) -> Checkpoint:
+    """Return the checkpoint with what `followed` finds in the GGUF that a new one is made on; as it is where there is none (see `base_of`)."""
+    file = base_of(model, given)
+    return followed(open_base(file, checkpoint), checkpoint)[0] if file else checkpoint
 
 
 def open_base(file: Path, checkpoint: Checkpoint) -> BaseFile:
@@ -91,7 +95,7 @@ def open_base(file: Path, checkpoint: Checkpoint) -> BaseFile:
     check_packages(f"--base-gguf {file}")
     reader, sources = open_reader(file), Sources(checkpoint.skeleton(), Reader(checkpoint.files))
     transposed = {name for name, module in checkpoint.meta_decoder().model.named_modules() if is_transposed(module)}
-    quantized = Counter(tensor.tensor_type.name for tensor in reader.tensors if tensor.tensor_type.name not in (*DTYPES, "I32"))
+    quantized = Counter(tensor.tensor_type.name for tensor in reader.tensors if tensor.tensor_type.name not in (*WHOLE, "I32"))
     if quantized:
         (kind, count), *_ = quantized.most_common(1)
         raise UserError(f"--base-gguf {file}: {count} of its tensors are {kind}; give one in f16, bf16 or f32")
@@ -115,14 +119,14 @@ def open_base(file: Path, checkpoint: Checkpoint) -> BaseFile:
 def _find(tensors: Sequence[Any], modules: Sequence[Module], sources: Sources, transposed: set[str]) -> dict[str, Rows]:
     """Return tensor -> rows, of the tensors of one layer that consist of rows of `modules`. transposed: modules whose parameter is [in, out]"""
     found: dict[str, Rows] = {}
-    for dtype in {tensor.tensor_type.name for tensor in tensors} & set(DTYPES):
+    for dtype in {tensor.tensor_type.name for tensor in tensors} & set(WHOLE):
         known = {}
         for module in modules:
-            weight = _stored(module, sources).to(DTYPES[dtype])
+            weight = _stored(module, sources).to(WHOLE[dtype])
             known[module.name] = module.shape[1], _keys(weight.T if module.name in transposed else weight)
         for tensor in (tensor for tensor in tensors if tensor.tensor_type.name == dtype):
             width = int(tensor.shape[0])
-            keys = _keys(_values(tensor).view(DTYPES[dtype]).reshape(-1, width))
+            keys = _keys(_values(tensor).view(WHOLE[dtype]).reshape(-1, width))
             rows = _owners(keys, {name: of_module for name, (its_width, of_module) in known.items() if its_width == width})
             if rows is not None:
                 found[tensor.name] = rows
@@ -131,7 +135,7 @@ def _find(tensors: Sequence[Any], modules: Sequence[Module], sources: Sources, t
 
 def _stored(module: Module, sources: Sources) -> Tensor:
     """Return a module's weight as its parameter keeps it, of an expert its part."""
-    if module.parameter == f"{module.name}.weight":
+    if not is_part(module):
         return sources.read(module.parameter)
     assert module.expert is not None
     return sources.read_expert(module.parameter, module.expert)
@@ -185,15 +189,12 @@ def followed(base: BaseFile, checkpoint: Checkpoint) -> tuple[Checkpoint, list[M
     names = {module.name for module in checkpoint.modules}
     tensors = {tensor.name: tensor for tensor in base.reader.tensors}
     ours = {name for name, rows in base.rows.items() if set(rows.modules) <= names}
-    with TemporaryDirectory() as folder:
-        file = Path(folder) / "header.gguf"
-        _start(file, base, checkpoint, {}, plan_room(checkpoint.modules)).close()
-        header = file.stat().st_size
-    other = padded(header) + sum(padded(int(tensor.n_bytes)) for name, tensor in tensors.items() if name not in ours)
+    header = header_bytes(checkpoint.modules, lambda path, text: _start(path, base, checkpoint, {}, text))
+    other = header + sum(padded(int(tensor.n_bytes)) for name, tensor in tensors.items() if name not in ours)
     modules = []
     for module in checkpoint.modules:
         pieces = base.pieces(module.name)
-        dtype = next(DTYPES[tensors[name].tensor_type.name] for name, rows in base.rows.items() if module.name in rows.modules)
+        dtype = next(WHOLE[tensors[name].tensor_type.name] for name, rows in base.rows.items() if module.name in rows.modules)
         kept = sum(padded(count * module.shape[1] * dtype.itemsize) for count in pieces)
         file_of = ModuleFile(tuple((0, count) for count in pieces), kept)
         modules.append(replace(module, unit=units[module.name], file=file_of))

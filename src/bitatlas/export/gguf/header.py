@@ -9,9 +9,9 @@ import json
 from collections.abc import Callable, Iterable
 from dataclasses import replace
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
-from bitatlas.errors import UserError
 from bitatlas.records import Module, Plan
 from bitatlas.records.files import to_json
 from bitatlas.records.formats import LLAMA_CPP
@@ -34,11 +34,6 @@ def padded(count: int) -> int:
 def plan_text(plan: Plan) -> str:
     """Return a plan without its baselines, on one line."""
     return json.dumps(json.loads(to_json(replace(plan, baselines=[]))), ensure_ascii=False, separators=(",", ":"))
-
-
-def plan_room(modules: Iterable[Module]) -> str:
-    """Return as many spaces as the text of a plan of these modules has characters, at most."""
-    return " " * (PLAN_BYTES + sum(len(module.name) + NAME_BYTES for module in modules))
 
 
 def fill_up(plan: Plan | None, beside: Path, data_bytes: int, start: Callable[[Path, str], Any]) -> Any:
@@ -80,13 +75,10 @@ def file_type(kind: str) -> Any:
     return LlamaFileType[types[0]] if types else LlamaFileType.ALL_F32
 
 
-def open_reader(file: Path) -> Any:
-    """Return a `gguf.GGUFReader`; UserError for a file that is no whole GGUF."""
-    from gguf import GGUFReader
-
-    if not file.is_file():
-        raise UserError(f"{file}: no such file")
-    try:
-        return GGUFReader(file)
-    except Exception as error:  # numpy and struct raise many kinds on a damaged file
-        raise UserError(f"{file}: not a whole GGUF ({' '.join(str(error).split())[:120]})") from None
+def header_bytes(modules: Iterable[Module], start: Callable[[Path, str], Any]) -> int:
+    """Return the bytes of a file's header that has room for the text of a plan of these modules. start: as in `fill_up`."""
+    room = " " * (PLAN_BYTES + sum(len(module.name) + NAME_BYTES for module in modules))
+    with TemporaryDirectory() as folder:
+        file = Path(folder) / "header.gguf"
+        start(file, room).close()
+        return padded(file.stat().st_size)

@@ -92,10 +92,7 @@ def tensor_name(key: str) -> str | None:
 
 def weight_names(modules: list[str], model_type: str, layers: int) -> dict[str, str]:
     """Return module -> the GGUF's name of its weight, for any model that llama.cpp knows; UserError otherwise."""
-    if model_type in ARCHITECTURES:
-        named = {module: tensor_name(f"{module}.weight") for module in modules}
-    else:
-        named = _foreign_names(modules, model_type, layers)
+    named = _named(modules, model_type, layers)
     lost = [module for module, name in named.items() if name is None]
     if lost:
         raise UserError(f"--to llama.cpp: what llama.cpp calls {lost[0]} of a {model_type} model is not known here")
@@ -130,14 +127,15 @@ def _foreign_architecture(model_type: str) -> Any:
 def known_names(modules: list[str], model_type: str, layers: int) -> dict[str, str]:
     """Return module -> the GGUF's name of its weight, of those for which llama.cpp has one."""
     try:
-        named = (
-            {m: tensor_name(f"{m}.weight") for m in modules}
-            if model_type in ARCHITECTURES
-            else _foreign_names(modules, model_type, layers)
-        )
+        return {module: name for module, name in _named(modules, model_type, layers).items() if name is not None}
     except UserError:
         return {}
-    return {module: name for module, name in named.items() if name is not None}
+
+
+def _named(modules: list[str], model_type: str, layers: int) -> dict[str, str | None]:
+    if model_type in ARCHITECTURES:
+        return {module: tensor_name(f"{module}.weight") for module in modules}
+    return _foreign_names(modules, model_type, layers)
 
 
 def _foreign_names(modules: list[str], model_type: str, layers: int) -> dict[str, str | None]:

@@ -16,7 +16,6 @@ from collections import Counter
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
-from tempfile import TemporaryDirectory
 from typing import Any
 
 import numpy as np
@@ -31,8 +30,8 @@ from bitatlas.export.gguf.header import (
     WEIGHTS_KEY,
     file_type,
     fill_up,
+    header_bytes,
     padded,
-    plan_room,
     type_number,
     write_header,
 )
@@ -147,14 +146,10 @@ def with_gguf(checkpoint: Checkpoint) -> Checkpoint:
     architecture, parts = _architecture_and_parts(checkpoint, {module.name: "" for module in checkpoint.modules})
     vocabulary, _ = vocabulary_of(checkpoint.load_tokenizer(), checkpoint.vocabulary, trial=False)
     longest = replace(vocabulary, pre_tokenizer=max(PRE_TOKENIZERS, key=len))
-    with TemporaryDirectory() as folder:
-        writer = _writer(
-            Path(folder) / "header.gguf", checkpoint, Blueprint(architecture, parts, longest, ""), plan_room(checkpoint.modules)
-        )
-        writer.close()
-        header = (Path(folder) / "header.gguf").stat().st_size
+    blueprint = Blueprint(architecture, parts, longest, "")
+    header = header_bytes(checkpoint.modules, lambda path, text: _writer(path, checkpoint, blueprint, text))
     kept = {part.module: padded(part.size_bytes) for part in parts if part.module}
-    other = padded(header) + sum(padded(part.size_bytes) for part in parts if not part.module)
+    other = header + sum(padded(part.size_bytes) for part in parts if not part.module)
     modules = [replace(module, file=ModuleFile(((0, module.shape[0]),), kept[module.name])) for module in checkpoint.modules]
     layout = FileLayout(LLAMA_CPP, "gguf", other, 0, 0, 0)
     return replace(checkpoint, modules=modules, info=replace(checkpoint.info, file=layout))
