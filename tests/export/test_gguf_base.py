@@ -19,7 +19,7 @@ from bitatlas.model.from_gguf import folder_of
 from bitatlas.quantize import ggml
 from bitatlas.quantize.bank import Bank
 from bitatlas.quantize.importance import ImportanceMatrix, collect
-from bitatlas.records import Budget, Plan, PlanDamage, PlanModel
+from bitatlas.records import Budget, Module, Plan, PlanDamage, PlanModel
 from bitatlas.records.files import to_json
 from bitatlas.records.formats import FORMATS, LLAMA_CPP
 from bitatlas.records.sizes import size_of, units_of
@@ -32,6 +32,7 @@ from bitatlas.export.gguf.base import base_of, followed, kinds_of, open_base, wr
 from bitatlas.export.gguf.imatrix import read_imatrix, write_imatrix  # noqa: E402
 from bitatlas.export.gguf.run import find_library, open_gguf  # noqa: E402
 from bitatlas.export.gguf.write import blueprint_of, write_gguf  # noqa: E402
+from bitatlas.run.settings import held_formats  # noqa: E402
 from bitatlas.run.verify import damage_in_llama_cpp  # noqa: E402
 
 KINDS = ("q4_0", "q8_0", "q5_1", "iq4_nl", "q5_0", "q4_1")
@@ -287,35 +288,38 @@ def test_quantize_writes_measures_and_goes_on(tiny_llama: Path, text: Path, tmp_
 
 @needs_llama_cpp
 @pytest.mark.slow
-def test_quantize_goes_on_from_a_survey(tiny_llama: Path, text: Path, tmp_path: Path, capsys, monkeypatch):
+def test_quantize_goes_on_from_a_survey(text: Path, tmp_path: Path, capsys, monkeypatch):
     """Its own plan, then another size of it: nothing is measured but the file."""
     out, rows = tmp_path / "atlas", ["--tokens", text, "--rows", "4,4,8", "--row-length", "32"]
-    words = [
-        "--for",
-        "llama.cpp",
-        "--formats",
-        "q4_0,q5_1,q8_0",
-        "--size",
-        "100kB",
-        "--tasks",
-        "none",
-        "--no-refine",
-        "--no-curve",
-    ]
-    code, _, error = run(capsys, monkeypatch, "survey", tiny_llama, "--out", out, *words, *rows, "-q")
+    # Rows of 96 take neither iq3_s nor q5_k; all layers are safe at such a tolerance, so they are lowered together, too.
+    model = make_checkpoint(tmp_path / "model", hidden_size=256, intermediate_size=96, scale=0.25)
+    words = ["--for", "llama.cpp", "--formats", "iq3_s,q5_k,q8_0", "--stored-bits", "6", "--tolerance", "10"]
+    words += ["--tasks", "none", "--no-refine", "--no-curve"]
+    code, _, error = run(capsys, monkeypatch, "survey", model, "--out", out, *words, *rows, "-q")
     assert code == 0, error
-    code, printed, error = run(capsys, monkeypatch, "quantize", tiny_llama, "--out", out, "--json")
+    code, printed, error = run(capsys, monkeypatch, "quantize", model, "--out", out, "--json")
     content = json.loads(printed)
     assert code == 0 and content["kept"] and content["plan_file"] == str(out / "plan.json"), error
     assert "quantizing" not in error and "plans on" not in error
     (out / "llama-cpp").rename(tmp_path / "first")
-    code, printed, error = run(capsys, monkeypatch, "quantize", tiny_llama, "--out", out, "--size", "90kB", "--json")
+    code, printed, error = run(capsys, monkeypatch, "quantize", model, "--out", out, "--size", "500kB", "--json")
     content = json.loads(printed)
     # Its damage is predicted, which a tiny random model need not keep: the exit code is the verification's.
     assert code == (0 if content["kept"] else 1), error
-    assert Path(content["file"]).stat().st_size == content["size"]["total_bytes"] <= 90_000
-    code, _, error = run(capsys, monkeypatch, "quantize", tiny_llama, "--out", out, "--for", "mlx", "-q")
+    assert Path(content["file"]).stat().st_size == content["size"]["total_bytes"] <= 500_000
+    code, _, error = run(capsys, monkeypatch, "quantize", model, "--out", out, "--for", "mlx", "-q")
     assert code == 2 and "is for llama.cpp; choose another folder" in error
+
+
+def test_formats_have_the_names_of_what_rows_hold():
+    """A report about iq2_xxs that no module has would be about another format."""
+    modules = [Module(f"m{width}", 0, "k", (4, width), "u") for width in (64, 96)]
+    ladder = ("iq2_xxs", "q2_k", "iq3_xxs", "q3_k", "iq4_xs", "q5_k", "q6_k", "q8_0")
+    assert held_formats(ladder, modules, LLAMA_CPP) == ("iq4_nl", "q5_0", "q5_1", "q8_0")
+    some = [*modules, Module("m512", 0, "k", (4, 512), "u")]
+    assert held_formats(ladder, some, LLAMA_CPP) == ladder
+    with pytest.raises(UserError, match=r"rows of 64 and 96 take only iq4_nl of these; give at least two"):
+        held_formats(("iq2_xxs", "q3_k"), modules, LLAMA_CPP)
 
 
 @pytest.mark.slow

@@ -51,7 +51,7 @@ from bitatlas.records.sizes import assignment_of, check_rows, inner, kept_bytes,
 from bitatlas.records.text import byte_size, listed, number
 from bitatlas.run.effort import EFFORTS, Effort, settle_effort
 from bitatlas.run.options import SurveyOptions
-from bitatlas.run.settings import Settings, check_device, held_modules, outside_modules, widest_of
+from bitatlas.run.settings import Settings, check_device, held_formats, held_modules, outside_modules, widest_of
 
 IMATRIX = "imatrix"  # the quantizer that makes the codes of llama.cpp's recipes
 RECIPE = "llama.cpp's "  # what their names begin with
@@ -182,8 +182,12 @@ def open_model(settings: Settings, out: Path, resume: bool, reporter: Reporter, 
         check_kept(settings, checkpoint)
         experts = left_experts(checkpoint, settings)
         checkpoint = checkpoint.leaving(experts)
+        asked = settings.formats
+        settings = replace(settings, formats=held_formats(asked, checkpoint.modules, settings.runtime))
+        if lost := [name for name in asked if name not in settings.formats]:
+            reporter.say(f"no module's rows take {listed(lost)}; the formats are {', '.join(settings.formats)}")
         checkpoint = replace(checkpoint, modules=held_modules(settings, checkpoint.modules))
-        checkpoint = checkpoint.planning(outside_modules(settings, checkpoint.outer))
+        checkpoint = checkpoint.planning(outside_modules(settings, checkpoint.outer, asked))
         checkpoint, base = _with_sizes(checkpoint, settings, reporter)
         tensor_names = _tensor_names(checkpoint, base)
         check_rows(checkpoint.modules, settings.formats)

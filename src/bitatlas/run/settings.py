@@ -18,7 +18,7 @@ from bitatlas.records import Budget, Module
 from bitatlas.records.formats import FORMATS, GGUF_LADDER, LLAMA_CPP, Format, by_width, get_format, takes
 from bitatlas.records.runtimes import MADE_FOR, nearest_held
 from bitatlas.records.sizes import parse_size
-from bitatlas.records.text import given
+from bitatlas.records.text import given, listed
 from bitatlas.run.options import EXPERTS, BudgetOptions, SurveyOptions, check_seed, parse_rows
 from bitatlas.stats.margin import parse_points
 
@@ -29,7 +29,8 @@ DEMO_TASKS = ("demo_problems", "demo_questions")
 MOST_THREADS = 1024
 DTYPES = ("auto", "float32", "bfloat16", "float16")
 LARGEST_BYTES = 2**80  # more than any disk; a larger --size or --vram asks for the same
-TOO_FEW_FORMATS = "--formats: give at least two, a narrow and a wide one, like int2_g64,int4_g64"
+TWO_FORMATS = "give at least two, a narrow and a wide one, like int2_g64,int4_g64"
+TOO_FEW_FORMATS = f"--formats: {TWO_FORMATS}"
 
 
 @dataclass(frozen=True)
@@ -186,14 +187,34 @@ def parse_embedding_formats(names: Sequence[str] | None, formats: Sequence[str])
     return tuple(known)
 
 
-def outside_modules(settings: Settings, outer: Iterable[Module]) -> list[Module]:
-    """Return the modules outside the decoder layers that are planned, with their candidates: as many as there are formats, the widest repeated."""
-    usual = (*settings.formats[1:], widest_of(settings.formats))
+def held_formats(formats: Sequence[str], modules: Iterable[Module], runtime: str) -> tuple[str, ...]:
+    """Return the formats under the names that rows have: one that no module can hold is called what stands in its place, each once.
+
+    A format that some modules hold keeps its name. UserError where fewer than two are left.
+    """
+    widths = {module.shape[1] for module in modules}
+    seen: dict[tuple[str, ...], str] = {}  # what the modules have -> its name
+    for name in formats:
+        held = tuple(nearest_held(name, width, runtime) for width in sorted(widths))
+        seen.setdefault(held, held[0] if len(set(held)) == 1 else name)
+    if len(seen) < 2:
+        raise UserError(
+            f"--formats: rows of {listed(map(str, sorted(widths)))} take only {next(iter(seen.values()))} of these; {TWO_FORMATS}"
+        )
+    return tuple(by_width(list(seen.values())))
+
+
+def outside_modules(settings: Settings, outer: Iterable[Module], asked: Sequence[str]) -> list[Module]:
+    """Return the modules outside the decoder layers that are planned, with their candidates: as many as there are formats, the widest repeated.
+
+    asked: the formats before `held_formats`.
+    """
+    usual = (*asked[1:], widest_of(asked))
     planned = []
     for module in outer if settings.embedding_formats != () else ():
         width = module.shape[1]
         held = (nearest_held(name, width, settings.runtime) for name in settings.embedding_formats or usual)
-        names = by_width([name for name in dict.fromkeys(held) if takes(FORMATS[name], width)])
+        names = by_width([name for name in dict.fromkeys(held) if takes(FORMATS[name], width)])[-len(settings.formats) :]
         if module.part in MADE_FOR[settings.runtime].outside and names:
             padding = (names[-1],) * (len(settings.formats) - len(names))
             planned.append(replace(module, candidates=(*names, *padding)))

@@ -276,7 +276,7 @@ def lowered_together(session: Session, layers: LayerRows) -> JointDamage | None:
 
     def added(lowered: Sequence[int]) -> np.ndarray:
         at_high = uniform(modules, high)
-        plans = {"high": at_high, "low": at_high | {m.name: low for m in inner(modules) if m.layer in lowered}}
+        plans = {"high": at_high, "low": at_high | {m.name: m.at(low) for m in inner(modules) if m.layer in lowered}}
         damage = session.measure(plans, "select")
         return damage["low"] - damage["high"]
 

@@ -15,6 +15,7 @@ import ctypes.util
 import importlib.util
 import os
 from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from functools import cache
 from pathlib import Path
@@ -31,6 +32,9 @@ NAMES = ("libllama.so*", "libllama.v*.so", "libllama*.dylib", "llama.dll")
 ERROR_LEVEL = 4  # of llama.cpp's log
 _errors: list[str] = []  # of its log, since a model was last loaded
 _callbacks: list[Any] = []  # must live as long as the library
+# Decoding has a thread of its own: ggml sets up a processor's matrix tiles (AMX) once a thread, and torch's products, on the same thread,
+# release them, after which the next tile instruction is illegal.
+_thread = ThreadPoolExecutor(1, "llama.cpp")
 
 
 class ModelParams(ctypes.Structure):
@@ -120,7 +124,7 @@ class LlamaSession:
             batch.n_seq_id[index] = 1
             batch.seq_id[index][0] = 0
             batch.logits[index] = True
-        if code := self._lib.llama_decode(self._context, batch):
+        if code := _thread.submit(self._lib.llama_decode, self._context, batch).result():
             raise RuntimeError(f"llama_decode gave {code}{_reason()}")
         self._used += len(tokens)
         self._lib.llama_synchronize(self._context)
