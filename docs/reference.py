@@ -17,12 +17,17 @@ import typer
 
 from bitatlas import records
 from bitatlas.cli import main as cli
+from bitatlas.records import comparison
 from bitatlas.records.formats import Format
 from bitatlas.records.plan import CacheLayers, MemoryShape, Workload
 
 PLACE = Path(__file__).resolve().parent / "reference"
 NOTE = "Written by `docs/reference.py`; do not edit.\n"
 PLAN = (records.Plan, records.PlanModel, Format, records.Budget, Workload, records.Size, records.PlanDamage, records.Baseline, records.Measured)  # fmt: skip
+COMPARISON = (
+    comparison.Comparison, comparison.ModelFile, comparison.StoredKind, comparison.Domain, comparison.Candidate, comparison.Deviation, comparison.Bucket,
+    comparison.Pair, comparison.Requirement,
+)  # fmt: skip
 # The columns of the long tables: those that are records, and those that stages make line by line.
 TABLES: dict[str, tuple[str, Any]] = {
     "damage.parquet": ("one line a row of text, base and what was changed", {
@@ -81,6 +86,7 @@ def files() -> str:
         "linked. Numbers that were measured are a `Measured`.\n"
     )
     parts += ["## plan.json", f"Schema `{records.PLAN_SCHEMA}`.\n", *(_record(one) for one in PLAN)]
+    parts += ["## comparison.json", f"Schema `{comparison.COMPARISON_SCHEMA}`.\n", *(_record(one) for one in COMPARISON)]
     parts += ["## atlas.json", f"Schema `{records.ATLAS_SCHEMA}`.\n", *(_record(one) for one in atlas)]
     parts += ["## Tables", "Parquet files in `tables/`; a table without lines is not written.\n"]
     for name, (told, columns) in TABLES.items():
@@ -116,7 +122,7 @@ def _record(record: type) -> str:
 
 def _linked(kind: str) -> str:
     """A type, with a link where one of the records is in it."""
-    known = {one.__name__ for one in (*PLAN, *_records())}
+    known = {one.__name__ for one in (*PLAN, *COMPARISON, *_records())}
     inside = [name for name in re.findall(r"[A-Z]\w+", kind) if name in known]
     link = f" ([{inside[0]}](#{inside[0].lower()}))" if inside else ""
     return f"`{_cell(kind)}`{link}"

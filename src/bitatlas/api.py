@@ -8,13 +8,14 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from functools import wraps
 from html import escape
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ParamSpec, TypeVar, get_type_hints
 
 from bitatlas import records
+from bitatlas.records.comparison import Comparison as ComparisonRecord
 from bitatlas.records.files import read_record, to_json, write_text
 from bitatlas.records.text import byte_size, interval, number, with_fewer_rows
 from bitatlas.run.options import ApplyOptions, BudgetOptions, CompareOptions, StrPath, SurveyOptions, VerifyOptions
@@ -23,14 +24,13 @@ if TYPE_CHECKING:
     import torch
 
     from bitatlas.export.packed import Applied
-    from bitatlas.run.compare import Comparison
     from bitatlas.run.verify import Verification
 
-__all__ = ["Atlas", "Plan", "apply", "compare", "load_packed", "survey", "verify"]
+__all__ = ["Atlas", "Comparison", "Plan", "apply", "compare", "load_packed", "survey", "verify"]
 P = ParamSpec("P")
 Options = TypeVar("Options")
 Result = TypeVar("Result")
-Same = TypeVar("Same", bound="records.Plan | records.Atlas")
+Same = TypeVar("Same", bound="records.Plan | records.Atlas | ComparisonRecord")
 
 
 @dataclass(frozen=True)
@@ -160,12 +160,40 @@ def verify(options: VerifyOptions) -> Verification:
     return verify_plan(options)
 
 
+@dataclass(frozen=True)
+class Comparison(ComparisonRecord):
+    """`comparison.json`: files of one model, ranked by what they do to its predictions."""
+
+    @classmethod
+    def read(cls, file: StrPath) -> Comparison:
+        """Read a folder that `compare` wrote, or its comparison.json."""
+        path = Path(file)
+        return _as(cls, read_record(path / "comparison.json" if path.is_dir() else path, ComparisonRecord))
+
+    def markdown(self) -> str:
+        """Return a table for a model card."""
+        from bitatlas.report.comparison import comparison_markdown
+
+        return comparison_markdown(self)
+
+    def _repr_html_(self) -> str:
+        from bitatlas.report.comparison import comparison_notebook_html
+
+        return comparison_notebook_html(self)
+
+
 @taking(CompareOptions)
 def compare(options: CompareOptions) -> Comparison:
-    """Compare two checkpoints or plans, quantized or not, on the same rows and items, paired."""
+    """Compare files of a model with it and with each other; `reference` may be a list that begins with it, and `files` is then left out.
+
+    Everything is written to `out`, `compare.html` with it; a later call with the same `out` goes on from there (docs/compare.md).
+    """
     from bitatlas.run.compare import compare_models
 
-    return compare_models(options)
+    if isinstance(options.reference, list | tuple):
+        files = [*options.reference, *options.files]
+        options = replace(options, reference=files[0] if files else "", files=files[1:])
+    return _as(Comparison, compare_models(options))
 
 
 def _as(kind: type[Same], record: Any) -> Same:

@@ -328,11 +328,13 @@ def test_quantize_with_an_importance_matrix_and_for_transformers(
 ):
     pytest.importorskip("compressed_tensors")
     words = ["--tokens", text, "--rows", "4,4,8", "--row-length", "32", "-q"]
-    code, printed, error = run(
-        capsys, monkeypatch, "quantize", tiny_llama, "--out", tmp_path / "a", "--for", "transformers", "--formats",
-        "int2_g32,int4_g32", "--code-bits", "3", *words,
-    )  # fmt: skip
-    assert code == 0 and "kept" in printed and (tmp_path / "a" / "transformers" / "model.safetensors").is_file(), error
+    for runtime in ("transformers", "bitatlas"):  # the second with a packed embedding, which load_packed alone opens
+        code, printed, error = run(
+            capsys, monkeypatch, "quantize", tiny_llama, "--out", tmp_path / runtime, "--for", runtime, "--formats",
+            "int2_g32,int4_g32", "--code-bits", "3", *words,
+        )  # fmt: skip
+        file = tmp_path / runtime / runtime / "model.safetensors"
+        assert code == 0 and "kept" in printed and file.is_file(), error
     survey = ["survey", tiny_llama, "--for", "llama.cpp", "--formats", "q4_0,q8_0", "--stored-bits", "6", "--draft", *words]
     assert run(capsys, monkeypatch, *survey, "--out", tmp_path / "b")[0] == 0
     matrix = tmp_path / "b" / "imatrix.gguf"

@@ -27,7 +27,7 @@ MAY_IMPORT = {
     "report": "errors records plan findings",
     "export": "errors records progress model quantize measure",
     "run": "errors records progress stats data model quantize plan measure findings report export",
-    "api": "errors records progress stats plan export run",
+    "api": "errors records progress stats plan report export run",
     "cli": "errors records progress stats plan findings report export run",
 }
 HALL = {"__init__": {"api"}, "__main__": {"cli"}}  # the lazy public names, and `python -m bitatlas`

@@ -134,12 +134,20 @@ def verify(options: VerifyOptions, as_json: Json = False) -> None:
 
 
 def compare(options: CompareOptions, as_json: Json = False) -> None:
-    """Two checkpoints or plans on the same rows and items, paired."""
+    """Which of these files of a model should I take? Every file beside the reference and each other, on the same tokens and items, ranked;
+    exit code 1 if one does worse than required.
+    """
     from bitatlas.cli.show import print_comparison, show_comparison
     from bitatlas.run.compare import compare_models
 
     result = compare_models(options)
-    print_comparison(result) if as_json else show_comparison(result)
+    if as_json:
+        print_comparison(result)
+    else:
+        show_comparison(result)
+        print(Path(options.out) / "compare.html")
+    if not result.kept:
+        raise typer.Exit(1)
 
 
 def quantize(options: QuantizeOptions, as_json: Json = False) -> None:

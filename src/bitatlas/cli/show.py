@@ -21,6 +21,7 @@ from bitatlas.findings.tasks import smallest_held, task_widths
 from bitatlas.plan.budget import budget_text
 from bitatlas.progress import SafeConsole
 from bitatlas.records import Atlas, Measured, Plan, Size, TaskPair, TaskScore
+from bitatlas.records.comparison import Comparison
 from bitatlas.records.text import (
     MINUS,
     against_chance,
@@ -32,7 +33,7 @@ from bitatlas.records.text import (
     protect_text,
     with_fewer_rows,
 )
-from bitatlas.run.compare import Comparison
+from bitatlas.report.comparison import answer
 from bitatlas.run.curve import Curve
 from bitatlas.run.quantize import Quantized
 from bitatlas.run.verify import Verification
@@ -182,20 +183,39 @@ def _kept(kept: bool) -> Text:
 
 
 def show_comparison(result: Comparison) -> None:
-    """Show damage, losses and paired task results of two checkpoints."""
+    """Show files by rank with size and damage, task results, and what can be said."""
     console = SafeConsole()
-    console.print(f"A: {result.first}\nB: {result.second}")
-    if result.losses and result.loss_difference:
-        table = _table("On the same rows", ["", "nats/token"])
-        table.add_row("KL(A || B)", interval(result.damage))
-        table.add_row("loss of A", interval(result.losses[0]))
-        table.add_row("loss of B", interval(result.losses[1]))
-        table.add_row("B minus A", interval(result.loss_difference))
+    if result.domains:
+        tokens = sum(domain.tokens for domain in result.domains)
+        title = f"Files beside {result.reference.name}, on {tokens:,} tokens of {listed(domain.name for domain in result.domains)} (nats/token)"
+        table = _table(title, ["rank", "file", "size", "bits", "damage", "99 %", "same top", ""])
+        for candidate in result.candidates:
+            if (seen := candidate.deviation) is not None:
+                words = ["on the front"] * candidate.on_front + ["within the noise floor"] * candidate.within_noise
+                table.add_row(
+                    str(candidate.rank), candidate.file.name, byte_size(candidate.file.bytes), number(candidate.file.bits, 2), interval(seen.damage),
+                    number(seen.quantiles["99"].mean), interval(seen.same_top), ", ".join(words),
+                )  # fmt: skip
+        if result.noise:
+            table.add_row(
+                "", "noise floor", "", "", interval(result.noise.damage), number(result.noise.quantiles["99"].mean), "", ""
+            )
         console.print(table)
-    _show_scores(console, result.scores)
-    for pair in result.pairs:
-        seen = f"(smallest detectable difference {number(pair.detectable_points, 1)} points)"
-        console.print(f"{pair.task}, {pair.first} to {pair.second}: {pair.text} {seen}", soft_wrap=True)
+    for candidate in result.candidates:
+        if candidate.refused and result.domains:
+            console.print(f"{candidate.file.name}: not compared on text: {candidate.refused}", soft_wrap=True)
+    _show_scores(console, result.tasks)
+    for pair in result.task_pairs:
+        seen_points = f"(smallest detectable difference {number(pair.detectable_points, 1)} points)"
+        console.print(f"{pair.task}, {pair.first} to {pair.second}: {pair.text} {seen_points}", soft_wrap=True)
+    for note in result.notes:
+        console.print(note, soft_wrap=True)
+    for requirement in result.requirements:
+        word = Text("kept", "green") if requirement.kept else Text("NOT KEPT", "red")
+        damage = "not measured" if requirement.damage is None else number(requirement.damage)
+        console.print(Text.assemble(f"{requirement.name}<={requirement.limit:g}: {damage} ", word), soft_wrap=True)
+    if result.domains:
+        console.print(answer(result), soft_wrap=True)
 
 
 def _show_widths(console: Console, pairs: list[TaskPair]) -> None:
@@ -264,7 +284,9 @@ def print_verification(result: Verification) -> None:
 
 
 def print_comparison(result: Comparison) -> None:
-    _print("bitatlas.comparison/1", **vars(result))
+    """Print all of comparison.json; `kept` is the exit code's word: true means 0."""
+    content = dict(vars(result))
+    _print(content.pop("schema"), kept=result.kept, **content)
 
 
 def print_files(files: list[Path]) -> None:

@@ -151,12 +151,21 @@ def _too_little(cut: _Cut, rows: int, source: str, counts: Sequence[int]) -> str
     )
 
 
-def cut_rows(documents: Sequence[str], tokenizer: Any, count: int, row_length: int, seed: int) -> Tensor:
-    """Return at most `count` rows of `row_length` tokens that do not repeat each other, drawn by the seed: int64 [rows, row_length]."""
-    cut = _cut(documents, tokenizer, row_length)
+def text_rows(
+    documents: Sequence[str], tokenizer: Any, count: int, row_length: int, seed: int, vocabulary: int | None = None
+) -> tuple[Tensor, list[int]]:
+    """Return at most `count` rows of `row_length` tokens that do not repeat each other, drawn by the seed, and the block of each: int64 [rows, row_length]."""
+    cut = _cut(documents, tokenizer, row_length, vocabulary)
     index = cut.distinct(everywhere=True)
     dealt = cut.deal(index, (min(count, len(index)),), seed) if len(index) else None
-    return torch.from_numpy(cut.rows(index[dealt.rows[0]] if dealt else index))
+    if dealt is None:
+        return torch.zeros(0, row_length, dtype=torch.long), []
+    return torch.from_numpy(cut.rows(index[dealt.rows[0]])), dealt.blocks[0].tolist()
+
+
+def cut_rows(documents: Sequence[str], tokenizer: Any, count: int, row_length: int, seed: int) -> Tensor:
+    """Return the rows of `text_rows`."""
+    return text_rows(documents, tokenizer, count, row_length, seed)[0]
 
 
 def _cut(documents: Sequence[str], tokenizer: Any, row_length: int, vocabulary: int | None = None) -> _Cut:

@@ -4,7 +4,9 @@ A plain text file is one document, unless it marks its documents itself: a line 
 of the first level, as in WikiText) starts one. JSON lines, or a JSON list of objects, hold one document an object, in the field `text`;
 they are known by what stands in the file as well as by its name, so that JSON is never measured as if it were text.
 
-Left out: Parquet, archives other than gzip, encodings other than UTF-8 and what a byte order mark names.
+Records with a field `messages` are conversations (`read_texts`): lists of {"role", "content"}, which a model's own chat template writes out.
+
+Left out: Parquet, archives other than gzip, encodings other than UTF-8 and what a byte order mark names; tool calls and pictures in messages.
 """
 
 from __future__ import annotations
@@ -34,20 +36,33 @@ JSON_SUFFIXES = {".json", ".jsonl", ".ndjson"}
 BORDER = re.compile(r"^[ \t]*<\|endoftext\|>[ \t]*$|^(?= ?= [^=\n]*[^=\s][^=\n]* = ?$)", re.MULTILINE)
 ADVICE = "give a text file, JSON lines with a `text` field, or hub:owner/name"
 
+Conversation = list[dict[str, str]]
+
 
 def read_documents(source: str) -> list[str]:
     """Return the documents of a text file, a JSON file (field `text`), or `hub:owner/name[:config[:split]]`, without blank ones.
 
     Raises UserError, one line, where the source cannot be read, is no text, or holds none.
     """
+    documents = read_texts(source)
+    if any(not isinstance(document, str) for document in documents):
+        raise UserError(f"--tokens {source}: holds conversations (a `messages` field), which only compare takes; {ADVICE}")
+    return documents  # type: ignore[return-value]
+
+
+def read_texts(source: str) -> list[str] | list[Conversation]:
+    """Return what `read_documents` does, or the conversations of a JSON file or data set whose records have a field `messages`."""
     documents = _hub_documents(source) if source.startswith("hub:") else _file_documents(source)
-    documents = [document for document in documents if document.strip()]
+    kinds = {type(document) for document in documents}
+    if len(kinds) > 1:
+        raise UserError(f"--tokens {source}: some records have a `text`, others have `messages`; give a file for each")
+    documents = [document for document in documents if (document if isinstance(document, list) else document.strip())]
     if not documents:
         raise UserError(f"--tokens {source}: holds no text ({ADVICE})")
-    return documents
+    return documents  # type: ignore[return-value]
 
 
-def _file_documents(source: str) -> list[str]:
+def _file_documents(source: str) -> list[str | Conversation]:
     try:
         path = Path(source).expanduser()
         text = read_text(path, MOST_CHARACTERS)
@@ -55,7 +70,7 @@ def _file_documents(source: str) -> list[str]:
         reason = getattr(error, "strerror", None) or ("cannot be read" if isinstance(error, RuntimeError) else str(error))
         raise UserError(f"--tokens {source}: {reason[:1].lower()}{reason[1:]} ({ADVICE})") from None
     records = json_records(path, text, whole=len(text) < MOST_CHARACTERS, where=f"--tokens {source}")
-    return BORDER.split(text) if records is None else [_text_of(record, where) for where, record in records]
+    return list(BORDER.split(text)) if records is None else [_content_of(record, where) for where, record in records]
 
 
 def read_text(path: Path, most: int = -1) -> str:
@@ -112,10 +127,23 @@ def _parsed(text: str) -> Any:
         return None
 
 
-def _text_of(record: object, where: str) -> str:
+def _content_of(record: object, where: str) -> str | Conversation:
+    """Return the text of a record, or its messages."""
+    if isinstance(record, dict) and "text" not in record and "messages" in record:
+        return checked_messages(record["messages"], where)
     if not isinstance(record, dict) or "text" not in record:
         raise UserError(f'{where} is not a JSON object with a "text" field')
     return checked_text(record["text"], where)
+
+
+def checked_messages(messages: object, where: str) -> Conversation:
+    """Return `messages`; UserError, naming `where`, unless they are a list of objects with a role and a text."""
+    if not isinstance(messages, list) or not all(
+        isinstance(message, dict) and isinstance(message.get("role"), str) and isinstance(message.get("content"), str)
+        for message in messages
+    ):
+        raise UserError(f'{where}: "messages" must be a list of {{"role": text, "content": text}}')
+    return [{"role": message["role"], "content": checked_text(message["content"], where)} for message in messages]
 
 
 def checked_text(document: object, where: str) -> str:
@@ -129,17 +157,17 @@ def checked_text(document: object, where: str) -> str:
     return document
 
 
-def _hub_documents(source: str) -> list[str]:
+def _hub_documents(source: str) -> list[str | Conversation]:
     name, _, rest = source.removeprefix("hub:").partition(":")
     config, _, split = rest.partition(":")
     from datasets import load_dataset
 
     try:
         stream = load_dataset(name, config or None, split=split or "train", streaming=True)
-        documents = [item["text"] for item in stream.take(MOST_DOCUMENTS)]
+        records = list(stream.take(MOST_DOCUMENTS))
     except Exception as error:  # the hub client raises many kinds; each means that the data cannot be had
         reason = (str(error).strip().splitlines() or [type(error).__name__])[0][:160]
         raise UserError(
             f"--tokens {source}: the hub did not give it ({reason}); a local text file works without a network"
         ) from None
-    return [checked_text(document, f"--tokens {source}: document {number}") for number, document in enumerate(documents, 1)]
+    return [_content_of(record, f"--tokens {source}: document {number}") for number, record in enumerate(records, 1)]

@@ -117,7 +117,7 @@ def apply_plan(
             shutil.copyfile(file, folder / file.name)
         write_text(folder / "plan.json", to_json(whole_plan))
         write_text(folder / "README.md", card_of(plan, checkpoint, evidence, blueprint.disk_bytes))
-        layout_name = OURS if blueprint.beyond and runtime == "transformers" else PACK_QUANTIZED
+        layout_name = OURS if blueprint.beyond and runtime != "vllm" else PACK_QUANTIZED
         write_text(folder / "config.json", config_text(plan, checkpoint, skeleton, blueprint, layout_name))
         with reporter.stage("loading it in transformers"):
             dtypes = {name: DTYPES[entry.dtype] for name, entry in blueprint.whole.items()} | _rounded(

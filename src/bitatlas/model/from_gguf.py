@@ -80,29 +80,38 @@ def _make(file: Path, folder: Path) -> None:
             f"{file}: {count} of its matrices are {kind}, and would be quantized twice: give the GGUF in f16, bf16, f32 or q8_0, "
             "or the checkpoint folder or hub name that it was made from"
         )
-    from transformers import AutoModelForCausalLM, AutoTokenizer
-    from transformers.utils import logging
-
-    logging.disable_progress_bar()
     dtype = next((WHOLE[kind] for kind, _ in types.most_common() if kind in WHOLE), torch.float32)
     if "Q8_0" in types:
         dtype = torch.bfloat16
     beside = folder.with_name(f".{folder.name}.partial")
     shutil.rmtree(beside, ignore_errors=True)
     try:
-        tokenizer = AutoTokenizer.from_pretrained(file.parent, gguf_file=file.name)
-        model = AutoModelForCausalLM.from_pretrained(file.parent, gguf_file=file.name, dtype=dtype, **_dequantized())
-        if hasattr(model.config, "quantization_config"):
-            del model.config.quantization_config
-        model.config._name_or_path = file.stem
+        model, tokenizer = load_gguf(file, dtype)
         model.save_pretrained(beside)
         tokenizer.save_pretrained(beside)
-    except Exception as error:  # transformers raises many kinds for what it cannot read
+    except BaseException:
         shutil.rmtree(beside, ignore_errors=True)
-        raise UserError(f"{file}: transformers cannot read this GGUF ({reason_of(error)})") from None
+        raise
     (beside / NOTE_FILE).write_text(json.dumps({"file": file.name, "types": dict(types.most_common())}) + "\n", encoding="utf-8")
     shutil.rmtree(folder, ignore_errors=True)
     os.replace(beside, folder)
+
+
+def load_gguf(file: Path, dtype: torch.dtype = torch.float32) -> tuple[Any, Any]:
+    """Return (model, tokenizer) of a GGUF of any type, dequantized by transformers; UserError where it cannot read it."""
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+    from transformers.utils import logging
+
+    logging.disable_progress_bar()
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(file.parent, gguf_file=file.name)
+        model = AutoModelForCausalLM.from_pretrained(file.parent, gguf_file=file.name, dtype=dtype, **_dequantized())
+    except Exception as error:  # transformers raises many kinds for what it cannot read
+        raise UserError(f"{file}: transformers cannot read this GGUF ({reason_of(error)})") from None
+    if hasattr(model.config, "quantization_config"):
+        del model.config.quantization_config
+    model.config._name_or_path = file.stem
+    return model, tokenizer
 
 
 def _dequantized() -> dict[str, object]:

@@ -17,13 +17,15 @@ from typing import Any, TypeVar
 
 from bitatlas.errors import UserError
 from bitatlas.records import ATLAS_SCHEMA, PLAN_SCHEMA, Atlas, Plan
+from bitatlas.records.comparison import COMPARISON_SCHEMA, Comparison
 
 CURVE_FOLDER = "curve"  # of a survey's folder: verified plans at other sizes
 PARTIAL = ".partial"  # folder of files on their way, in the one that they go to
-Record = TypeVar("Record", Plan, Atlas)
+Record = TypeVar("Record", Plan, Atlas, Comparison)
+SCHEMAS = {Plan: PLAN_SCHEMA, Atlas: ATLAS_SCHEMA, Comparison: COMPARISON_SCHEMA}
 
 
-def to_json(record: Plan | Atlas) -> str:
+def to_json(record: Plan | Atlas | Comparison) -> str:
     """Return a record as JSON text, schema first; equal records give equal bytes."""
     content = asdict(record)
     content = {"schema": content.pop("schema"), **content}
@@ -31,7 +33,7 @@ def to_json(record: Plan | Atlas) -> str:
 
 
 def read_record(path: Path, kind: type[Record]) -> Record:
-    """Read and validate a `plan.json` or `atlas.json`; UserError where it is missing, damaged or of another schema."""
+    """Read and validate a `plan.json`, `atlas.json` or `comparison.json`; UserError where it is missing, damaged or of another schema."""
     try:
         text = path.read_text(encoding="utf-8")
     except FileNotFoundError:
@@ -49,7 +51,7 @@ def parse_record(text: str, path: str, kind: type[Record]) -> Record:
         content = json.loads(text, parse_constant=_refuse_constant)
     except (ValueError, RecursionError) as error:
         raise UserError(f"{path}: not readable JSON ({error})") from None
-    expected = PLAN_SCHEMA if kind is Plan else ATLAS_SCHEMA
+    expected = SCHEMAS[kind]
     schema = content.get("schema") if isinstance(content, dict) else None
     if schema != expected:
         raise UserError(f"{path}: schema is {schema!r}, expected {expected!r}")
@@ -58,7 +60,7 @@ def parse_record(text: str, path: str, kind: type[Record]) -> Record:
     except ValidationError as error:
         first = error.errors()[0]
         raise UserError(f"{path}: {'.'.join(map(str, first['loc']))}: {first['msg']}") from None
-    plans = [record.plan, *record.plans] if isinstance(record, Atlas) else [record]
+    plans = [record.plan, *record.plans] if isinstance(record, Atlas) else [record] if isinstance(record, Plan) else []
     for plan in filter(None, plans):
         unknown = sorted(set(plan.modules.values()) - set(plan.formats))
         if unknown:

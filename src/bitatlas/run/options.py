@@ -334,16 +334,52 @@ class VerifyOptions(RowOptions):
 
 
 @dataclass(frozen=True)
-class CompareOptions(TaskOptions, RowOptions):
+class CompareOptions(TaskOptions):
     """Options of `compare`."""
 
-    first: Annotated[
-        StrPath, Argument("A checkpoint, quantized or not, a plan.json, or a survey's folder (its plan).", metavar="MODEL_A")
+    reference: Annotated[
+        StrPath | Sequence[StrPath],
+        Argument(
+            "The model that all are compared with: a checkpoint, or a folder that compare --out wrote.", metavar="REFERENCE"
+        ),
     ]
-    second: Annotated[StrPath, Argument("Another one, or another plan.", metavar="MODEL_B")]
+    files: Annotated[
+        Sequence[StrPath],
+        Argument(
+            "Files of the same model: folders (16 bit, GPTQ, AWQ, compressed-tensors, bitsandbytes, MLX, ...), GGUFs, plans, surveys' folders.",
+            parse=tuple,
+            metavar="FILE...",
+        ),
+    ] = ()
     _: KW_ONLY
-    rows: Rows = (2, 2, 64)
+    out: Annotated[
+        StrPath, Option("Folder for compare.html, comparison.json, and what more files can be compared with.", parse=Path)
+    ] = "bitatlas-compare"
+    tokens: Annotated[
+        Sequence[StrPath] | StrPath | None,
+        Option(
+            "Text to compare on, like chat=talk.jsonl: a text file, JSON (field text, or messages: a chat), or hub:owner/name; a label before =. "
+            "Repeatable. Default: four small bundled texts, prose, code, math and chat; none: tasks alone.",
+            parse=tuple,
+        ),
+    ] = None
+    rows: Annotated[int, Option("Rows of all texts together, shared evenly.")] = 64
+    row_length: Annotated[int | None, Option("Tokens in a row, at most. Default: 256, or the model's context.")] = None
+    score: Annotated[
+        str, Option("Of a chat: all tokens, or the assistant's alone (assistant).", values=lambda: ("all", "assistant"))
+    ] = "all"
+    tasks: Annotated[
+        Sequence[str] | None,
+        Option("Also compare tasks, like arc_easy,svamp. Default: none.", parse=split_names, values=task_names),
+    ] = None
+    require: Annotated[
+        Sequence[str],
+        Option(
+            'Exit code 1 unless a file\'s damage is at most so many nats/token, like "model.gguf<=0.02". Repeatable.', parse=tuple
+        ),
+    ] = ()
     device: Device = "auto"
+    threads: Threads = None
     seed: Seed = 0
     quiet: Quiet = False
 

@@ -24,7 +24,7 @@ Sources: Wilson 1927; McNemar 1947; Tango 1998; Connor 1987 (sample size); Holm 
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 
 import numpy as np
@@ -177,12 +177,15 @@ def headline_pairs(precisions: Sequence[str]) -> list[tuple[str, str]]:
 
 
 def compare_all(
-    outcomes: Mapping[str, Outcomes], chance: Mapping[str, float], margin_points: float = MARGIN_POINTS
+    outcomes: Mapping[str, Outcomes],
+    chance: Mapping[str, float],
+    margin_points: float = MARGIN_POINTS,
+    pairs_of: Callable[[Sequence[str]], list[tuple[str, str]]] = headline_pairs,
 ) -> tuple[list[TaskScore], list[TaskPair]]:
     """Return scores and tested pairs of every task.
 
     outcomes: task -> precision -> bool [items], the same items in the same order for every precision of a task.
-    chance: task -> share that guessing gets right; `margin_points`: of "no loss within". Holm's families are every pair of every task,
+    chance: task -> share that guessing gets right; `margin_points`: of "no loss within"; pairs_of: those that are tested, of a task's precisions. Holm's families are every pair of every task,
     those at chance included: a family chosen after looking would not be corrected. Raises ValueError where a task's precisions differ
     in items.
     """
@@ -194,7 +197,7 @@ def compare_all(
             raise ValueError(f"{task}: every precision must have answered the same items")
         of_task = scores(task, right, chance[task])
         all_scores += of_task.values()
-        for first, second in headline_pairs(list(right)):
+        for first, second in pairs_of(list(right)):
             lost, gained = int((right[first] & ~right[second]).sum()), int((~right[first] & right[second]).sum())
             tested.append(_Flips(of_task[first], of_task[second], len(right), lost, gained))
     adjusted = holm([mcnemar_p(flips.lost, flips.gained) for flips in tested])
