@@ -5,8 +5,8 @@
     python benchmarks/referee.py --perplexity LLAMA_PERPLEXITY --base F16.gguf FILE.gguf --text FILE
 
 The first runs `compare`, then every file again: whole vocabularies in float64, its weights opened by the tool that they belong to (compressed-tensors,
-MLX, transformers), GPTQ's by a loop of this file. It prints both figures and their difference, and the time of `compare` over that of the
-forward passes alone (reference, noise floor and files, the rows and the continuations). The last runs llama.cpp's own `--kl-divergence` and
+MLX, transformers), GPTQ's by a loop of this file. It prints both figures and their difference. With --time it prints the time of `compare` over that of the
+forward passes alone (reference, noise floor and files, the rows and the continuations) instead. The last runs llama.cpp's own `--kl-divergence` and
 takes the same mean of what we say about the same tokens. Results go to benchmarks/results/referee.json, one entry a model.
 """
 
@@ -130,7 +130,7 @@ def _read_mlx(folder: Path) -> Any:
     return _filled(config, state)
 
 
-def _logits_of(path: Path, context: int, reference: str) -> Logits:
+def _logits_of(path: Path, context: int) -> Logits:
     """Return a function of rows [rows, tokens] to logits."""
     if path.suffix == ".gguf":
         from bitatlas.export.gguf.run import LlamaSession, _model, library
@@ -169,19 +169,38 @@ def _logits_of(path: Path, context: int, reference: str) -> Logits:
 
 
 @torch.no_grad()
-def check(options: CompareOptions) -> dict[str, Any]:
-    """Return both figures of every file, and the times."""
+def timed(options: CompareOptions) -> dict[str, Any]:
+    """Return the time of `compare`, and of the forward passes that it cannot do without."""
     begun = time.perf_counter()
     result = compare_models(options)
     seconds = time.perf_counter() - begun
     stream = read_stream(Path(options.out))
     continued = stream.continuations()
-    reference = _logits_of(Path(str(options.reference)), stream.longest, "")
+    forward = 0.0
+    for path in (str(options.reference), *(candidate.file.path for candidate in result.candidates)):
+        times = 1 + (path == str(options.reference))  # the noise floor is the reference again
+        forward += times * _seconds(_logits_of(Path(path), stream.longest), stream, continued)
+    tokens = sum(d.tokens for d in result.domains)
+    print(f"{tokens} tokens: {seconds:.0f} s, forward passes alone {forward:.0f} s, {seconds / forward:.2f} times")
+    return {
+        "timed_tokens": tokens,
+        "files": len(result.candidates),
+        "seconds": seconds,
+        "forward_seconds": forward,
+        "ratio": seconds / forward,
+    }
+
+
+@torch.no_grad()
+def check(options: CompareOptions) -> dict[str, Any]:
+    """Return both figures of every file."""
+    result = compare_models(options)
+    stream = read_stream(Path(options.out))
+    reference = _logits_of(Path(str(options.reference)), stream.longest)
     whole = {rows.domain.name: _by_row(reference, rows)[0] for rows in stream.domains}
-    forward = _seconds(reference, stream, continued) * 2  # the noise floor is another one of these
     entries = {}
     for candidate in result.candidates:
-        other = _logits_of(Path(candidate.file.path), stream.longest, str(options.reference))
+        other = _logits_of(Path(candidate.file.path), stream.longest)
         kl, same, count = 0.0, 0, 0
         values: list[np.ndarray] = []
         for rows in stream.domains:
@@ -195,8 +214,6 @@ def check(options: CompareOptions) -> dict[str, Any]:
         seen, every = candidate.deviation, np.concatenate(values)
         assert seen is not None
         last = {percent: float(np.percentile(every, float(percent))) for percent in seen.quantiles}
-        other_seconds = _seconds(other, stream, continued)
-        forward += other_seconds
         entries[candidate.file.name] = {
             "family": candidate.file.family, "run": candidate.file.run, "bytes": candidate.file.bytes, "rank": candidate.rank,
             "damage": seen.damage.mean, "ci95": seen.damage.ci95, "estimate_error": seen.estimate_error, "again": kl / count,
@@ -207,10 +224,8 @@ def check(options: CompareOptions) -> dict[str, Any]:
             f"{candidate.file.name}: {seen.damage.mean:.6f}, again {kl / count:.6f} nats/token; same top {seen.same_top.mean:.5f}, {same / count:.5f}"
         )
     tokens = sum(d.tokens for d in result.domains)
-    print(f"{tokens} tokens: {seconds:.0f} s, forward passes alone {forward:.0f} s, {seconds / forward:.2f} times")
     return {
-        "tokens": tokens, "domains": [d.name for d in result.domains], "seconds": seconds, "forward_seconds": forward,
-        "ratio": seconds / forward, "noise": result.noise.damage.mean if result.noise else None, "files": entries,
+        "tokens": tokens, "domains": [d.name for d in result.domains], "noise": result.noise.damage.mean if result.noise else None, "files": entries,
     }  # fmt: skip
 
 
@@ -256,7 +271,7 @@ def perplexity(
     assert theirs, printed[-2000:]
     header = logits_file.read_bytes()[: 8 + 12 + 4 * context * chunks]
     ids = np.frombuffer(header[20:], dtype=np.int32).reshape(-1, context)
-    first, second = (_logits_of(path, context, "") for path in (base, file))
+    first, second = (_logits_of(path, context) for path in (base, file))
     total, count, half = 0.0, 0, context // 2  # llama.cpp scores the second half of each chunk
     generator = torch.Generator().manual_seed(0)
     for row in torch.from_numpy(ids.copy()).long():
@@ -275,6 +290,7 @@ def main() -> None:
     parser.add_argument("--tokens", action="append")
     parser.add_argument("--rows", type=int, default=64)
     parser.add_argument("--row-length", type=int, default=256)
+    parser.add_argument("--time", action="store_true")
     parser.add_argument("--gptq", type=Path)
     parser.add_argument("--perplexity")
     parser.add_argument("--base", type=Path)
@@ -293,7 +309,8 @@ def main() -> None:
             _write("llama-perplexity", {Path(file).name: result})
         return
     shutil.rmtree(options.out, ignore_errors=True)
-    result = check(
+    run = timed if options.time else check
+    result = run(
         CompareOptions(
             options.model, options.files, out=options.out, tokens=options.tokens, rows=options.rows, row_length=options.row_length
         )
@@ -303,7 +320,7 @@ def main() -> None:
 
 def _write(name: str, entry: dict[str, Any]) -> None:
     content = json.loads(RESULTS.read_text(encoding="utf-8")) if RESULTS.is_file() else {}
-    content[name] = {**content.get(name, {}), **entry} if name == "llama-perplexity" else entry
+    content[name] = {**content.get(name, {}), **entry}
     RESULTS.write_text(json.dumps(content, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
 
 

@@ -18,7 +18,7 @@ class StoredKind:
     """What the weights of one kind are stored as: `attn_q`, `down_proj`, `embed_tokens`; `bytes` with scales and zero-points."""
 
     kind: str
-    format: str  # "bf16", "Q4_K", "gptq 4.25 bits", ...
+    format: str  # "bf16", "Q4_K", "GPTQ 4 bits, 128 a scale", ...
     tensors: int
     weights: int
     bytes: int
@@ -30,7 +30,7 @@ class ModelFile:
 
     name: str  # what it is called everywhere, unlike any other's
     path: str
-    family: str  # "transformers", "compressed-tensors", "gptq", "GGUF", "MLX", "plan", ...
+    family: str  # "transformers", "compressed-tensors", "GPTQ", "GGUF", "MLX", "plan", ...
     run: str  # "in llama.cpp", "dequantized by bitatlas", ...
     bytes: int  # of its weights' files; of a plan what it promises
     bits: float  # of these bytes, a weight of the whole model
