@@ -184,7 +184,7 @@ def timed(options: CompareOptions) -> dict[str, Any]:
     print(f"{tokens} tokens: {seconds:.0f} s, forward passes alone {forward:.0f} s, {seconds / forward:.2f} times")
     return {
         "timed_tokens": tokens,
-        "files": len(result.candidates),
+        "timed_files": len(result.candidates),
         "seconds": seconds,
         "forward_seconds": forward,
         "ratio": seconds / forward,

@@ -372,7 +372,10 @@ def test_json_of_a_survey_and_of_its_verification(capsys, monkeypatch, tmp_path:
     parsed = json.loads(message)
     assert (parsed["schema"], parsed["kept"], code) == ("bitatlas.verification/1", True, 0)
     assert parsed["found"]["size"] == atlas["plan"]["size"] == parsed["promised"]["size"]
-    code, message, err = run(capsys, monkeypatch, "compare", tiny_llama, out / "plan.json", *rows)
-    parsed = json.loads(message)
-    assert (parsed["schema"], code) == ("bitatlas.comparison/1", 0)
-    assert parsed["damage"]["mean"] > 0 and parsed["damage"]["rows"] == "test"
+    words = ["--rows", "8", "--row-length", "16", "--tokens", text, "--quiet", "--json", "--out", tmp_path / "compared"]
+    code, message, err = run(capsys, monkeypatch, "compare", tiny_llama, out / "plan.json", *words)
+    parsed, written = json.loads(message), json.loads((tmp_path / "compared" / "comparison.json").read_text())
+    assert (parsed["schema"], parsed.pop("kept"), code) == ("bitatlas.comparison/2", True, 0)
+    assert parsed == written and parsed["candidates"][0]["deviation"]["damage"]["mean"] > 0
+    # what its survey was made on is the text that is compared on
+    assert any("flatters" in note for note in parsed["notes"])

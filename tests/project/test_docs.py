@@ -14,6 +14,7 @@ from pathlib import Path
 
 import pyarrow.parquet as pq
 import pytest
+from safetensors.torch import load_file, save_file
 
 import tiny
 from command import run
@@ -27,11 +28,13 @@ STANDS_FOR = {
     "--context 8192": "--context 64",
     "--context 4096": "--context 32",
     "--tasks arc_easy,svamp": "--tasks arc_easy --task-data tasks --limit 8",
+    "--tasks arc_easy --out with-tasks": "--tasks arc_easy --task-data tasks --limit 8 --out with-tasks",
     "src/bitatlas/data/bitatlas-demo": "my-model",
     "demo_questions": "arc_easy",
 }
 NOT_RUN = {
     "bitatlas quantize ./my-model --size 2GiB": "a tiny model has no such size; tests/export/test_gguf_base.py runs the command",
+    "bitatlas compare ./my-model a.gguf": "the layouts of other tools: tests/model/test_foreign.py and benchmarks/referee.py",
     "bitatlas survey ./my-model --out my-atlas --for llama.cpp": "the same",
     "bitatlas export my-atlas/plan.json --to llama.cpp": "the same",
     "bitatlas verify ./my-model my-atlas/gguf": "the same",
@@ -106,6 +109,23 @@ def test_how_tos_of_protecting_and_of_exporting(desk: Path, capsys, monkeypatch)
     assert json.loads((desk / "my-atlas" / "atlas.json").read_text())["tasks"]
     assert len(follow("howto/export.md", capsys, monkeypatch)) == 5
     assert (desk / "for-mlx" / "config.json").is_file() and (desk / "for-vllm" / "config.json").is_file()
+
+
+@pytest.mark.slow
+def test_comparing(desk: Path, capsys, monkeypatch):
+    """The page of compare, with a rounded copy of the model and a plan."""
+    shutil.copytree("my-model", "other")
+    weights = load_file("other/model.safetensors")
+    save_file({name: (16 * weight).round() / 16 for name, weight in weights.items()}, "other/model.safetensors", {"format": "pt"})
+    words = f"survey ./my-model --out my-atlas --tokens my-text.txt --tasks none --formats int2_g32,int4_g32 {SMALL}"
+    assert run(capsys, monkeypatch, *words.split())[0] == 0
+    assert len(follow("compare.md", capsys, monkeypatch)) == 4
+    told = json.loads((desk / "by-domain" / "comparison.json").read_text(encoding="utf-8"))
+    assert [domain["name"] for domain in told["domains"]] == ["prose", "math"]
+    assert told["requirements"][0]["kept"]
+    bundled = json.loads((desk / "with-tasks" / "comparison.json").read_text(encoding="utf-8"))
+    assert [domain["name"] for domain in bundled["domains"]] == ["prose", "code", "math"]  # its tokenizer has no chat template
+    assert len(bundled["tasks"]) == 2
 
 
 @pytest.mark.slow

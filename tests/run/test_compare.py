@@ -39,7 +39,7 @@ def out(tmp_path: Path) -> Path:
 
 
 def compared(out: Path, reference: Path, files: Sequence[Path], *texts: Path | str, **options: object) -> Comparison:
-    words = {"rows": ROWS, "row_length": LENGTH, "quiet": True, "tokens": [str(text) for text in texts] or None, **options}
+    words = {"rows": ROWS, "quiet": True, **({"tokens": [*map(str, texts)], "row_length": LENGTH} if texts else {}), **options}
     return compare_models(CompareOptions(reference, files, out=out, **words))  # type: ignore[arg-type]
 
 
@@ -212,6 +212,9 @@ def test_later_and_without_the_reference(
     assert [c.deviation for c in later.candidates] == [c.deviation for c in together.candidates]
     assert later.pairs == together.pairs
     assert later.noise == together.noise
+    assert later.settings["tokens"] == together.settings["tokens"]
+    with pytest.raises(UserError, match="holds its own rows"):
+        compared(moved, moved, [first], text)
     assert later.reference.name == model.name
 
 

@@ -60,7 +60,7 @@ class Kept:
 def keep(logits: Tensor, targets: Tensor, generator: torch.Generator, exact: int = EXACT, drawn: int = DRAWN) -> Kept:
     """Return the kept part of the predictions. logits: [n, vocabulary]; targets: int64 [n], the tokens that came; generator: of the CPU."""
     log_p = torch.log_softmax(logits.float(), -1)
-    loss = -log_p.gather(-1, targets[:, None])[:, 0]
+    loss = -log_p.gather(-1, targets.to(log_p.device)[:, None])[:, 0]
     vocabulary = log_p.shape[-1]
     exact = vocabulary if vocabulary <= exact + drawn else exact
     top, ids = log_p.topk(exact)

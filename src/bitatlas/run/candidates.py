@@ -43,7 +43,12 @@ from bitatlas.records.sizes import kept_bytes
 PACKED = "compressed-tensors"
 PART = re.compile(r"-\d{5}-of-(\d{5})\.gguf$")
 DEQUANTIZED = "dequantized, in transformers"
-SPELT = {"mlx": "MLX", "gptq": "GPTQ", "awq": "AWQ", "auto-round": "AutoRound"}  # what a method is called, where that is not its name
+SPELT = {
+    "mlx": "MLX",
+    "gptq": "GPTQ",
+    "awq": "AWQ",
+    "auto-round": "AutoRound",
+}  # what a method is called, where that is not its name
 
 
 @dataclass(frozen=True)
@@ -136,7 +141,9 @@ def _folder(name: str, label: str, shapes: dict[str, int]) -> Subject:
     if not method:
         read_config(folder, name)
     kinds = kinds_of_files(files, SPELT.get(method, method), shapes)
-    file = ModelFile(label, name, SPELT.get(method, method) or "transformers", "", sum(part.stat().st_size for part in files), 0.0, kinds)
+    file = ModelFile(
+        label, name, SPELT.get(method, method) or "transformers", "", sum(part.stat().st_size for part in files), 0.0, kinds
+    )
     identity = _hash(sha256_of(files), (folder / "config.json").read_text(encoding="utf-8"))
 
     @contextmanager

@@ -47,8 +47,8 @@ from bitatlas.stats.paired import compare_all
 NOISE = "noise"  # the folder of the reference beside itself, rounded
 NOISE_WHAT = "the reference itself, with what each of its layers gives rounded to bfloat16"
 ROW_LENGTH = 256  # tokens, where none is given and the context holds them
-HELD = 1.3  # bytes in memory while a model is loaded and run, by those of its weights
-LOGIT_COPIES = 4  # of a row's logits, while its predictions are kept
+HELD = 1.8  # bytes in memory while a model is loaded and run, by those of its float32 weights: the pages of its file are counted, too
+LOGIT_COPIES = 6  # of a row's logits, while its predictions are kept
 
 
 def compare_models(options: CompareOptions) -> Comparison:
@@ -57,6 +57,8 @@ def compare_models(options: CompareOptions) -> Comparison:
     out, reporter = Path(options.out), Reporter(options.quiet)
     folder = Path(str(options.reference)).expanduser()
     kept = read_stream(folder) if is_stream(folder) else None
+    if kept and (options.tokens is not None or options.row_length is not None):
+        raise UserError(f"--tokens, --row-length: {folder} holds its own rows; leave them out, or give the model itself")
     opened = subjects(str(options.reference), [str(file) for file in options.files], kept.file if kept else None)
     reference, candidates = (None, opened) if kept else (opened[0], opened[1:])
     requirements = _requirements(options.require, candidates)
@@ -78,7 +80,7 @@ def compare_models(options: CompareOptions) -> Comparison:
     result = assemble(reference.file if reference else stream.file, stream, runs, NOISE, NOISE_WHAT, options.seed)  # type: ignore[union-attr]
     result = replace(
         result, tasks=scores, task_pairs=pairs, requirements=_kept(requirements, result), notes=[*notes, *result.notes],
-        settings=_told(options, settings),
+        settings=_told(options, settings, stream),
     )  # fmt: skip
     _write(out, result)
     return result
@@ -374,10 +376,11 @@ def _tasks(
 # --- what is written ---------------------------------------------------------------------------------------------------
 
 
-def _told(options: CompareOptions, settings: _Settings) -> dict[str, Any]:
+def _told(options: CompareOptions, settings: _Settings, stream: Stream | None) -> dict[str, Any]:
+    rows = stream.settings if stream else {}
     return {
         "reference": str(options.reference), "files": [str(file) for file in options.files], "tasks": settings.tasks, "limit": options.limit,
-        "few_shot": options.few_shot, "margin_points": settings.margin, "device": settings.device, **_rows_settings(options, settings),
+        "few_shot": options.few_shot, "margin_points": settings.margin, "device": settings.device, **rows,
     }  # fmt: skip
 
 

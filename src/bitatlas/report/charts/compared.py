@@ -407,7 +407,7 @@ def _small_plot(c: Canvas, strip: Strip, lanes: Sequence[Lane], scale: Scale, li
             continue
         y = box.top + pitch * (index + 0.5)
         if m.ci95:
-            c.whisker_across(y, *(scale(end) for end in m.ci95), lane.css)
+            c.whisker_across(y, scale(m.ci95[0]), scale(m.ci95[1]), lane.css)
         draw_mark(c, scale(m.mean), y, lane.shape, lane.css, f"{lane.name}, {strip.title}: {interval(m, unit=True)}", 4)
 
 
@@ -431,7 +431,7 @@ def quantiles(comparison: Comparison, width: int) -> Markup:
             m = deviation.quantiles.get(p)
             if m is not None:
                 if m.ci95:
-                    c.whisker_across(y, *(x(end) for end in m.ci95), css)
+                    c.whisker_across(y, x(m.ci95[0]), x(m.ci95[1]), css)
                 draw_mark(c, x(m.mean), y, shape, css, f"{lane.name}, {p} % of tokens: {interval(m, unit=True)} at most", 4.5)
     return c.svg("Quantiles of the KL of single tokens, log axis, with 95% intervals")
 
