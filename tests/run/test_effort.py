@@ -84,9 +84,10 @@ def test_a_dry_run_says_how_long_and_writes_nothing(capsys, monkeypatch, tiny_ll
 
 
 def test_a_short_time_takes_the_least_effort_and_few_items(tiny_llama: Path, text: Path, tmp_path: Path):
-    asked = settings_for(tiny_llama, text, tasks=("demo_questions",), limit=30, time="1s")
+    asked = settings_for(tiny_llama, text, tasks=("demo_questions",), limit=300, time="1s")
     opened = open_model(asked, tmp_path / "out", False, QUIET)
-    assert opened.settings.effort == "least" and opened.settings.limit == 8
-    assert [len(items) for items in opened.items.values()] == [8]
+    limit = opened.settings.limit  # how many items a second holds is the machine's
+    assert opened.settings.effort == "least" and limit is not None and 8 <= limit < 300
+    assert [len(items) for items in opened.items.values()] == [limit]
     session = prepare(replace(asked, time_seconds=None), tmp_path / "out", False, QUIET)
-    assert session.effort.name == "full" and len(session.items["demo_questions"]) == 30
+    assert session.effort.name == "full" and len(session.items["demo_questions"]) == 300
