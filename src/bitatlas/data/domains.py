@@ -26,7 +26,8 @@ from bitatlas.data.texts import Conversation, read_texts
 from bitatlas.errors import UserError
 from bitatlas.records.comparison import Domain
 
-BUNDLED = ("prose", "code", "math", "chat")
+BUNDLED_CHAT = "chat"
+BUNDLED = ("prose", "code", "math", BUNDLED_CHAT)
 SCORED = ("all", "assistant")
 LEAST_ROWS = 4  # of a domain, below which nothing can be said of it
 LABEL = re.compile(r"([A-Za-z0-9][\w.-]*)=(.+)", re.DOTALL)

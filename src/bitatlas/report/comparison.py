@@ -8,15 +8,8 @@ Left out: a choice between size and damage, which is the reader's; the front has
 
 from __future__ import annotations
 
-import base64
-import hashlib
 from collections.abc import Sequence
-from dataclasses import dataclass
 from html import escape as html_escape
-from importlib import resources
-
-from jinja2 import Environment, StrictUndefined
-from markupsafe import Markup
 
 from bitatlas.records import Measured
 from bitatlas.records.comparison import TOLD_APART, UNTOLD, Candidate, Comparison, Pair
@@ -25,7 +18,7 @@ from bitatlas.report import comparison_tables as tables
 from bitatlas.report.charts.compared import figures, ranked, seen_in
 from bitatlas.report.charts.labels import fit
 from bitatlas.report.facts import mean_text, wilson_text
-from bitatlas.report.html import LONG_TABLE, keep_together
+from bitatlas.report.html import LONG_TABLE, Tile, render
 from bitatlas.report.markdown import escape
 
 LONGEST_NAME = 420.0  # px of a name in a sentence
@@ -34,12 +27,10 @@ LONGEST_FRONT = 6  # files of the front that a sentence lists
 
 def comparison_html(comparison: Comparison) -> str:
     """Return the whole of compare.html; the same comparison gives the same text."""
-    script = _read("assets/report.js").strip()
-    digest = base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()
-    environment = Environment(autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True)
-    environment.filters["kept"] = keep_together
-    style = f"{_read('assets/report.css').strip()}\n{_read('assets/compare.css').strip()}"
-    page = environment.from_string(_read("templates/compare.html.j2")).render(
+    return render(
+        "compare.html.j2",
+        ("report.js",),
+        ("report.css", "compare.css"),
         comparison=comparison,
         compared=ranked(comparison),
         named=tables.named(comparison),
@@ -61,25 +52,7 @@ def comparison_html(comparison: Comparison) -> str:
         provenance=tables.provenance(comparison),
         failed=[requirement for requirement in comparison.requirements if not requirement.kept],
         long_table=LONG_TABLE,
-        style=Markup(style),
-        script=Markup(script),
-        script_sha256=digest,
     )
-    return page.strip() + "\n"
-
-
-def _read(path: str) -> str:
-    return resources.files("bitatlas.report").joinpath(path).read_text(encoding="utf-8")
-
-
-@dataclass(frozen=True)
-class Tile:
-    """One number, or name, at the top of the page."""
-
-    name: str
-    value: str
-    detail: str
-    css: str = ""
 
 
 def _tiles(comparison: Comparison) -> list[Tile]:

@@ -45,17 +45,16 @@ class Tile:
     name: str
     value: str
     detail: str
+    css: str = ""
 
 
 def html(atlas: Atlas) -> str:
     """Return the whole of report.html; the same atlas gives the same text."""
-    script = f"{_read('assets/report.js').strip()}\n{_read('assets/budget.js').strip()}"
-    digest = base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()
-    environment = Environment(autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True)
-    environment.filters["kept"] = keep_together
-    template = environment.from_string(_read("templates/report.html.j2"))
     plans, memory = stops(atlas), memory_of(atlas)
-    page = template.render(
+    return render(
+        "report.html.j2",
+        ("report.js", "budget.js"),
+        ("report.css",),
         atlas=atlas,
         title=facts.title_of(atlas),
         formats=facts.formats_text(atlas),
@@ -82,9 +81,19 @@ def html(atlas: Atlas) -> str:
         facts=facts,
         long_table=LONG_TABLE,
         long_layers=LONG_LAYERS,
-        style=Markup(_read("assets/report.css").strip()),
+    )
+
+
+def render(template: str, scripts: Sequence[str], styles: Sequence[str], **values: object) -> str:
+    """Return a page of a template that holds its scripts and styles (files of `assets/`), and lets no other script run."""
+    script = "\n".join(_read(f"assets/{name}").strip() for name in scripts)
+    environment = Environment(autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True)
+    environment.filters["kept"] = keep_together
+    page = environment.from_string(_read(f"templates/{template}")).render(
+        **values,
+        style=Markup("\n".join(_read(f"assets/{name}").strip() for name in styles)),
         script=Markup(script),
-        script_sha256=digest,
+        script_sha256=base64.b64encode(hashlib.sha256(script.encode()).digest()).decode(),
     )
     return page.strip() + "\n"
 

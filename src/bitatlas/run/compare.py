@@ -19,9 +19,8 @@ from typing import Any
 import psutil
 import torch
 
-from bitatlas.data.domains import SCORED, DomainRows, bundled_sources, domain_rows, parse_sources
+from bitatlas.data.domains import BUNDLED_CHAT, SCORED, DomainRows, bundled_sources, domain_rows, parse_sources
 from bitatlas.data.tasks import Item, chance_level, check_task_names, items_sha256, load_items
-from bitatlas.data.texts import read_texts
 from bitatlas.errors import UserError
 from bitatlas.export.card import atlas_beside
 from bitatlas.measure.machine import available_bytes
@@ -171,8 +170,8 @@ def _stream(
             vocab_sha256(running.tokenizer), _domains(options, settings, running, notes), _rows_settings(options, settings),
         )  # fmt: skip
         if is_stream(out):
-            before = read_stream(out).head()
-            if any(before[key] != stream.head()[key] for key in ("identity", "vocabulary", "domains")):
+            before, now = read_stream(out).head(), stream.head()
+            if any(before[key] != now[key] for key in ("identity", "vocabulary", "domains")):
                 raise UserError(
                     f"--out {out}: holds the predictions of another reference, or on another text; choose another folder"
                 )
@@ -211,19 +210,19 @@ def _domains(options: CompareOptions, settings: _Settings, running: Running, not
     if options.row_length is not None and options.row_length > context:
         raise UserError(f"--row-length {options.row_length}: the model's context is {context} tokens; give at most that")
     sources = dict(settings.sources)
-    chats = [label for label, source in sources.items() if isinstance(read_texts(source)[0], list)]
-    if options.score == "assistant" and not chats:
-        raise UserError("--score assistant: no text holds conversations (records with `messages`)")
     if options.tokens is None and not getattr(running.tokenizer, "chat_template", None):
-        sources = {label: source for label, source in sources.items() if label not in chats}
+        del sources[BUNDLED_CHAT]
         notes.append("the bundled chat was left out: the model's tokenizer has no chat template")
     vocabulary = min(running.vocabulary, _tokens(running.tokenizer))
     length = options.row_length or min(ROW_LENGTH, context)
     shares = [options.rows // len(sources) + (index < options.rows % len(sources)) for index in range(len(sources))]
-    return [
+    domains = [
         domain_rows(label, source, running.tokenizer, max(1, count), length, options.seed, vocabulary, options.score)
         for (label, source), count in zip(sources.items(), shares, strict=True)
     ]
+    if options.score == "assistant" and not any(rows.domain.chat for rows in domains):
+        raise UserError("--score assistant: no text holds conversations (records with `messages`)")
+    return domains
 
 
 def _tokens(tokenizer: Any) -> int:
